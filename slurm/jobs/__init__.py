@@ -1,0 +1,1 @@
+"""The sbatch bodies: each file here is what Slurm runs."""

@@ -1,0 +1,209 @@
+"""The sandbox API server as the runtime job's child: ours, or the user's own ``slurm-remote-runtime``.
+
+Ours inherits a listening socket, so that no other process can take the port between choice and use; it ignores the
+signals that ``scancel`` sends to every process of the job and stops when the job body closes its stdin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slurm.lib.coordination import write_atomically
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.job_context import JobContext
+from slurm.lib.logs import log
+from slurm.lib.podman_storage import PodmanStorage
+from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
+from slurm.lib.settings import Settings
+
+BACKLOG = 1024
+RESERVED_CPUS = 4  # of a node that is large enough, for the server, image work and Podman itself
+
+
+def listening_socket(host: str, port: int | None, ports: range | None) -> socket.socket:
+    """A socket on ``port``, else on a free one of ``ports``, else on any free one; says so if ``port`` was taken."""
+    wanted = [port] if port else []
+    others = random.sample(ports, len(ports)) if ports else [0]
+    for number in [*wanted, *others]:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, number))
+            listener.listen(BACKLOG)
+        except OSError as problem:
+            listener.close()
+            if number == port:
+                log.warning("RUNTIME_PORT=%s on %s: %s; using another", port, socket.gethostname(), problem.strerror)
+            continue
+        return listener
+    raise EnvironmentProblem(f"no free port in RUNTIME_PORT_RANGE on {socket.gethostname()}; widen the range")
+
+
+def public_host(is_local: bool) -> str:
+    """The name by which other nodes reach this one (``hostname -f``); a local run stays on the loopback."""
+    return "127.0.0.1" if is_local else socket.getfqdn()
+
+
+def available_cpus(settings: Settings) -> int:
+    """The CPUs that the job has: Slurm's word for this node, else the configured number."""
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return settings.cpus_for_runtime
+
+
+def reserved_cpus(cpus: int, cpus_per_worker: float) -> int:
+    """CPUs kept from sandboxes: the bash suite's 4 where that leaves room for two sandboxes or more, else none."""
+    return RESERVED_CPUS if cpus - RESERVED_CPUS >= 2 * cpus_per_worker else 0
+
+
+def common_flags(settings: Settings) -> tuple[str, ...]:
+    """The flags that the bash suite's server has too."""
+    flags = [
+        ("--container-image", settings.container_image),
+        ("--cpus-per-worker", f"{settings.cpus_per_worker:g}"),
+        ("--memory-per-worker", settings.memory_per_worker),
+        ("--worker-startup-timeout", "600"),
+    ]
+    return tuple(word for flag in flags for word in flag)
+
+
+def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple[str, ...]:
+    """The flags of our server."""
+    settings, cpus = job.settings, available_cpus(job.settings)
+    flags = [
+        ("--fd", str(listener.fileno())),
+        ("--api-key-file", str(key_file)),
+        ("--public-host", public_host(job.is_local)),
+        ("--cpus", str(cpus)),
+        ("--build-reserved-cpus", str(reserved_cpus(cpus, settings.cpus_per_worker))),
+        ("--label", f"job={job.job_id}"),
+    ]
+    if settings.max_parallel_agents:
+        flags.append(("--max-sandboxes", str(settings.max_parallel_agents)))
+    if settings.sandbox_port_range:
+        ports = settings.sandbox_port_range
+        flags.append(("--sandbox-port-range", f"{ports.start}-{ports.stop - 1}"))
+    verbose = ("--verbose",) if settings.skyrl_debug else ()
+    return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *verbose)
+
+
+@dataclass
+class AlarmFilter:
+    """Passes on the lines of a log that are warnings or errors, with what belongs to them (a traceback's lines)."""
+
+    _passing: bool = field(default=False, init=False)
+    _STAMPED = re.compile(rb"^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d|^(INFO|DEBUG):")
+    _ALARM = re.compile(rb"\[(WARN|WARNING|ERROR|CRITICAL)\]|^(WARNING|ERROR|CRITICAL):|^Traceback ")
+
+    def wants(self, line: bytes) -> bool:
+        if self._ALARM.search(line):
+            self._passing = True
+        elif self._STAMPED.match(line):
+            self._passing = False
+        return self._passing
+
+
+class ApiServer:
+    """The running server. ``url`` is what other nodes use, ``local_url`` what this job uses."""
+
+    def __init__(self, child: Child, key: str, host: str, port: int, is_ours: bool, last_words: deque[bytes]) -> None:
+        self._child = child
+        self.key = key
+        self.url = f"http://{host}:{port}"
+        self.local_url = f"http://127.0.0.1:{port}"
+        self.is_ours = is_ours
+        self._last_words = last_words
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def check_alive(self) -> None:
+        """``EnvironmentProblem`` with the server's last words if it has ended."""
+        code = self._child.exit_code
+        if code is not None:
+            words = b" | ".join(line.strip() for line in self._last_words).decode("utf-8", "replace")
+            raise EnvironmentProblem(
+                f"the API server on {socket.gethostname()} ended with exit code {code}: {words or 'without a word'}"
+            )
+
+    def stop(self, grace_s: float) -> None:
+        """Have it remove its sandboxes and end; killed after ``grace_s`` seconds."""
+        self._child.stop(grace_s)
+
+
+def users_own_runtime(settings: Settings) -> Path | None:
+    """SLURM_RUNTIME_DIR's Python, where a user's own server is to run in place of ours."""
+    if settings.slurm_runtime_dir is None:
+        return None
+    python = settings.slurm_runtime_dir / ".venv" / "bin" / "python"
+    if not os.access(python, os.X_OK):
+        raise EnvironmentProblem(f"SLURM_RUNTIME_DIR={settings.slurm_runtime_dir} has no .venv: {python} is not there")
+    return python
+
+
+@contextlib.contextmanager
+def api_server(job: JobContext, storage: PodmanStorage, key: str) -> Iterator[ApiServer]:
+    """The server, started (not yet answering); stopped at the end of the block."""
+    python = users_own_runtime(job.settings)
+    listener = listening_socket(
+        "127.0.0.1" if job.is_local else "0.0.0.0",  # the sandbox URLs must reach other nodes; the key guards them
+        job.settings.runtime_port,
+        job.settings.runtime_port_range,
+    )
+    with listener:
+        port = listener.getsockname()[1]
+        spec = _own_spec(job, storage, listener, key) if python is None else _foreign_spec(job, storage, port, key)
+        if python is not None:
+            listener.close()
+        with Child(spec, stop_grace_s=3.0) as child:
+            last_words: deque[bytes] = deque(maxlen=5)
+            _copy_log(child, last_words)
+            yield ApiServer(child, key, public_host(job.is_local), port, python is None, last_words)
+
+
+def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, key: str) -> ChildSpec:
+    key_file = storage.root / "api_key"
+    write_atomically(key_file, key + "\n", 0o600)
+    argv = (sys.executable, "-m", "slurm_runtime.api_server", *own_flags(job, listener, key_file))
+    environment = storage.environment({**job.environment, "PYTHONPATH": str(job.code)})
+    environment.pop("ALLHANDS_API_KEY", None)
+    return ChildSpec(
+        argv, environment, "the API server", stdin_pipe=True, stderr=subprocess.PIPE, pass_fds=(listener.fileno(),)
+    )
+
+
+def _foreign_spec(job: JobContext, storage: PodmanStorage, port: int, key: str) -> ChildSpec:
+    folder = job.settings.slurm_runtime_dir
+    assert folder is not None
+    argv = (str(folder / ".venv" / "bin" / "python"), "-m", "slurm_runtime.api_server", *common_flags(job.settings))
+    listen = ("--host", "127.0.0.1" if job.is_local else "0.0.0.0", "--port", str(port), "--verbose")
+    environment = storage.environment({**job.environment, "ALLHANDS_API_KEY": key})
+    environment.pop("PYTHONPATH", None)
+    return ChildSpec((*argv, *listen), environment, "slurm-remote-runtime", cwd=folder, stderr=subprocess.PIPE)
+
+
+def _copy_log(child: Child, last_words: deque[bytes]) -> None:
+    """Everything the server logs to ``.out`` as it happens; warnings and errors to ``.err`` too."""
+    alarms = AlarmFilter()
+    to_out, to_err = write_through(sys.stdout), write_through(sys.stderr)
+
+    def sink(line: bytes) -> None:
+        last_words.append(line)
+        to_out(line)
+        if alarms.wants(line):
+            to_err(line)
+
+    assert child.process.stderr
+    copy_lines(child.process.stderr, [sink])

@@ -1,0 +1,58 @@
+"""From whatever Python started us to the one that has our packages.
+
+Slurm starts a job script under the node's system Python, perhaps 3.6, and people start ``launch.py`` under any
+``python3``; so this file and those that import it parse on 3.6 and import nothing of ours before the right
+interpreter runs. The process is replaced, so the pid that Slurm watches stays.
+"""
+
+import os
+import sys
+
+MINIMUM = (3, 10)
+MARKER = "SKYRL_BOOTSTRAPPED"  # set for the restarted process, so that a broken environment cannot loop
+EXIT_ENVIRONMENT = 71  # as in errors.py, which does not parse here
+
+
+def candidates(code):
+    """The interpreters to try, with where each was named: recorded at submission, then the checkout's own."""
+    found = []
+    recorded = os.environ.get("SKYRL_PYTHON")
+    if recorded:
+        found.append((recorded, "SKYRL_PYTHON"))
+    folder = os.environ.get("SKYRL_VENV") or os.path.join(code, ".venv")
+    found.append((os.path.join(folder, "bin", "python"), "the project's environment"))
+    return found
+
+
+def suitable(version, packages):
+    """Whether the running interpreter is new enough and has the packages."""
+    if version < MINIMUM:
+        return False
+    import importlib.util
+
+    return all(importlib.util.find_spec(name) is not None for name in packages)
+
+
+def ensure_interpreter(code, script, packages=("tenacity", "sh", "dotenv", "yaml")):
+    """Return if this interpreter will do; else restart ``script`` under one that does, or end saying what to run.
+
+    The caller has put ``code`` on the path; a restarted script does so again.
+    """
+    if suitable(sys.version_info, packages):
+        os.environ.pop(MARKER, None)
+        return
+    tried = []
+    for python, origin in candidates(code):
+        if os.environ.get(MARKER) == python:
+            tried.append("%s (%s) lacks packages" % (python, origin))
+        elif os.access(python, os.X_OK):
+            os.environ[MARKER] = python
+            sys.stdout.flush()
+            os.execv(python, [python, script] + sys.argv[1:])
+        else:
+            tried.append("%s (%s) is not there" % (python, origin))
+    setup = os.path.join(os.environ.get("SKYRL_CHECKOUT") or code, "scripts", "setup")
+    sys.stderr.write(
+        "%s: no suitable Python: %s; make the environment with:  '%s'\n" % (script, ", ".join(tried), setup)
+    )
+    sys.exit(EXIT_ENVIRONMENT)

@@ -1,0 +1,207 @@
+"""The command line of launch.py: reads settings, makes the plan, shows or carries it out, says where to look."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from slurm.lib import local, submission
+from slurm.lib.config import LoadedConfig, load_config
+from slurm.lib.errors import EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.job_environment import without_slurm
+from slurm.lib.logs import debug_wanted, log, setup_command_logging
+from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
+from slurm.lib.run_record import git_state
+from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.trainer import missing_parts
+
+VERSION = "0.1.0"
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+EPILOG = """\
+exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong;
+69 the partner job is gone; 71 something is missing on this machine; 73 Slurm did not take the jobs (nothing stays
+queued); 75 a deadline passed; 128+N ended by signal N.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="NAME|PATH", help="slurm/config/NAME.conf, or a path (required)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one key; wins over the file")
+    parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
+    parser.add_argument("--runtime-only", action="store_true", help="submit only the runtime job")
+    parser.add_argument(
+        "--skip-runtime", action="store_true", help="submit only the training job, for a runtime that runs"
+    )
+    parser.add_argument("--runtime-url", metavar="URL", help="that runtime's address (implies --skip-runtime)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with that runtime's key")
+    parser.add_argument("--api-key", metavar="KEY", help="the key itself; argv is public, prefer --api-key-file")
+    parser.add_argument("--debug", action="store_true", help="log more (SKYRL_DEBUG=1)")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    setup_command_logging(arguments.debug)
+    try:
+        with noted_signals() as notes:
+            return launch(arguments, os.environ, notes)
+    except SuiteError as problem:
+        log.error("%s", problem)
+        return problem.exit_code
+    except Interrupted as stop:
+        log.error("stopped by %s; nothing was submitted", stop)
+        return EXIT_SIGNAL_BASE + stop.number
+
+
+def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes: SignalNotes) -> int:
+    """Plan, then show, submit or run."""
+    if arguments.config is None:
+        raise UsageError("--config NAME|PATH is required; see --help")
+    now = datetime.now()
+    config, seen = read_settings(arguments, environment, now)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    if config.settings.skyrl_debug:
+        setup_command_logging(debug=True)
+    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, sys.executable, now)
+    if arguments.dry_run:
+        return show(plan)
+    check_parts(plan)
+    if config.settings.skyrl_backend == "local":
+        return local.run(plan, notes, CHECKOUT)
+    return submit(plan, notes)
+
+
+def read_settings(
+    arguments: argparse.Namespace, environment: Mapping[str, str], now: datetime
+) -> tuple[LoadedConfig, dict[str, str]]:
+    """The settings, and the environment that they were read in (with what the command line says about keys)."""
+    seen = dict(environment)
+    key = given_key(arguments)
+    if key is not None:
+        seen[KEY_NAME] = key
+    if arguments.debug or debug_wanted(environment):
+        seen["SKYRL_DEBUG"] = "1"
+    overrides = list(arguments.set)
+    if arguments.runtime_url:
+        overrides.append(f"{URL_NAME}={arguments.runtime_url}")
+    config = load_config(
+        arguments.config, overrides, without_slurm(seen), CHECKOUT / "slurm" / "config", now, CHECKOUT.parent
+    )
+    if key is not None:
+        config.exported[KEY_NAME] = key
+    return config, seen
+
+
+def given_key(arguments: argparse.Namespace) -> str | None:
+    """The key from --api-key-file or --api-key."""
+    if arguments.api_key is not None:
+        log.warning("--api-key: everyone on this host can read it in the process list; prefer --api-key-file")
+        return str(arguments.api_key)
+    if arguments.api_key_file is None:
+        return None
+    path = Path(arguments.api_key_file).expanduser()
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"--api-key-file {path}: {getattr(problem, 'strerror', problem)}") from None
+    if not key:
+        raise UsageError(f"--api-key-file {path}: the file is empty")
+    return key
+
+
+def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
+    """What to submit; ``UsageError`` for what cannot go together."""
+    settings = config.settings
+    skip = arguments.skip_runtime or bool(arguments.runtime_url)
+    if skip and arguments.runtime_only:
+        raise UsageError("--runtime-only and --skip-runtime exclude each other")
+    if skip and settings.skyrl_backend == "local":
+        raise UsageError("--skip-runtime and --runtime-url need Slurm; a local run brings its own runtime")
+    if arguments.runtime_only:
+        return Request(training=False)
+    if not skip:
+        return Request()
+    url = settings.sandbox_remote_runtime_api_url
+    if url and not url.startswith(("http://", "https://")):
+        raise UsageError(f"the runtime's address must be http://HOST:PORT, not {url}")
+    attach = settings.skyrl_coord_dir
+    if attach is None and not url:
+        raise UsageError(
+            f"--skip-runtime needs a runtime: set SKYRL_COORD_DIR to its coordination directory, or {URL_NAME} "
+            "(or --runtime-url URL) to its address"
+        )
+    if attach is not None and not url and not attach.is_dir():
+        raise UsageError(f"SKYRL_COORD_DIR={attach} is not a folder")
+    return Request(runtime=False, attach_dir=None if url else attach, runtime_url=url)
+
+
+def show(plan: LaunchPlan) -> int:
+    """Print the plan on stdout."""
+    for part in missing_parts(plan.settings) if plan.training else []:
+        log.warning("%s", part)
+    sys.stdout.write(shown(plan))
+    return EXIT_OK
+
+
+def check_parts(plan: LaunchPlan) -> None:
+    """What the run needs on this machine; ``EnvironmentProblem`` names everything that is missing."""
+    missing = missing_parts(plan.settings) if plan.training else []
+    is_local = plan.settings.skyrl_backend == "local"
+    programs = ["podman"] if is_local else ["sbatch", "scontrol", "squeue", "scancel"]
+    absent = [name for name in programs if not shutil.which(name)]
+    if absent:
+        hint = f"run {CHECKOUT / 'scripts' / 'setup'}" if is_local else "without Slurm, try --config local"
+        missing.append(f"not on PATH: {', '.join(absent)} ({hint})")
+    if missing:
+        raise EnvironmentProblem("; ".join(missing))
+
+
+def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
+    """Submit and say where to look."""
+    git = background(lambda: git_state(CHECKOUT))
+    done = submission.submit(plan, notes, git, CHECKOUT)
+    sys.stdout.write(report(done))
+    if plan.training is None:
+        sys.stdout.write(joining(done))
+    return EXIT_OK
+
+
+def background(task: Callable[[], submission.GitState]) -> Callable[[], submission.GitState]:
+    """Start a task in a thread; the returned function waits for its result."""
+    import concurrent.futures
+
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    return pool.submit(task).result
+
+
+def report(done: submission.Submitted) -> str:
+    """Ids, directory and the commands to watch them."""
+    lines = [f"{kind} job: {job_id}" for kind, job_id in done.jobs.items()]
+    lines += [f"coordination directory: {done.directory.path}", f"watch: squeue -j {','.join(done.jobs.values())}"]
+    lines += [f"follow: tail -F '{done.directory.log(kind, job_id, 'out')}'" for kind, job_id in done.jobs.items()]
+    return "\n".join(lines) + "\n"
+
+
+def joining(done: submission.Submitted) -> str:
+    """How to join a runtime that was launched alone, and how to stop it."""
+    directory = done.directory.path
+    lines = [
+        f"join:  SKYRL_COORD_DIR='{directory}' '{CHECKOUT / 'slurm' / 'launch.py'}' --config CONFIG --skip-runtime",
+        f"stop:  touch '{done.directory.training_complete}'   (or: scancel {done.jobs['runtime']})",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,341 @@
+#!/usr/bin/env python3
+"""The shared helpers under the names that the bash suite gave them: for Python by import, for shells by command.
+
+    from slurm.lib.common import wait_for_runtime_url
+    python slurm/lib/common.py wait-for-runtime-url DIR        # the value, and only the value, on stdout
+    eval "$(python slurm/lib/common.py shell-functions)"       # all of them as functions of a bash script
+
+They are thin: what they do stands in the modules that they call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+CODE = Path(__file__).resolve().parent.parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(CODE)  # instead of this file's folder, whose names are nobody's modules
+    from slurm.lib.bootstrap import ensure_interpreter
+
+    ensure_interpreter(str(CODE), str(Path(__file__).resolve()))
+
+from slurm.lib import coordination
+from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
+from slurm.lib.errors import EXIT_OK, EXIT_USAGE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.logs import log, setup_command_logging
+
+DEFAULT_READY_TIMEOUT_S = 600
+DEFAULT_COMPLETE_TIMEOUT_S = 43200
+
+
+def log_info(*words: object) -> None:
+    log.info("%s", " ".join(map(str, words)))
+
+
+def log_warn(*words: object) -> None:
+    log.warning("%s", " ".join(map(str, words)))
+
+
+def log_error(*words: object) -> None:
+    log.error("%s", " ".join(map(str, words)))
+
+
+def log_debug(*words: object) -> None:
+    """Shown only with SKYRL_DEBUG=1."""
+    log.debug("%s", " ".join(map(str, words)))
+
+
+def jobs_base(environment: Mapping[str, str] = os.environ) -> Path:
+    """SKYRL_JOBS_BASE, by default ~/.skyrl_jobs."""
+    return Path(environment.get("SKYRL_JOBS_BASE") or "~/.skyrl_jobs").expanduser().absolute()
+
+
+def create_job_coordination_dir(job_id: str | None = None) -> Path:
+    """Make ``YYYYMMDD_HHMMSS_<job id>`` below the jobs base, 0700; returns its path."""
+    name = (
+        f"{time.strftime(coordination.STAMP_FORMAT)}_{job_id or os.environ.get('SLURM_JOB_ID') or f'pid{os.getpid()}'}"
+    )
+    return coordination.make_run_dir(jobs_base() / name).path
+
+
+def get_coordination_dir() -> Path:
+    """SKYRL_COORD_DIR if it is there, else a new directory."""
+    named = os.environ.get("SKYRL_COORD_DIR", "").replace("%j", os.environ.get("SLURM_JOB_ID", ""))
+    return Path(named) if named and Path(named).is_dir() else create_job_coordination_dir()
+
+
+def _existing(directory: str | Path) -> CoordinationDir:
+    path = Path(directory)
+    if not path.is_dir():
+        raise EnvironmentProblem(f"the coordination directory {path} does not exist")
+    return CoordinationDir(path)
+
+
+def write_runtime_url(directory: str | Path, url: str) -> None:
+    """Publish the runtime's address, whole."""
+    _existing(directory).publish_url(url)
+    log.info("wrote the runtime's URL to %s", CoordinationDir(Path(directory)).runtime_url)
+
+
+def _flag(exit_code: int | None = None, reason: str = "") -> Flag:
+    job_id = os.environ.get("SLURM_JOB_ID", "")
+    return Flag.of_this_host(job_id, os.environ.get("SKYRL_RUNTIME_JOB_ID", ""), exit_code, reason)
+
+
+def signal_runtime_ready(directory: str | Path) -> None:
+    """Set ``runtime_ready.flag``."""
+    where = _existing(directory)
+    job_id = os.environ.get("SLURM_JOB_ID", "")
+    where.publish(where.runtime_ready, Flag.of_this_host(job_id, job_id))
+    log.info("set %s", where.runtime_ready)
+
+
+def runtime_of(directory: CoordinationDir) -> str:
+    """The job id of the runtime that is ready in a directory; empty if it did not say."""
+    ready = FlagReader.of_new_directory(directory.runtime_ready, lambda _flag: True).read()
+    return ready.job_id if ready else ""
+
+
+def signal_training_complete(directory: str | Path, exit_code: int = 0, reason: str = "") -> None:
+    """Set ``training_complete.flag`` for the runtime that is ready there."""
+    where = _existing(directory)
+    runtime_id = os.environ.get("SKYRL_RUNTIME_JOB_ID") or runtime_of(where)
+    flag = Flag.of_this_host(os.environ.get("SLURM_JOB_ID", ""), runtime_id, exit_code, reason or "said by a script")
+    where.publish(where.training_complete, flag)
+    log.info("set %s", where.training_complete)
+
+
+def wait_for_runtime_url(directory: str | Path, timeout_s: float | None = None) -> str:
+    """The runtime's address once it is ready; ``WaitTimeout`` after RUNTIME_READY_TIMEOUT seconds."""
+    from slurm.lib.waiting import wait_for
+
+    where = _existing(directory)
+    ready = FlagReader.of_new_directory(where.runtime_ready, lambda _flag: True)
+    seconds = timeout_s or float(os.environ.get("RUNTIME_READY_TIMEOUT") or DEFAULT_READY_TIMEOUT_S)
+    return wait_for(f"a ready runtime in {where.path}", lambda: where.read_url() if ready.read() else None, seconds)
+
+
+def wait_for_training_complete(directory: str | Path, timeout_s: float | None = None) -> int:
+    """The trainer's exit code once the training is complete (0 for a flag set by hand)."""
+    from slurm.lib.waiting import wait_for
+
+    where = _existing(directory)
+    complete = FlagReader.of_new_directory(where.training_complete, lambda _flag: True)
+    seconds = timeout_s or float(os.environ.get("TRAINING_COMPLETE_TIMEOUT") or DEFAULT_COMPLETE_TIMEOUT_S)
+    flag = wait_for(f"the training in {where.path} to be complete", complete.read, seconds)
+    return flag.exit_code or 0
+
+
+def load_env_file(path: str | Path) -> dict[str, str]:
+    """The values of a ``.env`` file, less those that still say <REPLACE>."""
+    from slurm.lib.training_job import read_dot_env
+
+    if not Path(path).is_file():
+        raise EnvironmentProblem(f"environment file not found: {path}")
+    return read_dot_env(Path(path))
+
+
+def load_config(name: str) -> dict[str, str]:
+    """Every key of a configuration as it would reach the jobs."""
+    from slurm.lib import config
+
+    loaded = config.load_config(name, [], os.environ, CODE / "slurm" / "config", datetime.now(), CODE.parent)
+    for warning in loaded.warnings:
+        log.warning("%s", warning)
+    return {**loaded.settings.as_environment(), **loaded.exported}
+
+
+def get_first_node() -> str:
+    """The first node of the allocation, else this host."""
+    from slurm.lib.processes import run
+
+    nodes = os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST")
+    if not nodes:
+        return socket.gethostname()
+    answer = run(["scontrol", "show", "hostnames", nodes], timeout_s=10)
+    if not answer.ok:
+        raise EnvironmentProblem(f"scontrol show hostnames {nodes}: {answer.complaint}")
+    return answer.stdout.split()[0]
+
+
+def get_node_count() -> int:
+    return int(os.environ.get("SLURM_NNODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+
+
+def get_cpus_per_node() -> int:
+    return int(os.environ.get("SLURM_CPUS_ON_NODE") or os.environ.get("SLURM_CPUS_PER_TASK") or 1)
+
+
+def is_slurm_job() -> bool:
+    return bool(os.environ.get("SLURM_JOB_ID"))
+
+
+def cleanup_old_coordination_dirs(days: float = 7) -> list[Path]:
+    """Remove the run directories below the jobs base that nothing has changed in for ``days`` days."""
+    old = coordination.old_run_dirs(jobs_base(), days, time.time())
+    for path in old:
+        log.info("removing %s", path)
+        coordination.remove_run_dir(path)
+    return old
+
+
+def setup_efa_networking(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What SKYRL_LD_LIBRARY_PATH_EXPORT=1 sets for EFA; nothing otherwise."""
+    if environment.get("SKYRL_LD_LIBRARY_PATH_EXPORT") != "1":
+        return {}
+    return {"FI_PROVIDER": environment.get("FI_PROVIDER") or "efa"}
+
+
+@contextlib.contextmanager
+def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, str]]:
+    """Podman storage of one's own for the block; yields the environment that leads Podman there."""
+    from slurm.lib import podman_storage
+    from slurm.lib.job_environment import first_usable_scratch
+
+    name = job_id or os.environ.get("SLURM_JOB_ID") or f"pid{os.getpid()}"
+    scratch = podman_storage.choose_scratch(first_usable_scratch(os.environ.get("LOCAL_SCRATCH"), os.environ), name)
+    with podman_storage.podman_storage(scratch, name, podman_storage.readable_stores(os.environ)) as storage:
+        yield storage.environment(os.environ)
+
+
+# ---- for shells ------------------------------------------------------------------------------------------------------
+
+
+def _exports(values: Mapping[str, str]) -> str:
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(values.items()))
+
+
+def _value(text: object) -> int:
+    sys.stdout.write(f"{text}\n")
+    return EXIT_OK
+
+
+def _done(_nothing: object) -> int:
+    return EXIT_OK
+
+
+def _seconds(word: str | None) -> float | None:
+    if word is None:
+        return None
+    try:
+        return float(word)
+    except ValueError:
+        raise UsageError(f"{word!r} is not a number of seconds") from None
+
+
+def _number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise UsageError(f"{word!r} is not a whole number") from None
+
+
+Command = Callable[..., int]
+
+# name → (words it takes, what it does); the words in brackets may be left out.
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "create-job-coordination-dir": ("[JOB_ID]", lambda job_id=None: _value(create_job_coordination_dir(job_id))),
+    "get-coordination-dir": ("", lambda: _value(get_coordination_dir())),
+    "write-runtime-url": ("DIR URL", lambda where, url: _done(write_runtime_url(where, url))),
+    "wait-for-runtime-url": (
+        "DIR [SECONDS]",
+        lambda where, seconds=None: _value(wait_for_runtime_url(where, _seconds(seconds))),
+    ),
+    "signal-runtime-ready": ("DIR", lambda where: _done(signal_runtime_ready(where))),
+    "signal-training-complete": (
+        "DIR [EXIT_CODE]",
+        lambda where, code="0": _done(signal_training_complete(where, _number(code))),
+    ),
+    "wait-for-training-complete": (
+        "DIR [SECONDS]",
+        lambda where, seconds=None: _value(wait_for_training_complete(where, _seconds(seconds))),
+    ),
+    "load-env-file": ("FILE", lambda path: _print(_exports(load_env_file(path)))),
+    "load-config": ("NAME|PATH", lambda name: _print(_exports(load_config(name)))),
+    "get-first-node": ("", lambda: _value(get_first_node())),
+    "get-node-count": ("", lambda: _value(get_node_count())),
+    "get-cpus-per-node": ("", lambda: _value(get_cpus_per_node())),
+    "is-slurm-job": ("", lambda: 0 if is_slurm_job() else 1),
+    "setup-efa-networking": ("", lambda: _print(_exports(setup_efa_networking()))),
+    "cleanup-old-coordination-dirs": (
+        "[DAYS]",
+        lambda days="7": _done(cleanup_old_coordination_dirs(_seconds(days) or 0)),
+    ),
+    "log-info": ("WORDS…", lambda *words: _done(log_info(*words))),
+    "log-warn": ("WORDS…", lambda *words: _done(log_warn(*words))),
+    "log-error": ("WORDS…", lambda *words: _done(log_error(*words))),
+    "log-debug": ("WORDS…", lambda *words: _done(log_debug(*words))),
+    "shell-functions": ("", lambda: _print(shell_functions())),
+}
+# These change the calling shell's variables, so its functions evaluate what they print.
+EVALUATED = frozenset({"load-env-file", "load-config", "setup-efa-networking"})
+# Called often; a Python start for each line of log would be felt.
+LOG_LEVELS = {"log-info": "INFO", "log-warn": "WARN", "log-error": "ERROR", "log-debug": "DEBUG"}
+
+
+def _print(text: str) -> int:
+    sys.stdout.write(text)
+    return EXIT_OK
+
+
+def shell_functions() -> str:
+    """Definitions of all helpers for bash, fit for ``set -euo pipefail``."""
+    call = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).resolve()))}"
+    return "".join(_shell_function(name, call) for name in COMMANDS if name != "shell-functions")
+
+
+def _shell_function(name: str, call: str) -> str:
+    function = name.replace("-", "_")
+    if name in LOG_LEVELS:
+        level = LOG_LEVELS[name]
+        guard = '[ "${SKYRL_DEBUG:-0}" = 1 ] || return 0; ' if level == "DEBUG" else ""
+        return f"{function}() {{ {guard}printf '%s [{level}] %s\\n' \"$(date '+%Y-%m-%d %H:%M:%S')\" \"$*\" >&2; }}\n"
+    if name in EVALUATED:
+        return f'{function}() {{ local _skyrl_out; _skyrl_out=$({call} {name} "$@") || return; eval "$_skyrl_out"; }}\n'
+    return f'{function}() {{ {call} {name} "$@"; }}\n'
+
+
+def usage() -> str:
+    lines = [f"  {name} {words}".rstrip() for name, (words, _run) in COMMANDS.items()]
+    return "usage: common.py COMMAND [WORDS]\n" + "\n".join(lines) + "\n"
+
+
+def accepts(words: str, count: int) -> bool:
+    """Whether a command that takes ``words`` can be called with ``count`` of them."""
+    if "…" in words:
+        return True
+    most = len(words.split())
+    return most - words.count("[") <= count <= most
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one helper; the exit codes are those of launch.py."""
+    setup_command_logging()
+    parser = argparse.ArgumentParser(prog="common.py", usage=usage().removeprefix("usage: "), add_help=True)
+    parser.add_argument("command", nargs="?")
+    parser.add_argument("words", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args(argv)
+    if arguments.command not in COMMANDS:
+        sys.stderr.write(usage())
+        return EXIT_USAGE
+    words, command = COMMANDS[arguments.command]
+    try:
+        if not accepts(words, len(arguments.words)):
+            raise UsageError(f"{arguments.command} takes: {words or 'nothing'}")
+        return command(*arguments.words)
+    except SuiteError as problem:
+        log.error("%s", problem)
+        return problem.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

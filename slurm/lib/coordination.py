@@ -1,0 +1,296 @@
+"""How the two jobs meet: names every shared file, publishes each whole, reads them without believing too much.
+
+The directory lies on a shared file system, perhaps NFS, whose clients cache what they saw. So a writer writes beside,
+syncs and renames; a reader lists the directory before it takes an absence as true. Flags carry JSON that names the
+attempt, and one of another attempt is ignored. A flag that a person made with ``touch`` is empty and counts as that
+person's word if it is newer than the attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+from slurm.lib.errors import EnvironmentProblem
+
+STAMP_FORMAT = "%Y%m%d_%H%M%S"
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
+    """Make ``path`` appear whole, with ``mode`` from its first moment: written beside, synced, renamed."""
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as problem:
+        beside.unlink(missing_ok=True)
+        raise EnvironmentProblem(f"cannot write {path}: {problem.strerror}") from None
+
+
+def is_listed(path: Path) -> bool:
+    """Whether the folder's own listing shows ``path``; a listing refreshes what an NFS client believes is absent."""
+    try:
+        with os.scandir(path.parent) as entries:
+            return any(entry.name == path.name for entry in entries)
+    except OSError:
+        return False
+
+
+def read_if_there(path: Path) -> str | None:
+    """The text of a file, or None if there is none (or it cannot be read right now)."""
+    if not is_listed(path):
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def utc_now() -> str:
+    """The time of this host, for people; no decision compares it with another host's."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One job's statement to the other.
+
+    ``job_id`` wrote it on ``host``; ``runtime_job_id`` is the attempt it belongs to (the runtime job that the run is
+    about); ``exit_code`` and ``reason`` say how the writer ended, where it has ended. ``by_hand`` marks an empty flag
+    that a person touched.
+    """
+
+    job_id: str = ""
+    runtime_job_id: str = ""
+    host: str = ""
+    time: str = ""
+    exit_code: int | None = None
+    reason: str = ""
+    by_hand: bool = False
+
+    @staticmethod
+    def of_this_host(job_id: str, runtime_job_id: str, exit_code: int | None = None, reason: str = "") -> Flag:
+        return Flag(job_id, runtime_job_id, socket.gethostname(), utc_now(), exit_code, reason)
+
+    def to_text(self) -> str:
+        return json.dumps({"schema": 1, **{k: v for k, v in asdict(self).items() if k != "by_hand"}}) + "\n"
+
+
+def parse_flag(text: str) -> Flag | None:
+    """The flag that a text holds; None for anything half-written or foreign."""
+    if not text.strip():
+        return Flag(by_hand=True)
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or data.get("schema") != 1:
+        return None
+    known = {field.name: data[field.name] for field in fields(Flag) if field.name in data and field.name != "by_hand"}
+    exit_code = known.get("exit_code")
+    well_formed = (exit_code is None or isinstance(exit_code, int)) and all(
+        isinstance(value, str) for name, value in known.items() if name != "exit_code"
+    )
+    return Flag(**known) if well_formed else None
+
+
+@dataclass(frozen=True)
+class CoordinationDir:
+    """The shared directory of one run; every file in it is a property."""
+
+    path: Path
+
+    @property
+    def runtime_url(self) -> Path:
+        return self.path / "runtime_url.txt"
+
+    @property
+    def runtime_api_key(self) -> Path:
+        return self.path / "runtime_api_key.txt"
+
+    @property
+    def runtime_ready(self) -> Path:
+        return self.path / "runtime_ready.flag"
+
+    @property
+    def runtime_failed(self) -> Path:
+        """Present only if the runtime job ended before the training did; says why."""
+        return self.path / "runtime_failed.flag"
+
+    @property
+    def training_complete(self) -> Path:
+        return self.path / "training_complete.flag"
+
+    @property
+    def run_record(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def secrets(self) -> Path:
+        return self.path / "secrets.json"
+
+    @property
+    def training_env(self) -> Path:
+        return self.path / "training.env"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    def log(self, job: str, job_id: str, suffix: str) -> Path:
+        """The log of ``job`` ("runtime" or "training"), suffix "out" or "err"."""
+        return self.path / f"{job}_{job_id}.{suffix}"
+
+    def heartbeat(self, job: str, job_id: str) -> Path:
+        return self.path / f"heartbeat_{job}_{job_id}.txt"
+
+    def publish_key(self, key: str) -> None:
+        write_atomically(self.runtime_api_key, key + "\n", 0o600)
+
+    def publish_url(self, url: str) -> None:
+        write_atomically(self.runtime_url, url + "\n")
+
+    def publish(self, path: Path, flag: Flag) -> None:
+        write_atomically(path, flag.to_text())
+
+    def read_url(self) -> str | None:
+        return (read_if_there(self.runtime_url) or "").strip() or None
+
+    def read_key(self) -> str | None:
+        return (read_if_there(self.runtime_api_key) or "").strip() or None
+
+
+@dataclass(frozen=True)
+class FlagReader:
+    """Reads one flag for one attempt.
+
+    ``wanted`` says which flags belong to the attempt. Empty flags count only if they changed after ``seen_before``
+    was recorded, so that one left over in a reused directory is not taken for a person's word.
+    """
+
+    path: Path
+    wanted: Callable[[Flag], bool]
+    seen_before: tuple[int, int] | None
+
+    @staticmethod
+    def from_now(path: Path, wanted: Callable[[Flag], bool]) -> FlagReader:
+        """A reader for whom an empty flag that is there already is an old one."""
+        return FlagReader(path, wanted, _identity(path))
+
+    @staticmethod
+    def of_new_directory(path: Path, wanted: Callable[[Flag], bool]) -> FlagReader:
+        """A reader for a directory made for this attempt, in which every flag is the attempt's own."""
+        return FlagReader(path, wanted, None)
+
+    def read(self) -> Flag | None:
+        text = read_if_there(self.path)
+        flag = None if text is None else parse_flag(text)
+        if flag is None:
+            return None
+        if flag.by_hand:
+            return flag if _identity(self.path) != self.seen_before else None
+        return flag if self.wanted(flag) else None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+class Counter:
+    """A heartbeat in the directory, for partners that share no HTTP server: a number that grows.
+
+    The reader looks only at whether the number changed since it last looked, by its own clock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._count = 0
+
+    def beat(self) -> None:
+        self._count += 1
+        with contextlib.suppress(EnvironmentProblem):  # a full disk must not end a run whose partner is well
+            write_atomically(self.path, f"{self._count}\n")
+
+
+class CounterWatch:
+    """How long ago a partner's counter last changed, by this host's monotonic clock."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path = path
+        self._clock = clock
+        self._last: str | None = None
+        self._changed_at: float | None = None
+
+    def age_s(self) -> float | None:
+        """Seconds since the last change was seen; None if there never was one."""
+        text = read_if_there(self.path)
+        if text is not None and text != self._last:
+            self._last, self._changed_at = text, self._clock()
+        return None if self._changed_at is None else self._clock() - self._changed_at
+
+
+def make_run_dir(path: Path) -> CoordinationDir:
+    """Make the directory of a run, readable by its owner alone; its parents as the umask says."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    except OSError as problem:
+        raise EnvironmentProblem(
+            f"cannot make the run directory {path}: {problem.strerror}; set SKYRL_JOBS_BASE to a folder on shared "
+            "storage that you can write"
+        ) from None
+    return CoordinationDir(path)
+
+
+def old_run_dirs(base: Path, days: float, now: float) -> list[Path]:
+    """The run directories below ``base`` that nothing has changed in for ``days`` days; never another folder."""
+    if not base.is_dir():
+        return []
+    runs = [path for path in sorted(base.iterdir()) if is_run_dir(path)]
+    return [path for path in runs if now - _last_change(path) > days * 86400]
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether a folder is one of ours: by its name and by what lies in it."""
+    stamp, _, job_id = path.name.rpartition("_")
+    try:
+        datetime.strptime(stamp, STAMP_FORMAT)
+    except ValueError:
+        return False
+    directory = CoordinationDir(path)
+    marks = (directory.run_record, directory.runtime_url, directory.training_complete)
+    return bool(job_id) and path.is_dir() and not path.is_symlink() and any(mark.exists() for mark in marks)
+
+
+def _last_change(path: Path) -> float:
+    return max(entry.stat(follow_symlinks=False).st_mtime for entry in [path, *path.iterdir()])
+
+
+def remove_run_dir(path: Path) -> None:
+    """Remove a run directory with everything in it."""
+    shutil.rmtree(path, ignore_errors=True)

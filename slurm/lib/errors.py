@@ -1,0 +1,82 @@
+"""The errors a person may see, each with its sentence, and the exit codes of every command.
+
+A message says what happened, where, and what to do next. One function at each command's edge prints it and ends
+with ``exit_code``; nothing in between catches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_USAGE = 2  # the command line or the configuration is wrong; nothing was created or submitted
+EXIT_UNAVAILABLE = 69  # the partner job is gone or never became ready (EX_UNAVAILABLE)
+EXIT_INTERNAL = 70  # a fault of this suite (EX_SOFTWARE)
+EXIT_ENVIRONMENT = 71  # something this machine lacks: an interpreter, Podman, a folder (EX_OSERR)
+EXIT_SUBMISSION = 73  # Slurm refused or did not answer; whatever was submitted has been cancelled (EX_CANTCREAT)
+EXIT_TIMEOUT = 75  # a deadline of ours passed (EX_TEMPFAIL)
+EXIT_SIGNAL_BASE = 128  # ended by signal N: 128 + N, as shells count
+
+
+class SuiteError(Exception):
+    """Base of every error meant for a person; ``str()`` is the whole message."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class UsageError(SuiteError):
+    """The command line asks for something impossible."""
+
+    exit_code = EXIT_USAGE
+
+
+class EnvironmentProblem(SuiteError):
+    """This machine lacks something that the run needs; the message names it and how to get it."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class SubmissionError(SuiteError):
+    """Slurm did not take the jobs; what had been submitted is cancelled."""
+
+    exit_code = EXIT_SUBMISSION
+
+
+class PartnerGone(SuiteError):
+    """The other job of the run has ended, said that it failed, or cannot be reached."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class WaitTimeout(SuiteError):
+    """A wait reached its deadline; the message says for what, how long, and what was seen last."""
+
+    exit_code = EXIT_TIMEOUT
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration.
+
+    ``where`` is ``FILE:LINE``, ``--set KEY=VALUE`` or ``environment``; ``what`` a sentence naming key, value and
+    what would be right.
+    """
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class ConfigError(SuiteError):
+    """All mistakes of a configuration, reported together."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        lines = [f"{len(self.problems)} {noun} in the configuration; nothing was created or submitted:"]
+        super().__init__("\n".join(lines + [f"  {problem}" for problem in self.problems]))

@@ -1,0 +1,116 @@
+"""What both job bodies begin with: who am I, where do we meet, what was asked for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from slurm.lib.config import LoadedConfig, load_config
+from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, make_run_dir
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.logs import log
+from slurm.lib.run_record import read_secrets
+from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
+from slurm.lib.settings import Settings
+
+LOCAL_JOBS_NAME = "SKYRL_LOCAL_JOBS"
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """A running job: its id, its coordination directory, its settings, its environment with the run's secrets.
+
+    ``own_dir`` is true where the directory was made for this attempt, so that all in it belongs to it.
+    """
+
+    job_id: str
+    directory: CoordinationDir
+    settings: Settings
+    environment: Mapping[str, str]
+    scheduler: Scheduler
+    code: Path
+    own_dir: bool
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.scheduler, LocalJobs)
+
+
+def own_job_id(environment: Mapping[str, str]) -> str:
+    """Slurm's id of this job; for a process that Slurm did not start, one made of host and pid."""
+    return environment.get("SKYRL_JOB_ID") or environment.get("SLURM_JOB_ID") or f"pid{os.getpid()}"
+
+
+def code_folder() -> Path:
+    """The folder that this code runs from: the run's own copy, or a checkout."""
+    return Path(__file__).resolve().parent.parent.parent
+
+
+def load_job_config(config: str | None, overrides: Sequence[str], environment: Mapping[str, str]) -> LoadedConfig:
+    """The settings of a job: --config and --set where given, else what launch.py put into the environment."""
+    code = code_folder()
+    checkout = Path(environment.get("SKYRL_CHECKOUT") or code)
+    return load_config(config, overrides, environment, code / "slurm" / "config", datetime.now(), checkout.parent)
+
+
+def context(
+    kind: str, config: str | None, overrides: Sequence[str], coord_dir: str | None, environment: Mapping[str, str]
+) -> JobContext:
+    """The context of the job that this process is the body of."""
+    job_id = own_job_id(environment)
+    launched = bool(environment.get("SKYRL_CODE_DIR"))
+    named = coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or None
+    loaded = load_job_config(config, overrides, environment)
+    for warning in loaded.warnings:
+        log.debug("%s", warning)
+    directory = _existing(named) if named else _made(loaded.settings, job_id)
+    scheduler = _scheduler(environment)
+    if not launched:
+        _link_logs(kind, job_id, directory, scheduler)
+    return JobContext(
+        job_id=job_id,
+        directory=directory,
+        settings=loaded.settings,
+        environment={**environment, **loaded.exported, **read_secrets(directory)},
+        scheduler=scheduler,
+        code=code_folder(),
+        own_dir=launched or not named,
+    )
+
+
+def _scheduler(environment: Mapping[str, str]) -> Scheduler:
+    local = environment.get(LOCAL_JOBS_NAME)
+    return Slurm() if local is None else LocalJobs(Path(local))
+
+
+def _existing(name: str) -> CoordinationDir:
+    path = Path(name).absolute()
+    if not path.is_dir():
+        raise EnvironmentProblem(
+            f"the coordination directory {path} does not exist on {socket.gethostname()}; the launch was taken back, "
+            "or SKYRL_JOBS_BASE is not on storage that this node shares"
+        )
+    return CoordinationDir(path)
+
+
+def _made(settings: Settings, job_id: str) -> CoordinationDir:
+    """A directory of this job's own, for one that was submitted directly."""
+    directory = make_run_dir(settings.skyrl_jobs_base / f"{time.strftime(STAMP_FORMAT)}_{job_id}")
+    log.info("coordination directory: %s", directory.path)
+    return directory
+
+
+def _link_logs(kind: str, job_id: str, directory: CoordinationDir, scheduler: Scheduler) -> None:
+    """For a job submitted directly, whose logs lie where its submitter's folder is: names where people look."""
+    if not isinstance(scheduler, Slurm):
+        return
+    for field, suffix in (("StdOut", "out"), ("StdErr", "err")):
+        target = scheduler.detail(job_id, field)
+        link = directory.log(kind, job_id, suffix)
+        if target and not os.path.lexists(link):
+            link.symlink_to(target)

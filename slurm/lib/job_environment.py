@@ -1,0 +1,51 @@
+"""What the jobs find in their environment: functions from environment to environment, one reason each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Read by Slurm's commands, and set by people on purpose (sbatch(1), squeue(1), INPUT ENVIRONMENT VARIABLES).
+KEPT_SLURM_NAMES = frozenset(
+    {
+        "SLURM_CONF",
+        "SLURM_CLUSTERS",
+        "SLURM_TIME_FORMAT",
+        "SLURM_BITSTR_LEN",
+        "SLURM_DEBUG_FLAGS",
+        "SLURM_RUNTIME_DIR",  # ours: a user's own slurm-remote-runtime
+    }
+)
+# Set by Slurm inside an allocation for its steps; in another job they bind to CPUs that are not there.
+DROPPED_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SLURM_PMI", "PMI_", "PMIX_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+# Devices that Slurm gave to the surrounding job, not to the one being submitted.
+DEVICE_NAMES = frozenset({"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"})
+
+
+def without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment less what Slurm set in a surrounding allocation.
+
+    Without this a launch inside ``salloc`` hands the allocation's id, CPU binding and GPUs to the new jobs. What a
+    person sets for Slurm's commands stays: SBATCH_ACCOUNT, SBATCH_QOS, SLURM_CONF and the like.
+    """
+    inside = "SLURM_JOB_ID" in environment
+
+    def dropped(name: str) -> bool:
+        slurms = name.startswith(DROPPED_PREFIXES) and name not in KEPT_SLURM_NAMES
+        return slurms or (inside and name in DEVICE_NAMES)
+
+    return {name: value for name, value in environment.items() if not dropped(name)}
+
+
+def without_proxy(environment: Mapping[str, str], host: str) -> dict[str, str]:
+    """The environment with ``host`` exempt from any HTTP proxy: the runtime's server is inside the cluster."""
+    result = dict(environment)
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [entry for entry in result.get(name, "").split(",") if entry]
+        result[name] = ",".join([*hosts, *([host] if host not in hosts else [])])
+    return result
+
+
+def first_usable_scratch(local_scratch: str | None, environment: Mapping[str, str]) -> list[str]:
+    """The folders to try for node-local files, in order: LOCAL_SCRATCH, SLURM_TMPDIR, TMPDIR, /tmp."""
+    named = [local_scratch, environment.get("SLURM_TMPDIR"), environment.get("TMPDIR"), "/tmp"]
+    return [folder for folder in named if folder]

@@ -1,0 +1,61 @@
+"""How a line of log looks, and where it goes.
+
+Commands log to stderr, so that stdout carries values only. Job bodies log to stdout, which Slurm writes into their
+``.out`` (what users ``tail -f``), and repeat warnings and errors on stderr, their ``.err``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+FORMAT = "%(asctime)s [%(levelname)s] %(message)s"
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+COLOURS = {"DEBUG": "\x1b[2m", "INFO": "\x1b[32m", "WARN": "\x1b[33m", "ERROR": "\x1b[31m"}
+
+logging.addLevelName(logging.WARNING, "WARN")
+log = logging.getLogger("skyrl")
+
+
+def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Colour only on a terminal, and never where NO_COLOR is set (https://no-color.org)."""
+    return not environment.get("NO_COLOR") and stream.isatty()
+
+
+class ColourFormatter(logging.Formatter):
+    """The plain format with the level in colour."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        level = f"[{record.levelname}]"
+        return line.replace(level, f"{COLOURS.get(record.levelname, '')}{level}\x1b[0m", 1)
+
+
+def debug_wanted(environment: Mapping[str, str] = os.environ) -> bool:
+    """SKYRL_DEBUG, read as the bash suite did: 1 (or true, yes, on) turns debug lines on."""
+    return environment.get("SKYRL_DEBUG", "").lower() in {"1", "true", "yes", "on"}
+
+
+def _handler(stream: TextIO, level: int) -> logging.Handler:
+    handler = logging.StreamHandler(stream)
+    formatter = ColourFormatter if wants_colour(stream) else logging.Formatter
+    handler.setFormatter(formatter(FORMAT, TIME_FORMAT))
+    handler.setLevel(level)
+    return handler
+
+
+def setup_command_logging(debug: bool = False) -> None:
+    """Logging of a command: everything to stderr."""
+    log.handlers[:] = [_handler(sys.stderr, logging.DEBUG)]
+    log.setLevel(logging.DEBUG if debug or debug_wanted() else logging.INFO)
+    log.propagate = False
+
+
+def setup_job_logging(debug: bool = False) -> None:
+    """Logging of a job body: everything to stdout, warnings and errors to stderr too."""
+    log.handlers[:] = [_handler(sys.stdout, logging.DEBUG), _handler(sys.stderr, logging.WARNING)]
+    log.setLevel(logging.DEBUG if debug or debug_wanted() else logging.INFO)
+    log.propagate = False

@@ -1,0 +1,67 @@
+"""Is the other job of the run still there? The one place that decides that it is gone.
+
+Two witnesses are heard. The heartbeat is cheap and quick, but silence may be the network's; Slurm knows, but must not
+be asked often. So Slurm is asked when the heartbeat has fallen silent, and otherwise at most once a minute. Neither
+alone ends a run: not a silent heartbeat while Slurm says RUNNING, not a silent Slurm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from slurm.lib.scheduler import JobStatus, Scheduler
+
+SILENT_AFTER_S = 4.0  # two beats and a half of the partner
+ASK_WHEN_SILENT_S = (5.0, 5.0, 5.0, 10.0, 20.0)  # seconds to the next question while the silence lasts
+ASK_OTHERWISE_S = 60.0  # sites forbid polling their controller more often
+
+
+@dataclass
+class PartnerWatch:
+    """Watches one partner job.
+
+    ``heartbeat_age_s`` tells how long ago the partner was last heard of, None if never (then it counts as silent only
+    once ``expected`` is set, as a job that has not started does not beat).
+    """
+
+    kind: str
+    job_id: str
+    scheduler: Scheduler
+    heartbeat_age_s: Callable[[], float | None]
+    expected: bool = False
+    clock: Callable[[], float] = time.monotonic
+    _asked_at: float = field(default=0.0, init=False)
+    _asked_in_silence: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._asked_at = self.clock()
+
+    def is_silent(self) -> bool:
+        age = self.heartbeat_age_s()
+        return self.expected if age is None else age > SILENT_AFTER_S
+
+    def gone(self) -> str | None:
+        """Why the partner is gone, as a sentence, or None while it may be there."""
+        if not self.job_id:
+            return None
+        silent = self.is_silent()
+        self._asked_in_silence = self._asked_in_silence if silent else 0
+        if self.clock() - self._asked_at < self._patience_s(silent):
+            return None
+        self._asked_in_silence += silent
+        self._asked_at = self.clock()
+        return verdict(self.kind, self.job_id, self.scheduler.status(self.job_id))
+
+    def _patience_s(self, silent: bool) -> float:
+        if not silent:
+            return ASK_OTHERWISE_S
+        return ASK_WHEN_SILENT_S[min(self._asked_in_silence, len(ASK_WHEN_SILENT_S) - 1)]
+
+
+def verdict(kind: str, job_id: str, status: JobStatus) -> str | None:
+    """The sentence for a final status, None for any other."""
+    if not status.state.is_final:
+        return None
+    return f"the {kind} job {job_id} is gone: {status.state.value} ({status.words})"

@@ -1,0 +1,279 @@
+"""What a launch will do, as a value: settings → ``LaunchPlan``; touches nothing.
+
+``--dry-run`` prints a plan, submitting carries out the same plan. The one thing that a plan cannot know, the runtime
+job's id, stands in it as ``<runtime job id>``; Slurm fills in ``%j`` by itself.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from slurm.lib.config import LoadedConfig
+from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
+from slurm.lib.job_environment import without_slurm
+from slurm.lib.secrets import is_secret_name, mask_values, masked
+from slurm.lib.settings import Settings
+from slurm.lib.trainer import trainer_of
+
+RUNTIME_ID = "<runtime job id>"
+OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
+KEY_NAME = "ALLHANDS_API_KEY"
+URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for beside the configuration.
+
+    ``attach_dir`` is the directory of a running runtime job to join, ``runtime_url`` the address of any other server.
+    """
+
+    runtime: bool = True
+    training: bool = True
+    attach_dir: Path | None = None
+    runtime_url: str | None = None
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """One job: what Slurm is told, and the environment that goes with it (over the launch's common one)."""
+
+    kind: str
+    argv: tuple[str, ...]
+    script: Path
+    directory: str
+    environment: Mapping[str, str]
+
+    def with_runtime_id(self, job_id: str) -> JobPlan:
+        """The same job with the runtime job's id filled in."""
+        return replace(
+            self,
+            argv=tuple(word.replace(RUNTIME_ID, job_id) for word in self.argv),
+            directory=self.directory.replace(RUNTIME_ID, job_id),
+            environment={name: value.replace(RUNTIME_ID, job_id) for name, value in self.environment.items()},
+        )
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything that a launch will do.
+
+    ``environment`` is what both jobs get (secrets taken out), ``secrets`` what reaches them by a 0600 file.
+    ``directory`` is the run's directory, with the id of its first job still open.
+    """
+
+    config: LoadedConfig
+    request: Request
+    stamp: str
+    directory: str
+    runtime: JobPlan | None
+    training: JobPlan | None
+    environment: Mapping[str, str]
+    inherited: Mapping[str, str]
+    secrets: Mapping[str, str]
+
+    @property
+    def settings(self) -> Settings:
+        return self.config.settings
+
+    @property
+    def jobs(self) -> tuple[JobPlan, ...]:
+        return tuple(job for job in (self.runtime, self.training) if job)
+
+
+def _options(pairs: Iterable[tuple[str, object]]) -> tuple[str, ...]:
+    return tuple(f"--{name}={value}" for name, value in pairs if value not in (None, "", ()))
+
+
+def _literal(path: str) -> str:
+    """A path as Slurm's file name pattern takes it: a per cent sign of its own is doubled."""
+    return path.replace("%", "%%")
+
+
+def _site_options(settings: Settings) -> tuple[str, ...]:
+    return _options(
+        [
+            ("account", settings.account),
+            ("qos", settings.qos),
+            ("constraint", settings.constraint),
+            ("reservation", settings.reservation),
+            ("exclude", settings.exclude_nodes),
+            ("time", settings.time_limit),
+        ]
+    )
+
+
+def _logs(kind: str, base: Path, directory: str) -> tuple[str, ...]:
+    """Log paths below the run's directory, which need not exist before the job starts."""
+    folder = f"{_literal(str(base))}/{directory}"
+    return _options(
+        [(stream, f"{folder}/{kind}_%j.{suffix}") for stream, suffix in (("output", "out"), ("error", "err"))]
+    )
+
+
+def runtime_options(settings: Settings) -> tuple[str, ...]:
+    """The resources of the runtime job."""
+    pairs = [
+        ("job-name", "skyrl-runtime"),
+        ("partition", settings.cpu_partition),
+        ("nodes", 1),
+        ("ntasks", 1),
+        ("cpus-per-task", settings.cpus_for_runtime),
+        ("mem", settings.runtime_memory),
+    ]
+    return _options(pairs) + _site_options(settings) + settings.cpu_sbatch_args
+
+
+def training_options(settings: Settings) -> tuple[str, ...]:
+    """The resources of the training job."""
+    gpu = f"gpu:{settings.gpu_type}" if settings.gpu_type else "gpu"
+    pairs = [
+        ("job-name", "skyrl-train"),
+        ("partition", settings.gpu_partition),
+        ("nodes", settings.gpu_nodes),
+        ("ntasks-per-node", 1),
+        ("gres", f"{gpu}:{settings.gpus_per_node}" if settings.gpus_per_node else None),
+        ("cpus-per-task", settings.training_cpus),
+        ("mem", settings.training_memory),
+    ]
+    return _options(pairs) + _site_options(settings) + settings.gpu_sbatch_args
+
+
+SBATCH = ("sbatch", "--parsable", "--no-requeue", "--export=ALL")
+
+
+def split_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What may stand in a job's environment as Slurm keeps it, and the secrets, which go by a file."""
+    secrets = {name: value for name, value in environment.items() if is_secret_name(name) and value}
+    return {name: value for name, value in environment.items() if name not in secrets}, secrets
+
+
+def _job_environment(kind: str, base: Path, directory: str, checkout: Path, python: str) -> dict[str, str]:
+    return {
+        "SKYRL_COORD_DIR": f"{base}/{directory}",
+        "SKYRL_CODE_DIR": f"{base}/{directory}/code",
+        "SKYRL_CHECKOUT": str(checkout),
+        "SKYRL_PYTHON": python,
+    }
+
+
+def make_plan(
+    config: LoadedConfig,
+    request: Request,
+    environment: Mapping[str, str],
+    checkout: Path,
+    python: str,
+    now: datetime,
+) -> LaunchPlan:
+    """The plan for these settings; pure."""
+    settings = config.settings
+    stamp = now.strftime(STAMP_FORMAT)
+    from_shell, shell_secrets = split_environment(without_slurm(environment))
+    ours, own_secrets = split_environment({**config.exported, **settings.as_environment()})
+    secrets = {**shell_secrets, **own_secrets}
+    inherited = {name: value for name, value in from_shell.items() if name not in ours}
+    builder = _Builder(settings, request, stamp, checkout, python)
+    return LaunchPlan(
+        config=config,
+        request=request,
+        stamp=stamp,
+        directory=builder.shown_directory(),
+        runtime=builder.runtime() if request.runtime else None,
+        training=builder.training() if request.training else None,
+        environment=ours,
+        inherited=inherited,
+        secrets=secrets,
+    )
+
+
+@dataclass(frozen=True)
+class _Builder:
+    settings: Settings
+    request: Request
+    stamp: str
+    checkout: Path
+    python: str
+
+    @property
+    def base(self) -> Path:
+        attach = self.request.attach_dir
+        return attach.parent if attach else self.settings.skyrl_jobs_base
+
+    def directory_of(self, job_id: str) -> str:
+        return self.request.attach_dir.name if self.request.attach_dir else f"{self.stamp}_{job_id}"
+
+    def shown_directory(self) -> str:
+        job_id = RUNTIME_ID if self.request.runtime else "<training job id>"
+        return f"{self.base}/{self.directory_of(job_id)}"
+
+    def script(self, name: str) -> Path:
+        return self.checkout / "slurm" / "jobs" / name
+
+    def runtime(self) -> JobPlan:
+        directory = self.directory_of(OWN_ID)
+        script = self.script("runtime_server.py")
+        options = runtime_options(self.settings) + _logs("runtime", self.base, directory)
+        environment = _job_environment("runtime", self.base, directory, self.checkout, self.python)
+        return JobPlan(
+            "runtime", (*SBATCH, "--hold", *options, str(script)), script, f"{self.base}/{directory}", environment
+        )
+
+    def training(self) -> JobPlan:
+        """With a runtime job of its own it waits for that one's start, so that it never holds GPUs before."""
+        paired = self.request.runtime
+        directory = self.directory_of(RUNTIME_ID if paired else OWN_ID)
+        script = self.script("verl_training.py")
+        first = (f"--dependency=after:{RUNTIME_ID}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
+        options = training_options(self.settings) + _logs("training", self.base, directory)
+        environment = _job_environment("training", self.base, directory, self.checkout, self.python)
+        environment |= {"SKYRL_RUNTIME_JOB_ID": RUNTIME_ID} if paired else {}
+        return JobPlan(
+            "training", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
+        )
+
+
+def shown(plan: LaunchPlan) -> str:
+    """The plan for people: command lines, environment, trainer, directory; secrets masked."""
+    sections = [
+        *_command_lines(plan),
+        *_environment_lines(plan),
+        *_trainer_lines(plan),
+        f"run directory: {plan.directory}",
+    ]
+    return mask_values("\n".join(sections), frozenset(plan.secrets.values())) + "\n"
+
+
+def _command_lines(plan: LaunchPlan) -> list[str]:
+    lines = []
+    for job in plan.jobs:
+        lines += [f"# {job.kind} job", _readable(job.argv), ""]
+    released = [RUNTIME_ID] if plan.runtime else ["<training job id>"]
+    return [*lines, "# then, with the run directory complete", f"scontrol release {shlex.quote(released[0])}", ""]
+
+
+def _readable(argv: tuple[str, ...]) -> str:
+    """A command line that a shell would take, a word of it a line."""
+    return " \\\n    ".join(shlex.quote(word) for word in argv)
+
+
+def _environment_lines(plan: LaunchPlan) -> list[str]:
+    lines = ["# environment of the jobs: set by this launch"]
+    own: dict[str, str] = dict(plan.environment)
+    for job in plan.jobs:
+        own |= job.environment
+    lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(masked(own).items())]
+    lines += [f"{name}=***  (by a 0600 file)" for name in sorted(plan.secrets)]
+    lines += ["", "# environment of the jobs: passed on from this shell"]
+    lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(masked(plan.inherited).items())]
+    return [*lines, ""]
+
+
+def _trainer_lines(plan: LaunchPlan) -> list[str]:
+    if not plan.training:
+        return []
+    trainer = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)))
+    return [f"# the trainer, in {trainer.cwd}", _readable(trainer.argv), ""]

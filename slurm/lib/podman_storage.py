@@ -1,0 +1,389 @@
+"""Podman storage of one job: makes it on node-local disk, hands out its environment, removes exactly that.
+
+Every process of a rootless store lives in one user namespace of its own, made by the first Podman that used the
+store. That is how the end is quick and complete whatever the number of sandboxes: all processes of that namespace
+are killed, then the files go. A lock held by the owner tells a living job's store from a dead one's; the next job of
+the same user on the node removes what a dead one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.lib.coordination import utc_now
+from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.logs import log
+from slurm.lib.processes import run
+
+PREFIX = "skyrl"
+# A unix socket's path ends at 107 bytes (unix(7)); conmon puts up to 60 more below the store's runtime folder.
+LONGEST_ROOT = 45
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.sshfs", "9p"}
+)
+REMOVE_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class PodmanStorage:
+    """The store of one job, all of it below ``root``."""
+
+    root: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.root / "podman.sock"
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def runtime_dir(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def graphroot(self) -> Path:
+        return self.root / "data" / "containers" / "storage"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "owner.lock"
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """``base`` with everything that points Podman at this store and nothing else."""
+        return {
+            **base,
+            "XDG_RUNTIME_DIR": str(self.runtime_dir),
+            "XDG_DATA_HOME": str(self.root / "data"),
+            "TMPDIR": str(self.root / "tmp"),
+            "CONTAINERS_STORAGE_CONF": str(self.root / "storage.conf"),
+            "CONTAINERS_CONF": str(self.root / "containers.conf"),
+            "CONTAINERS_CONF_OVERRIDE": str(self.root / "containers.conf"),  # wins from Podman 4.6 on
+            "DOCKER_HOST": self.url,
+        }
+
+
+def storage_conf(storage: PodmanStorage, image_stores: Sequence[Path]) -> str:
+    """storage.conf: overlay on this job's own folders, with further stores to read images from."""
+    stores = ", ".join(json.dumps(str(path)) for path in image_stores)
+    return (
+        "[storage]\n"
+        'driver = "overlay"\n'
+        f"graphroot = {json.dumps(str(storage.graphroot))}\n"
+        f"runroot = {json.dumps(str(storage.runtime_dir / 'containers'))}\n"
+        "[storage.options]\n"
+        f"additionalimagestores = [{stores}]\n"
+    )
+
+
+def containers_conf(storage: PodmanStorage, runtime: str | None) -> str:
+    """containers.conf: no systemd, no journal, and locks of its own.
+
+    Podman's default locks lie in one shared memory segment for all stores of a user, which a new store resets: two
+    jobs of one user on a node would share locks.
+    """
+    lines = ["[engine]", 'cgroup_manager = "cgroupfs"', 'events_logger = "file"', 'lock_type = "file"']
+    lines += [f"runtime = {json.dumps(runtime)}"] if runtime else []
+    if os.geteuid() == 0:
+        lines += [f"tmp_dir = {json.dumps(str(storage.runtime_dir / 'libpod'))}"]
+    return "\n".join([*lines, ""])
+
+
+def preferred_runtime() -> str | None:
+    """crun where it works, else runc, else Podman's own choice; crun 1.8 refuses hybrid cgroup hierarchies."""
+    hybrid = Path("/sys/fs/cgroup/unified").is_dir()
+    names = ["runc", "crun"] if hybrid else ["crun", "runc"]
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that holds ``path``, from /proc/self/mountinfo."""
+    best, kind = "", "unknown"
+    resolved = str(path.resolve())
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, tail = line.partition(" - ")
+        mount = fields.split()[4].replace("\\040", " ")
+        inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, tail.split()[0]
+    return kind
+
+
+def choose_scratch(candidates: Sequence[str], job_id: str) -> Path:
+    """The first folder that a store can lie in; ``EnvironmentProblem`` names what is wrong with each."""
+    faults = []
+    for name in candidates:
+        fault = _scratch_fault(Path(name), job_id)
+        if fault is None:
+            return Path(name)
+        faults.append(f"{name}: {fault}")
+    raise EnvironmentProblem(
+        f"no folder for Podman storage on {socket.gethostname()}: {'; '.join(faults)}. "
+        "Set LOCAL_SCRATCH to a folder on this node's own disk"
+    )
+
+
+def _scratch_fault(folder: Path, job_id: str) -> str | None:
+    if not folder.is_dir():
+        return "does not exist"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "not writable"
+    if file_system_of(folder) in NETWORK_FILE_SYSTEMS:
+        return f"lies on {file_system_of(folder)}, where Podman cannot keep containers"
+    if len(str(_root_of(folder, job_id))) > LONGEST_ROOT:
+        return f"path too long for Podman's sockets (room for {LONGEST_ROOT} characters with the job's name)"
+    return None
+
+
+def _root_of(scratch: Path, job_id: str) -> Path:
+    return scratch / f"{PREFIX}-{os.getuid()}-{job_id}"
+
+
+def user_image_store(environment: Mapping[str, str]) -> tuple[Path, str] | None:
+    """The user's own default store and its driver, if images lie in it; nothing is started or created to find out."""
+    data_home = environment.get("XDG_DATA_HOME") or f"{environment.get('HOME', '/nonexistent')}/.local/share"
+    default = Path("/var/lib/containers/storage") if os.geteuid() == 0 else Path(data_home) / "containers" / "storage"
+    graphroot = _configured_graphroot(environment) or default
+    for driver in ("overlay", "vfs"):
+        if (graphroot / f"{driver}-images" / "images.json").is_file():
+            return graphroot, driver
+    return None
+
+
+def _configured_graphroot(environment: Mapping[str, str]) -> Path | None:
+    config_home = environment.get("XDG_CONFIG_HOME") or f"{environment.get('HOME', '/nonexistent')}/.config"
+    own = environment.get("CONTAINERS_STORAGE_CONF") or f"{config_home}/containers/storage.conf"
+    for line in Path(own).read_text().splitlines() if Path(own).is_file() else []:
+        key, _, value = line.partition("=")
+        if key.strip() == "graphroot":
+            return Path(os.path.expandvars(value.strip().strip('"')))
+    return None
+
+
+def image_names(graphroot: Path, driver: str) -> frozenset[str]:
+    """The names of the images in a store, read from its index."""
+    try:
+        images = json.loads((graphroot / f"{driver}-images" / "images.json").read_text())
+        return frozenset(name for image in images for name in image.get("names") or [])
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def readable_stores(environment: Mapping[str, str]) -> list[Path]:
+    """The stores that this job's store may read images from: the user's own, where it is overlay on a local disk."""
+    found = user_image_store(environment)
+    if found is None or found[1] != "overlay" or file_system_of(found[0]) in NETWORK_FILE_SYSTEMS:
+        return []
+    return [found[0]]
+
+
+@contextlib.contextmanager
+def podman_storage(scratch: Path, job_id: str, image_stores: Sequence[Path]) -> Iterator[PodmanStorage]:
+    """The store of job ``job_id`` below ``scratch``: made here, and with all its processes gone afterwards."""
+    sweep(scratch)
+    storage = PodmanStorage(_root_of(scratch, job_id))
+    with _made_and_locked(storage, image_stores):
+        try:
+            yield storage
+        finally:
+            remove(storage)
+
+
+@contextlib.contextmanager
+def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path]) -> Iterator[None]:
+    """Made under another name and locked before it gets its own, so that no sweep takes it for a dead job's."""
+    try:
+        making = Path(tempfile.mkdtemp(prefix=f".{storage.root.name}.", dir=storage.root.parent))
+        with (making / storage.lock.name).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now()}))
+            lock.flush()
+            making.rename(storage.root)
+            _furnish(storage, image_stores)
+            yield
+    except OSError as problem:
+        if problem.filename is None or not str(problem.filename).startswith(str(storage.root.parent)):
+            raise
+        raise EnvironmentProblem(
+            f"cannot make Podman storage {storage.root}: {problem.strerror}; see LOCAL_SCRATCH"
+        ) from None
+
+
+def _furnish(storage: PodmanStorage, image_stores: Sequence[Path]) -> None:
+    for folder in (storage.runtime_dir, storage.root / "tmp", storage.graphroot):
+        folder.mkdir(mode=0o700, parents=True)
+    (storage.root / "storage.conf").write_text(storage_conf(storage, image_stores))
+    (storage.root / "containers.conf").write_text(containers_conf(storage, preferred_runtime()))
+
+
+def _namespace(pid: int | str) -> str | None:
+    with contextlib.suppress(OSError):
+        return str(Path(f"/proc/{pid}/ns/user").readlink())
+    return None
+
+
+def _mentions(pid: int, marker: bytes) -> bool:
+    for source in ("environ", "cmdline"):
+        with contextlib.suppress(OSError):
+            if marker in Path(f"/proc/{pid}/{source}").read_bytes():
+                return True
+    return False
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+
+
+def _parents() -> dict[int, int]:
+    parents = {}
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return parents
+
+
+def processes_of(storage: PodmanStorage) -> list[int]:
+    """Every process of the store: Podman, conmon, port forwarders, and all that runs in its containers.
+
+    As an ordinary user: all processes in the user namespaces of those that name the store in environment or command
+    line. As root there is no such namespace; there it is conmon and Podman themselves and what descends from them.
+    """
+    marker = f"{storage.root}/".encode()
+    named = [pid for pid in _pids() if _mentions(pid, marker)]
+    if os.geteuid() != 0:
+        spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
+        return [pid for pid in _pids() if _namespace(pid) in spaces]
+    engine = {pid for pid in named if _command_name(pid) in {"podman", "conmon", "netavark", "aardvark-dns"}}
+    return sorted(engine | _descendants(engine))
+
+
+def _command_name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def _descendants(roots: set[int]) -> set[int]:
+    parents = _parents()
+    found = set(roots)
+    while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return found - roots
+
+
+def kill_processes(storage: PodmanStorage, deadline_s: float = 3.0) -> None:
+    """Kill every process of the store, and look again until none is left or the deadline has passed."""
+    end = time.monotonic() + deadline_s
+    while (pids := [pid for pid in processes_of(storage) if not _is_zombie(pid)]) and time.monotonic() < end:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _is_zombie(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return True
+
+
+def remove(storage: PodmanStorage) -> None:
+    """End the store: kill its processes, then remove its files. Says so if something had to be left."""
+    if os.geteuid() == 0:
+        _remove_containers_as_root(storage)
+    kill_processes(storage)
+    _unmount_below(storage.root)
+    shutil.rmtree(storage.graphroot.parent, ignore_errors=True)
+    if storage.graphroot.parent.exists():
+        _remove_in_namespace(storage.graphroot.parent)
+    shutil.rmtree(storage.root, ignore_errors=True)
+    if storage.root.exists():
+        log.warning("could not remove all of %s; the next job of yours on this node will try again", storage.root)
+
+
+def _remove_containers_as_root(storage: PodmanStorage) -> None:
+    """As root containers have networks and mounts outside any namespace of ours; Podman itself undoes those."""
+    if not (storage.graphroot / "overlay-containers").is_dir():
+        return
+    environment = storage.environment(os.environ)
+    environment.pop("DOCKER_HOST")
+    with contextlib.suppress(EnvironmentProblem, WaitTimeout):
+        run(["podman", "rm", "--all", "--force", "--time", "0"], timeout_s=REMOVE_TIMEOUT_S, environment=environment)
+
+
+def _unmount_below(root: Path) -> None:
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        mount = line.split()[4].replace("\\040", " ")
+        if mount.startswith(f"{root}/") and os.geteuid() == 0:
+            run(["umount", "--lazy", mount], timeout_s=REMOVE_TIMEOUT_S)
+
+
+def _remove_in_namespace(folder: Path) -> None:
+    """Remove files that belong to subordinate ids.
+
+    Podman's own store must not be in use for it (its bind mount would be busy), so a throwaway store lends the
+    namespace; the pause process that this leaves is ended the same way as every other.
+    """
+    scratch = folder.parent.parent
+    throwaway = PodmanStorage(Path(tempfile.mkdtemp(prefix=f".{PREFIX}-rm-", dir=scratch)))
+    try:
+        _furnish(throwaway, [])
+        command = ["podman", "unshare", "rm", "-rf", "--", str(folder)]
+        answer = run(command, timeout_s=REMOVE_TIMEOUT_S, environment=throwaway.environment(os.environ))
+        if not answer.ok:
+            log.warning("could not remove %s: %s", folder, answer.complaint)
+    except (EnvironmentProblem, WaitTimeout) as problem:
+        log.warning("could not remove %s: %s", folder, problem)
+    finally:
+        kill_processes(throwaway)
+        shutil.rmtree(throwaway.root, ignore_errors=True)
+
+
+def sweep(scratch: Path) -> None:
+    """Remove what dead jobs of this user left below ``scratch``; a living job holds its store's lock."""
+    for root in sorted(scratch.glob(f"{PREFIX}-{os.getuid()}-*")):
+        storage = PodmanStorage(root)
+        with _dead_owners_lock(storage) as dead:
+            if dead:
+                log.info("removing Podman storage that a dead job left: %s", root)
+                remove(storage)
+
+
+@contextlib.contextmanager
+def _dead_owners_lock(storage: PodmanStorage) -> Iterator[bool]:
+    try:
+        lock = storage.lock.open("r+")
+    except OSError:
+        yield False
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def remove_when_ownerless(root: Path, deadline_s: float = 10.0) -> None:
+    """What the guardian does after the owner's death: take the lock over, then remove the store."""
+    storage = PodmanStorage(root)
+    end = time.monotonic() + deadline_s
+    while storage.lock.exists() and time.monotonic() < end:
+        with _dead_owners_lock(storage) as dead:
+            if dead:
+                remove(storage)
+                return
+        time.sleep(0.05)

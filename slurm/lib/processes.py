@@ -1,0 +1,215 @@
+"""The only door to child processes: run one to its end, or own one for the length of a ``with`` block.
+
+A child that we own leads a session of its own, dies with its owner (PR_SET_PDEATHSIG), and is stopped in stages:
+asked, waited for, killed with its whole process group, reaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended: its exit code, and everything it printed."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def ok(self) -> bool:
+        return self.returncode == 0
+
+    @property
+    def complaint(self) -> str:
+        """What the command said on stderr (else on stdout, else its exit code), in one line."""
+        text = self.stderr.strip() or self.stdout.strip() or f"exit code {self.returncode}"
+        return " ".join(text.split())
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    input_text: str | None = None,
+) -> Completed:
+    """Run a command to its end; a failing exit code is a result, not an error.
+
+    Raises ``EnvironmentProblem`` if the program is not there and ``WaitTimeout`` after ``timeout_s`` seconds (the
+    command is killed then).
+    """
+    try:
+        done = subprocess.run(
+            list(argv),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env=None if environment is None else dict(environment),
+            cwd=cwd,
+            input=input_text,
+            stdin=subprocess.DEVNULL if input_text is None else None,
+        )
+    except FileNotFoundError as problem:
+        raise EnvironmentProblem(f"{argv[0]}: not found ({problem.strerror}); is it on PATH?") from None
+    except subprocess.TimeoutExpired:
+        raise WaitTimeout(f"{argv[0]} did not answer within {timeout_s:g} s: {' '.join(argv)[:200]}") from None
+    return Completed(tuple(argv), done.returncode, done.stdout, done.stderr)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot, or None if there is none (or only a zombie).
+
+    With it a pid means the same process for ever, however often the number is used again.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send ``number`` to this process when the thread that started it ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What to start: command, environment, folder, where its streams go and what becomes of it with its owner."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    name: str
+    cwd: Path | None = None
+    stdin_pipe: bool = False
+    stdout: IO[bytes] | int | None = None
+    stderr: IO[bytes] | int | None = None
+    pass_fds: tuple[int, ...] = ()
+    death_signal: int = signal.SIGKILL
+
+
+class Child:
+    """A process that we own; ``with Child(spec) as child`` has stopped and reaped it afterwards."""
+
+    def __init__(self, spec: ChildSpec, stop_grace_s: float = 3.0) -> None:
+        self.spec = spec
+        self.stop_grace_s = stop_grace_s
+        try:
+            self.process = subprocess.Popen(
+                list(spec.argv),
+                env=dict(spec.environment),
+                cwd=spec.cwd,
+                stdin=subprocess.PIPE if spec.stdin_pipe else subprocess.DEVNULL,
+                stdout=spec.stdout,
+                stderr=spec.stderr,
+                pass_fds=spec.pass_fds,
+                start_new_session=True,
+                preexec_fn=self._before_exec,
+            )
+        except FileNotFoundError:
+            raise EnvironmentProblem(f"cannot start {spec.name}: {spec.argv[0]} not found; is it on PATH?") from None
+        except OSError as problem:
+            raise EnvironmentProblem(f"cannot start {spec.name} ({spec.argv[0]}): {problem.strerror}") from None
+
+    def _before_exec(self) -> None:
+        _libc.prctl(PR_SET_PDEATHSIG, self.spec.death_signal, 0, 0, 0)
+
+    def __repr__(self) -> str:
+        return f"{self.spec.name} (pid {self.pid}, exit code {self.process.returncode})"
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; 128 + N after signal N, as shells count."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def send(self, number: int) -> None:
+        """Send a signal to its whole process group; nothing happens if it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """True once it has ended, False if it still runs after ``timeout_s`` seconds."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self, grace_s: float | None = None, first: int = signal.SIGTERM) -> None:
+        """Ask, wait ``grace_s`` seconds, kill the process group, reap."""
+        if self.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        if self.exit_code is None:
+            self.send(first)
+            self.wait(self.stop_grace_s if grace_s is None else grace_s)
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+
+def copy_lines(source: IO[bytes], sinks: Sequence[Callable[[bytes], object]]) -> threading.Thread:
+    """A started thread that hands each line of ``source`` to every sink until its end."""
+
+    def pump() -> None:
+        with source:
+            for line in source:
+                for sink in sinks:
+                    sink(line)
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    return thread
+
+
+def write_through(stream: IO[str]) -> Callable[[bytes], None]:
+    """A sink that writes bytes to a text stream's descriptor at once."""
+
+    def write(line: bytes) -> None:
+        stream.flush()
+        os.write(stream.fileno(), line)
+
+    return write
+
+
+def become(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Replace this process by a command; the pid stays."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(argv[0], list(argv), dict(environment))
+
+
+def sleep_until(moment: float) -> None:
+    """Sleep until ``time.monotonic()`` reaches ``moment``."""
+    time.sleep(max(0.0, moment - time.monotonic()))

@@ -1,0 +1,242 @@
+"""The runtime job: private Podman storage, Podman service, API server; its address is published once it answers.
+
+Then it waits for the first of: the training's completion flag, the training job's end, a signal, the death of its own
+server. It stops everything in order within Slurm's KillWait. The nested ``with`` blocks of ``serve`` are the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from slurm.lib.api_server_child import ApiServer, api_server
+from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
+from slurm.lib.errors import (
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_TIMEOUT,
+    EXIT_UNAVAILABLE,
+    EnvironmentProblem,
+    SuiteError,
+)
+from slurm.lib.guardian import guarded
+from slurm.lib.images import load_images
+from slurm.lib.job_context import JobContext, context
+from slurm.lib.job_environment import first_usable_scratch
+from slurm.lib.logs import log, setup_job_logging
+from slurm.lib.partner import PartnerWatch
+from slurm.lib.podman_service import PodmanService, podman_service
+from slurm.lib.podman_storage import choose_scratch, podman_storage, readable_stores
+from slurm.lib.run_record import read_jobs
+from slurm.lib.runtime_client import RuntimeClient
+from slurm.lib.scheduler import JobState
+from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.waiting import wait_for
+
+START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
+LOOK_EVERY_S = 0.4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why the job ends: its exit code, a sentence, and whether the training ended first, as planned."""
+
+    exit_code: int
+    reason: str
+    as_planned: bool = False
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="runtime_server.py", description="The runtime job; submit it with sbatch.")
+    parser.add_argument("--config", metavar="NAME|PATH", help="settings, as for launch.py")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; repeatable")
+    parser.add_argument("--coord-dir", metavar="DIR", help="an existing coordination directory to publish in")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; returns its exit code."""
+    arguments = parse_arguments(argv)
+    setup_job_logging()
+    with noted_signals() as notes:
+        try:
+            job = context("runtime", arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
+        except SuiteError as problem:
+            log.error("%s", problem)
+            return problem.exit_code
+        return run(job, notes)
+
+
+def run(job: JobContext, notes: SignalNotes) -> int:
+    """Serve until there is a reason to end, then say it where the training job looks."""
+    log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    try:
+        outcome = serve(job, notes)
+    except Interrupted as stop:
+        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop}")
+        report_failure(job, outcome)
+    except SuiteError as problem:
+        outcome = Outcome(problem.exit_code, str(problem))
+        report_failure(job, outcome)
+    (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job.job_id, outcome.reason)
+    return outcome.exit_code
+
+
+def report_failure(job: JobContext, outcome: Outcome) -> None:
+    """Tell the training job, and take it out of the queue if it has not started: it could only fail."""
+    with contextlib.suppress(EnvironmentProblem):
+        flag = Flag.of_this_host(job.job_id, job.job_id, outcome.exit_code, outcome.reason)
+        job.directory.publish(job.directory.runtime_failed, flag)
+    training = read_jobs(job.directory).get("training")
+    if training and job.scheduler.status(training).state is JobState.PENDING:
+        complaint = job.scheduler.cancel([training])
+        log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")
+
+
+def serve(job: JobContext, notes: SignalNotes) -> Outcome:
+    """Bring everything up, publish, wait for the reason to end, and leave in reverse order."""
+    budget_s = max(2.0, job.scheduler.kill_wait_s() - 1.0)
+    scratch = choose_scratch(first_usable_scratch(job.settings.local_scratch, job.environment), job.job_id)
+    with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, readable_stores(os.environ)) as storage:
+        guardian.own_storage(storage.root)
+        with _timed_teardown(budget_s), api_server(job, storage, api_key(job)) as server:
+            guardian.own_session(server.pid)
+            with podman_service(storage, job.environment, notes.check) as service:
+                load_images(job, storage)
+                await_health(server, notes)
+                publish(job, server)
+                outcome = watch(job, notes, server, service)
+                if not outcome.as_planned:
+                    report_failure(job, outcome)
+                server.stop(min(3.0, budget_s / 2))
+        guardian.ended("session", server.pid)
+    return outcome
+
+
+@contextlib.contextmanager
+def _timed_teardown(budget_s: float) -> Iterator[None]:
+    """Log how long the end took against what Slurm allows."""
+    yield
+    log.debug("everything stopped; Slurm allows %.1f s", budget_s)
+
+
+def api_key(job: JobContext) -> str:
+    """The key of this run's server: the configured one, else a new one."""
+    return job.environment.get("ALLHANDS_API_KEY") or secrets.token_urlsafe(32)
+
+
+def await_health(server: ApiServer, notes: SignalNotes) -> None:
+    """Wait until the server answers; its death ends the wait at once."""
+
+    def alive() -> None:
+        notes.check()
+        server.check_alive()
+
+    client = RuntimeClient(server.local_url, server.key)
+    wait_for(
+        "the API server to answer /health",
+        lambda: True if client.health().ok else None,
+        START_DEADLINE_S,
+        still_possible=alive,
+        pause=lambda _elapsed: 0.02,
+        sleep=notes.sleep,
+    )
+
+
+def publish(job: JobContext, server: ApiServer) -> None:
+    """Key, address and flag, in this order: who sees the flag finds the rest."""
+    job.directory.publish_key(server.key)
+    job.directory.publish_url(server.url)
+    job.directory.publish(job.directory.runtime_ready, Flag.of_this_host(job.job_id, job.job_id))
+    log.info("API server ready at %s", server.url)
+
+
+def watch(job: JobContext, notes: SignalNotes, server: ApiServer, service: PodmanService) -> Outcome:
+    """Wait for the first reason to end."""
+    watcher = TrainingWatcher.of(job, server)
+    end = time.monotonic() + job.settings.training_complete_timeout
+    while True:
+        outcome = watcher.look(server, service)
+        if outcome is None and notes.stop_signal is not None:
+            outcome = Outcome(
+                EXIT_SIGNAL_BASE + notes.stop_signal, f"ended by {signal.Signals(notes.stop_signal).name}"
+            )
+        if outcome is None and time.monotonic() > end:
+            seconds = job.settings.training_complete_timeout
+            outcome = Outcome(EXIT_TIMEOUT, f"the training was not complete after TRAINING_COMPLETE_TIMEOUT={seconds}")
+        if outcome:
+            return outcome
+        notes.sleep(LOOK_EVERY_S)
+
+
+@dataclass
+class TrainingWatcher:
+    """Looks for what ends the wait, in the order of how much it tells."""
+
+    job: JobContext
+    client: RuntimeClient
+    complete: FlagReader
+    counter: Counter
+    partner: PartnerWatch | None = None
+
+    @staticmethod
+    def of(job: JobContext, server: ApiServer) -> TrainingWatcher:
+        def ours(flag: Flag) -> bool:
+            return flag.runtime_job_id == job.job_id
+
+        path = job.directory.training_complete
+        reader = FlagReader.of_new_directory if job.own_dir else FlagReader.from_now
+        client = RuntimeClient(server.local_url, server.key)
+        counter = Counter(job.directory.heartbeat("runtime", job.job_id))
+        return TrainingWatcher(job, client, reader(path, ours), counter)
+
+    def look(self, server: ApiServer, service: PodmanService) -> Outcome | None:
+        flag = self.complete.read()
+        if flag:
+            return outcome_of(flag)
+        if not server.is_ours:
+            self.counter.beat()
+        try:
+            server.check_alive()
+            service.check_alive()
+        except EnvironmentProblem as problem:
+            return Outcome(problem.exit_code, str(problem))
+        return self._partner_gone(server)
+
+    def _partner_gone(self, server: ApiServer) -> Outcome | None:
+        self.partner = self.partner or self._find_partner(server)
+        if self.partner is None:
+            return None
+        if self.partner.heartbeat_age_s() is not None:
+            self.partner.expected = True
+        why = self.partner.gone()
+        if why is None:
+            return None
+        late = self.complete.read()  # its last act may have been the flag
+        return outcome_of(late) if late else Outcome(EXIT_UNAVAILABLE, f"{why}, without a completion flag")
+
+    def _find_partner(self, server: ApiServer) -> PartnerWatch | None:
+        training = read_jobs(self.job.directory).get("training")
+        if training is None:
+            return None
+        watch = CounterWatch(self.job.directory.heartbeat("training", training))
+
+        def age_s() -> float | None:
+            return self.client.heard_s_ago(f"training-{training}") if server.is_ours else watch.age_s()
+
+        return PartnerWatch("training", training, self.job.scheduler, age_s)
+
+
+def outcome_of(flag: Flag) -> Outcome:
+    """What the completion flag means for the runtime job: it has done its work, however the trainer ended."""
+    if flag.by_hand:
+        return Outcome(EXIT_OK, "training_complete.flag was set by hand", as_planned=True)
+    reason = f"training job {flag.job_id} is complete: {flag.reason or 'no reason given'} (exit code {flag.exit_code})"
+    return Outcome(EXIT_OK, reason, as_planned=True)

@@ -1,0 +1,186 @@
+"""The only door to Slurm: submit, release, cancel, and what it says about a job in our words.
+
+A controller that is silent, or a word never seen before, is UNKNOWN and final of nothing. Works from Slurm 20.x on,
+without ``--json`` and without accounting.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from slurm.lib.errors import EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.processes import Completed, run, start_ticks
+
+ASK_TIMEOUT_S = 10.0  # a busy controller answers squeue within seconds or not for minutes
+SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
+DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
+
+
+class JobState(enum.Enum):
+    """A job's state, as far as its partner needs it."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDED_WELL = "ended well"
+    ENDED_BADLY = "ended badly"
+    PURGED = "no longer known"  # Slurm forgets jobs MinJobAge after their end
+    UNKNOWN = "unknown"
+
+    @property
+    def is_final(self) -> bool:
+        return self in {JobState.ENDED_WELL, JobState.ENDED_BADLY, JobState.PURGED}
+
+
+# squeue(1), JOB STATE CODES. What is not here is UNKNOWN.
+SLURM_STATES = {
+    **dict.fromkeys(["PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"], JobState.PENDING),
+    **dict.fromkeys(["RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"], JobState.RUNNING),
+    "COMPLETED": JobState.ENDED_WELL,
+    **dict.fromkeys(
+        ["FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"],
+        JobState.ENDED_BADLY,
+    ),
+    "REVOKED": JobState.ENDED_BADLY,
+}
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job's state with the scheduler's own words for it."""
+
+    state: JobState
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.state.value} ({self.words})" if self.words else self.state.value
+
+
+class Scheduler(Protocol):
+    """What a job body asks of whoever runs the jobs."""
+
+    def status(self, job_id: str) -> JobStatus: ...
+
+    def cancel(self, job_ids: Sequence[str]) -> str | None: ...
+
+    def kill_wait_s(self) -> float: ...
+
+
+def parse_status(answer: Completed) -> JobStatus:
+    """The status in an answer of ``squeue -h -t all -o '%T|%r|%N'``."""
+    if not answer.ok:
+        if "Invalid job id" in answer.stderr:
+            return JobStatus(JobState.PURGED, "no job of this number in Slurm's records")
+        return JobStatus(JobState.UNKNOWN, answer.complaint)
+    lines = answer.stdout.split("\n")
+    word, _, rest = lines[0].strip().partition("|")
+    if not word:
+        return JobStatus(JobState.PURGED, "not in the queue any more")
+    reason, _, node = rest.partition("|")
+    details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
+    return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details))
+
+
+def parse_job_id(answer: Completed) -> str | None:
+    """The id that ``sbatch --parsable`` printed: ``ID`` or ``ID;CLUSTER``, perhaps after lines of a site's plugin."""
+    for line in reversed(answer.stdout.split("\n")):
+        match = re.fullmatch(r"(\d+)(;[\w.-]+)?", line.strip())
+        if match:
+            return match.group(1)
+    return None
+
+
+def longest_existing_prefix(command: str) -> Path | None:
+    """The script in ``scontrol``'s ``Command=``, which gives path and arguments unquoted, spaces and all."""
+    words = command.split(" ")
+    for end in range(len(words), 0, -1):
+        path = Path(" ".join(words[:end]))
+        if path.is_file():
+            return path
+    return None
+
+
+class Slurm:
+    """Slurm as its commands on PATH; ``environment`` is what they are started with."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.environment = environment
+
+    def _ask(self, *argv: str, timeout_s: float = ASK_TIMEOUT_S) -> Completed:
+        try:
+            return run(argv, timeout_s=timeout_s, environment=self.environment)
+        except (WaitTimeout, EnvironmentProblem) as problem:
+            return Completed(argv, 124, "", str(problem))
+
+    def submit(self, argv: Sequence[str], cwd: Path | None = None) -> str:
+        """Submit and return the job's id; ``SubmissionError`` with Slurm's words if it was not taken."""
+        answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
+        job_id = parse_job_id(answer)
+        if not answer.ok or job_id is None:
+            raise SubmissionError(f"Slurm did not take the job: {answer.complaint}")
+        return job_id
+
+    def release(self, job_id: str) -> None:
+        """Let a held job start; ``SubmissionError`` with Slurm's words if that fails."""
+        answer = self._ask("scontrol", "release", job_id, timeout_s=SUBMIT_TIMEOUT_S)
+        if not answer.ok:
+            raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
+
+    def status(self, job_id: str) -> JobStatus:
+        return parse_status(self._ask("squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r|%N"))
+
+    def cancel(self, job_ids: Sequence[str]) -> str | None:
+        """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
+        if not job_ids:
+            return None
+        answer = self._ask("scancel", *job_ids, timeout_s=SUBMIT_TIMEOUT_S)
+        return None if answer.ok or "Invalid job id" in answer.stderr else answer.complaint
+
+    def kill_wait_s(self) -> float:
+        """Seconds between the TERM of a cancellation and the KILL (``KillWait``)."""
+        match = re.search(r"^KillWait\s*=\s*(\d+)", self._ask("scontrol", "show", "config").stdout, re.MULTILINE)
+        return float(match.group(1)) if match else DEFAULT_KILL_WAIT_S
+
+    def detail(self, job_id: str, field: str) -> str | None:
+        """One field of ``scontrol show job`` whose value reaches to the end of its line, such as ``StdOut``."""
+        answer = self._ask("scontrol", "show", "job", job_id)
+        match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
+        return match.group(1).strip() if match else None
+
+
+class LocalJobs:
+    """The jobs of a local run: processes of this machine, known by pid and start time.
+
+    ``record`` is the file in which the launcher keeps them, a line ``ID PID TICKS`` each.
+    """
+
+    KILL_WAIT_S = 8.0  # the launcher promises that nothing is left 10 s after its end
+
+    def __init__(self, record: Path) -> None:
+        self.record = record
+
+    def _process(self, job_id: str) -> tuple[int, int] | None:
+        try:
+            lines = [line.split() for line in self.record.read_text().splitlines()]
+        except OSError:
+            return None
+        return next(((int(pid), int(ticks)) for name, pid, ticks in lines if name == job_id), None)
+
+    def status(self, job_id: str) -> JobStatus:
+        process = self._process(job_id)
+        if process is None:
+            return JobStatus(JobState.UNKNOWN, "not started yet")
+        pid, ticks = process
+        alive = start_ticks(pid) == ticks
+        return JobStatus(JobState.RUNNING, f"pid {pid}") if alive else JobStatus(JobState.PURGED, f"pid {pid} is gone")
+
+    def cancel(self, job_ids: Sequence[str]) -> str | None:
+        """Local jobs end with their launcher and with each other; nobody cancels a partner from outside."""
+        return None
+
+    def kill_wait_s(self) -> float:
+        return self.KILL_WAIT_S

@@ -1,0 +1,87 @@
+"""Carries out a plan on Slurm, all or nothing.
+
+The runtime job is submitted held, the training job depends on it; only when the run's directory is complete does one
+``scontrol release`` let them start. Until then a failure cancels what was submitted, and a launcher that is killed
+leaves nothing that can start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.lib.coordination import CoordinationDir, make_run_dir, remove_run_dir
+from slurm.lib.errors import SubmissionError, SuiteError
+from slurm.lib.plan import JobPlan, LaunchPlan
+from slurm.lib.run_record import GitState, furnish
+from slurm.lib.scheduler import Slurm
+from slurm.lib.signals import Interrupted, SignalNotes
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The run that has been released: its directory and the ids of its jobs by kind."""
+
+    directory: CoordinationDir
+    jobs: dict[str, str]
+
+
+@dataclass
+class _Undo:
+    """What has to be taken back if the commit is not reached; the training job first, which waits for the other."""
+
+    slurm_of: Callable[[], Slurm]
+    job_ids: list[str]
+    made: Path | None = None
+
+    def __call__(self) -> str:
+        complaint = self.slurm_of().cancel(list(reversed(self.job_ids)))
+        if self.made is not None:
+            remove_run_dir(self.made)
+        if complaint:
+            return f"could not cancel {' '.join(self.job_ids)} ({complaint}): cancel by hand with scancel"
+        return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
+
+
+@contextlib.contextmanager
+def _taken_back_on_failure(slurm_of: Callable[[], Slurm]) -> Iterator[_Undo]:
+    undo = _Undo(slurm_of, [])
+    try:
+        yield undo
+    except (SuiteError, Interrupted) as problem:
+        raise SubmissionError(f"{problem}; {undo()}") from None
+    except BaseException:
+        undo()
+        raise
+
+
+def submit(plan: LaunchPlan, notes: SignalNotes, git: Callable[[], GitState], checkout: Path) -> Submitted:
+    """Submit the plan's jobs and release them. ``SubmissionError`` says why not, with nothing left behind."""
+    jobs: dict[str, str] = {}
+    with _taken_back_on_failure(lambda: Slurm({**plan.inherited})) as undo:
+        for job in plan.jobs:
+            notes.check()
+            planned = job.with_runtime_id(jobs.get("runtime", ""))
+            jobs[job.kind] = _slurm_for(plan, planned).submit(planned.argv)
+            undo.job_ids.append(jobs[job.kind])
+        directory = _directory(plan, jobs, undo)
+        furnish(directory, plan, jobs, git(), checkout)
+        notes.check()
+        Slurm({**plan.inherited}).release(next(iter(jobs.values())))
+    return Submitted(directory, jobs)
+
+
+def _slurm_for(plan: LaunchPlan, job: JobPlan) -> Slurm:
+    return Slurm({**plan.inherited, **plan.environment, **job.environment})
+
+
+def _directory(plan: LaunchPlan, jobs: dict[str, str], undo: _Undo) -> CoordinationDir:
+    """The run's directory, which only now can have its name."""
+    if plan.request.attach_dir:
+        return CoordinationDir(plan.request.attach_dir)
+    job = plan.jobs[0]
+    directory = make_run_dir(Path(job.directory.replace("%j", jobs[job.kind])))
+    undo.made = directory.path
+    return directory

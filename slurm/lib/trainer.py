@@ -1,0 +1,76 @@
+"""Which trainer runs, where, and in which environment: TRAINING_COMMAND if it is set, else VERL; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.job_environment import without_proxy
+from slurm.lib.settings import Settings
+from slurm.lib.verl_command import command
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The trainer's command and the folder that it starts in."""
+
+    argv: tuple[str, ...]
+    cwd: Path
+    checkpoint_dir: Path
+    rollout_dir: Path
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """What must exist before the first step: VERL writes its rollouts into a folder that it does not make."""
+        return (self.checkpoint_dir, self.rollout_dir / "train", self.rollout_dir / "val")
+
+
+def agent_folder(settings: Settings) -> Path:
+    """skyrl-agent below SKYRL_PROJECT_ROOT."""
+    return settings.skyrl_project_root / "SkyRL" / "skyrl-agent"
+
+
+def trainer_of(settings: Settings, directory: CoordinationDir) -> Trainer:
+    """The trainer of a run whose directory is ``directory``."""
+    checkpoints = settings.checkpoint_dir or directory.checkpoints
+    rollouts = settings.rollout_dir or directory.rollouts
+    if settings.training_command:
+        argv: tuple[str, ...] = ("bash", "-c", settings.training_command)
+        return Trainer(argv, directory.path, checkpoints, rollouts)
+    argv = command(settings, directory.training_env, checkpoints, rollouts)
+    return Trainer(argv, agent_folder(settings), checkpoints, rollouts)
+
+
+def missing_parts(settings: Settings) -> list[str]:
+    """What the VERL trainer needs below SKYRL_PROJECT_ROOT and does not find, a sentence each."""
+    if settings.training_command:
+        return []
+    folder = agent_folder(settings)
+    if not folder.is_dir():
+        return [f"{folder} (skyrl-agent) is missing; set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent"]
+    return [f"{folder / name} is missing" for name in ("pyproject.toml", "uv.lock") if not (folder / name).is_file()]
+
+
+def trainer_environment(
+    base: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str], runtime_host: str
+) -> dict[str, str]:
+    """The trainer's environment: the job's, over it skyrl-agent's ``.env``, over both what this run decided.
+
+    A URL or key of an earlier run in ``.env`` never beats the run's own.
+    """
+    return without_proxy({**base, **dot_env, **own}, runtime_host)
+
+
+def env_file_text(values: Mapping[str, str]) -> str:
+    """Values as a ``.env`` file that ``uv run --env-file`` and python-dotenv read back unchanged."""
+    return "".join(f"{name}={_quoted(value)}\n" for name, value in sorted(values.items()))
+
+
+def _quoted(value: str) -> str:
+    """Single quotes mean the same to both readers; a value that contains one needs double quotes and escapes."""
+    if "'" not in value:
+        return f"'{value}'"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
+    return f'"{escaped}"'

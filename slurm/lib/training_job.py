@@ -1,0 +1,340 @@
+"""The training job: waits for the runtime's address, runs the trainer, records the outcome however it comes about.
+
+Whatever happens (exit code, exception, signal, scancel) the completion flag is written, and the job ends with the
+trainer's exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, read_if_there, write_atomically
+from slurm.lib.errors import (
+    EXIT_INTERNAL,
+    EXIT_SIGNAL_BASE,
+    EnvironmentProblem,
+    PartnerGone,
+    SuiteError,
+    UsageError,
+)
+from slurm.lib.guardian import guarded
+from slurm.lib.job_context import JobContext, context
+from slurm.lib.logs import log, setup_job_logging
+from slurm.lib.partner import PartnerWatch
+from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
+from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
+from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.trainer import Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
+from slurm.lib.waiting import wait_for
+
+KEY_NAME = "ALLHANDS_API_KEY"
+URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
+LOOK_EVERY_S = 0.2
+PARTNER_LOOK_EVERY_S = 1.0
+VERIFY_DEADLINE_S = 20.0
+# How long a trainer may take to stop after its runtime is gone; with SILENT_AFTER_S the GPUs are free within 15 s.
+STOP_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The server that this training uses; ``runtime_job_id`` is empty for one that is no job of ours."""
+
+    url: str
+    key: str | None
+    runtime_job_id: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the training ended."""
+
+    exit_code: int
+    reason: str
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="verl_training.py", description="The training job; submit it with sbatch.")
+    parser.add_argument("--config", metavar="NAME|PATH", help="settings, as for launch.py")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; repeatable")
+    parser.add_argument("--coord-dir", metavar="DIR", help="coordination directory of the runtime job to join")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; returns the trainer's exit code, or one of ours where no trainer ran."""
+    arguments = parse_arguments(argv)
+    setup_job_logging()
+    with noted_signals() as notes:
+        try:
+            job = context("training", arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
+        except SuiteError as problem:
+            log.error("%s", problem)
+            return problem.exit_code
+        return run(job, notes)
+
+
+def run(job: JobContext, notes: SignalNotes) -> int:
+    """Train, and leave the completion flag behind on every path."""
+    log.info("training job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    session = TrainingSession(job, notes)
+    outcome = Outcome(EXIT_INTERNAL, "an internal error; see the traceback in the training job's .err")
+    try:
+        outcome = session.train()
+    except Interrupted as stop:
+        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop} before the trainer started")
+    except SuiteError as problem:
+        outcome = Outcome(problem.exit_code, str(problem))
+    finally:
+        session.record(outcome)
+    return outcome.exit_code
+
+
+class TrainingSession:
+    """One attempt at training: finds the server, runs the trainer, watches both."""
+
+    def __init__(self, job: JobContext, notes: SignalNotes) -> None:
+        self.job = job
+        self.notes = notes
+        self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID", "")
+        self._health = Answer(0, "not asked yet")
+        self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
+        if not job.own_dir:
+            self.failed = FlagReader.from_now(job.directory.runtime_failed, self._of_our_runtime)
+
+    def _of_our_runtime(self, flag: Flag) -> bool:
+        return not self.runtime_job_id or flag.runtime_job_id == self.runtime_job_id
+
+    def record(self, outcome: Outcome) -> None:
+        """Write the completion flag; the runtime job ends when it sees it."""
+        (log.info if outcome.exit_code == 0 else log.error)(
+            "training job %s ends with exit code %s: %s", self.job.job_id, outcome.exit_code, outcome.reason
+        )
+        flag = Flag.of_this_host(self.job.job_id, self.runtime_job_id, outcome.exit_code, outcome.reason)
+        try:
+            self.job.directory.publish(self.job.directory.training_complete, flag)
+        except EnvironmentProblem as problem:
+            log.error("%s; the runtime job will notice that this job has ended", problem)
+
+    def train(self) -> Outcome:
+        """The steps of the job."""
+        parts = missing_parts(self.job.settings)
+        if parts:
+            raise EnvironmentProblem("; ".join(parts))
+        endpoint = self.find_endpoint()
+        self.runtime_job_id = endpoint.runtime_job_id
+        self.verify(endpoint)
+        trainer = trainer_of(self.job.settings, self.job.directory)
+        environment = self.prepare(trainer, endpoint)
+        client = RuntimeClient(endpoint.url, endpoint.key)
+        with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
+            watch = self.partner_watch(endpoint, client, heartbeat)
+            with start_trainer(trainer, environment) as child:
+                guardian.own_session(child.pid)
+                self.notes.on_other = child.send
+                try:
+                    return self.supervise(child, watch)
+                finally:
+                    self.notes.on_other = None
+                    child.stop(0)
+
+    def find_endpoint(self) -> Endpoint:
+        """The server's address: from the runtime job's directory once it is ready, or as configured."""
+        settings, environment = self.job.settings, self.job.environment
+        in_directory = self.runtime_job_id or not self.job.own_dir or self.job.directory.runtime_ready.exists()
+        if not in_directory and settings.sandbox_remote_runtime_api_url:
+            return Endpoint(settings.sandbox_remote_runtime_api_url, environment.get(KEY_NAME), "")
+        if not in_directory:
+            raise UsageError(
+                "no runtime to train against: give --coord-dir DIR of a running runtime job, or export "
+                f"SKYRL_COORD_DIR, or {URL_NAME} and {KEY_NAME}"
+            )
+        return self.wait_for_endpoint()
+
+    def wait_for_endpoint(self) -> Endpoint:
+        """Wait for the ready flag; fails at once when the runtime job says that it failed or has ended."""
+        deadline_s = self.job.settings.runtime_ready_timeout
+        log.info("waiting up to %s s for the runtime in %s", deadline_s, self.job.directory.path)
+        ready = FlagReader.of_new_directory(self.job.directory.runtime_ready, self._of_our_runtime)
+        # It does not beat before it is ready, so Slurm is the witness: asked every few seconds in the first minute.
+        watch = PartnerWatch("runtime", self.runtime_job_id, self.job.scheduler, lambda: None, expected=True)
+
+        def still_possible() -> None:
+            self.notes.check()
+            self._check_failed_flag()
+            gone = watch.gone()
+            if gone and ready.read() is None:
+                self._check_failed_flag()
+                raise PartnerGone(f"{gone}, before its server was ready{self._runtime_log_tail()}")
+
+        def endpoint() -> Endpoint | None:
+            flag, url = ready.read(), self.job.directory.read_url()
+            if flag is None or url is None:
+                return None
+            if flag.by_hand:
+                log.warning("runtime_ready.flag was set by hand; believing it")
+            return Endpoint(url, self.job.directory.read_key(), flag.job_id or self.runtime_job_id)
+
+        return wait_for(
+            f"the runtime job{' ' + self.runtime_job_id if self.runtime_job_id else ''} to be ready "
+            f"(RUNTIME_READY_TIMEOUT={deadline_s})",
+            endpoint,
+            deadline_s,
+            still_possible=still_possible,
+            sleep=self.notes.sleep,
+        )
+
+    def _check_failed_flag(self) -> None:
+        flag = self.failed.read()
+        if flag:
+            raise PartnerGone(f"the runtime job {flag.job_id} failed: {flag.reason}")
+
+    def _runtime_log_tail(self) -> str:
+        text = read_if_there(self.job.directory.log("runtime", self.runtime_job_id, "err"))
+        lines = (text or "").strip().splitlines()[-3:]
+        return f"; the end of its log: {' | '.join(lines)}" if lines else ""
+
+    def verify(self, endpoint: Endpoint) -> None:
+        """Check address and key from this node, before a trainer depends on them."""
+        client = RuntimeClient(endpoint.url, endpoint.key)
+
+        def still_possible() -> None:
+            self.notes.check()
+            self._check_failed_flag()
+
+        def healthy() -> bool | None:
+            self._health = client.health()
+            return self._health.ok or None
+
+        try:
+            wait_for(endpoint.url, healthy, VERIFY_DEADLINE_S, still_possible=still_possible, sleep=self.notes.sleep)
+        except SuiteError as problem:
+            if isinstance(problem, PartnerGone):
+                raise
+            raise PartnerGone(
+                f"the runtime's server at {endpoint.url} cannot be reached from {socket.gethostname()}: "
+                f"{self._health.words}; is the port open between the partitions (RUNTIME_PORT_RANGE)?"
+            ) from None
+        answer = client.check_key()
+        if answer.status in {401, 403}:
+            raise PartnerGone(f"the runtime's server at {endpoint.url} refused the key ({answer.words})")
+        log.info("runtime server at %s answers and takes the key", endpoint.url)
+
+    def prepare(self, trainer: Trainer, endpoint: Endpoint) -> dict[str, str]:
+        """Make the trainer's folders and its ``training.env``; returns its environment."""
+        for folder in trainer.folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                raise EnvironmentProblem(f"cannot make {folder}: {problem.strerror}") from None
+        dot_env = read_dot_env(trainer.cwd / ".env")
+        own = {
+            URL_NAME: endpoint.url,
+            **({KEY_NAME: endpoint.key} if endpoint.key else {}),
+            "SKYRL_COORD_DIR": str(self.job.directory.path),
+            "CHECKPOINT_DIR": str(trainer.checkpoint_dir),
+            "ROLLOUT_DIR": str(trainer.rollout_dir),
+            "CONTAINER_IMAGE": self.job.settings.container_image,
+            "SKYRL_PYTHON": sys.executable,
+            "PYTHONPATH": _with_path(self.job.environment.get("PYTHONPATH"), self.job.code),
+        }
+        values = {**dot_env, URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {})}
+        write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
+        host = RuntimeClient(endpoint.url, None).host
+        return trainer_environment(self.job.environment, dot_env, own, host)
+
+    def partner_watch(
+        self, endpoint: Endpoint, client: RuntimeClient, heartbeat: Heartbeat
+    ) -> Callable[[], str | None]:
+        """A function that says why the runtime is gone, or None; asked about once a second."""
+        watch = PartnerWatch("runtime", endpoint.runtime_job_id, self.job.scheduler, heartbeat.age_s, expected=True)
+        ours = client.heard_s_ago(f"training-{self.job.job_id}") is not None
+        counter = Counter(self.job.directory.heartbeat("training", self.job.job_id))
+        if not ours and endpoint.runtime_job_id:
+            partner = CounterWatch(self.job.directory.heartbeat("runtime", endpoint.runtime_job_id))
+            watch.heartbeat_age_s = partner.age_s
+
+        def gone() -> str | None:
+            if not ours:
+                counter.beat()
+            flag = self.failed.read()
+            return f"the runtime job {flag.job_id} failed: {flag.reason}" if flag else watch.gone()
+
+        return gone
+
+    def supervise(self, child: Child, partner_gone: Callable[[], str | None]) -> Outcome:
+        """Wait for the trainer's end, a signal, or the partner's end."""
+        next_look = 0.0
+        while (code := child.exit_code) is None:
+            if self.notes.stop_signal is not None:
+                return self._stopped_by_signal(child, self.notes.stop_signal)
+            if time.monotonic() >= next_look:
+                why = partner_gone()
+                if why:
+                    return self._stopped_for_partner(child, why)
+                next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
+            self._nap(child)
+        return Outcome(code, ended(code))
+
+    def _nap(self, child: Child) -> None:
+        """Wait a little, but not past the trainer's end or a signal."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.process.wait(LOOK_EVERY_S)
+
+    def _stopped_by_signal(self, child: Child, number: int) -> Outcome:
+        """Pass the signal on, unless the trainer is ending already: scancel signals every process of the job."""
+        name = signal.Signals(number).name
+        log.warning("received %s; stopping the trainer", name)
+        if not child.wait(0.5):
+            child.send(number)
+        child.stop(max(1.0, self.job.scheduler.kill_wait_s() - 2.5))
+        code = child.exit_code
+        own = code if code not in {None, 0} else EXIT_SIGNAL_BASE + number
+        return Outcome(own or EXIT_SIGNAL_BASE + number, f"ended by {name}; {ended(code or 0)}")
+
+    def _stopped_for_partner(self, child: Child, why: str) -> Outcome:
+        log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
+        child.stop(STOP_GRACE_S)
+        return Outcome(PartnerGone.exit_code, why)
+
+
+def ended(code: int) -> str:
+    """How a trainer ended, in words."""
+    if code > EXIT_SIGNAL_BASE:
+        with contextlib.suppress(ValueError):
+            return f"the trainer was ended by {signal.Signals(code - EXIT_SIGNAL_BASE).name}"
+    return "the trainer ended" if code == 0 else f"the trainer failed with exit code {code}"
+
+
+def start_trainer(trainer: Trainer, environment: Mapping[str, str]) -> Child:
+    """Start it: stdout straight into ``.out``, stderr into ``.out`` and ``.err``."""
+    log.info("starting the trainer in %s", trainer.cwd)
+    spec = ChildSpec(trainer.argv, environment, "the trainer", cwd=trainer.cwd, stderr=subprocess.PIPE)
+    child = Child(spec)
+    assert child.process.stderr
+    copy_lines(child.process.stderr, [write_through(sys.stdout), write_through(sys.stderr)])
+    return child
+
+
+def read_dot_env(path: Path) -> dict[str, str]:
+    """The values of skyrl-agent's ``.env``, less those that still say <REPLACE>; empty where there is none."""
+    if not path.is_file():
+        return {}
+    from dotenv import dotenv_values  # 30 ms
+
+    values = dotenv_values(path, interpolate=False)
+    return {name: value for name, value in values.items() if value is not None and "<REPLACE>" not in value}
+
+
+def _with_path(path: str | None, folder: Path) -> str:
+    return os.pathsep.join([str(folder), *([path] if path else [])])
