@@ -9,7 +9,7 @@ import os
 import sys
 
 
-def main():
+def main() -> None:
     script = os.path.realpath(__file__)
     code = os.path.dirname(os.path.dirname(script))
     sys.path[0] = code  # instead of this file's folder, whose names are nobody's modules

@@ -17,11 +17,11 @@ import sys
 JOB = "runtime_server.py"
 
 
-def has_code(folder):
+def has_code(folder: str) -> bool:
     return bool(folder) and os.path.isfile(os.path.join(folder, "slurm", "lib", "bootstrap.py"))
 
 
-def submitted_from():
+def submitted_from() -> str:
     """The checkout that `Command=` names; Slurm prints path and arguments unquoted, so the longest file wins."""
     job = os.environ.get("SLURM_JOB_ID", "")
     try:
@@ -37,7 +37,7 @@ def submitted_from():
     return ""
 
 
-def find_code():
+def find_code() -> str:
     """The folder that holds slurm/lib: this file's own place, the run's copy, the checkout submitted from."""
     beside = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     if has_code(beside):
@@ -52,7 +52,7 @@ def find_code():
     sys.exit(JOB + ": cannot find the SkyRL checkout; submit it by its path inside the checkout")
 
 
-def main():
+def main() -> None:
     code = find_code()
     sys.path[0] = code  # instead of this file's folder, whose names are nobody's modules
     from slurm.lib.bootstrap import ensure_interpreter

@@ -13,7 +13,7 @@ MARKER = "SKYRL_BOOTSTRAPPED"  # set for the restarted process, so that a broken
 EXIT_ENVIRONMENT = 71  # as in errors.py, which does not parse here
 
 
-def candidates(code):
+def candidates(code: str) -> "list[tuple[str, str]]":
     """The interpreters to try, with where each was named: recorded at submission, then the checkout's own."""
     found = []
     recorded = os.environ.get("SKYRL_PYTHON")
@@ -24,7 +24,7 @@ def candidates(code):
     return found
 
 
-def suitable(version, packages):
+def suitable(version: "tuple[int, ...]", packages: "tuple[str, ...]") -> bool:
     """Whether the running interpreter is new enough and has the packages."""
     if version < MINIMUM:
         return False
@@ -33,12 +33,15 @@ def suitable(version, packages):
     return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
-def ensure_interpreter(code, script, packages=("tenacity", "sh", "dotenv", "yaml")):
+PACKAGES = ("tenacity", "sh", "dotenv", "yaml")
+
+
+def ensure_interpreter(code: str, script: str, packages: "tuple[str, ...]" = PACKAGES) -> None:
     """Return if this interpreter will do; else restart ``script`` under one that does, or end saying what to run.
 
     The caller has put ``code`` on the path; a restarted script does so again.
     """
-    if suitable(sys.version_info, packages):
+    if suitable(tuple(sys.version_info[:2]), packages):
         os.environ.pop(MARKER, None)
         return
     tried = []

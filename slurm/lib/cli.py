@@ -12,11 +12,12 @@ from pathlib import Path
 
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
+from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, log, setup_command_logging
 from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
-from slurm.lib.run_record import git_state
+from slurm.lib.run_record import GitState, git_state, read_jobs
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
 from slurm.lib.trainer import missing_parts
 
@@ -147,7 +148,9 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
         )
     if attach is not None and not url and not attach.is_dir():
         raise UsageError(f"SKYRL_COORD_DIR={attach} is not a folder")
-    return Request(runtime=False, attach_dir=None if url else attach, runtime_url=url)
+    if url or attach is None:
+        return Request(runtime=False, runtime_url=url)
+    return Request(runtime=False, attach_dir=attach, attach_id=read_jobs(CoordinationDir(attach)).get("runtime", ""))
 
 
 def show(plan: LaunchPlan) -> int:
@@ -181,7 +184,7 @@ def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     return EXIT_OK
 
 
-def background(task: Callable[[], submission.GitState]) -> Callable[[], submission.GitState]:
+def background(task: Callable[[], GitState]) -> Callable[[], GitState]:
     """Start a task in a thread; the returned function waits for its result."""
     import concurrent.futures
 

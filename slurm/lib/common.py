@@ -199,10 +199,10 @@ def setup_efa_networking(environment: Mapping[str, str] = os.environ) -> dict[st
 def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, str]]:
     """Podman storage of one's own for the block; yields the environment that leads Podman there."""
     from slurm.lib import podman_storage
-    from slurm.lib.job_environment import first_usable_scratch
+    from slurm.lib.job_environment import scratch_folders
 
     name = job_id or os.environ.get("SLURM_JOB_ID") or f"pid{os.getpid()}"
-    scratch = podman_storage.choose_scratch(first_usable_scratch(os.environ.get("LOCAL_SCRATCH"), os.environ), name)
+    scratch = podman_storage.choose_scratch(scratch_folders(os.environ.get("LOCAL_SCRATCH"), os.environ), name)
     with podman_storage.podman_storage(scratch, name, podman_storage.readable_stores(os.environ)) as storage:
         yield storage.environment(os.environ)
 
@@ -219,7 +219,8 @@ def _value(text: object) -> int:
     return EXIT_OK
 
 
-def _done(_nothing: object) -> int:
+def _done(action: Callable[[], object]) -> int:
+    action()
     return EXIT_OK
 
 
@@ -245,15 +246,15 @@ Command = Callable[..., int]
 COMMANDS: dict[str, tuple[str, Command]] = {
     "create-job-coordination-dir": ("[JOB_ID]", lambda job_id=None: _value(create_job_coordination_dir(job_id))),
     "get-coordination-dir": ("", lambda: _value(get_coordination_dir())),
-    "write-runtime-url": ("DIR URL", lambda where, url: _done(write_runtime_url(where, url))),
+    "write-runtime-url": ("DIR URL", lambda where, url: _done(lambda: write_runtime_url(where, url))),
     "wait-for-runtime-url": (
         "DIR [SECONDS]",
         lambda where, seconds=None: _value(wait_for_runtime_url(where, _seconds(seconds))),
     ),
-    "signal-runtime-ready": ("DIR", lambda where: _done(signal_runtime_ready(where))),
+    "signal-runtime-ready": ("DIR", lambda where: _done(lambda: signal_runtime_ready(where))),
     "signal-training-complete": (
         "DIR [EXIT_CODE]",
-        lambda where, code="0": _done(signal_training_complete(where, _number(code))),
+        lambda where, code="0": _done(lambda: signal_training_complete(where, _number(code))),
     ),
     "wait-for-training-complete": (
         "DIR [SECONDS]",
@@ -268,12 +269,12 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "setup-efa-networking": ("", lambda: _print(_exports(setup_efa_networking()))),
     "cleanup-old-coordination-dirs": (
         "[DAYS]",
-        lambda days="7": _done(cleanup_old_coordination_dirs(_seconds(days) or 0)),
+        lambda days="7": _done(lambda: cleanup_old_coordination_dirs(_seconds(days) or 0)),
     ),
-    "log-info": ("WORDS…", lambda *words: _done(log_info(*words))),
-    "log-warn": ("WORDS…", lambda *words: _done(log_warn(*words))),
-    "log-error": ("WORDS…", lambda *words: _done(log_error(*words))),
-    "log-debug": ("WORDS…", lambda *words: _done(log_debug(*words))),
+    "log-info": ("WORDS…", lambda *words: _done(lambda: log_info(*words))),
+    "log-warn": ("WORDS…", lambda *words: _done(lambda: log_warn(*words))),
+    "log-error": ("WORDS…", lambda *words: _done(lambda: log_error(*words))),
+    "log-debug": ("WORDS…", lambda *words: _done(lambda: log_debug(*words))),
     "shell-functions": ("", lambda: _print(shell_functions())),
 }
 # These change the calling shell's variables, so its functions evaluate what they print.

@@ -14,7 +14,7 @@ from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, make_run_dir
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
-from slurm.lib.run_record import read_secrets
+from slurm.lib.run_record import join, read_secrets
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.settings import Settings
 
@@ -71,6 +71,7 @@ def context(
     directory = _existing(named) if named else _made(loaded.settings, job_id)
     scheduler = _scheduler(environment)
     if not launched:
+        join(directory, kind, job_id)
         _link_logs(kind, job_id, directory, scheduler)
     return JobContext(
         job_id=job_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 
 # Read by Slurm's commands, and set by people on purpose (sbatch(1), squeue(1), INPUT ENVIRONMENT VARIABLES).
 KEPT_SLURM_NAMES = frozenset(
@@ -45,7 +46,7 @@ def without_proxy(environment: Mapping[str, str], host: str) -> dict[str, str]:
     return result
 
 
-def first_usable_scratch(local_scratch: str | None, environment: Mapping[str, str]) -> list[str]:
+def scratch_folders(local_scratch: str | PathLike[str] | None, environment: Mapping[str, str]) -> list[str]:
     """The folders to try for node-local files, in order: LOCAL_SCRATCH, SLURM_TMPDIR, TMPDIR, /tmp."""
     named = [local_scratch, environment.get("SLURM_TMPDIR"), environment.get("TMPDIR"), "/tmp"]
-    return [folder for folder in named if folder]
+    return [str(folder) for folder in named if folder]

@@ -29,12 +29,14 @@ URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
 class Request:
     """What the command line asks for beside the configuration.
 
-    ``attach_dir`` is the directory of a running runtime job to join, ``runtime_url`` the address of any other server.
+    ``attach_dir`` is the directory of a running runtime job to join and ``attach_id`` that job's id;
+    ``runtime_url`` is the address of any other server.
     """
 
     runtime: bool = True
     training: bool = True
     attach_dir: Path | None = None
+    attach_id: str = ""
     runtime_url: str | None = None
 
 
@@ -230,7 +232,8 @@ class _Builder:
         first = (f"--dependency=after:{RUNTIME_ID}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
         options = training_options(self.settings) + _logs("training", self.base, directory)
         environment = _job_environment("training", self.base, directory, self.checkout, self.python)
-        environment |= {"SKYRL_RUNTIME_JOB_ID": RUNTIME_ID} if paired else {}
+        partner = RUNTIME_ID if paired else self.request.attach_id
+        environment |= {"SKYRL_RUNTIME_JOB_ID": partner} if partner else {}
         return JobPlan(
             "training", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import shutil
@@ -125,10 +126,25 @@ def read_secrets(directory: CoordinationDir) -> dict[str, str]:
     return {str(name): str(value) for name, value in data.items()}
 
 
+def record_paths(directory: CoordinationDir) -> list[Path]:
+    """The records of a directory: ``run.json`` of the launch that made it, ``run_<id>.json`` of jobs that joined."""
+    return [path for path in [directory.run_record, *sorted(directory.path.glob("run_*.json"))] if path.is_file()]
+
+
 def read_jobs(directory: CoordinationDir) -> dict[str, str]:
-    """The ids of a run's jobs by kind, from its record; empty where there is none."""
-    try:
-        data = json.loads(directory.run_record.read_text(encoding="utf-8"))
-        return {kind: str(job["id"]) for kind, job in data["jobs"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    """The ids of a run's jobs by kind; of several that joined the last one. Empty where there is no record."""
+    jobs: dict[str, str] = {}
+    for path in record_paths(directory):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            jobs |= {kind: str(job["id"]) for kind, job in data["jobs"].items()}
+    return jobs
+
+
+def join(directory: CoordinationDir, kind: str, job_id: str) -> None:
+    """Record a job that was submitted directly, so that its partner can look it up."""
+    if read_jobs(directory).get(kind) == job_id:
+        return
+    data = {"schema": SCHEMA, "created": utc_now(), "jobs": {kind: {"id": job_id, "name": _NAMES[kind]}}}
+    path = directory.path / f"run_{job_id}.json" if directory.run_record.exists() else directory.run_record
+    write_atomically(path, json.dumps(data, indent=2) + "\n")

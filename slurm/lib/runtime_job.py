@@ -29,7 +29,7 @@ from slurm.lib.errors import (
 from slurm.lib.guardian import guarded
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, context
-from slurm.lib.job_environment import first_usable_scratch
+from slurm.lib.job_environment import scratch_folders
 from slurm.lib.logs import log, setup_job_logging
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.podman_service import PodmanService, podman_service
@@ -103,7 +103,7 @@ def report_failure(job: JobContext, outcome: Outcome) -> None:
 def serve(job: JobContext, notes: SignalNotes) -> Outcome:
     """Bring everything up, publish, wait for the reason to end, and leave in reverse order."""
     budget_s = max(2.0, job.scheduler.kill_wait_s() - 1.0)
-    scratch = choose_scratch(first_usable_scratch(job.settings.local_scratch, job.environment), job.job_id)
+    scratch = choose_scratch(scratch_folders(job.settings.local_scratch, job.environment), job.job_id)
     with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, readable_stores(os.environ)) as storage:
         guardian.own_storage(storage.root)
         with _timed_teardown(budget_s), api_server(job, storage, api_key(job)) as server:

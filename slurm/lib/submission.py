@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, make_run_dir, remove_run_dir
+from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir, remove_run_dir
 from slurm.lib.errors import SubmissionError, SuiteError
-from slurm.lib.plan import JobPlan, LaunchPlan
+from slurm.lib.plan import KEY_NAME, JobPlan, LaunchPlan
 from slurm.lib.run_record import GitState, furnish
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -68,6 +68,7 @@ def submit(plan: LaunchPlan, notes: SignalNotes, git: Callable[[], GitState], ch
             undo.job_ids.append(jobs[job.kind])
         directory = _directory(plan, jobs, undo)
         furnish(directory, plan, jobs, git(), checkout)
+        _publish_foreign_runtime(directory, plan)
         notes.check()
         Slurm({**plan.inherited}).release(next(iter(jobs.values())))
     return Submitted(directory, jobs)
@@ -85,3 +86,13 @@ def _directory(plan: LaunchPlan, jobs: dict[str, str], undo: _Undo) -> Coordinat
     directory = make_run_dir(Path(job.directory.replace("%j", jobs[job.kind])))
     undo.made = directory.path
     return directory
+
+
+def _publish_foreign_runtime(directory: CoordinationDir, plan: LaunchPlan) -> None:
+    """For --runtime-url: address, key and ready flag of a server that no job of this run is."""
+    if plan.request.runtime_url is None:
+        return
+    if KEY_NAME in plan.secrets:
+        directory.publish_key(plan.secrets[KEY_NAME])
+    directory.publish_url(plan.request.runtime_url)
+    directory.publish(directory.runtime_ready, Flag.of_this_host("", ""))

@@ -1,0 +1,242 @@
+"""What the user asked for: ``.conf``, ``--set`` and environment → one checked ``Settings``.
+
+Precedence: ``--set`` over the file over the environment over the default. Values of ``--set`` also stand in the
+environment that the file is sourced in, so that ``${KEY:-…}`` in it sees them; what the file assigns plainly from its
+own variables does not follow them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from slurm.lib.conf_source import SourcedConf, Value, source_conf
+from slurm.lib.errors import ConfigError, Problem
+from slurm.lib.secrets import MASK, is_secret_name
+from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, contradictions
+
+
+SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration that holds no known mistake.
+
+    ``exported``: everything that the file and --set assigned, as strings for the jobs' environment; an array that is a
+    key's value is quoted as its parser reads it back, another one joined by newlines. ``sources``: key → ``FILE:LINE``,
+    ``--set``, ``environment`` or ``default``. ``files``: the configuration and every file it sourced. ``unset``: names
+    that the file removed from the environment; the jobs should not get them.
+    """
+
+    settings: Settings
+    exported: dict[str, str]
+    sources: dict[str, str]
+    files: tuple[Path, ...]
+    warnings: tuple[str, ...]
+    unset: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Said:
+    """One value that somebody gave, and who did."""
+
+    raw: Value
+    source: str
+
+
+def load_config(
+    config: str | None,
+    overrides: Sequence[str],
+    environment: Mapping[str, str],
+    config_folder: Path,
+    now: datetime,
+    project_root_default: Path,
+    cwd: Path | None = None,
+) -> LoadedConfig:
+    """Read and check a configuration; ``ConfigError`` with all its problems together.
+
+    ``config`` is a bare name (``config_folder/NAME.conf``), a path (with a slash, or ending in ``.conf``), or None
+    for environment and defaults alone. ``overrides`` are the ``KEY=VALUE`` of --set. Of the environment only known
+    keys count. ``~`` is HOME, relative paths are relative to ``cwd`` (default: the current folder).
+    """
+    place = Place(now, Path(environment.get("HOME") or Path.home()), cwd or Path.cwd(), project_root_default)
+    set_values, problems = _parse_overrides(overrides)
+    sourced = _source(config, {**environment, **set_values}, config_folder, place)
+    said = _merge(set_values, sourced, environment)
+    parsed, bad = _parse(said)
+    settings = complete(Settings(**parsed), said.keys() - bad.keys(), place)  # type: ignore[arg-type]  # parsed by key
+    problems += [*sourced.problems, *_associative_problems(sourced), *bad.values()]
+    problems += _contradiction_problems(settings, said, bad)
+    if problems:
+        raise ConfigError(sorted(problems, key=_reading_order))
+    return LoadedConfig(
+        settings=settings,
+        exported=_exported(set_values, sourced),
+        sources=_sources(said),
+        files=sourced.files,
+        warnings=(*_override_warnings(set_values), *_file_warnings(set_values, sourced, environment)),
+        unset=frozenset(sourced.unset - set_values.keys()),
+    )
+
+
+def _parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
+    values, problems = {}, []
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            problems.append(Problem(f"--set {_shown(name, override)}", "must be KEY=VALUE, with a key like GPU_NODES"))
+        else:
+            values[name] = value
+    return values, problems
+
+
+def _shown(name: str, shown: str) -> str:
+    """Text that may hold a secret, for a message."""
+    return f"{name}={MASK}" if is_secret_name(name) and shown != name else shown
+
+
+def _locate(config: str, config_folder: Path, place: Place) -> Path | Problem:
+    """The file that --config means; the problem with an unknown name says which names there are."""
+    if "/" in config or config.endswith(".conf"):
+        return absolute(Path(config), place)
+    path = config_folder / f"{config}.conf"
+    if path.is_file():
+        return path
+    known = ", ".join(sorted(file.stem for file in config_folder.glob("*.conf"))) or "none"
+    return Problem(
+        f"--config {config}", f"there is no configuration of this name in {config_folder}; there are: {known}"
+    )
+
+
+def _source(config: str | None, environment: Mapping[str, str], config_folder: Path, place: Place) -> SourcedConf:
+    if config is None:
+        return SourcedConf({}, {})
+    path = _locate(config, config_folder, place)
+    return source_conf(path, environment) if isinstance(path, Path) else SourcedConf({}, {}, (path,))
+
+
+def _place_of(name: str, sourced: SourcedConf) -> str:
+    file, line = sourced.lines[name]
+    return f"{file}:{line}"
+
+
+def _merge(set_values: Mapping[str, str], sourced: SourcedConf, environment: Mapping[str, str]) -> dict[str, _Said]:
+    """What was said about each known key, by the one who counts. Saying nothing ("") stands for the default."""
+    said = {name: _Said(environment[name], "environment") for name in KEYS if name in environment}
+    said = {name: value for name, value in said.items() if name not in sourced.unset}
+    said |= {name: _Said(sourced.values[name], _place_of(name, sourced)) for name in KEYS if name in sourced.values}
+    said |= {name: _Said(set_values[name], "--set") for name in KEYS if name in set_values}
+    return {name: value for name, value in said.items() if not isinstance(value.raw, str) or value.raw.strip()}
+
+
+def _parse(said: Mapping[str, _Said]) -> tuple[dict[str, object], dict[str, Problem]]:
+    """Attribute → value for what is right, key → problem for what is not."""
+    parsed, bad = {}, {}
+    for name, given in said.items():
+        try:
+            parsed[KEYS[name].attribute] = _value(KEYS[name], given.raw)
+        except ValueError as problem:
+            bad[name] = Problem(_where(name, given), f"{name}={_value_shown(name, given.raw)}: {problem}")
+    return parsed, bad
+
+
+def _value(key: Key, raw: Value) -> object:
+    if not isinstance(raw, str) and not key.is_array:
+        raise ValueError("must be one value, not a bash array")
+    return key.parse(raw)
+
+
+def _value_shown(name: str, raw: Value) -> str:
+    if is_secret_name(name):
+        return MASK
+    return raw if isinstance(raw, str) else f"({shlex.join(raw)})"
+
+
+def _where(name: str, given: _Said) -> str:
+    if given.source != "--set":
+        return given.source
+    return f"--set {_shown(name, f'{name}={given.raw}')}"
+
+
+def _associative_problems(sourced: SourcedConf) -> list[Problem]:
+    what = "{} is an associative array, which is not a value for a key; use KEY=value or KEY=(a b)"
+    return [Problem(_place_of(name, sourced), what.format(name)) for name in KEYS if name in sourced.associative]
+
+
+def _contradiction_problems(
+    settings: Settings, said: Mapping[str, _Said], bad: Mapping[str, Problem]
+) -> Iterator[Problem]:
+    for keys, sentence in contradictions(settings):
+        if not bad.keys() & set(keys):
+            given = next((name for name in keys if name in said), None)
+            yield Problem(_where(given, said[given]) if given else "default", sentence)
+
+
+def _sources(said: Mapping[str, _Said]) -> dict[str, str]:
+    return {name: said[name].source if name in said else "default" for name in KEYS}
+
+
+def _exported(set_values: Mapping[str, str], sourced: SourcedConf) -> dict[str, str]:
+    return {**{name: _as_text(name, value) for name, value in sourced.values.items()}, **set_values}
+
+
+def _as_text(name: str, value: Value) -> str:
+    if isinstance(value, str):
+        return value
+    return shlex.join(value) if name in KEYS else "\n".join(value)
+
+
+def _reading_order(problem: Problem) -> tuple[str, int]:
+    """The command line first, then each file from its top."""
+    match = re.fullmatch(r"(/.*):(\d+)", problem.where)
+    return (match[1], int(match[2])) if match else ("", 0)
+
+
+def _override_warnings(set_values: Mapping[str, str]) -> Iterator[str]:
+    for name in set_values:
+        if name not in KEYS:
+            yield f"--set {name}: {_unknown([name], _nearest(name, POSSIBLY))}"
+        if is_secret_name(name):
+            yield f"--set {name}: everyone on this host can read it in the process list; write it into a file"
+
+
+def _file_warnings(
+    set_values: Mapping[str, str], sourced: SourcedConf, environment: Mapping[str, str]
+) -> Iterator[str]:
+    """A line for each key that looks misspelt, and one for all other unknown ones of a line of the file.
+
+    A helper that the file itself uses, or a variable that the environment had before, is a surprise to nobody.
+    """
+    expected = _names_used(sourced.files) | environment.keys() | KEYS.keys() | set_values.keys()
+    others: dict[str, list[str]] = {}
+    unknown = [name for name in sourced.values if name not in KEYS and name not in set_values]
+    for name in sorted(unknown, key=lambda name: (str(sourced.lines[name][0]), sourced.lines[name][1], name)):
+        nearest = _nearest(name, SURELY if name in expected or name.startswith("_") else POSSIBLY)
+        if nearest:
+            yield f"{_place_of(name, sourced)}: {_unknown([name], nearest)}"
+        elif name not in expected and not name.startswith("_"):
+            others.setdefault(_place_of(name, sourced), []).append(name)
+    yield from (f"{place}: {_unknown(names, None)}" for place, names in others.items())
+
+
+def _nearest(name: str, cutoff: float) -> str | None:
+    import difflib  # 5 ms, spent only on unknown keys
+
+    return next(iter(difflib.get_close_matches(name.upper(), KEYS, n=1, cutoff=cutoff)), None)
+
+
+def _unknown(names: Sequence[str], nearest: str | None) -> str:
+    meant = f"; did you mean {nearest}?" if nearest else ""
+    return f"not a key of this suite: {', '.join(names)}{meant} (given to the jobs all the same)"
+
+
+def _names_used(files: Iterable[Path]) -> set[str]:
+    """The variables that the files read: ``$NAME`` or ``${NAME…}`` outside of comments at a line's start."""
+    lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return set(re.findall(r"\$\{?#?!?([A-Za-z_]\w*)", code))

@@ -1,0 +1,596 @@
+"""What can be configured: every key with its type, default, unit and meaning, declared once.
+
+``KEYS`` is generated from the dataclass, and a configuration reference can be too. Parsers are pure: they take what a
+``.conf`` or the environment says and return a value, or raise ``ValueError`` with the sentence that completes
+"KEY=VALUE: …".
+"""
+
+# ruff: noqa: RUF009  `setting` is dataclasses.field with our metadata, and parsers are values
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Raw = str | tuple[str, ...]  # a bash array is a tuple
+
+# --- parsers ---------------------------------------------------------------------------------------------------------
+
+
+def text(raw: str) -> str:
+    """Any text."""
+    return raw
+
+
+def word(raw: str) -> str:
+    """Text without spaces, as names, partitions and lists of nodes are."""
+    if re.search(r"\s", raw.strip()):
+        raise ValueError("must not contain spaces (a list is separated by commas)")
+    return raw.strip()
+
+
+def secret(raw: str) -> str:
+    """A key as it travels in an HTTP header."""
+    if not re.fullmatch(r"[!-~]+", raw):
+        raise ValueError("must be printable ASCII without spaces, since it travels in an HTTP header")
+    return raw
+
+
+def integer(raw: str) -> int:
+    """A whole number."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", raw.strip()):
+        raise ValueError("must be a whole number")
+    return int(raw)
+
+
+def positive_int(raw: str) -> int:
+    """A whole number, at least 1."""
+    number = integer(raw)
+    if number < 1:
+        raise ValueError("must be at least 1")
+    return number
+
+
+def non_negative_int(raw: str) -> int:
+    """A whole number, at least 0."""
+    number = integer(raw)
+    if number < 0:
+        raise ValueError("must be at least 0")
+    return number
+
+
+def frequency(raw: str) -> int:
+    """Every so many steps; -1 is never."""
+    number = integer(raw)
+    if number != -1 and number < 1:
+        raise ValueError("must be at least 1 (every so many steps), or -1 (never)")
+    return number
+
+
+def positive_number(raw: str) -> float:
+    """A number above 0, perhaps a fraction."""
+    if not re.fullmatch(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", raw.strip()):
+        raise ValueError("must be a number")
+    number = float(raw)
+    if not 0 < number < math.inf:
+        raise ValueError("must be above 0")
+    return number
+
+
+def fraction(raw: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    number = positive_number(raw)
+    if number >= 1:
+        raise ValueError("must be below 1")
+    return number
+
+
+def boolean(raw: str) -> bool:
+    """true or false; yes/no, on/off and 1/0 are understood too."""
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if raw.strip().lower() not in words:
+        raise ValueError("must be true or false (1 and 0, yes and no, on and off do as well)")
+    return words[raw.strip().lower()]
+
+
+def switch(raw: str) -> bool:
+    """The same, for keys that programs read as 1 and 0."""
+    return boolean(raw)
+
+
+def slurm_time(raw: str) -> str:
+    """One of Slurm's six time formats, or UNLIMITED."""
+    slurm_seconds(raw)
+    return raw.strip()
+
+
+_TIME = re.compile(
+    r"(?P<minutes>\d+)(:(?P<seconds>\d+))?"
+    r"|(?P<h>\d+):(?P<m>\d+):(?P<s>\d+)"
+    r"|(?P<days>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?",
+    re.ASCII,
+)
+
+
+def slurm_seconds(raw: str) -> float:
+    """A Slurm time limit in seconds; infinity for UNLIMITED and INFINITE, and for 0, which asks for no limit."""
+    if raw.strip().upper() in {"UNLIMITED", "INFINITE"}:
+        return math.inf
+    match = _TIME.fullmatch(raw.strip())
+    if not match:
+        raise ValueError(
+            "must be a Slurm time: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or "
+            "days-hours:minutes:seconds, like 12:00:00"
+        )
+    part = {name: int(digits) for name, digits in match.groupdict("0").items()}
+    minutes = part["days"] * 1440 + (part["h"] + part["dh"]) * 60 + part["m"] + part["dm"] + part["minutes"]
+    return minutes * 60 + part["seconds"] + part["s"] + part["ds"] or math.inf
+
+
+_MEMORY = re.compile(r"(?P<number>[0-9]{1,15})(?P<unit>[KMGTP]?)B?", re.I)
+
+
+def memory(raw: str) -> str:
+    """An amount of memory: a whole number with K, M, G, T or P; without a unit it is megabytes, as for Slurm."""
+    match = _MEMORY.fullmatch(raw.strip())
+    if not match:
+        raise ValueError("must be an amount of memory: a whole number with K, M, G or T, like 64G")
+    if not int(match["number"]):
+        raise ValueError("must be above 0")
+    return match["number"] + (match["unit"].upper() or "M")
+
+
+def node_memory(raw: str) -> str:
+    """The same, and 0 for all memory of the node."""
+    return "0" if re.fullmatch(r"0+[KMGTP]?B?", raw.strip(), re.I) else memory(raw)
+
+
+def memory_bytes(amount: str) -> int:
+    """Bytes of an amount as ``memory`` returns it, with K = 1024, as Slurm and Podman count."""
+    match = _MEMORY.fullmatch(amount)
+    if not match:
+        raise ValueError(f"{amount} is not an amount of memory")
+    powers = {"K": 1, "M": 2, "": 2, "G": 3, "T": 4, "P": 5}
+    factor: int = 1024 ** powers[match["unit"].upper()]
+    return int(match["number"]) * factor
+
+
+def port(raw: str) -> int:
+    """A TCP port."""
+    number = integer(raw)
+    if not 1 <= number <= 65535:
+        raise ValueError("must be a port, 1 to 65535")
+    return number
+
+
+def port_range(raw: str) -> range:
+    """A-B, both ends included."""
+    first, dash, last = raw.partition("-")
+    if not dash:
+        raise ValueError("must be two ports with a dash between, like 20000-20999")
+    ports = range(port(first), port(last) + 1)
+    if not ports:
+        raise ValueError("must begin with the lower port")
+    return ports
+
+
+def path(raw: str) -> Path:
+    """A path; ``~`` and relative ones are made absolute later, when home and current folder are known."""
+    if "\n" in raw:
+        raise ValueError("must be one path, not several lines")
+    return Path(raw)
+
+
+def url(raw: str) -> str:
+    """An http or https address, without a slash at its end."""
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", raw.strip()):
+        raise ValueError("must be an address like http://host:8000")
+    return raw.strip().rstrip("/")
+
+
+def gres_type(raw: str) -> str:
+    """The type of a Slurm GRES, as in gpu:TYPE:2."""
+    if not re.fullmatch(r"[\w.-]+", raw.strip(), re.ASCII):
+        raise ValueError("must be one GPU type as `sinfo -o %G` shows it between the colons, like a100")
+    return raw.strip()
+
+
+def experiment(raw: str) -> str:
+    """A name that can be a folder's."""
+    if "/" in raw or raw in {".", ".."} or not raw.isprintable():
+        raise ValueError("must be usable as a folder's name: printable, and without a slash")
+    return raw
+
+
+def backend(raw: str) -> str:
+    """slurm or local."""
+    if raw not in {"slurm", "local"}:
+        raise ValueError("must be slurm or local")
+    return raw
+
+
+def words(raw: Raw) -> tuple[str, ...]:
+    """A bash array as it is, or a string split as a shell splits it."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return tuple(shlex.split(raw))
+    except ValueError as problem:
+        raise ValueError(f"cannot be split like a command line: {str(problem).lower()}") from None
+
+
+def names(raw: Raw) -> tuple[str, ...]:
+    """A bash array, or names separated by commas or spaces, with or without Hydra's brackets and quotes."""
+    given = re.split(r"[\s,]+", raw.strip().strip("[]")) if isinstance(raw, str) else raw
+    result = tuple(name.strip("\"'") for name in given)
+    if not result or not all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in result):
+        raise ValueError("must be names separated by commas, like console,wandb")
+    return result
+
+
+# --- the declaration of a key ----------------------------------------------------------------------------------------
+
+_ARRAYS: tuple[Callable[[Any], object], ...] = (words, names)
+_INFO = "key"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration.
+
+    ``attribute`` is its name in ``Settings``; ``default_text`` says what the default is where it depends on something.
+    """
+
+    name: str
+    attribute: str
+    parse: Callable[[Any], object]
+    default: object
+    doc: str
+    unit: str
+    default_text: str
+
+    @property
+    def is_array(self) -> bool:
+        """Whether a bash array is allowed."""
+        return self.parse in _ARRAYS
+
+
+def setting(
+    name: str,
+    parse: Callable[[Any], T],
+    default: T,
+    doc: str,
+    *,
+    unit: str = "",
+    default_text: str = "",
+    show: bool = True,
+) -> T:
+    """Declare a field of ``Settings``; ``show=False`` keeps it out of ``repr``."""
+    metadata = {_INFO: (name, parse, doc, unit, default_text)}
+    return field(default=default, repr=show, metadata=metadata)
+
+
+def optional(parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    """The same parser, for a field that is None where the key is unset."""
+    return parse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run can be told, checked and typed. Unset text is empty, other unset values are None.
+
+    An empty value (``KEY=""``) means the default, as bash's ``${KEY:-default}`` does, for every key; an empty array
+    is no element.
+    """
+
+    # Where the jobs run
+    skyrl_backend: str = setting(
+        "SKYRL_BACKEND", backend, "slurm", "Where the jobs run: slurm, or local for processes of this machine."
+    )
+    gpu_partition: str = setting("GPU_PARTITION", word, "gpu_test", "Slurm partition of the training job.")
+    cpu_partition: str = setting("CPU_PARTITION", word, "test", "Slurm partition of the runtime job.")
+    account: str = setting("ACCOUNT", word, "", "Slurm account that is charged.", default_text="the site's")
+    qos: str = setting("QOS", word, "", "Slurm quality of service.", default_text="the site's")
+    constraint: str = setting("CONSTRAINT", word, "", "Features that the nodes of both jobs must have.")
+    reservation: str = setting("RESERVATION", word, "", "Slurm reservation that both jobs run in.")
+    exclude_nodes: str = setting("EXCLUDE_NODES", word, "", "Nodes that neither job may use, as a Slurm host list.")
+    cpu_sbatch_args: tuple[str, ...] = setting(
+        "CPU_SBATCH_ARGS", words, (), "Further sbatch options of the runtime job: a bash array, or one string."
+    )
+    gpu_sbatch_args: tuple[str, ...] = setting(
+        "GPU_SBATCH_ARGS", words, (), "Further sbatch options of the training job: a bash array, or one string."
+    )
+    time_limit: str = setting(
+        "TIME_LIMIT", slurm_time, "12:00:00", "Time limit of both jobs, in one of Slurm's formats.", unit="Slurm time"
+    )
+
+    # The training job
+    gpu_nodes: int = setting("GPU_NODES", positive_int, 1, "Nodes of the training job.")
+    gpus_per_node: int = setting(
+        "GPUS_PER_NODE", non_negative_int, 4, "GPUs on each node; 0 only with a TRAINING_COMMAND that needs none."
+    )
+    gpu_type: str = setting("GPU_TYPE", gres_type, "", "GPU type to ask for, as in --gres=gpu:TYPE:N.")
+    training_cpus: int = setting("TRAINING_CPUS", positive_int, 48, "CPUs of the training job on each node.")
+    training_memory: str = setting(
+        "TRAINING_MEMORY",
+        node_memory,
+        "500G",
+        "Memory of the training job on each node; 0 is all of it.",
+        unit="K, M, G, T",
+    )
+    training_command: str = setting(
+        "TRAINING_COMMAND", text, "", "Run by `bash -c` in the training job in place of VERL.", default_text="VERL"
+    )
+
+    # The runtime job and its sandboxes
+    cpus_for_runtime: int = setting("CPUS_FOR_RUNTIME", positive_int, 64, "CPUs of the runtime job.")
+    runtime_memory: str = setting(
+        "RUNTIME_MEMORY", node_memory, "256G", "Memory of the runtime job; 0 is all of the node's.", unit="K, M, G, T"
+    )
+    cpus_per_worker: float = setting("CPUS_PER_WORKER", positive_number, 8.0, "CPUs of one sandbox; may be a fraction.")
+    memory_per_worker: str = setting("MEMORY_PER_WORKER", memory, "16G", "Memory of one sandbox.", unit="K, M, G, T")
+    max_parallel_agents: int | None = setting(
+        "MAX_PARALLEL_AGENTS",
+        optional(positive_int),
+        None,
+        "Sandboxes that may exist at once.",
+        default_text="as many as the CPUs allow",
+    )
+    container_image: str = setting(
+        "CONTAINER_IMAGE", word, "ghcr.io/openhands/agent-server", "Image of a sandbox whose request names none."
+    )
+    image_archive: Path | None = setting(
+        "IMAGE_ARCHIVE", optional(path), None, "Archive of that image on shared storage, loaded in place of a pull."
+    )
+    local_scratch: Path | None = setting(
+        "LOCAL_SCRATCH",
+        optional(path),
+        None,
+        "Folder on the node's own disk for Podman's storage.",
+        default_text="SLURM_TMPDIR, TMPDIR or /tmp of the node",
+    )
+    runtime_port: int | None = setting(
+        "RUNTIME_PORT", optional(port), None, "Preferred port of the API server.", default_text="any free port"
+    )
+    runtime_port_range: range | None = setting(
+        "RUNTIME_PORT_RANGE", optional(port_range), None, "Ports the API server may use: A-B.", default_text="any"
+    )
+    sandbox_port_range: range | None = setting(
+        "SANDBOX_PORT_RANGE", optional(port_range), None, "Ports the sandboxes may use: A-B.", default_text="any"
+    )
+    allhands_api_key: str = setting(
+        "ALLHANDS_API_KEY", secret, "", "Key of the API server.", default_text="made anew for each run", show=False
+    )
+    sandbox_remote_runtime_api_url: str = setting(
+        "SANDBOX_REMOTE_RUNTIME_API_URL", url, "", "Address of a runtime that runs already, for --skip-runtime."
+    )
+
+    # Waiting
+    runtime_ready_timeout: int = setting(
+        "RUNTIME_READY_TIMEOUT", positive_int, 600, "How long the training job waits for the API server.", unit="s"
+    )
+    training_complete_timeout: int = setting(
+        "TRAINING_COMPLETE_TIMEOUT", positive_int, 43200, "How long the runtime job waits for the training.", unit="s"
+    )
+
+    # Data and results
+    data_dir: Path | None = setting("DATA_DIR", optional(path), None, "Folder of the data set.")
+    train_data: Path | None = setting(
+        "TRAIN_DATA", optional(path), None, "Training rows.", default_text="${DATA_DIR}/train.parquet"
+    )
+    val_data: Path | None = setting(
+        "VAL_DATA", optional(path), None, "Validation rows.", default_text="${DATA_DIR}/validation.parquet"
+    )
+    checkpoint_dir: Path | None = setting(
+        "CHECKPOINT_DIR",
+        optional(path),
+        None,
+        "Folder of checkpoints, on shared storage.",
+        default_text="below the run's",
+    )
+    rollout_dir: Path | None = setting(
+        "ROLLOUT_DIR", optional(path), None, "Folder of recorded rollouts.", default_text="below the run's"
+    )
+    wandb_project: str = setting("WANDB_PROJECT", text, "skyrl-training", "Project that metrics are logged to.")
+    wandb_experiment: str = setting(
+        "WANDB_EXPERIMENT",
+        experiment,
+        "skyrl",
+        "Name of the run there, and of its checkpoint folder; set it to resume on another day.",
+        default_text="skyrl-YYYYMMDD-HHMMSS",
+    )
+
+    # What VERL trains
+    model: str = setting("MODEL", text, "Qwen/Qwen3-8B", "Hugging Face id, or folder, of the model.")
+    tp_size: int = setting("TP_SIZE", positive_int, 2, "GPUs that one copy of the model is spread over for rollouts.")
+    sp_size: int = setting("SP_SIZE", positive_int, 2, "GPUs that one sequence is spread over in updates.")
+    train_batch_size: int = setting("TRAIN_BATCH_SIZE", positive_int, 64, "Prompts in one step.")
+    rollout_n: int = setting("ROLLOUT_N", positive_int, 8, "Rollouts of each prompt.")
+    max_prompt_length: int = setting("MAX_PROMPT_LENGTH", positive_int, 8000, "Longest prompt.", unit="tokens")
+    max_response_length: int = setting(
+        "MAX_RESPONSE_LENGTH", positive_int, 32768, "Longest response, all turns together.", unit="tokens"
+    )
+    max_model_len: int = setting(
+        "MAX_MODEL_LEN",
+        positive_int,
+        40768,
+        "Longest sequence the inference engine accepts; the bash suite's 32768 cut prompts and responses of its own "
+        "default lengths, so that the default is their sum.",
+        unit="tokens",
+        default_text="MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH",
+    )
+    total_epochs: int = setting("TOTAL_EPOCHS", positive_int, 15, "Passes over the training rows.")
+    learning_rate: float = setting("LEARNING_RATE", positive_number, 1e-6, "Learning rate of the policy.")
+    adv_estimator: str = setting("ADV_ESTIMATOR", word, "loop", "Advantage estimator of VERL.")
+    gpu_memory_utilization: float = setting(
+        "GPU_MEMORY_UTILIZATION", fraction, 0.8, "Share of each GPU's memory that the inference engine takes."
+    )
+    enforce_eager: bool = setting(
+        "ENFORCE_EAGER", boolean, True, "Whether the inference engine does without CUDA graphs."
+    )
+    enable_gradient_checkpointing: bool = setting(
+        "ENABLE_GRADIENT_CHECKPOINTING", boolean, True, "Whether activations are recomputed to save GPU memory."
+    )
+    fsdp_param_offload: bool = setting(
+        "FSDP_PARAM_OFFLOAD", boolean, True, "Whether parameters rest in host memory between uses."
+    )
+    fsdp_optimizer_offload: bool = setting(
+        "FSDP_OPTIMIZER_OFFLOAD", boolean, True, "Whether the optimizer's state rests in host memory between uses."
+    )
+    save_freq: int = setting("SAVE_FREQ", frequency, 1, "A checkpoint every so many steps; -1 is never.", unit="steps")
+    test_freq: int = setting("TEST_FREQ", frequency, 20, "A validation every so many steps; -1 is never.", unit="steps")
+    max_ckpt_to_keep: int = setting("MAX_CKPT_TO_KEEP", positive_int, 10, "Checkpoints that are kept.")
+    task_yaml: str = setting(
+        "TASK_YAML", text, "./examples/run_verl/verl_oh.yaml", "SkyRL-agent's task file, relative to skyrl-agent."
+    )
+    loggers: tuple[str, ...] = setting(
+        "LOGGERS", names, ("console", "wandb"), "Where metrics go: a bash array, or names with commas between."
+    )
+    verl_overrides: tuple[str, ...] = setting(
+        "VERL_OVERRIDES",
+        words,
+        (),
+        "Further Hydra overrides, which win: a bash array, or one string split like a shell.",
+    )
+    vllm_use_v1: bool = setting("VLLM_USE_V1", switch, True, "Whether vLLM uses its V1 engine.")
+
+    # Network
+    fi_provider: str = setting("FI_PROVIDER", word, "efa", "libfabric provider; tcp where there is no EFA.")
+    skyrl_ld_library_path_export: bool = setting(
+        "SKYRL_LD_LIBRARY_PATH_EXPORT", switch, False, "Whether the training job sets up EFA's libraries."
+    )
+
+    # The suite itself
+    skyrl_jobs_base: Path = setting(
+        "SKYRL_JOBS_BASE", path, Path("~/.skyrl_jobs"), "Where the runs' directories are made, on shared storage."
+    )
+    skyrl_project_root: Path = setting(
+        "SKYRL_PROJECT_ROOT", path, Path(".."), "Folder that holds SkyRL.", default_text="the parent of the checkout"
+    )
+    skyrl_coord_dir: Path | None = setting(
+        "SKYRL_COORD_DIR", optional(path), None, "Coordination directory of a run to join."
+    )
+    slurm_runtime_dir: Path | None = setting(
+        "SLURM_RUNTIME_DIR", optional(path), None, "A slurm-remote-runtime of your own with .venv.", default_text="ours"
+    )
+    skyrl_debug: bool = setting("SKYRL_DEBUG", switch, False, "Whether debug lines are logged.")
+
+    def as_environment(self) -> dict[str, str]:
+        """Key → value as a ``.conf`` or a shell would say it, without unset ones; secrets included.
+
+        Loading it again gives equal settings.
+        """
+        shown = {name: said(key, getattr(self, key.attribute)) for name, key in KEYS.items()}
+        return {name: value for name, value in shown.items() if value}
+
+
+def _key(declared: Field[Any]) -> Key:
+    name, parse, doc, unit, default_text = declared.metadata[_INFO]
+    return Key(name, declared.name, parse, declared.default, doc, unit, default_text)
+
+
+KEYS: Mapping[str, Key] = MappingProxyType({key.name: key for key in map(_key, fields(Settings))})
+
+
+def said(key: Key, value: object) -> str:
+    """A value as text that the key's parser reads back; empty for an unset one."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        on, off = ("1", "0") if key.parse is switch else ("true", "false")
+        return on if value else off
+    if isinstance(value, float):
+        return repr(int(value) if value.is_integer() else value)
+    if isinstance(value, range):
+        return f"{value.start}-{value.stop - 1}"
+    if isinstance(value, tuple):
+        return "\n".join(value) if key.parse is names else shlex.join(value)
+    return str(value)
+
+
+# --- defaults that depend, and checks across keys --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and when a configuration is read: what ``~``, relative paths and dated defaults mean."""
+
+    now: datetime
+    home: Path
+    cwd: Path
+    project_root: Path
+
+
+def complete(settings: Settings, given: Iterable[str], place: Place) -> Settings:
+    """Fill in the defaults that depend on other keys, for keys that are not ``given``, and make paths absolute."""
+    dependent: dict[str, object] = {
+        "MAX_MODEL_LEN": settings.max_prompt_length + settings.max_response_length,
+        "WANDB_EXPERIMENT": f"skyrl-{place.now:%Y%m%d-%H%M%S}",
+        "SKYRL_PROJECT_ROOT": place.project_root,
+    }
+    if settings.data_dir:
+        dependent["TRAIN_DATA"] = settings.data_dir / "train.parquet"
+        dependent["VAL_DATA"] = settings.data_dir / "validation.parquet"
+    known = set(given)
+    changes = {KEYS[name].attribute: value for name, value in dependent.items() if name not in known}
+    return _with_absolute_paths(replace(settings, **changes), place)  # type: ignore[arg-type]  # values typed by key
+
+
+def _with_absolute_paths(settings: Settings, place: Place) -> Settings:
+    found = {key.attribute: getattr(settings, key.attribute) for key in KEYS.values()}
+    paths = {name: absolute(value, place) for name, value in found.items() if isinstance(value, Path)}
+    return replace(settings, **paths)  # type: ignore[arg-type]  # only fields that are paths
+
+
+def absolute(value: Path, place: Place) -> Path:
+    """``~`` by HOME, ``~user`` by the user database, the rest relative to the caller's folder; links stay."""
+    if value.parts[:1] == ("~",):
+        value = place.home.joinpath(*value.parts[1:])
+    elif str(value).startswith("~"):
+        value = Path(os.path.expanduser(value))  # noqa: PTH111  Path.expanduser raises for an unknown user
+    return Path(os.path.normpath(place.cwd / value))
+
+
+def contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
+    """What cannot hold together: the keys involved, the one to change first, and a sentence."""
+    return [*_gpu_contradictions(settings), *_runtime_contradictions(settings)]
+
+
+def _gpu_contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
+    if settings.training_command:
+        return []  # VERL does not run, so nothing is spread over GPUs
+    if settings.gpus_per_node == 0:
+        return [(("GPUS_PER_NODE",), "GPUS_PER_NODE=0: VERL needs at least 1 (0 is for a TRAINING_COMMAND)")]
+    gpus = settings.gpu_nodes * settings.gpus_per_node
+    product = f"GPU_NODES × GPUS_PER_NODE = {settings.gpu_nodes} × {settings.gpus_per_node} = {gpus}"
+    return [
+        ((name, "GPU_NODES", "GPUS_PER_NODE"), f"{name}={size} must divide the number of GPUs, {product}")
+        for name, size in (("TP_SIZE", settings.tp_size), ("SP_SIZE", settings.sp_size))
+        if gpus % size
+    ]
+
+
+def _runtime_contradictions(settings: Settings) -> Sequence[tuple[tuple[str, ...], str]]:
+    found: list[tuple[tuple[str, ...], str]] = []
+    if settings.cpus_per_worker > settings.cpus_for_runtime:
+        sentence = (
+            f"CPUS_PER_WORKER={settings.cpus_per_worker:g} is more than CPUS_FOR_RUNTIME={settings.cpus_for_runtime}"
+        )
+        found.append((("CPUS_PER_WORKER", "CPUS_FOR_RUNTIME"), sentence + ": not one sandbox would fit"))
+    node, worker = settings.runtime_memory, settings.memory_per_worker
+    if node != "0" and memory_bytes(worker) > memory_bytes(node):
+        sentence = f"MEMORY_PER_WORKER={worker} is more than RUNTIME_MEMORY={node}: not one sandbox would fit"
+        found.append((("MEMORY_PER_WORKER", "RUNTIME_MEMORY"), sentence))
+    ports = settings.runtime_port_range
+    if settings.runtime_port and ports and settings.runtime_port not in ports:
+        sentence = f"RUNTIME_PORT={settings.runtime_port} is outside of RUNTIME_PORT_RANGE={ports.start}-{ports[-1]}"
+        found.append((("RUNTIME_PORT", "RUNTIME_PORT_RANGE"), sentence))
+    return found

@@ -1,0 +1,453 @@
+"""The command line and the process: flags become a configuration, the app is served, the exit code says how it ended.
+
+Exit codes: 0 stopped and nothing is left; 2 the command line is wrong; 70 a fault of this server; 71 this machine lacks
+something (Podman's socket, a folder); 75 some containers could not be removed in time; 98 the port is taken; 128 + N
+a second signal N forced the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import getpass
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from slurm_runtime import __version__
+from slurm_runtime.config import ServerConfig, is_loopback, parse_label, parse_memory, parse_port_range
+from slurm_runtime.logs import log, setup
+from slurm_runtime.podman import how_to_start, socket_path
+from slurm_runtime.slots import Slots, share_out
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from slurm_runtime.manager import Manager
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_INTERNAL = 70  # EX_SOFTWARE
+EXIT_ENVIRONMENT = 71  # EX_OSERR
+EXIT_LEFT_BEHIND = 75  # EX_TEMPFAIL
+EXIT_PORT_TAKEN = 98  # EADDRINUSE
+EXIT_SIGNAL_BASE = 128
+
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+BACKLOG = 2048
+KEEP_ALIVE_S = 75  # the SDK's polls are up to 10 s apart on one connection
+LAST_ANSWERS_S = 2  # for requests that are being answered when the server stops
+
+
+class StartProblem(Exception):
+    """The server cannot start; ``str()`` says why and what to do."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Every flag of the bash suite's call is here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm_runtime.api_server",
+        description="Serve Podman sandboxes over the OpenHands remote runtime API.",
+        epilog=(
+            "Podman's service is found by DOCKER_HOST=unix:///path, else at $XDG_RUNTIME_DIR/podman/podman.sock. "
+            "Exit codes: 0 stopped, nothing left; 2 wrong command line; 71 something is missing on this machine; "
+            "70 a fault of this server; 75 containers were left behind; 98 the port is taken; "
+            "128+N a second signal N forced the end."
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"slurm_runtime {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="debug lines, and one line for each request")
+    _add_listening(parser.add_argument_group("listening"))
+    _add_key(parser.add_argument_group("API key (X-API-Key); without these flags ALLHANDS_API_KEY, else a new key"))
+    _add_sandboxes(parser.add_argument_group("sandboxes"))
+    _add_life(parser.add_argument_group("starting and stopping"))
+    return parser
+
+
+def _add_listening(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", default="0.0.0.0", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    group.add_argument(
+        "--fd", type=int, metavar="N", help="serve on this inherited, listening socket instead of --host and --port"
+    )
+    group.add_argument(
+        "--public-host",
+        metavar="NAME",
+        help="host name in sandbox URLs (default: this node's full name if it resolves)",
+    )
+    group.add_argument(
+        "--sandbox-port-range",
+        type=_by(parse_port_range),
+        metavar="A-B",
+        help="publish sandboxes on these ports (default: any free port)",
+    )
+
+
+def _add_key(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the key, mode 0600")
+    which.add_argument(
+        "--disable-auth",
+        action="store_true",
+        help="ask for no key: whoever reaches the port can run programs as you",
+    )
+
+
+def _add_sandboxes(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--container-image", metavar="IMAGE", help="image of sandboxes whose request names none")
+    add("--cpus", type=_count, metavar="N", help="CPUs to share out (default: those this process may use)")
+    add(
+        "--cpus-per-worker",
+        type=_positive,
+        default=1.0,
+        metavar="N",
+        help="CPUs of a sandbox, may be a fraction (default: 1)",
+    )
+    add(
+        "--memory-per-worker",
+        type=_by(parse_memory),
+        default=parse_memory("4G"),
+        metavar="SIZE",
+        help="memory of a sandbox, such as 16G (default: 4G)",
+    )
+    add(
+        "--build-reserved-cpus",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="CPUs that no sandbox gets, for image builds (default: 0)",
+    )
+    add("--max-sandboxes", type=_count, metavar="N", help="at most so many at once (MAX_PARALLEL_AGENTS)")
+    add(
+        "--cpu-pinning-method",
+        choices=["docker_cpuset", "taskset", "none"],
+        default="none",
+        help="docker_cpuset pins each sandbox to its CPUs where Podman may (default: none)",
+    )
+    add(
+        "--label",
+        type=_by(parse_label),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="label of every container; repeatable",
+    )
+    add("--enable-image-build", action="store_true", help="accepted; images are not built yet")
+
+
+def _add_life(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--worker-startup-timeout",
+        type=_positive,
+        default=600.0,
+        metavar="S",
+        help="seconds until a sandbox that does not answer has failed (default: 600)",
+    )
+    add(
+        "--stop-timeout",
+        type=_positive,
+        default=5.0,
+        metavar="S",
+        help="seconds for removing all sandboxes at the end (default: 5)",
+    )
+    add(
+        "--stop-with-stdin",
+        action="store_true",
+        help="stop at the end of standard input, and ignore SIGTERM, SIGINT and SIGHUP: for a parent that stops its "
+        "children in order, or dies",
+    )
+
+
+def _by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse`` as an argparse type whose complaint is shown."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as problem:
+            raise argparse.ArgumentTypeError(str(problem)) from None
+
+    return convert
+
+
+def _number(text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def _port(text: str) -> Any:
+    return _number(text, int, lambda value: 0 <= value < 65536, "a port (0 to 65535)")
+
+
+def _count(text: str) -> Any:
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def _natural(text: str) -> Any:
+    return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _positive(text: str) -> Any:
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: str) -> ServerConfig:
+    """The configuration that flags and environment ask for, still without its key. Pure."""
+    public_host = args.public_host
+    if public_host is None and args.fd is None and is_loopback(args.host):
+        public_host = args.host
+    return ServerConfig(
+        default_image=args.container_image,
+        public_host=public_host,
+        cpus_per_worker=args.cpus_per_worker,
+        memory_bytes=args.memory_per_worker,
+        pin_cpus=args.cpu_pinning_method == "docker_cpuset",
+        startup_timeout_s=args.worker_startup_timeout,
+        sandbox_ports=args.sandbox_port_range,
+        labels=labels_for(environment, user, dict(args.label)),
+    )
+
+
+def labels_for(environment: Mapping[str, str], user: str, extra: Mapping[str, str]) -> dict[str, str]:
+    """Labels of every container: the Slurm job (empty outside of one), the user, and ``extra``, which wins. Pure."""
+    return {"skyrl.job": environment.get("SLURM_JOB_ID", ""), "skyrl.owner": user, **extra}
+
+
+def flags_without_effect(args: argparse.Namespace) -> list[str]:
+    """A sentence for each flag that is accepted and does nothing yet. Pure."""
+    sentences = []
+    if args.enable_image_build:
+        sentences.append("--enable-image-build has no effect yet: images are used as they are, never built")
+    if args.cpu_pinning_method == "taskset":
+        sentences.append("--cpu-pinning-method taskset has no effect yet: sandboxes run on any CPU")
+    return sentences
+
+
+def slots_from(args: argparse.Namespace, usable: Sequence[int]) -> tuple[Slots, str]:
+    """The slots of this machine and the sentence about them; ``usable`` are the CPU ids of this process. Pure."""
+    cpus = args.cpus or len(usable)
+    return share_out(usable, cpus, args.build_reserved_cpus, args.cpus_per_worker, args.max_sandboxes)
+
+
+def listening_socket(args: argparse.Namespace) -> socket.socket:
+    """The socket to serve on; ``StartProblem`` where there is none to be had."""
+    return _inherited_socket(args.fd) if args.fd is not None else _bound_socket(args.host, args.port)
+
+
+def _inherited_socket(number: int) -> socket.socket:
+    try:
+        inherited = socket.socket(fileno=number)
+        is_listening = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as problem:
+        raise StartProblem(f"--fd {number} is not a socket: {problem.strerror}", EXIT_USAGE) from None
+    if not is_listening:
+        raise StartProblem(f"--fd {number} is a socket that does not listen", EXIT_USAGE)
+    return inherited
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as problem:
+        raise StartProblem(f"--host {host} is no address of this machine: {problem.strerror}", EXIT_USAGE) from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError as problem:
+        bound.close()
+        sentence = f"cannot listen on {host}:{port}: {problem.strerror}; choose another --port, or 0 for a free one"
+        raise StartProblem(sentence, EXIT_PORT_TAKEN) from None
+    return bound
+
+
+def podman_path(environment: Mapping[str, str], uid: int) -> Path:
+    """Podman's socket. It may be missing still where DOCKER_HOST names it; the usual one must be there."""
+    try:
+        path = socket_path(environment, uid)
+    except ValueError as problem:
+        raise StartProblem(str(problem), EXIT_USAGE) from None
+    if not environment.get("DOCKER_HOST") and not path.exists():
+        raise StartProblem(how_to_start(path), EXIT_ENVIRONMENT)
+    return path
+
+
+@contextlib.contextmanager
+def api_key(args: argparse.Namespace, environment: Mapping[str, str], port: int) -> Iterator[str | None]:
+    """The key that clients must send, None if any client may; a generated one lives as long as the block."""
+    from slurm_runtime.credentials import generated_key, key_folder, read_key_file
+
+    try:
+        if args.disable_auth:
+            log.warning("--disable-auth: whoever reaches this port can run programs as %s", getpass.getuser())
+            yield None
+        elif args.api_key_file is not None:
+            yield read_key_file(args.api_key_file)
+        elif environment.get("ALLHANDS_API_KEY"):
+            yield environment["ALLHANDS_API_KEY"]
+        else:
+            with generated_key(key_folder(environment, os.getuid()), port) as (key, path):
+                log.info("no API key was given; a new one is in %s", path)
+                print(path, flush=True)
+                yield key
+    except ValueError as problem:
+        raise StartProblem(str(problem), EXIT_USAGE) from None
+    except OSError as problem:
+        raise StartProblem(f"the API key's file cannot be written: {problem}", EXIT_ENVIRONMENT) from None
+
+
+@dataclass
+class StopWish:
+    """Who asked the server to stop, and how it is told: by signals, or by the end of standard input."""
+
+    loop: asyncio.AbstractEventLoop
+    event: asyncio.Event
+    signals_seen: int = 0
+
+    def on_signal(self, number: int) -> None:
+        self.signals_seen += 1
+        if self.signals_seen > 1:
+            log.error("%s again: ending at once; sandboxes may be left", signal.Signals(number).name)
+            os._exit(EXIT_SIGNAL_BASE + number)
+        log.info("%s: stopping", signal.Signals(number).name)
+        self.event.set()
+
+    def heed_signals(self) -> None:
+        for number in STOPPING_SIGNALS:
+            self.loop.add_signal_handler(number, self.on_signal, number)
+
+    def heed_stdin(self) -> None:
+        """A thread, because standard input may be a file, which the event loop cannot watch."""
+        threading.Thread(target=self._read_stdin, daemon=True).start()
+
+    def _read_stdin(self) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        log.info("standard input has ended: stopping")
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped already
+            self.loop.call_soon_threadsafe(self.event.set)
+
+
+async def serve(
+    args: argparse.Namespace, config: ServerConfig, listening: socket.socket, podman: Path, slots: Slots
+) -> int:
+    """Serve until told to stop, then remove all sandboxes; the exit code."""
+    from slurm_runtime.app import create_app
+    from slurm_runtime.heartbeats import Heartbeats
+    from slurm_runtime.manager import Manager
+    from slurm_runtime.podman import Podman
+    from slurm_runtime.readiness import Prober
+
+    wish = StopWish(asyncio.get_running_loop(), asyncio.Event())
+    wish.heed_stdin() if args.stop_with_stdin else wish.heed_signals()
+    engine, prober = Podman(podman), Prober()
+    manager = Manager(config, engine, prober, slots)
+    server = _http_server(create_app(manager, config, Heartbeats()), args.verbose)
+    try:
+        return await _serve_until(wish.event, server, listening, manager, args.stop_timeout)
+    finally:
+        await prober.close()
+        await engine.close()
+
+
+def _http_server(app: Any, verbose: bool) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn without its own signal handling: ours stops the sandboxes first."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=verbose,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+        backlog=BACKLOG,
+        server_header=False,
+    )
+    return Server(config)
+
+
+async def _serve_until(
+    stop: asyncio.Event, server: uvicorn.Server, listening: socket.socket, manager: Manager, stop_timeout_s: float
+) -> int:
+    """Requests are answered until the sandboxes are gone: clients read 503 on /start meanwhile, not a reset."""
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    watching = asyncio.create_task(manager.run())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([serving, watching, stopped], return_when=asyncio.FIRST_COMPLETED)
+    on_request = stopped.done()
+    watching.cancel()
+    left = await manager.close(stop_timeout_s)
+    server.should_exit = True
+    outcomes = await asyncio.gather(serving, watching, return_exceptions=True)
+    stopped.cancel()
+    if not on_request:
+        log.error("the server ended by itself, a fault of it: %s", [repr(outcome) for outcome in outcomes])
+        return EXIT_INTERNAL
+    if left:
+        log.error("not removed within %g s, still running perhaps: %s", stop_timeout_s, ", ".join(left))
+        return EXIT_LEFT_BEHIND
+    log.info("stopped; nothing is left")
+    return EXIT_OK
+
+
+def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """The server's life; ``StartProblem`` if it cannot begin."""
+    podman = podman_path(environment, os.getuid())
+    slots, slots_sentence = slots_from(args, sorted(os.sched_getaffinity(0)))
+    with listening_socket(args) as listening:
+        host, port = listening.getsockname()[:2]
+        with api_key(args, environment, port) as key:
+            log.info("serving on http://%s:%d, Podman at %s", f"[{host}]" if ":" in host else host, port, podman)
+            log.info("%s", slots_sentence)
+            for sentence in flags_without_effect(args):
+                log.warning("%s", sentence)
+            config = replace(config_from(args, environment, getpass.getuser()), api_key=key)
+            return asyncio.run(serve(args, config, listening, podman, slots))
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse, serve, exit."""
+    args = build_parser().parse_args(argv)
+    if args.stop_with_stdin:  # before anything slow: scancel reaches all processes of a job at once
+        for number in STOPPING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    setup(args.verbose)
+    try:
+        code = run(args, os.environ)
+    except StartProblem as problem:
+        log.error("%s", problem)
+        code = problem.exit_code
+    except KeyboardInterrupt:  # before the event loop heeds signals
+        code = EXIT_SIGNAL_BASE + signal.SIGINT
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

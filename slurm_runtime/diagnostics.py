@@ -1,0 +1,48 @@
+"""Why did a sandbox die: exit code, out of memory, the last lines of its log."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from slurm_runtime.podman import ContainerState, Engine, EngineError
+
+LAST_LINES = 50
+LAST_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A sentence for people, and the evidence."""
+
+    sentence: str
+    last_lines: str
+
+
+def explain(state: ContainerState) -> str:
+    """A sentence for how a container ended."""
+    if state.out_of_memory:
+        return "the sandbox was killed because it used more memory than it may (out of memory)"
+    if state.running:
+        return f"its container is {state.status}"
+    return f"the sandbox's program ended with exit code {state.exit_code}{_signal_name(state.exit_code)}"
+
+
+def _signal_name(exit_code: int) -> str:
+    try:
+        return f" ({signal.Signals(exit_code - 128).name})" if exit_code > 128 else ""
+    except ValueError:
+        return ""
+
+
+async def diagnose(engine: Engine, name: str) -> Diagnosis:
+    """What can be learned of a container; a probe that fails says so and hides nothing else."""
+    try:
+        sentence = explain(await engine.inspect(name))
+    except EngineError as problem:
+        return Diagnosis(f"its container is gone: {problem}", "")
+    try:
+        lines = await engine.logs(name, LAST_LINES)
+    except EngineError as problem:
+        lines = f"(its log cannot be read: {problem})"
+    return Diagnosis(sentence, lines[-LAST_BYTES:].strip())

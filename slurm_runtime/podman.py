@@ -1,0 +1,440 @@
+"""The only door to Podman: its REST API over the unix socket, one typed method per verb.
+
+Errors carry Podman's own words. Every call has a deadline. Works from Podman 4.0 on; tried on 4.3.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import stat
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    import aiohttp
+
+API = "http://podman/v4.0.0/libpod"  # the oldest version with all that is used here
+SOCKET_PATH_LIMIT = 107  # sun_path of Linux, without its NUL
+
+# Enough for package managers and for servers that drop their privileges; nothing that reaches beyond the sandbox.
+CAPABILITIES = (
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "NET_BIND_SERVICE",
+    "SETGID",
+    "SETUID",
+    "SYS_CHROOT",
+)
+LOG_BYTES = 10 << 20  # a chatty sandbox must not fill the node's disk
+WORKSPACE = "/workspace"
+USER_NAMESPACE_SIZE = 65536
+USER_NAMESPACE_START = 0x70000000  # above the ranges that shadow-utils and systemd hand out
+INIT_PROGRAMS = ("/usr/libexec/podman/catatonit", "/usr/lib/podman/catatonit", "/usr/libexec/catatonit/catatonit")
+
+QUICK_S = 10.0  # verbs that only read
+SLOW_S = 120.0  # create, start and remove wait for each other's storage locks
+PULL_S = 3600.0
+
+
+class EngineError(Exception):
+    """Podman refused; ``str()`` is a sentence with its words."""
+
+
+class EngineUnreachable(EngineError):
+    """Nobody listens on Podman's socket."""
+
+
+class EngineSilent(EngineError):
+    """Podman did not answer within the deadline."""
+
+
+class NoSuchImage(EngineError):
+    """The image is not in the local store."""
+
+
+class PullFailed(EngineError):
+    """The image could not be pulled."""
+
+
+class NoSuchContainer(EngineError):
+    """No container has this name."""
+
+
+class PortTaken(EngineError):
+    """The host port is in use."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What this Podman can do.
+
+    ``controllers`` are the cgroup controllers that it may use: a limit without its controller does not bite.
+    ``private_network`` is the network mode to ask for, empty for Podman's own default.
+    """
+
+    version: str
+    rootless: bool
+    controllers: frozenset[str]
+    private_network: str = ""
+    has_init: bool = False
+
+
+@dataclass(frozen=True)
+class ContainerSpec:
+    """One container to create.
+
+    ``host_port`` 0 lets Podman choose. ``memory_bytes``, ``cpus`` and ``cpuset`` are limits, 0 or empty for none.
+    """
+
+    name: str
+    image: str
+    command: tuple[str, ...] | None
+    environment: Mapping[str, str]
+    working_dir: str
+    labels: Mapping[str, str]
+    container_port: int
+    host_ip: str = ""
+    host_port: int = 0
+    memory_bytes: int = 0
+    cpus: float = 0.0
+    cpuset: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container as Podman sees it; ``host_port`` is None until one is known."""
+
+    name: str
+    running: bool
+    status: str
+    exit_code: int
+    out_of_memory: bool = False
+    host_port: int | None = None
+
+
+class Engine(Protocol):
+    """What the manager asks of Podman; the tests' fake keeps the same promises."""
+
+    async def facts(self) -> EngineFacts:
+        """What this Podman can do; ``EngineUnreachable`` while nobody listens."""
+        ...
+
+    async def pull(self, image: str, policy: str) -> None:
+        """Bring an image into the store by policy ``always``, ``missing`` or ``never``; else ``PullFailed``."""
+        ...
+
+    async def create(self, spec: ContainerSpec) -> None:
+        """Make a container; ``NoSuchImage`` if its image is not in the store."""
+        ...
+
+    async def start(self, name: str) -> None:
+        """Start it; ``PortTaken`` if its host port was."""
+        ...
+
+    async def inspect(self, name: str) -> ContainerState:
+        """Its state, or ``NoSuchContainer``."""
+        ...
+
+    async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
+        """State and labels of all containers that carry ``label`` (``NAME`` or ``NAME=VALUE``)."""
+        ...
+
+    async def logs(self, name: str, lines: int) -> str:
+        """The last lines of its output and error stream."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Kill and remove it with its volume; done already is fine."""
+        ...
+
+    async def close(self) -> None:
+        """Give up all connections."""
+        ...
+
+
+def socket_path(environment: Mapping[str, str], uid: int) -> Path:
+    """Where Podman's service listens: DOCKER_HOST, else the user's usual socket. ``ValueError`` with what to do."""
+    docker_host = environment.get("DOCKER_HOST", "")
+    if docker_host:
+        if not docker_host.startswith("unix://"):
+            raise ValueError(f"DOCKER_HOST={docker_host}: only a unix socket is served (unix:///path/to/podman.sock)")
+        path = Path(docker_host.removeprefix("unix://"))
+    elif uid == 0:
+        path = Path("/run/podman/podman.sock")
+    else:
+        path = Path(environment.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "podman" / "podman.sock"
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        raise ValueError(f"{path} is longer than the {SOCKET_PATH_LIMIT} bytes that Linux allows a socket")
+    return path
+
+
+def how_to_start(path: Path) -> str:
+    return (
+        f"no Podman service listens on {path}; start one with 'podman system service --time=0 unix://{path} &' "
+        f"and set DOCKER_HOST=unix://{path}"
+    )
+
+
+def free_id_range(uid_map: str) -> int | None:
+    """First of 65536 host ids for containers of a Podman that runs as root; None where this namespace has too few.
+
+    ``uid_map`` is the text of /proc/self/uid_map.
+    """
+    ends = [int(line.split()[0]) + int(line.split()[2]) for line in uid_map.splitlines() if line.strip()]
+    highest = max(ends, default=0)
+    if highest >= USER_NAMESPACE_START + USER_NAMESPACE_SIZE:
+        return USER_NAMESPACE_START
+    return highest - USER_NAMESPACE_SIZE if highest >= 2 * USER_NAMESPACE_SIZE else None
+
+
+def create_body(
+    spec: ContainerSpec, facts: EngineFacts, id_range: int | None, hard_limits: Mapping[str, int]
+) -> dict[str, Any]:
+    """The body of a create call. Pure.
+
+    ``id_range`` and ``hard_limits`` (rlimit name → this process's hard limit) matter only to a Podman that runs as
+    root: a rootless one is in a user namespace already and lowers its default limits itself.
+    """
+    port: dict[str, Any] = {"container_port": spec.container_port, "protocol": "tcp"}
+    if spec.host_ip:
+        port["host_ip"] = spec.host_ip
+    if spec.host_port:
+        port["host_port"] = spec.host_port
+    body: dict[str, Any] = {
+        "name": spec.name,
+        "image": spec.image,
+        "env": dict(spec.environment),
+        "labels": dict(spec.labels),
+        "work_dir": spec.working_dir,
+        "create_working_dir": True,
+        "portmappings": [port],
+        "no_new_privileges": True,
+        "cap_drop": ["ALL"],
+        "cap_add": list(CAPABILITIES),
+        "log_configuration": {"driver": "k8s-file", "size": LOG_BYTES},
+        "restart_policy": "no",
+        "systemd": "false",
+        "init": facts.has_init,
+        "volumes": [{"Dest": WORKSPACE}],  # bare task images have no such folder, and agent servers write there
+    }
+    if spec.command is not None:
+        # An empty entry point: the clients' commands name the program, often the image's entry point itself.
+        body |= {"entrypoint": [], "command": list(spec.command)}
+    if facts.private_network:
+        body["netns"] = {"nsmode": facts.private_network}
+    limits = _resource_limits(spec, facts.controllers)
+    if limits:
+        body["resource_limits"] = limits
+    if not facts.rootless:
+        body["r_limits"] = [{"type": name, "soft": limit, "hard": limit} for name, limit in hard_limits.items()]
+        if id_range is not None:
+            mapping = [{"container_id": 0, "host_id": id_range, "size": USER_NAMESPACE_SIZE}]
+            body |= {"userns": {"nsmode": "private"}, "idmappings": {"UIDMap": mapping, "GIDMap": mapping}}
+    return body
+
+
+def _resource_limits(spec: ContainerSpec, controllers: frozenset[str]) -> dict[str, Any]:
+    """Only limits that bite: others are refused by some versions and ignored by the rest."""
+    limits: dict[str, Any] = {}
+    if spec.memory_bytes and "memory" in controllers:
+        limits["memory"] = {"limit": spec.memory_bytes}
+    cpu: dict[str, Any] = {}
+    if spec.cpus and "cpu" in controllers:
+        cpu |= {"period": 100_000, "quota": max(1000, round(spec.cpus * 100_000))}
+    if spec.cpuset and "cpuset" in controllers:
+        cpu["cpus"] = ",".join(map(str, spec.cpuset))
+    if cpu:
+        limits["cpu"] = cpu
+    return limits
+
+
+def parse_facts(info: Mapping[str, Any], init_programs: Sequence[str]) -> EngineFacts:
+    """The facts in an answer of ``/info``."""
+    host = info["host"]
+    rootless = bool(host["security"]["rootless"])
+    slirp = (host.get("slirp4netns") or {}).get("executable")
+    return EngineFacts(
+        version=str((info.get("version") or {}).get("Version", "unknown")),
+        rootless=rootless,
+        controllers=frozenset(host.get("cgroupControllers") or ()),
+        # As root the default is a bridge: firewall rules of the host that outlive a killed job, and 0.2 s more.
+        private_network="slirp4netns" if slirp and not rootless else "",
+        has_init=any(Path(program).is_file() for program in init_programs),
+    )
+
+
+def parse_frames(stream: bytes) -> str:
+    """The text in a multiplexed log: frames of an 8-byte header (stream, length) and their content."""
+    pieces, at = [], 0
+    while at + 8 <= len(stream):
+        length = int.from_bytes(stream[at + 4 : at + 8], "big")
+        pieces.append(stream[at + 8 : at + 8 + length])
+        at += 8 + length
+    return b"".join(pieces).decode("utf-8", "replace").replace("\0", "")
+
+
+def parse_inspect(answer: Mapping[str, Any]) -> ContainerState:
+    state = answer["State"]
+    bindings = [
+        binding
+        for found in ((answer.get("NetworkSettings") or {}).get("Ports") or {}).values()
+        for binding in found or ()
+    ]
+    return ContainerState(
+        name=str(answer.get("Name", "")),
+        running=state["Status"] in {"running", "paused"},
+        status=str(state["Status"]),
+        exit_code=int(state.get("ExitCode") or 0),
+        out_of_memory=bool(state.get("OOMKilled")),
+        host_port=int(bindings[0]["HostPort"]) if bindings else None,
+    )
+
+
+def parse_listed(entry: Mapping[str, Any]) -> tuple[ContainerState, Mapping[str, str]]:
+    names = entry.get("Names") or [""]
+    status = str(entry.get("State", "unknown"))
+    state = ContainerState(
+        name=str(names[0]),
+        running=status in {"running", "paused"},
+        status=status,
+        exit_code=int(entry.get("ExitCode") or 0),
+    )
+    return state, entry.get("Labels") or {}
+
+
+def error_for(status: int, words: str) -> EngineError:
+    """Podman's answer as an exception. Words are looked at only where its status code says no more than 500."""
+    if status == 404 and "container" in words:
+        return NoSuchContainer(words)
+    if "image not known" in words or "no such image" in words:
+        return NoSuchImage(words)
+    if "address already in use" in words or "port is already allocated" in words:
+        return PortTaken(words)
+    return EngineError(words)
+
+
+class Podman:
+    """Podman behind its socket; connections are made when they are needed and kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._session: aiohttp.ClientSession | None = None
+        self._facts: EngineFacts | None = None
+        self._id_range: int | None = None
+
+    async def facts(self) -> EngineFacts:
+        if self._facts is None:
+            self._check_socket()
+            found = shutil.which("catatonit")
+            info = await self._ask("GET", "/info", QUICK_S)
+            self._facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
+            self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
+        return self._facts
+
+    async def pull(self, image: str, policy: str) -> None:
+        query = f"/images/pull?reference={quote(image, safe='')}&policy={policy}"
+        try:
+            async with self._call("POST", query, PULL_S) as answer:
+                async for line in answer.content:
+                    self._raise_pull_error(image, line)
+        except (NoSuchImage, NoSuchContainer) as problem:
+            raise PullFailed(f"image {image} is not to be had: {problem}") from None
+
+    @staticmethod
+    def _raise_pull_error(image: str, line: bytes) -> None:
+        report = json.loads(line) if line.strip() else {}
+        if report.get("error"):
+            raise PullFailed(f"Podman could not pull {image}: {report['error']}")
+
+    async def create(self, spec: ContainerSpec) -> None:
+        body = create_body(spec, await self.facts(), self._id_range, _hard_limits())
+        await self._ask("POST", "/containers/create", SLOW_S, body)
+
+    async def start(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/start", SLOW_S)
+
+    async def inspect(self, name: str) -> ContainerState:
+        return parse_inspect(await self._ask("GET", f"/containers/{name}/json", QUICK_S))
+
+    async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
+        filters = quote(json.dumps({"label": [label]}))
+        return [
+            parse_listed(entry)
+            for entry in await self._ask("GET", f"/containers/json?all=true&filters={filters}", QUICK_S)
+        ]
+
+    async def logs(self, name: str, lines: int) -> str:
+        query = f"/containers/{name}/logs?stdout=true&stderr=true&tail={lines}"
+        async with self._call("GET", query, QUICK_S) as answer:
+            return parse_frames(await answer.read())
+
+    async def remove(self, name: str) -> None:
+        # Podman 4 reads `volumes` here, later ones `v`; without it each sandbox would leave its volume behind.
+        query = f"/containers/{name}?force=true&timeout=0&v=true&volumes=true"
+        try:
+            await self._ask("DELETE", query, SLOW_S)
+        except NoSuchContainer:
+            return
+
+    async def close(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    def _check_socket(self) -> None:
+        if not (self.path.exists() and stat.S_ISSOCK(self.path.stat().st_mode)):
+            raise EngineUnreachable(how_to_start(self.path))
+
+    async def _ask(self, method: str, path: str, timeout_s: float, body: object = None) -> Any:
+        async with self._call(method, path, timeout_s, body) as answer:
+            text = await answer.read()
+            return json.loads(text) if text.strip() else None
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, path: str, timeout_s: float, body: object = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer with a good status; everything else becomes an ``EngineError``."""
+        import aiohttp  # 0.1 s: the server answers /health before it talks to Podman
+
+        if self._session is None:
+            # No limit of connections here: the manager bounds what is under way, and reads must not queue behind it.
+            self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=str(self.path), limit=0))
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(method, API + path, json=body, timeout=timeout) as answer:
+                if answer.status >= 400:
+                    raise error_for(answer.status, _words(await answer.read()))
+                yield answer
+        except (aiohttp.ClientConnectorError, FileNotFoundError):
+            raise EngineUnreachable(how_to_start(self.path)) from None
+        except asyncio.TimeoutError:  # another class on Python 3.10
+            raise EngineSilent(f"Podman did not answer {method} {path.split('?')[0]} within {timeout_s:g} s") from None
+        except aiohttp.ClientError as problem:
+            raise EngineError(f"the connection to Podman broke: {problem or type(problem).__name__}") from None
+
+
+def _words(body: bytes) -> str:
+    """Podman's message in an error's body."""
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace").strip() or "no reason given"
+
+
+def _hard_limits() -> dict[str, int]:
+    """This process's hard limits by the names that Podman wants (without RLIMIT_), bounded by its own defaults."""
+    import resource
+
+    names = {"NOFILE": resource.RLIMIT_NOFILE, "NPROC": resource.RLIMIT_NPROC}
+    hard = {name: resource.getrlimit(number)[1] for name, number in names.items()}
+    return {name: 1 << 20 if limit == resource.RLIM_INFINITY else min(limit, 1 << 20) for name, limit in hard.items()}

@@ -1,0 +1,236 @@
+"""A real Slurm of one login host and four nodes on this one machine, for the tests.
+
+Each node has a network namespace and a host name of its own on a private bridge, so that jobs see distinct hosts and
+reach each other only over the network. Everything lies below ``HOME`` and is found again by pid files. Needs root and
+the Debian packages that ``MISSING_HINT`` names; no systemd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HOME = Path("/run/skyrl-test-cluster")
+CONF = HOME / "etc" / "slurm.conf"
+NODES = {"cpu-a": "10.79.0.11", "cpu-b": "10.79.0.12", "gpu-a": "10.79.0.13", "gpu-b": "10.79.0.14"}
+LOGIN = "10.79.0.1"
+BRIDGE = "sktest0"
+HOSTS_MARK = "# skyrl-test-cluster"
+GPUS = 8
+PROGRAMS = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "podman", "newuidmap", "slirp4netns")
+MISSING_HINT = "scripts/test installs them on Debian when it runs as root"
+UP_DEADLINE_S = 40.0
+
+CONFIG = """\
+ClusterName=skyrltest
+SlurmctldHost={host}({login})
+SlurmctldPort=16817
+SlurmdPort=16818
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={home}/munge/socket
+CredType=cred/munge
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool/%n
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmdPidFile={home}/slurmd-%n.pid
+SlurmctldLogFile={home}/log/slurmctld.log
+SlurmdLogFile={home}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
+SlurmdParameters=config_overrides
+MpiDefault=none
+ReturnToService=2
+JobCompType=jobcomp/filetxt
+JobCompLoc={home}/log/jobcomp.txt
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+GresTypes=gpu
+KillWait=5
+MinJobAge=600
+SlurmdTimeout=20
+NodeName=cpu-a NodeAddr=10.79.0.11 CPUs=128 RealMemory=600000 State=UNKNOWN
+NodeName=cpu-b NodeAddr=10.79.0.12 CPUs=128 RealMemory=600000 State=UNKNOWN
+NodeName=gpu-a NodeAddr=10.79.0.13 CPUs=128 RealMemory=1100000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName=gpu-b NodeAddr=10.79.0.14 CPUs=128 RealMemory=1100000 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=test Nodes=cpu-a,cpu-b Default=YES MaxTime=12:00:00 State=UP
+PartitionName=gpu_test Nodes=gpu-a,gpu-b MaxTime=12:00:00 State=UP
+"""
+
+
+class ClusterError(Exception):
+    """The cluster did not come up; the message says which log to read."""
+
+
+def missing() -> list[str]:
+    """What this machine lacks for the cluster; empty where nothing is."""
+    lacks = [] if os.geteuid() == 0 else ["root"]
+    return lacks + [name for name in PROGRAMS if not _which(name)]
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def environment() -> dict[str, str]:
+    """What Slurm's commands need to find this cluster."""
+    return {"SLURM_CONF": str(CONF)}
+
+
+def _call(*argv: str, check: bool = True) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **environment()}, check=False)
+    if check and done.returncode:
+        raise ClusterError(f"{' '.join(argv)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _alive(pid_file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        if Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    return None
+
+
+def pid_files() -> list[Path]:
+    """The daemons' pid files, in the order in which they are stopped."""
+    return [*(HOME / f"slurmd-{name}.pid" for name in NODES), HOME / "slurmctld.pid", HOME / "munge" / "pid"]
+
+
+def is_up() -> bool:
+    return all(_alive(path) for path in pid_files()) and len(_idle_or_busy()) == len(NODES)
+
+
+def _idle_or_busy() -> list[str]:
+    return _call("sinfo", "-h", "-N", "-t", "idle,alloc,mix,comp", "-o", "%N", check=False).split()
+
+
+def up() -> float:
+    """Start what is not running; returns the seconds until all nodes were ready. ``ClusterError`` says why not."""
+    begin = time.monotonic()
+    if is_up():
+        return 0.0
+    down()
+    _make_folders()
+    _make_network()
+    _write_config()
+    _start_munge()
+    _call(_which("slurmctld") or "slurmctld", "-f", str(CONF))
+    for name in NODES:
+        _start_node(name)
+    _await("all nodes to be idle", lambda: set(_idle_or_busy()) == set(NODES), HOME / "log" / "slurmctld.log")
+    return time.monotonic() - begin
+
+
+def _await(what: str, condition: Callable[[], bool], log: Path) -> None:
+    end = time.monotonic() + UP_DEADLINE_S
+    while not condition():
+        if time.monotonic() > end:
+            raise ClusterError(f"waited {UP_DEADLINE_S:g} s for {what}; see {log}")
+        time.sleep(0.1)
+
+
+def _make_folders() -> None:
+    for name in ("etc", "log", "state", "spool", "dev", "munge"):
+        (HOME / name).mkdir(parents=True, exist_ok=True)
+    for folder in (HOME, HOME / "etc", HOME / "munge"):
+        folder.chmod(0o755)
+    for number in range(GPUS):
+        device = HOME / "dev" / f"nvidia{number}"
+        if not device.exists():
+            os.mknod(device, 0o020666, os.makedev(195, number))
+    with contextlib.suppress(FileNotFoundError):
+        Path("/dev/net/tun").chmod(0o666)  # slirp4netns of an ordinary user opens it
+
+
+def _make_network() -> None:
+    _call("ip", "link", "add", BRIDGE, "type", "bridge")
+    _call("ip", "addr", "add", f"{LOGIN}/24", "dev", BRIDGE)
+    _call("ip", "link", "set", BRIDGE, "up")
+    for number, (name, address) in enumerate(NODES.items()):
+        outer, inside = f"sktest-n{number}", f"sk-{name}"
+        _call("ip", "netns", "add", inside)
+        _call("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", inside)
+        _call("ip", "link", "set", outer, "master", BRIDGE, "up")
+        _call("ip", "-n", inside, "addr", "add", f"{address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            _call("ip", "-n", inside, "link", "set", device, "up")
+        _call("ip", "-n", inside, "route", "add", "default", "via", LOGIN)
+    with Path("/etc/hosts").open("a") as hosts:
+        hosts.writelines(f"{address} {name} {HOSTS_MARK}\n" for name, address in NODES.items())
+
+
+def _write_config() -> None:
+    CONF.write_text(CONFIG.format(host=socket.gethostname(), login=LOGIN, home=HOME, gpus=GPUS))
+    gres = f"NodeName=gpu-a,gpu-b Name=gpu File={HOME}/dev/nvidia[0-{GPUS - 1}]\n"
+    (CONF.parent / "gres.conf").write_text(gres)
+
+
+def _start_munge() -> None:
+    folder = HOME / "munge"
+    key = folder / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    options = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    words = [f"--{name}={folder / file}" for name, file in options.items()]
+    _call(_which("munged") or "munged", "--force", *words)
+    _await("munge", lambda: (folder / "socket").exists(), folder / "log")
+
+
+def _start_node(name: str) -> None:
+    """nsenter, not ``ip netns exec``: the latter remounts /sys, and slurmd no longer finds the cgroups."""
+    command = f"hostname {name}; exec slurmd -f {CONF} -N {name}"
+    _call("nsenter", f"--net=/var/run/netns/sk-{name}", "unshare", "-u", "sh", "-c", command)
+
+
+def down() -> None:
+    """Stop by pid what ``up`` started, and remove what it made; nothing else."""
+    if CONF.exists() and _alive(HOME / "slurmctld.pid"):
+        for job in _call("squeue", "-h", "-o", "%i", check=False).split():
+            _call("scancel", job, check=False)
+    for path in pid_files():
+        _stop(path)
+    for name in NODES:
+        _call("ip", "netns", "del", f"sk-{name}", check=False)
+    _call("ip", "link", "del", BRIDGE, check=False)
+    _forget_hosts()
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+def _stop(pid_file: Path) -> None:
+    pid = _alive(pid_file)
+    end = time.monotonic() + 5
+    number = signal.SIGTERM
+    while pid is not None and _alive(pid_file) == pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        number = signal.SIGKILL if time.monotonic() > end else signal.SIGTERM
+        time.sleep(0.1)
+
+
+def _forget_hosts() -> None:
+    hosts = Path("/etc/hosts")
+    kept = [line for line in hosts.read_text().splitlines(keepends=True) if HOSTS_MARK not in line]
+    hosts.write_text("".join(kept))  # in place: /etc/hosts may be a bind mount
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """The cluster for the length of the block; one that was up already, or that is to be kept, stays."""
+    was_up = is_up()
+    up()
+    try:
+        yield
+    finally:
+        if not was_up and not os.environ.get("SKYRL_KEEP_CLUSTER"):
+            down()

@@ -1,0 +1,204 @@
+"""Fixtures that lend the real things: a Slurm cluster, an ordinary user on it, a checkout of that user's own."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import cluster as test_cluster
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+USER_NAME = "skyrl-test"
+END_DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True)
+class OrdinaryUser:
+    """A user without privileges, with a clean environment and the test cluster's Slurm."""
+
+    name: str
+    uid: int
+    gid: int
+    home: Path
+    subuids: range
+    slurm: Mapping[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "HOME": str(self.home),
+            "USER": self.name,
+            "LOGNAME": self.name,
+            "SHELL": "/bin/bash",
+            "LANG": "C.UTF-8",
+            "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            **self.slurm,
+        }
+
+    def popen(
+        self,
+        argv: list[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        **options: int,
+    ) -> subprocess.Popen[str]:
+        """Start a command as this user; stdout and stderr as for ``subprocess.Popen``."""
+        return subprocess.Popen(
+            argv,
+            env={**self.environment, **(env or {})},
+            cwd=cwd or self.home,
+            user=self.uid,
+            group=self.gid,
+            extra_groups=[],
+            umask=0o022,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            **options,  # type: ignore[call-overload]  # stdout and stderr, forwarded
+        )
+
+    def run(
+        self, argv: list[str], env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command as this user to its end, its output captured."""
+        with self.popen(argv, env, cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+    def processes(self) -> dict[int, str]:
+        """The living processes of this user and of its subordinate ids: pid → command line."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                status = (entry / "status").read_text() if entry.name.isdigit() else ""
+                uid = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
+                owned = uid is not None and (int(uid[1]) == self.uid or int(uid[1]) in self.subuids)
+                if owned and "\nState:\tZ" not in status:
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    found[int(entry.name)] = b" ".join(words).decode(errors="replace")
+            except OSError:
+                continue
+        return found
+
+
+def _subuids(name: str) -> range:
+    for line in Path("/etc/subuid").read_text().splitlines():
+        owner, first, count = line.split(":")
+        if owner == name:
+            return range(int(first), int(first) + int(count))
+    return range(0)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The real test cluster, up."""
+    lacks = test_cluster.missing()
+    if lacks:
+        pytest.skip(f"the test cluster needs {', '.join(lacks)}; {test_cluster.MISSING_HINT}")
+    with test_cluster.running():
+        yield
+
+
+@pytest.fixture(scope="session")
+def user(cluster: None) -> OrdinaryUser:
+    """An ordinary user of the cluster, made where it is missing."""
+    try:
+        entry = pwd.getpwnam(USER_NAME)
+    except KeyError:
+        subprocess.run(["useradd", "-m", "-s", "/bin/bash", USER_NAME], check=True)
+        entry = pwd.getpwnam(USER_NAME)
+    Path(entry.pw_dir).chmod(0o755)
+    return OrdinaryUser(
+        USER_NAME,
+        entry.pw_uid,
+        entry.pw_gid,
+        Path(entry.pw_dir),
+        _subuids(USER_NAME),
+        test_cluster.environment(),
+    )
+
+
+def _environment_folder(user: OrdinaryUser) -> Path:
+    """An environment with our packages that the user can start; a copy made for it where ours cannot be reached."""
+    own = Path(sys.prefix)
+    if user.run([str(own / "bin" / "python"), "-c", "import fastapi, tenacity"]).returncode == 0:
+        return own
+    folder = Path("/opt/skyrl-test-venv")
+    setup = [str(CHECKOUT / "scripts" / "setup")]
+    subprocess.run(setup, check=True, env={**os.environ, "SKYRL_VENV": str(folder)}, stdout=sys.stderr)
+    return folder
+
+
+def copy_checkout(target: Path) -> None:
+    """Copy the files of this checkout that git tracks or does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (CHECKOUT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / name, target / name)
+
+
+@pytest.fixture(scope="session")
+def checkout(user: OrdinaryUser) -> Path:
+    """The user's own copy of this checkout, with an environment: PROJECT_ROOT/SkyRL below its home."""
+    target = user.home / "project" / "SkyRL"
+    shutil.rmtree(target, ignore_errors=True)
+    copy_checkout(target)
+    (target / ".venv").symlink_to(_environment_folder(user))
+    subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(user.home / "project")], check=True)
+    return target
+
+
+@pytest.fixture
+def jobs_base(user: OrdinaryUser, request: pytest.FixtureRequest) -> Path:
+    """A fresh folder for the runs of one test."""
+    name = re.sub(r"\W+", "_", request.node.name)[:60]
+    folder = user.home / "jobs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in (folder.parent, folder):
+        os.chown(path, user.uid, user.gid)
+    return folder
+
+
+def leftovers(user: OrdinaryUser, before: set[int]) -> list[str]:
+    """Jobs, processes, Podman storage and sockets of the user that were not there before."""
+    jobs = user.run(["squeue", "-h", "-u", user.name, "-o", "job %i %j %T %r"]).stdout.splitlines()
+    processes = [f"process {pid}: {words[:150]}" for pid, words in user.processes().items() if pid not in before]
+    storage = [f"storage {path}" for path in Path("/tmp").glob(f"*skyrl-{user.uid}-*")]
+    sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if f"skyrl-{user.uid}-" in line]
+    return jobs + processes + storage + [f"socket {line}" for line in sockets]
+
+
+@pytest.fixture
+def nothing_left(user: OrdinaryUser) -> Iterator[Callable[[], None]]:
+    """A check that the user left nothing on any node; made once more at the test's end."""
+    before = set(user.processes())
+
+    def check() -> None:
+        end = time.monotonic() + END_DEADLINE_S
+        while left := leftovers(user, before):
+            if time.monotonic() > end:
+                raise AssertionError("left behind: " + "; ".join(left))
+            time.sleep(0.2)
+
+    try:
+        yield check
+        check()
+    finally:
+        user.run(["scancel", "-u", user.name])

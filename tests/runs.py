@@ -1,0 +1,113 @@
+"""Runs on the real test cluster, as a user starts and watches them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, Protocol
+
+
+class User(Protocol):
+    """An ordinary user of the test cluster (tests/conftest.py)."""
+
+    home: Path
+
+    def run(self, argv: list[str], **options: Any) -> CompletedProcess[str]: ...
+
+
+def until(what: str, condition: Callable[[], object], seconds: float) -> float:
+    """Wait for a condition; returns how long it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class Run:
+    """A launched run: its directory and the ids of its jobs."""
+
+    user: User
+    directory: Path
+    jobs: dict[str, str]
+
+    def text(self, name: str) -> str:
+        """A file of the run's directory, empty where there is none."""
+        path = self.directory / name
+        return path.read_text() if path.exists() else ""
+
+    def log(self, kind: str, suffix: str = "out") -> str:
+        return self.text(f"{kind}_{self.jobs[kind]}.{suffix}")
+
+    def state(self, kind: str) -> str:
+        answer = self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", "%T"])
+        return answer.stdout.strip() or "GONE"
+
+    def node(self, kind: str) -> str:
+        return self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", "%N"]).stdout.strip()
+
+    def is_over(self, kind: str) -> bool:
+        return self.state(kind) not in {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+
+    def wait_over(self, *kinds: str, seconds: float) -> float:
+        return until(
+            f"end of {kinds or 'all'} in {self.directory}",
+            lambda: all(self.is_over(kind) for kind in kinds or self.jobs),
+            seconds,
+        )
+
+    def wait_for_text(self, kind: str, text: str, seconds: float = 30) -> float:
+        return until(f"{text!r} in the log of {kind}", lambda: text in self.log(kind), seconds)
+
+    @property
+    def completion(self) -> dict[str, Any]:
+        return dict(json.loads(self.text("training_complete.flag") or "{}"))
+
+    def exit_code(self, kind: str) -> str:
+        shown = self.user.run(["scontrol", "show", "job", self.jobs[kind]]).stdout
+        found = re.search(r"ExitCode=(\d+):(\d+)", shown)
+        assert found, shown
+        return found.group(1)
+
+
+def parse_report(user: User, stdout: str) -> Run:
+    """The run that launch.py's report on stdout names."""
+    directory = re.search(r"^coordination directory: (.+)$", stdout, re.MULTILINE)
+    assert directory, stdout
+    jobs = dict(re.findall(r"^(runtime|training) job: (\d+)$", stdout, re.MULTILINE))
+    return Run(user, Path(directory.group(1)), jobs)
+
+
+# Sizes that fit two runs side by side on the test cluster's nodes, and start without a model.
+SMALL = (
+    "CPUS_FOR_RUNTIME=8",
+    "RUNTIME_MEMORY=4G",
+    "TRAINING_CPUS=2",
+    "TRAINING_MEMORY=4G",
+    "GPUS_PER_NODE=1",
+    "CPUS_PER_WORKER=2",
+    "MEMORY_PER_WORKER=512M",
+    "TIME_LIMIT=00:20:00",
+    "CONTAINER_IMAGE=localhost/skyrl-busybox:latest",
+)
+
+
+def launch_argv(checkout: Path, *settings: str, options: tuple[str, ...] = ()) -> list[str]:
+    words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    return [str(checkout / "slurm" / "launch.py"), "--config", "dev", *words, *options]
+
+
+def launch(
+    user: User, checkout: Path, jobs_base: Path, *settings: str, options: tuple[str, ...] = (), **more: Any
+) -> Run:
+    """Launch a small run and return it; fails with launch.py's words if it was not taken."""
+    argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={jobs_base}", *settings, options=options)
+    done = user.run(argv, timeout=60, **more)
+    assert done.returncode == 0, done.stderr
+    return parse_report(user, done.stdout)

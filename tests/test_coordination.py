@@ -1,0 +1,135 @@
+"""What the two jobs leave for each other, and what a reader believes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurm.lib import coordination
+from slurm.lib.coordination import CoordinationDir, Counter, CounterWatch, Flag, FlagReader, parse_flag
+from slurm.lib.errors import EnvironmentProblem
+
+
+def ours(flag: Flag) -> bool:
+    return flag.runtime_job_id == "7"
+
+
+def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "value.txt"
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            text = coordination.read_if_there(path)
+            seen.add("absent" if text is None else f"{text[:1]}{len(text)}")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(200):
+        coordination.write_atomically(path, str(number % 10) * 200_000)
+    done.set()
+    reader.join()
+    assert {entry[1:] for entry in seen if entry != "absent"} <= {"200000"}
+    assert [path.name for path in tmp_path.iterdir()] == ["value.txt"]
+
+
+def test_the_key_is_private_from_its_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    real_open = os.open
+
+    def watching_open(path: str, flags: int, mode: int = 0o777) -> int:
+        opened.append(mode)
+        return real_open(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", watching_open)
+    CoordinationDir(tmp_path).publish_key("k")
+    assert opened == [0o600]
+    assert stat.S_IMODE((tmp_path / "runtime_api_key.txt").stat().st_mode) == 0o600
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*nowhere/runtime_url\.txt: No such file"):
+        CoordinationDir(tmp_path / "nowhere").publish_url("http://h:1")
+
+
+def test_a_flag_of_this_attempt_is_believed(tmp_path: Path) -> None:
+    directory = CoordinationDir(tmp_path)
+    reader = FlagReader.of_new_directory(directory.training_complete, ours)
+    assert reader.read() is None
+    directory.publish(directory.training_complete, Flag.of_this_host("8", "7", 3, "broke"))
+    flag = reader.read()
+    assert flag is not None
+    assert (flag.job_id, flag.exit_code, flag.reason) == ("8", 3, "broke")
+
+
+def test_a_flag_of_another_attempt_is_ignored(tmp_path: Path) -> None:
+    directory = CoordinationDir(tmp_path)
+    directory.publish(directory.training_complete, Flag.of_this_host("8", "6", 0))
+    assert FlagReader.of_new_directory(directory.training_complete, ours).read() is None
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": 1', "[]", '{"schema": 2}', "7", '{"schema": 1, "exit_code": "x"}'])
+def test_a_half_written_or_foreign_flag_is_ignored(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "f.flag"
+    path.write_text(text)
+    assert FlagReader.of_new_directory(path, lambda _flag: True).read() is None
+
+
+def test_a_touched_flag_counts_if_it_is_newer_than_the_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "training_complete.flag"
+    path.touch()
+    reader = FlagReader.from_now(path, ours)
+    assert reader.read() is None, "left over from before"
+    os.utime(path, ns=(1, 2))
+    flag = reader.read()
+    assert flag is not None
+    assert flag.by_hand
+
+
+@given(st.text(), st.integers() | st.none())
+def test_every_flag_comes_back_as_it_was(reason: str, code: int | None) -> None:
+    flag = Flag("1", "2", "host", "now", code, reason)
+    assert parse_flag(flag.to_text()) == flag
+
+
+@given(st.text())
+def test_no_text_breaks_the_reader(text: str) -> None:
+    parse_flag(text)
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner)))
+def test_no_json_breaks_the_reader(value: object) -> None:
+    parse_flag(json.dumps({"schema": 1, "job_id": value, "exit_code": value}))
+
+
+def test_a_counter_tells_life_by_change_not_by_time(tmp_path: Path) -> None:
+    now = [100.0]
+    counter, watch = Counter(tmp_path / "beat"), CounterWatch(tmp_path / "beat", clock=lambda: now[0])
+    assert watch.age_s() is None
+    counter.beat()
+    assert watch.age_s() == 0
+    now[0] += 5
+    assert watch.age_s() == 5
+    counter.beat()
+    assert watch.age_s() == 0
+
+
+def test_only_run_directories_are_cleaned(tmp_path: Path) -> None:
+    old_run, new_run, other = (tmp_path / name for name in ("20200101_000000_1", "20200101_000000_2", "data"))
+    for folder in (old_run, new_run, other):
+        folder.mkdir()
+        (folder / "run.json").touch()
+    for path in (old_run / "run.json", old_run, other / "run.json", other):
+        os.utime(path, (0, 0))
+    unmarked = tmp_path / "20200101_000000_3"
+    unmarked.mkdir()
+    os.utime(unmarked, (0, 0))
+    assert coordination.old_run_dirs(tmp_path, 7, 10 * 86400 + new_run.stat().st_mtime - 9 * 86400) == [old_run]

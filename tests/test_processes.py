@@ -1,0 +1,106 @@
+"""Child processes: how they end, with us, before us and after us."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.guardian import end_session, guarded, session_members
+from slurm.lib.processes import Child, ChildSpec, run, start_ticks
+
+CODE = Path(__file__).resolve().parent.parent
+
+
+def until(condition: object, seconds: float = 10) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come about in time"
+        time.sleep(0.02)
+
+
+def spec(*argv: str, death_signal: int = signal.SIGKILL) -> ChildSpec:
+    return ChildSpec(argv, os.environ, "a child", death_signal=death_signal)
+
+
+def test_a_failing_command_is_a_result() -> None:
+    done = run(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=5)
+    assert (done.returncode, done.stdout, done.complaint) == (3, "out\n", "err")
+
+
+def test_a_missing_program_is_named() -> None:
+    with pytest.raises(EnvironmentProblem, match="no-such-program: not found"):
+        run(["no-such-program"], timeout_s=5)
+
+
+def test_a_command_that_hangs_is_ended() -> None:
+    with pytest.raises(WaitTimeout, match="did not answer within"):
+        run(["sleep", "60"], timeout_s=0.1)
+
+
+def test_a_child_ends_with_its_block_with_all_its_group() -> None:
+    with Child(spec("sh", "-c", "trap '' TERM; sleep 60 & sleep 60"), stop_grace_s=0.2) as child:
+        until(lambda: len(session_members(child.pid)) == 3)
+    assert session_members(child.pid) == []
+    assert child.exit_code == 128 + signal.SIGKILL
+
+
+def test_a_child_that_obeys_keeps_its_exit_code() -> None:
+    with Child(spec("sh", "-c", "trap 'exit 5' TERM; echo x; while :; do sleep 0.05; done")) as child:
+        time.sleep(0.2)
+    assert child.exit_code == 5
+
+
+def test_start_ticks_tell_processes_apart() -> None:
+    assert start_ticks(os.getpid()) is not None
+    assert start_ticks(2**22 + 1) is None
+
+
+OWNER = """
+import os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, {code!r})
+from slurm.lib.guardian import guarded
+from slurm.lib.processes import Child, ChildSpec
+with guarded(Path({code!r})) as guardian:
+    child = Child(ChildSpec(("sh", "-c", "sleep 300 & sleep 300"), os.environ, "a trainer"))
+    guardian.own_session(child.pid)
+    print(child.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_after_the_owner_is_killed(number: signal.Signals) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(code=str(CODE))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout and owner.stdin
+    with owner.stdout, owner.stdin:
+        sid = int(owner.stdout.readline())
+        until(lambda: len(session_members(sid)) == 3)
+        owner.send_signal(number)
+        owner.wait()
+        until(lambda: session_members(sid) == [])
+
+
+def test_the_guardian_ends_only_what_it_was_told() -> None:
+    with Child(spec("sleep", "60")) as child:
+        ticks = start_ticks(child.pid)
+        assert ticks is not None
+        end_session(child.pid, ticks + 1)
+        assert child.exit_code is None, "another process of the same number"
+        with guarded(CODE) as guardian:
+            guardian.own_session(child.pid)
+            guardian.ended("session", child.pid)
+        time.sleep(0.3)
+        assert child.exit_code is None
+        end_session(child.pid, ticks)
+        until(lambda: child.exit_code is not None)

@@ -1,0 +1,120 @@
+"""Slurm's words and ours, on literal answers; the fake commands are executables on PATH."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.errors import SubmissionError
+from slurm.lib.processes import Completed, start_ticks
+from slurm.lib.scheduler import (
+    SLURM_STATES,
+    JobState,
+    LocalJobs,
+    Slurm,
+    longest_existing_prefix,
+    parse_job_id,
+    parse_status,
+)
+
+
+def answer(stdout: str = "", stderr: str = "", code: int = 0) -> Completed:
+    return Completed(("squeue",), code, stdout, stderr)
+
+
+@pytest.mark.parametrize(
+    ("given", "state", "words"),
+    [
+        (answer("RUNNING|None|cpu1\n"), JobState.RUNNING, "RUNNING, on cpu1"),
+        (answer("PENDING|Resources|\n"), JobState.PENDING, "PENDING, Resources"),
+        (answer("COMPLETING|None|cpu1\n"), JobState.RUNNING, "COMPLETING, on cpu1"),
+        (answer("COMPLETED|None|cpu1\n"), JobState.ENDED_WELL, "COMPLETED, on cpu1"),
+        (answer("OUT_OF_MEMORY|OutOfMemory|cpu1\n"), JobState.ENDED_BADLY, "OUT_OF_MEMORY, OutOfMemory, on cpu1"),
+        (answer("A_NEW_WORD|None|\n"), JobState.UNKNOWN, "A_NEW_WORD"),
+        (answer("", "slurm_load_jobs error: Invalid job id specified", 1), JobState.PURGED, "no job of this number"),
+        (answer("", "Unable to contact slurm controller", 1), JobState.UNKNOWN, "Unable to contact slurm controller"),
+    ],
+)
+def test_status(given: Completed, state: JobState, words: str) -> None:
+    status = parse_status(given)
+    assert status.state is state
+    assert status.words.startswith(words)
+
+
+def test_only_an_end_is_final() -> None:
+    finals = {state for state in JobState if state.is_final}
+    assert finals == {JobState.ENDED_WELL, JobState.ENDED_BADLY, JobState.PURGED}
+    assert all(SLURM_STATES[word].is_final for word in ("NODE_FAIL", "TIMEOUT", "PREEMPTED", "CANCELLED"))
+
+
+@pytest.mark.parametrize(
+    ("stdout", "expected"),
+    [
+        ("12\n", "12"),
+        ("12;cluster\n", "12"),
+        ("site banner\n12\n", "12"),
+        ("Submitted batch job 12\n", None),
+        ("", None),
+    ],
+)
+def test_job_id(stdout: str, expected: str | None) -> None:
+    assert parse_job_id(answer(stdout)) == expected
+
+
+def test_a_command_line_with_spaces_in_its_path(tmp_path: Path) -> None:
+    script = tmp_path / "a folder" / "job.py"
+    script.parent.mkdir()
+    script.touch()
+    assert longest_existing_prefix(f"{script} --config dev") == script
+    assert longest_existing_prefix("/nowhere --config dev") is None
+
+
+def fake(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    return Slurm({"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+
+
+def path_of(slurm: Slurm) -> Path:
+    assert slurm.environment
+    return Path(slurm.environment["PATH"].split(":")[0])
+
+
+def test_a_refused_submission_says_slurms_words(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{path_of(slurm)}:{os.environ['PATH']}")
+    fake(path_of(slurm), "sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
+    with pytest.raises(SubmissionError, match="invalid partition specified: gpuu"):
+        slurm.submit(["sbatch", "x"])
+
+
+def test_a_silent_controller_is_unknown(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{path_of(slurm)}:{os.environ['PATH']}")
+    fake(path_of(slurm), "squeue", "exit 1")
+    assert slurm.status("1").state is JobState.UNKNOWN
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.status("1").state is JobState.UNKNOWN
+
+
+def test_kill_wait(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{path_of(slurm)}:{os.environ['PATH']}")
+    fake(path_of(slurm), "scontrol", "echo 'KillOnBadExit = 0'; echo 'KillWait                = 5 sec'")
+    assert slurm.kill_wait_s() == 5
+    fake(path_of(slurm), "scontrol", "exit 1")
+    assert slurm.kill_wait_s() == 30
+
+
+def test_local_jobs_are_known_by_pid_and_start_time(tmp_path: Path) -> None:
+    record = tmp_path / "local_jobs.txt"
+    ticks = start_ticks(os.getpid())
+    record.write_text(f"a {os.getpid()} {ticks}\nb {os.getpid()} 1\n")
+    jobs = LocalJobs(record)
+    assert jobs.status("a").state is JobState.RUNNING
+    assert jobs.status("b").state is JobState.PURGED, "another process of the same number"
+    assert jobs.status("c").state is JobState.UNKNOWN

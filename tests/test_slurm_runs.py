@@ -1,0 +1,327 @@
+"""Whole runs on a real Slurm with real Podman, as an ordinary user."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Run, User, launch, launch_argv, parse_report, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.podman]
+
+TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 300"
+
+
+@pytest.fixture(autouse=True)
+def clean(user: User, nothing_left: Callable[[], None]) -> None:
+    """Every test here ends with nothing left on any node (the fixture checks at its end)."""
+
+
+def training(user: User, checkout: Path, jobs_base: Path, *settings: str) -> Run:
+    """A run whose trainer has started and goes on."""
+    run = launch(user, checkout, jobs_base, TRAIN_LONG, *settings)
+    run.wait_for_text("training", "trainer started")
+    return run
+
+
+def body_pid(run: Run, kind: str) -> int:
+    """The pid of a job's body: the process whose environment has the job's id and whose parent is slurmstepd."""
+    for entry in Path("/proc").iterdir():
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if environment else "0"
+            if f"SLURM_JOB_ID={run.jobs[kind]}".encode() in environment:
+                name = Path(f"/proc/{parent}/comm").read_text()
+                if name.startswith("slurmstepd"):
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no body of the {kind} job")
+
+
+def trainer_pid(run: Run) -> int:
+    marker = f"SKYRL_COORD_DIR={run.directory}".encode()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"sleep\x00300\x00":
+                if marker in (entry / "environ").read_bytes().split(b"\0"):
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError("no trainer")
+
+
+def test_a_run_to_completion_with_the_rl_loop(user: User, checkout: Path, jobs_base: Path) -> None:
+    command = 'TRAINING_COMMAND="$SKYRL_PYTHON" -m shell_rl.train --sandboxes 4'
+    run = launch(user, checkout, jobs_base, command)
+    until("ready", lambda: run.text("runtime_ready.flag"), 30)
+    containers: set[str] = set()
+
+    def seen() -> bool:
+        marker = f"skyrl-{os.stat(run.directory).st_uid}-{run.jobs['runtime']}/"
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
+            except OSError:
+                continue
+            if words and words[0].endswith("conmon") and any(marker in word for word in words):
+                containers.add(words[words.index("-c") + 1])
+        return run.is_over("training")
+
+    until("end of the training", seen, 240)
+    run.wait_over(seconds=30)
+    assert run.completion["exit_code"] == 0, run.log("training")[-3000:]
+    assert len(containers) >= 4
+    assert run.node("runtime").startswith("cpu")
+    assert run.node("training").startswith("gpu")
+    summary = json.loads(next(run.directory.rglob("summary.json")).read_text())
+    assert summary["trained_reward"] >= 3 * summary["untrained_reward"]
+    names = {path.name for path in run.directory.iterdir()}
+    logs = {f"{kind}_{run.jobs[kind]}.{suffix}" for kind in run.jobs for suffix in ("out", "err")}
+    assert names >= logs | {
+        "runtime_url.txt",
+        "runtime_api_key.txt",
+        "runtime_ready.flag",
+        "training_complete.flag",
+        "dev.conf",
+        "run.json",
+    }
+    assert stat.S_IMODE(run.directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE((run.directory / "runtime_api_key.txt").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
+def test_a_failing_trainer_ends_both_jobs(user: User, checkout: Path, jobs_base: Path, command: str, code: int) -> None:
+    run = launch(user, checkout, jobs_base, f"TRAINING_COMMAND={command}")
+    until("the completion flag", lambda: run.completion, 30)
+    run.wait_over(seconds=15)
+    assert run.completion["exit_code"] == code
+    assert run.exit_code("training") == str(code)
+    assert f"training job {run.jobs['training']} is complete" in run.log("runtime")
+
+
+def test_a_trainer_killed_from_outside_ends_both_jobs(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = training(user, checkout, jobs_base)
+    os.kill(trainer_pid(run), signal.SIGKILL)
+    run.wait_over(seconds=15)
+    assert run.completion["exit_code"] == 137
+    assert "SIGKILL" in run.completion["reason"]
+
+
+def test_a_cancelled_training_ends_the_runtime(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = training(user, checkout, jobs_base)
+    user.run(["scancel", run.jobs["training"]])
+    run.wait_over(seconds=15)
+    assert run.completion["exit_code"] == 143
+    assert "SIGTERM" in run.log("runtime")
+
+
+def test_a_killed_training_body_ends_the_runtime(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = training(user, checkout, jobs_base)
+    os.kill(body_pid(run, "training"), signal.SIGKILL)
+    run.wait_over(seconds=15)
+    assert f"the training job {run.jobs['training']} is gone" in run.log("runtime")
+
+
+def test_a_cancelled_runtime_ends_the_training(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = training(user, checkout, jobs_base)
+    user.run(["scancel", run.jobs["runtime"]])
+    run.wait_over(seconds=15)
+    assert f"the runtime job {run.jobs['runtime']} failed: ended by" in run.log("training")
+    assert run.completion["exit_code"] == 69
+
+
+def test_a_killed_runtime_body_ends_the_training(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = training(user, checkout, jobs_base)
+    os.kill(body_pid(run, "runtime"), signal.SIGKILL)
+    run.wait_over(seconds=15)
+    assert f"the runtime job {run.jobs['runtime']} is gone" in run.log("training")
+
+
+def test_a_runtime_that_cannot_start_ends_the_training(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = launch(user, checkout, jobs_base, "IMAGE_ARCHIVE=/nowhere/image.tar", TRAIN_LONG)
+    until("the runtime's end", lambda: run.is_over("runtime"), 30)
+    run.wait_over(seconds=15)
+    assert "IMAGE_ARCHIVE=/nowhere/image.tar is not a file" in run.log("runtime", "err")
+    started = "IMAGE_ARCHIVE=/nowhere/image.tar is not a file" in run.log("training", "err")
+    cancelled = f"cancelled the pending training job {run.jobs['training']}" in run.log("runtime")
+    assert started or cancelled
+
+
+def test_two_launches_in_the_same_second_on_one_node(user: User, checkout: Path, jobs_base: Path) -> None:
+    argv = launch_argv(
+        checkout, f"SKYRL_JOBS_BASE={jobs_base}", "TRAINING_COMMAND=sleep 2", "CPU_SBATCH_ARGS=--nodelist=cpu1"
+    )
+    launcher = " ".join(f"'{word}'" for word in argv)
+    done = user.run(["bash", "-c", f"{launcher} > a & {launcher} > b & wait; cat a; echo ====; cat b"], cwd=jobs_base)
+    runs = [parse_report(user, part) for part in done.stdout.split("====")]
+    for run in runs:
+        run.wait_over(seconds=60)
+        assert run.completion["exit_code"] == 0, run.log("training")
+    assert {run.node("runtime") for run in runs} == {"cpu1"}
+    assert len({run.text("runtime_url.txt") for run in runs}) == 2
+    assert len({run.text("runtime_api_key.txt") for run in runs}) == 2
+
+
+def test_launching_from_inside_an_allocation(user: User, checkout: Path, jobs_base: Path) -> None:
+    argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={jobs_base}", "TRAINING_COMMAND=env > env.txt; sleep 1")
+    allocation = ["salloc", "-Q", "-p", "gpu_test", "--gres=gpu:2", "-c", "3", "-N1"]
+    done = user.run([*allocation, *argv], timeout=60)
+    assert done.returncode == 0, done.stderr
+    run = parse_report(user, done.stdout)
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0
+    environment = run.text("env.txt").splitlines()
+    assert "SLURM_CPUS_PER_TASK=2" in environment
+    assert f"SLURM_JOB_ID={run.jobs['training']}" in environment
+
+
+def test_paths_with_a_space(user: User, checkout: Path, jobs_base: Path) -> None:
+    spaced = user.home / "a folder"
+    user.run(["bash", "-c", f"rm -rf '{spaced}' && mkdir '{spaced}' && cp -a '{checkout}' '{spaced}/SkyRL'"])
+    run = launch(user, spaced / "SkyRL", jobs_base / "my jobs", "TRAINING_COMMAND=pwd")
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0, run.log("training")
+    assert str(jobs_base / "my jobs") in run.log("training")
+
+
+def test_the_code_of_a_queued_run_does_not_change(user: User, checkout: Path, jobs_base: Path) -> None:
+    copy = user.home / "upgraded"
+    user.run(["bash", "-c", f"rm -rf '{copy}' && mkdir '{copy}' && cp -a '{checkout}' '{copy}/SkyRL'"])
+    run = launch(user, copy / "SkyRL", jobs_base, "TRAINING_COMMAND=true", "CPU_SBATCH_ARGS=--begin=now+3")
+    user.run(["rm", "-rf", str(copy)])
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0, run.log("training", "err")
+
+
+def submit(user: User, *argv: str, **options: object) -> str:
+    done = user.run(["sbatch", "--parsable", *argv], **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_direct_sbatch_of_both_job_files(user: User, checkout: Path, jobs_base: Path) -> None:
+    """From another folder; the runtime with nothing but a jobs base, the training joining it by --coord-dir."""
+    environment = {"SKYRL_JOBS_BASE": str(jobs_base)}
+    image = "CONTAINER_IMAGE=localhost/skyrl-busybox:latest"
+    elsewhere = jobs_base
+    jobs = checkout / "slurm" / "jobs"
+    runtime = submit(user, str(jobs / "runtime_server.py"), "--set", image, cwd=elsewhere, env=environment)
+
+    def directories() -> list[Path]:
+        return list(jobs_base.glob(f"*_{runtime}"))
+
+    until("the runtime's directory", directories, 30)
+    directory = directories()[0]
+    until("ready", lambda: (directory / "runtime_ready.flag").exists(), 30)
+    assert f"coordination directory: {directory}" in (elsewhere / f"slurm-{runtime}.out").read_text()
+    options = ["-p", "gpu_test", "--gres=gpu:1"]
+    words = ["--coord-dir", str(directory), "--set", "TRAINING_COMMAND=echo hello from the trainer"]
+    trained = submit(user, *options, str(jobs / "verl_training.py"), *words, cwd=elsewhere, env=environment)
+    run = Run(user, directory, {"runtime": runtime, "training": trained})
+    run.wait_over(seconds=60)
+    assert "hello from the trainer" in run.log("training")
+    assert run.completion["exit_code"] == 0
+    assert run.exit_code("runtime") == "0"
+
+
+def test_direct_training_with_url_and_key_only(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = launch(user, checkout, jobs_base, options=("--runtime-only",))
+    until("ready", lambda: run.text("runtime_ready.flag"), 30)
+    environment = {
+        "SKYRL_JOBS_BASE": str(jobs_base),
+        "SANDBOX_REMOTE_RUNTIME_API_URL": run.text("runtime_url.txt").strip(),
+        "ALLHANDS_API_KEY": run.text("runtime_api_key.txt").strip(),
+        "TRAINING_COMMAND": "echo key length ${#ALLHANDS_API_KEY}",
+    }
+    script = checkout / "slurm" / "jobs" / "verl_training.py"
+    trained = submit(user, "-p", "gpu_test", str(script), cwd=jobs_base, env=environment)
+    until("its log", lambda: "key length" in (jobs_base / f"slurm-{trained}.out").read_text(), 30)
+    user.run(["touch", str(run.directory / "training_complete.flag")])
+    run.wait_over(seconds=15)
+    assert "set by hand" in run.log("runtime")
+
+
+def test_joining_a_runtime_that_was_launched_alone(user: User, checkout: Path, jobs_base: Path) -> None:
+    runtime = launch(user, checkout, jobs_base, options=("--runtime-only",))
+    joined = launch(
+        user,
+        checkout,
+        jobs_base,
+        "TRAINING_COMMAND=true",
+        options=("--skip-runtime",),
+        env={"SKYRL_COORD_DIR": str(runtime.directory)},
+    )
+    assert joined.directory == runtime.directory
+    run = Run(user, runtime.directory, {**runtime.jobs, **joined.jobs})
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0
+
+
+def test_a_refused_training_job_takes_the_runtime_back(user: User, checkout: Path, jobs_base: Path) -> None:
+    argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={jobs_base}", "GPU_PARTITION=nonesuch", TRAIN_LONG)
+    done = user.run(argv)
+    assert done.returncode == 73
+    assert "invalid partition" in done.stderr
+    assert "cancelled" in done.stderr
+    assert not list(jobs_base.glob("2*"))
+    assert user.run(["squeue", "-h", "-u", str(user.home.name)]).stdout.strip() == ""
+
+
+SCRIPT = """set -euo pipefail
+{load}
+log_info "from bash"
+dir=$(create_job_coordination_dir bash1)
+write_runtime_url "$dir" http://h:1
+signal_runtime_ready "$dir"
+url=$(wait_for_runtime_url "$dir" 5)
+[ "$url" = http://h:1 ] || exit 9
+signal_training_complete "$dir"
+wait_for_training_complete "$dir" 5 >/dev/null
+load_config dev
+printf '%s\\n' "$GPU_PARTITION" "$(get_first_node)" "$(get_node_count)"
+printf 'A="x y"\\nB=<REPLACE>\\n' > "$dir/e"
+load_env_file "$dir/e"
+[ "$A" = "x y" ] && [ -z "${{B:-}}" ] || exit 8
+is_slurm_job
+"""
+
+
+@pytest.mark.parametrize("way", ["shell-functions", "shim"])
+def test_a_bash_script_with_the_helpers(user: User, checkout: Path, jobs_base: Path, way: str) -> None:
+    common = checkout / "slurm" / "lib" / "common"
+    load = f"source '{common}.sh'" if way == "shim" else f"eval \"$(python3 '{common}.py' shell-functions)\""
+    script = jobs_base / "old.sh"
+    script.write_text("#!/bin/bash\n" + SCRIPT.format(load=load))
+    job = submit(user, "-W", str(script), cwd=jobs_base, env={"SKYRL_JOBS_BASE": str(jobs_base)})
+    output = (jobs_base / f"slurm-{job}.out").read_text()
+    lines = output.splitlines()
+    assert "[INFO] from bash" in output
+    assert lines[-3] == "gpu_test", output
+    assert lines[-2].startswith("cpu")
+    assert lines[-1] == "1"
+
+
+def test_the_launcher_killed_before_the_commit_leaves_nothing_that_can_start(
+    user: User, checkout: Path, jobs_base: Path
+) -> None:
+    """scontrol on PATH is a fake that hangs at the release; the launcher is killed there."""
+    bin_dir = jobs_base / "bin"
+    bin_dir.mkdir()
+    fake = bin_dir / "scontrol"
+    fake.write_text("#!/bin/sh\nkill -9 $PPID\nsleep 1\n")
+    fake.chmod(0o755)
+    path = subprocess.run(["bash", "-c", "echo $PATH"], capture_output=True, text=True, check=True).stdout.strip()
+    argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={jobs_base}", TRAIN_LONG)
+    done = user.run(argv, env={"PATH": f"{bin_dir}:{path}"})
+    assert done.returncode != 0
+    states = user.run(["squeue", "-h", "-u", user.home.name, "-o", "%j %T %r"]).stdout.splitlines()
+    assert sorted(states) == ["skyrl-runtime PENDING JobHeldUser", "skyrl-train PENDING Dependency"]
+    user.run(["scancel", "-u", user.home.name])
