@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from shell_rl.commands import Action
 
 Count = Callable[[Action], int]
+DEVIATION = 0.25
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
@@ -23,10 +24,14 @@ def softmax(logits: Sequence[float]) -> list[float]:
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """Rewards relative to their group: minus its mean, divided by its standard deviation; zeros where all are equal."""
+    """Rewards relative to their group: minus its mean, divided by its standard deviation, but by ``DEVIATION`` at least.
+
+    Without that bound a group of partial rewards would pull as hard as one with a solution, and the policy would settle
+    on half an answer.
+    """
     mean = sum(rewards) / len(rewards)
     deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    return [(reward - mean) / deviation if deviation > 1e-9 else 0.0 for reward in rewards]
+    return [(reward - mean) / max(deviation, DEVIATION) for reward in rewards]
 
 
 def _key(task: str, prefix: Action) -> str:

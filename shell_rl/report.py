@@ -85,7 +85,7 @@ def plot(path: Path, lines: Sequence[Mapping[str, object]], untrained: float, tr
     axes.plot(steps, [_number(line["reward"]) for line in lines], color="black", linewidth=2, label="all tasks")
     axes.axhline(untrained, color="grey", linestyle=":", label=f"untrained {untrained:.3f}")
     axes.axhline(trained, color="green", linestyle=":", label=f"trained {trained:.3f}")
-    axes.legend(fontsize="small", loc="upper left")
+    figure.legend(fontsize="small", loc="outside right upper")
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

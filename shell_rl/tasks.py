@@ -11,7 +11,7 @@ from shell_rl.commands import RESULT_FILE
 from shell_rl.errors import SandboxDied
 from shell_rl.sandbox_program import Execution
 
-PARTIAL = 0.3  # at most this for an answer that is right in part, or right in the wrong place
+PARTIAL = 0.1  # at most this for an answer that is right in part, or right in the wrong place
 SETUP_FAILED = 97  # exit code of a script whose files could not be prepared: the sandbox is broken, not the command
 NAMES = ("ada", "bob", "cleo", "dan", "eve", "finn", "gil", "hana", "ivo", "jane", "kai", "lea")
 CITIES = ("Oslo", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Perth", "Cairo")

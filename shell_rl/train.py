@@ -32,7 +32,7 @@ from shell_rl.sandbox import RuntimeApi
 log = logging.getLogger("shell_rl")
 
 DEFAULT_IMAGE = "localhost/skyrl-busybox:latest"
-LEARNING_RATE = 1.5
+LEARNING_RATE = 3.0
 EVALUATION_ROLLOUTS = 32  # a task, before training and after
 CHECKPOINT_STEPS = 5
 LOG_STEPS = 5

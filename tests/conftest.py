@@ -53,7 +53,7 @@ class OrdinaryUser:
         **options: int,
     ) -> subprocess.Popen[str]:
         """Start a command as this user; stdout and stderr as for ``subprocess.Popen``."""
-        return subprocess.Popen(
+        process: subprocess.Popen[str] = subprocess.Popen(
             argv,
             env={**self.environment, **(env or {})},
             cwd=cwd or self.home,
@@ -65,6 +65,7 @@ class OrdinaryUser:
             stdin=subprocess.DEVNULL,
             **options,  # type: ignore[call-overload]  # stdout and stderr, forwarded
         )
+        return process
 
     def run(
         self, argv: list[str], env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60

@@ -91,9 +91,11 @@ SMALL = (
     "TRAINING_CPUS=2",
     "TRAINING_MEMORY=4G",
     "GPUS_PER_NODE=1",
-    "CPUS_PER_WORKER=2",
+    "CPUS_PER_WORKER=1",
     "MEMORY_PER_WORKER=512M",
     "TIME_LIMIT=00:20:00",
+    "CHECKPOINT_DIR=",
+    "ROLLOUT_DIR=",
     "CONTAINER_IMAGE=localhost/skyrl-busybox:latest",
 )
 

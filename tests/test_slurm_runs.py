@@ -50,9 +50,9 @@ def trainer_pid(run: Run) -> int:
     marker = f"SKYRL_COORD_DIR={run.directory}".encode()
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"sleep\x00300\x00":
-                if marker in (entry / "environ").read_bytes().split(b"\0"):
-                    return int(entry.name)
+            sleeps = entry.name.isdigit() and (entry / "cmdline").read_bytes() == b"sleep\x00300\x00"
+            if sleeps and marker in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
         except OSError:
             continue
     raise AssertionError("no trainer")
@@ -65,7 +65,7 @@ def test_a_run_to_completion_with_the_rl_loop(user: User, checkout: Path, jobs_b
     containers: set[str] = set()
 
     def seen() -> bool:
-        marker = f"skyrl-{os.stat(run.directory).st_uid}-{run.jobs['runtime']}/"
+        marker = f"skyrl-{run.directory.stat().st_uid}-{run.jobs['runtime']}/"
         for entry in Path("/proc").iterdir():
             try:
                 words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
@@ -157,7 +157,7 @@ def test_a_runtime_that_cannot_start_ends_the_training(user: User, checkout: Pat
 
 def test_two_launches_in_the_same_second_on_one_node(user: User, checkout: Path, jobs_base: Path) -> None:
     argv = launch_argv(
-        checkout, f"SKYRL_JOBS_BASE={jobs_base}", "TRAINING_COMMAND=sleep 2", "CPU_SBATCH_ARGS=--nodelist=cpu1"
+        checkout, f"SKYRL_JOBS_BASE={jobs_base}", "TRAINING_COMMAND=sleep 2", "CPU_SBATCH_ARGS=--nodelist=cpu-a"
     )
     launcher = " ".join(f"'{word}'" for word in argv)
     done = user.run(["bash", "-c", f"{launcher} > a & {launcher} > b & wait; cat a; echo ====; cat b"], cwd=jobs_base)
@@ -165,7 +165,7 @@ def test_two_launches_in_the_same_second_on_one_node(user: User, checkout: Path,
     for run in runs:
         run.wait_over(seconds=60)
         assert run.completion["exit_code"] == 0, run.log("training")
-    assert {run.node("runtime") for run in runs} == {"cpu1"}
+    assert {run.node("runtime") for run in runs} == {"cpu-a"}
     assert len({run.text("runtime_url.txt") for run in runs}) == 2
     assert len({run.text("runtime_api_key.txt") for run in runs}) == 2
 
@@ -243,7 +243,8 @@ def test_direct_training_with_url_and_key_only(user: User, checkout: Path, jobs_
     }
     script = checkout / "slurm" / "jobs" / "verl_training.py"
     trained = submit(user, "-p", "gpu_test", str(script), cwd=jobs_base, env=environment)
-    until("its log", lambda: "key length" in (jobs_base / f"slurm-{trained}.out").read_text(), 30)
+    log = jobs_base / f"slurm-{trained}.out"
+    until("its log", lambda: log.exists() and "key length" in log.read_text(), 30)
     user.run(["touch", str(run.directory / "training_complete.flag")])
     run.wait_over(seconds=15)
     assert "set by hand" in run.log("runtime")

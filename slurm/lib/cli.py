@@ -78,13 +78,22 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
         log.warning("%s", warning)
     if config.settings.skyrl_debug:
         setup_command_logging(debug=True)
-    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, sys.executable, now)
+    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now)
     if arguments.dry_run:
         return show(plan)
     check_parts(plan)
     if config.settings.skyrl_backend == "local":
         return local.run(plan, notes, CHECKOUT)
     return submit(plan, notes)
+
+
+def interpreter() -> str:
+    """This interpreter, by a path that stays when the checkout is moved: links to the environment are resolved.
+
+    The last link is not: it is what makes the environment's Python one with the environment's packages.
+    """
+    path = Path(sys.executable)
+    return str(path.parent.resolve() / path.name)
 
 
 def read_settings(

@@ -10,12 +10,16 @@ They are thin: what they do stands in the modules that they call.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    del sys.path[0]  # this file's folder, whose `secrets` would stand in for the standard library's
+
 import argparse
 import contextlib
 import os
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,7 +27,7 @@ from pathlib import Path
 
 CODE = Path(__file__).resolve().parent.parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(CODE)  # instead of this file's folder, whose names are nobody's modules
+    sys.path.insert(0, str(CODE))
     from slurm.lib.bootstrap import ensure_interpreter
 
     ensure_interpreter(str(CODE), str(Path(__file__).resolve()))

@@ -13,7 +13,7 @@ import re
 import shlex
 import string
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -323,11 +323,19 @@ def _complaint(sources: _Sources, file: str, number: int, words: list[str]) -> P
     return Problem(f"{file}:{number}", what)
 
 
+def _last(steps: Sequence[_Step]) -> _Step | None:
+    """Where bash was at the end; what a background job traced late, from further up, does not count."""
+    own = [step for step in steps if step.subshell == 0]
+    if own and own[-1].file == steps[-1].file and own[-1].line > steps[-1].line:
+        return own[-1]
+    return steps[-1] if steps else None
+
+
 def _end_problems(
     ended: bool, code: int | None, dumped: _Dump, steps: list[_Step], sources: _Sources, timeout_s: float
 ) -> list[Problem]:
     """What is wrong with how the file ended: at the deadline, by ``exit``, by ``return`` with a failure."""
-    last = steps[-1] if steps else _Step(0, 1, str(sources.main), "")
+    last = _last(steps) or _Step(0, 1, str(sources.main), "")
     where = f"{last.file}:{last.line}"
     if not ended:
         return [

@@ -19,7 +19,6 @@ from slurm.lib.errors import ConfigError, Problem
 from slurm.lib.secrets import MASK, is_secret_name
 from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, contradictions
 
-
 SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
 
 
@@ -79,7 +78,7 @@ def load_config(
         exported=_exported(set_values, sourced),
         sources=_sources(said),
         files=sourced.files,
-        warnings=(*_override_warnings(set_values), *_file_warnings(set_values, sourced, environment)),
+        warnings=(*_override_warnings(set_values, sourced), *_file_warnings(set_values, sourced, environment)),
         unset=frozenset(sourced.unset - set_values.keys()),
     )
 
@@ -89,15 +88,16 @@ def _parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, str], list[Pro
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            problems.append(Problem(f"--set {_shown(name, override)}", "must be KEY=VALUE, with a key like GPU_NODES"))
+            problems.append(Problem(f"--set {_shown(override)}", "must be KEY=VALUE, with a key like GPU_NODES"))
         else:
             values[name] = value
     return values, problems
 
 
-def _shown(name: str, shown: str) -> str:
-    """Text that may hold a secret, for a message."""
-    return f"{name}={MASK}" if is_secret_name(name) and shown != name else shown
+def _shown(override: str) -> str:
+    """An override for a message: of one that begins with a secret's name, the name."""
+    name = re.split(r"\W", override, maxsplit=1)[0]
+    return f"{name}={MASK}" if is_secret_name(name) and name != override else override
 
 
 def _locate(config: str, config_folder: Path, place: Place) -> Path | Problem:
@@ -160,7 +160,7 @@ def _value_shown(name: str, raw: Value) -> str:
 def _where(name: str, given: _Said) -> str:
     if given.source != "--set":
         return given.source
-    return f"--set {_shown(name, f'{name}={given.raw}')}"
+    return f"--set {_shown(f'{name}={given.raw}')}"
 
 
 def _associative_problems(sourced: SourcedConf) -> list[Problem]:
@@ -197,9 +197,10 @@ def _reading_order(problem: Problem) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else ("", 0)
 
 
-def _override_warnings(set_values: Mapping[str, str]) -> Iterator[str]:
+def _override_warnings(set_values: Mapping[str, str], sourced: SourcedConf) -> Iterator[str]:
+    used = _names_used(sourced.files)
     for name in set_values:
-        if name not in KEYS:
+        if name not in KEYS and name not in used:
             yield f"--set {name}: {_unknown([name], _nearest(name, POSSIBLY))}"
         if is_secret_name(name):
             yield f"--set {name}: everyone on this host can read it in the process list; write it into a file"

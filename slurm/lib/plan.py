@@ -177,7 +177,8 @@ def make_plan(
     from_shell, shell_secrets = split_environment(without_slurm(environment))
     ours, own_secrets = split_environment({**config.exported, **settings.as_environment()})
     secrets = {**shell_secrets, **own_secrets}
-    inherited = {name: value for name, value in from_shell.items() if name not in ours}
+    dropped = ours.keys() | config.unset
+    inherited = {name: value for name, value in from_shell.items() if name not in dropped}
     builder = _Builder(settings, request, stamp, checkout, python)
     return LaunchPlan(
         config=config,

@@ -55,11 +55,21 @@ class PodmanService:
     def check_alive(self) -> None:
         """``EnvironmentProblem`` with the service's last words if it has ended."""
         if self.exit_code is not None:
-            words = b" ".join(self._last_words).decode("utf-8", "replace").strip()
+            words = " ".join(b" ".join(self._last_words).decode("utf-8", "replace").split())
             raise EnvironmentProblem(
                 f"the Podman service on {socket.gethostname()} ended with exit code {self.exit_code}: "
                 f"{words or 'without a word'}"
             )
+
+
+def _keep_errors(last_words: deque[bytes]) -> Callable[[bytes], None]:
+    """A sink that keeps the lines in which Podman reports errors; the others are progress."""
+
+    def keep(line: bytes) -> None:
+        if b"level=error" in line or b"level=fatal" in line or line.startswith(b"Error"):
+            last_words.append(line)
+
+    return keep
 
 
 @contextlib.contextmanager
@@ -72,7 +82,7 @@ def podman_service(
     with Child(spec, stop_grace_s=1.0) as child:
         last_words: deque[bytes] = deque(maxlen=5)
         assert child.process.stderr
-        copy_lines(child.process.stderr, [last_words.append, write_through(sys.stdout)])
+        copy_lines(child.process.stderr, [_keep_errors(last_words), write_through(sys.stdout)])
         service = PodmanService(child, last_words)
         _await(storage, service, check)
         yield service

@@ -42,6 +42,7 @@ from slurm.lib.waiting import wait_for
 
 START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
 LOOK_EVERY_S = 0.4
+SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,30 @@ def watch(job: JobContext, notes: SignalNotes, server: ApiServer, service: Podma
     watcher = TrainingWatcher.of(job, server)
     end = time.monotonic() + job.settings.training_complete_timeout
     while True:
-        outcome = watcher.look(server, service)
-        if outcome is None and notes.stop_signal is not None:
-            outcome = Outcome(
-                EXIT_SIGNAL_BASE + notes.stop_signal, f"ended by {signal.Signals(notes.stop_signal).name}"
-            )
+        outcome = watcher.look(server) or stopped(notes) or child_ended(notes, server, service)
         if outcome is None and time.monotonic() > end:
             seconds = job.settings.training_complete_timeout
             outcome = Outcome(EXIT_TIMEOUT, f"the training was not complete after TRAINING_COMPLETE_TIMEOUT={seconds}")
         if outcome:
             return outcome
         notes.sleep(LOOK_EVERY_S)
+
+
+def stopped(notes: SignalNotes) -> Outcome | None:
+    """The outcome if a signal has come."""
+    number = notes.stop_signal
+    return None if number is None else Outcome(EXIT_SIGNAL_BASE + number, f"ended by {signal.Signals(number).name}")
+
+
+def child_ended(notes: SignalNotes, server: ApiServer, service: PodmanService) -> Outcome | None:
+    """The outcome if a child of ours has ended by itself; scancel signals every process, perhaps the child first."""
+    try:
+        server.check_alive()
+        service.check_alive()
+    except EnvironmentProblem as problem:
+        notes.sleep(SAME_SIGNAL_S)
+        return stopped(notes) or Outcome(problem.exit_code, str(problem))
+    return None
 
 
 @dataclass
@@ -197,17 +211,12 @@ class TrainingWatcher:
         counter = Counter(job.directory.heartbeat("runtime", job.job_id))
         return TrainingWatcher(job, client, reader(path, ours), counter)
 
-    def look(self, server: ApiServer, service: PodmanService) -> Outcome | None:
+    def look(self, server: ApiServer) -> Outcome | None:
         flag = self.complete.read()
         if flag:
             return outcome_of(flag)
         if not server.is_ours:
             self.counter.beat()
-        try:
-            server.check_alive()
-            service.check_alive()
-        except EnvironmentProblem as problem:
-            return Outcome(problem.exit_code, str(problem))
         return self._partner_gone(server)
 
     def _partner_gone(self, server: ApiServer) -> Outcome | None:

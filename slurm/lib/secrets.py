@@ -96,6 +96,7 @@ def masked(mapping: Mapping[str, str]) -> dict[str, str]:
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[[^\]\n]*\])?\+?=(?!=)", re.ASCII)
 _DEFAULT = re.compile(r"\$\{([A-Za-z_]\w*):?[-=]", re.ASCII)
+PLACEHOLDER = "KEY=VALUE"  # what help and comments say of any key
 _NAME_PART = re.compile(r"[\w$]", re.ASCII)
 
 
@@ -148,7 +149,7 @@ class _Redaction:
             return True
         before = self.text[self.at - 1] if self.at else "\n"
         assignment = None if _NAME_PART.match(before) or before == "{" else _ASSIGNMENT.match(self.text, self.at)
-        if not assignment or not is_secret_name(assignment[1]):
+        if not assignment or not is_secret_name(assignment[1]) or self.text.startswith(PLACEHOLDER, self.at):
             return False
         end = _end_of_comment_value if mark == "#" else _end_of_word
         stop = end(self.text, assignment.end(), mark)

@@ -463,7 +463,7 @@ class Settings:
     vllm_use_v1: bool = setting("VLLM_USE_V1", switch, True, "Whether vLLM uses its V1 engine.")
 
     # Network
-    fi_provider: str = setting("FI_PROVIDER", word, "efa", "libfabric provider; tcp where there is no EFA.")
+    fi_provider: str = setting("FI_PROVIDER", word, "efa", "Provider of libfabric; tcp where there is no EFA.")
     skyrl_ld_library_path_export: bool = setting(
         "SKYRL_LD_LIBRARY_PATH_EXPORT", switch, False, "Whether the training job sets up EFA's libraries."
     )
