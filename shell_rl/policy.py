@@ -24,10 +24,10 @@ def softmax(logits: Sequence[float]) -> list[float]:
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:
-    """Rewards relative to their group: minus its mean, divided by its standard deviation, but by ``DEVIATION`` at least.
+    """Rewards relative to their group: minus its mean, divided by its standard deviation (at least ``DEVIATION``).
 
-    Without that bound a group of partial rewards would pull as hard as one with a solution, and the policy would settle
-    on half an answer.
+    Without that lower bound a group of partial rewards would pull as hard as one with a solution, and the policy would
+    settle on half an answer.
     """
     mean = sum(rewards) / len(rewards)
     deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import threading
 
 LOOKUP_TIMEOUT_S = 3.0  # a resolver that does not answer must not hold up the first sandbox
 
 
-def _full_name() -> str:
+def full_name() -> str:
     """``hostname -f`` where it resolves and says more than localhost, else the plain host name."""
     plain, full = socket.gethostname(), socket.getfqdn()
     if full.startswith("localhost") or "." not in full:
@@ -22,7 +24,21 @@ def _full_name() -> str:
 
 async def public_name() -> str:
     """This node's name for others; its plain host name if the resolver takes longer than 3 s."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[str] = loop.create_future()
+
+    def tell(name: str) -> None:
+        if not found.done():
+            found.set_result(name)
+
+    def look_up() -> None:
+        name = full_name()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, name)
+
+    # Not one of the loop's own threads: it would wait for them at its end, as long as the resolver likes.
+    threading.Thread(target=look_up, daemon=True).start()
     try:
-        return await asyncio.wait_for(asyncio.to_thread(_full_name), LOOKUP_TIMEOUT_S)
+        return await asyncio.wait_for(found, LOOKUP_TIMEOUT_S)
     except asyncio.TimeoutError:  # another class on Python 3.10
         return socket.gethostname()

@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
+import socket
 import stat
+import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -44,6 +47,8 @@ INIT_PROGRAMS = ("/usr/libexec/podman/catatonit", "/usr/lib/podman/catatonit", "
 QUICK_S = 10.0  # verbs that only read
 SLOW_S = 120.0  # create, start and remove wait for each other's storage locks
 PULL_S = 3600.0
+# Podman's own cleanup of a container that has just died holds its mounts a moment longer: "device or resource busy".
+REMOVE_TRIES, REMOVE_PAUSE_S = 6, 0.05
 
 
 class EngineError(Exception):
@@ -202,7 +207,7 @@ def create_body(
 ) -> dict[str, Any]:
     """The body of a create call. Pure.
 
-    ``id_range`` and ``hard_limits`` (rlimit name → this process's hard limit) matter only to a Podman that runs as
+    ``id_range`` and ``hard_limits`` (rlimit name → the service's hard limit) matter only to a Podman that runs as
     root: a rootless one is in a user namespace already and lowers its default limits itself.
     """
     port: dict[str, Any] = {"container_port": spec.container_port, "protocol": "tcp"}
@@ -331,14 +336,18 @@ class Podman:
         self._session: aiohttp.ClientSession | None = None
         self._facts: EngineFacts | None = None
         self._id_range: int | None = None
+        self._hard_limits: Mapping[str, int] = {}
 
     async def facts(self) -> EngineFacts:
         if self._facts is None:
             self._check_socket()
             found = shutil.which("catatonit")
             info = await self._ask("GET", "/info", QUICK_S)
-            self._facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
-            self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
+            facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
+            if not facts.rootless:
+                self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
+                self._hard_limits = _service_limits(self.path)
+            self._facts = facts
         return self._facts
 
     async def pull(self, image: str, policy: str) -> None:
@@ -357,7 +366,7 @@ class Podman:
             raise PullFailed(f"Podman could not pull {image}: {report['error']}")
 
     async def create(self, spec: ContainerSpec) -> None:
-        body = create_body(spec, await self.facts(), self._id_range, _hard_limits())
+        body = create_body(spec, await self.facts(), self._id_range, self._hard_limits)
         await self._ask("POST", "/containers/create", SLOW_S, body)
 
     async def start(self, name: str) -> None:
@@ -381,10 +390,20 @@ class Podman:
     async def remove(self, name: str) -> None:
         # Podman 4 reads `volumes` here, later ones `v`; without it each sandbox would leave its volume behind.
         query = f"/containers/{name}?force=true&timeout=0&v=true&volumes=true"
-        try:
-            await self._ask("DELETE", query, SLOW_S)
-        except NoSuchContainer:
-            return
+        pause_s = REMOVE_PAUSE_S
+        for last_try in (*[False] * (REMOVE_TRIES - 1), True):
+            try:
+                await self._ask("DELETE", query, SLOW_S)
+                return
+            except NoSuchContainer:
+                return
+            except (EngineUnreachable, EngineSilent):
+                raise
+            except EngineError:
+                if last_try:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def close(self) -> None:
         if self._session:
@@ -431,10 +450,17 @@ def _words(body: bytes) -> str:
         return body.decode("utf-8", "replace").strip() or "no reason given"
 
 
-def _hard_limits() -> dict[str, int]:
-    """This process's hard limits by the names that Podman wants (without RLIMIT_), bounded by its own defaults."""
-    import resource
+def parse_limits(text: str) -> dict[str, int]:
+    """The hard limits in a /proc/PID/limits, by the names that Podman wants, at most its own default of 2**20."""
+    rows = {"NOFILE": "Max open files", "NPROC": "Max processes"}
+    found = {name: re.search(rf"^{row}\s+\S+\s+(\S+)", text, re.MULTILINE) for name, row in rows.items()}
+    most = 1 << 20
+    return {name: min(most, int(m[1])) if m and m[1].isdigit() else most for name, m in found.items()}
 
-    names = {"NOFILE": resource.RLIMIT_NOFILE, "NPROC": resource.RLIMIT_NPROC}
-    hard = {name: resource.getrlimit(number)[1] for name, number in names.items()}
-    return {name: 1 << 20 if limit == resource.RLIM_INFINITY else min(limit, 1 << 20) for name, limit in hard.items()}
+
+def _service_limits(path: Path) -> dict[str, int]:
+    """The limits that the service hands down: it lowers its own, and containers that ask for more do not start."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return parse_limits(Path(f"/proc/{pid}/limits").read_text(encoding="ascii"))

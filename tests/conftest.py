@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +20,9 @@ import pytest
 from tests import cluster as test_cluster
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-USER_NAME = "skyrl-test"
+USER_NAME = os.environ.get("SKYRL_TEST_USER", "skyrl-test")  # another name lets two test runs share a machine
 END_DEADLINE_S = 20.0
+SCRATCH = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # what is local to a node, and what jobs may write
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class OrdinaryUser:
                 process.kill()
                 raise
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+    def owns(self, path: Path) -> bool:
+        """Whether a file is this user's or of its subordinate ids; a file that just went is nobody's."""
+        try:
+            owner = path.lstat().st_uid
+        except FileNotFoundError:
+            return False
+        return owner == self.uid or owner in self.subuids
 
     def processes(self) -> dict[int, str]:
         """The living processes of this user and of its subordinate ids: pid → command line."""
@@ -146,7 +157,11 @@ def _environment_folder(user: OrdinaryUser) -> Path:
 def copy_checkout(target: Path) -> None:
     """Copy the files of this checkout that git tracks or does not ignore."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        ["git", "-c", "safe.directory=*", "ls-files", "-z", "-co", "--exclude-standard"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
         if (CHECKOUT / name).is_file():
@@ -177,19 +192,54 @@ def jobs_base(user: OrdinaryUser, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def leftovers(user: OrdinaryUser, before: set[int]) -> list[str]:
+@dataclass(frozen=True)
+class Belongings:
+    """What a user has on the nodes: its processes, and its files outside its home."""
+
+    processes: Mapping[int, str]
+    paths: frozenset[Path]
+
+
+def belongings(user: OrdinaryUser) -> Belongings:
+    """Sockets are files too; a home holds one thing that is a node's own, Podman's default store."""
+    store = user.home / ".local" / "share" / "containers"
+    paths = [path for folder in SCRATCH for path in folder.iterdir() if user.owns(path)]
+    return Belongings(user.processes(), frozenset([*paths, store] if store.exists() else paths))
+
+
+def leftovers(user: OrdinaryUser, before: Belongings) -> list[str]:
     """Jobs, processes, Podman storage and sockets of the user that were not there before."""
+    now = belongings(user)
     jobs = user.run(["squeue", "-h", "-u", user.name, "-o", "job %i %j %T %r"]).stdout.splitlines()
-    processes = [f"process {pid}: {words[:150]}" for pid, words in user.processes().items() if pid not in before]
-    storage = [f"storage {path}" for path in Path("/tmp").glob(f"*skyrl-{user.uid}-*")]
-    sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if f"skyrl-{user.uid}-" in line]
-    return jobs + processes + storage + [f"socket {line}" for line in sockets]
+    processes = [f"process {pid}: {words[:150]}" for pid, words in now.processes.items() if pid not in before.processes]
+    paths = [f"left on a node: {path}" for path in sorted(now.paths - before.paths)]
+    names = re.compile(rf"skyrl-{user.uid}-|/run/user/{user.uid}/")
+    sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if names.search(line)]
+    return jobs + processes + paths + [f"socket {line}" for line in sockets]
+
+
+def sweep(user: OrdinaryUser, before: Belongings) -> None:
+    """End and remove what a test left, so that it spoils no other: first as Slurm does it, then by force."""
+    user.run(["scancel", "-u", user.name])
+    end = time.monotonic() + END_DEADLINE_S
+    while user.run(["squeue", "-h", "-u", user.name]).stdout.strip() and time.monotonic() < end:
+        time.sleep(0.2)
+    while (left := user.processes().keys() - before.processes.keys()) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    for path in belongings(user).paths - before.paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture
 def nothing_left(user: OrdinaryUser) -> Iterator[Callable[[], None]]:
     """A check that the user left nothing on any node; made once more at the test's end."""
-    before = set(user.processes())
+    before = belongings(user)
 
     def check() -> None:
         end = time.monotonic() + END_DEADLINE_S
@@ -202,4 +252,4 @@ def nothing_left(user: OrdinaryUser) -> Iterator[Callable[[], None]]:
         yield check
         check()
     finally:
-        user.run(["scancel", "-u", user.name])
+        sweep(user, before)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -217,7 +218,9 @@ class Podman:
         if os.getuid() == 0:
             subprocess.run(["umount", self._home / "g" / "overlay"], capture_output=True, check=False)
         else:
-            self("unshare", "rm", "-rf", *(f"{self._home}/{name}" for name in "gr"), check=False)
+            self("unshare", "rm", "-rf", *(f"{self._home}/{name}" for name in "grd"), check=False)
+        for pid_file in (self._home / "x").glob("**/pause.pid"):  # it holds the user namespace, and outlives us
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
         shutil.rmtree(self._home)
 
 

@@ -326,3 +326,66 @@ def test_the_launcher_killed_before_the_commit_leaves_nothing_that_can_start(
     states = user.run(["squeue", "-h", "-u", user.home.name, "-o", "%j %T %r"]).stdout.splitlines()
     assert sorted(states) == ["skyrl-runtime PENDING JobHeldUser", "skyrl-train PENDING Dependency"]
     user.run(["scancel", "-u", user.home.name])
+
+
+def test_a_cancelled_runtime_with_many_sandboxes_is_gone_within_kill_wait(
+    user: User, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
+) -> None:
+    """KillWait is 5 s on this cluster; 24 sandboxes one after another would take longer."""
+    trainer = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
+import json, os, time, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
+def start(number):
+    body = {"image": os.environ["CONTAINER_IMAGE"], "session_id": f"s{number}", "working_dir": "/",
+            "command": ["/bin/sh", "-c", "mkdir -p /w; echo ok > /w/alive; exec httpd -f -p 60000 -h /w"]}
+    headers = {"X-API-Key": key, "Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/start", json.dumps(body).encode(), headers)
+    return urllib.request.urlopen(request, timeout=60).status
+with ThreadPoolExecutor(4) as pool:
+    print("started", sum(200 <= status < 300 for status in pool.map(start, range(24))), flush=True)
+time.sleep(300)
+END"""
+    run = launch(user, checkout, jobs_base, trainer, "CPUS_FOR_RUNTIME=24", "CPUS_PER_WORKER=0.5", "RUNTIME_MEMORY=32G")
+    run.wait_for_text("training", "started 24", 90)
+    user.run(["scancel", run.jobs["runtime"]])
+    run.wait_over(seconds=15)
+    assert "runtime job" in run.log("runtime", "err")
+    assert f"runtime job {run.jobs['runtime']} ends: ended by" in run.log("runtime"), "Slurm's KILL came first"
+    nothing_left()
+
+
+def test_a_users_own_remote_runtime_takes_the_place_of_ours(user: User, checkout: Path, jobs_base: Path) -> None:
+    """SLURM_RUNTIME_DIR: another checkout's server with its own .venv; heartbeats then go by counters."""
+    own = jobs_base / "slurm-remote-runtime"
+    script = f"mkdir '{own}' && cp -a '{checkout}/slurm_runtime' '{own}/' && ln -s '{checkout}/.venv' '{own}/.venv'"
+    user.run(
+        ["bash", "-c", f"{script} && echo 'print(\"another server\", flush=True)' >> '{own}/slurm_runtime/__init__.py'"]
+    )
+    run = training(user, checkout, jobs_base, f"SLURM_RUNTIME_DIR={own}")
+    assert "another server" in run.log("runtime")
+    until("heartbeats", lambda: len(list(run.directory.glob("heartbeat_*"))) == 2, 10)
+    os.kill(body_pid(run, "runtime"), signal.SIGKILL)
+    run.wait_over(seconds=20)
+    assert f"the runtime job {run.jobs['runtime']} is gone" in run.log("training")
+
+
+def test_a_relaunch_in_a_used_directory_ignores_old_flags(user: User, checkout: Path, jobs_base: Path) -> None:
+    """Direct sbatch into a directory that holds the flags of an ended attempt, a touched one among them."""
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=true")
+    run.wait_over(seconds=60)
+    image = "CONTAINER_IMAGE=localhost/skyrl-busybox:latest"
+    script = checkout / "slurm" / "jobs" / "runtime_server.py"
+    environment = {"SKYRL_JOBS_BASE": str(jobs_base)}
+    second = submit(
+        user, str(script), "--coord-dir", str(run.directory), "--set", image, cwd=jobs_base, env=environment
+    )
+    again = Run(user, run.directory, {"runtime": second})
+    until("ready again", lambda: f'"job_id": "{second}"' in run.text("runtime_ready.flag"), 30)
+    again.wait_for_text("runtime", "API server ready")
+    assert not again.is_over("runtime"), "the old completion flag is not this attempt's"
+    user.run(["touch", str(run.directory / "training_complete.flag")])
+    assert not again.is_over("runtime"), "touching changes no word that another attempt wrote"
+    user.run(["bash", "-c", f": > '{run.directory}/training_complete.flag'"])
+    again.wait_over(seconds=15)
+    assert "set by hand" in again.log("runtime")

@@ -138,9 +138,9 @@ class ApiServer:
                 f"the API server on {socket.gethostname()} ended with exit code {code}: {words or 'without a word'}"
             )
 
-    def stop(self, grace_s: float) -> None:
-        """Have it remove its sandboxes and end; killed after ``grace_s`` seconds."""
-        self._child.stop(grace_s)
+    def stop(self) -> None:
+        """Have it remove its sandboxes and end; killed when its share of the budget is over."""
+        self._child.stop()
 
 
 def users_own_runtime(settings: Settings) -> Path | None:
@@ -154,8 +154,8 @@ def users_own_runtime(settings: Settings) -> Path | None:
 
 
 @contextlib.contextmanager
-def api_server(job: JobContext, storage: PodmanStorage, key: str) -> Iterator[ApiServer]:
-    """The server, started (not yet answering); stopped at the end of the block."""
+def api_server(job: JobContext, storage: PodmanStorage, key: str, stop_s: float) -> Iterator[ApiServer]:
+    """The server, started (not yet answering); stopped within ``stop_s`` seconds at the end of the block."""
     python = users_own_runtime(job.settings)
     listener = listening_socket(
         "127.0.0.1" if job.is_local else "0.0.0.0",  # the sandbox URLs must reach other nodes; the key guards them
@@ -164,19 +164,29 @@ def api_server(job: JobContext, storage: PodmanStorage, key: str) -> Iterator[Ap
     )
     with listener:
         port = listener.getsockname()[1]
-        spec = _own_spec(job, storage, listener, key) if python is None else _foreign_spec(job, storage, port, key)
+        if python is None:
+            spec = _own_spec(job, storage, listener, key, stop_s)
+        else:
+            spec = _foreign_spec(job, storage, port, key)
         if python is not None:
             listener.close()
-        with Child(spec, stop_grace_s=3.0) as child:
+        with Child(spec, stop_grace_s=stop_s) as child:
             last_words: deque[bytes] = deque(maxlen=5)
             _copy_log(child, last_words)
             yield ApiServer(child, key, public_host(job.is_local), port, python is None, last_words)
 
 
-def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, key: str) -> ChildSpec:
+def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, key: str, stop_s: float) -> ChildSpec:
     key_file = storage.root / "api_key"
     write_atomically(key_file, key + "\n", 0o600)
-    argv = (sys.executable, "-m", "slurm_runtime.api_server", *own_flags(job, listener, key_file))
+    argv = (
+        sys.executable,
+        "-m",
+        "slurm_runtime.api_server",
+        *own_flags(job, listener, key_file),
+        "--stop-timeout",
+        f"{0.8 * stop_s:g}",
+    )
     environment = storage.environment({**job.environment, "PYTHONPATH": str(job.code)})
     environment.pop("ALLHANDS_API_KEY", None)
     return ChildSpec(

@@ -70,14 +70,14 @@ def context(
         log.debug("%s", warning)
     directory = _existing(named) if named else _made(loaded.settings, job_id)
     scheduler = _scheduler(environment)
+    join(directory, kind, job_id)  # a launch recorded its jobs; one that joins does so late, and may have been killed
     if not launched:
-        join(directory, kind, job_id)
         _link_logs(kind, job_id, directory, scheduler)
     return JobContext(
         job_id=job_id,
         directory=directory,
         settings=loaded.settings,
-        environment={**environment, **loaded.exported, **read_secrets(directory)},
+        environment={**environment, **loaded.exported, **read_secrets(directory, job_id)},
         scheduler=scheduler,
         code=code_folder(),
         own_dir=launched or not named,

@@ -22,7 +22,7 @@ from slurm.lib.job_context import LOCAL_JOBS_NAME
 from slurm.lib.logs import log, wants_colour
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.processes import Child, ChildSpec, start_ticks
-from slurm.lib.run_record import furnish, git_state
+from slurm.lib.run_record import furnish, git_state, write_record
 from slurm.lib.signals import SignalNotes
 
 COLOURS = {"runtime": "\x1b[36m", "training": "\x1b[35m"}
@@ -76,7 +76,8 @@ def run(plan: LaunchPlan, notes: SignalNotes, checkout: Path) -> int:
     ids = {job.kind: f"local{os.getpid()}.{number}" for number, job in enumerate(plan.jobs)}
     first = plan.jobs[0]
     directory = make_run_dir(Path(first.directory.replace("%j", ids[first.kind])))
-    furnish(directory, plan, ids, git_state(checkout), checkout)
+    furnish(directory, plan, ids, checkout)
+    write_record(directory, plan, ids, git_state(checkout))
     sys.stdout.write(f"coordination directory: {directory.path}\n")
     sys.stdout.flush()
     jobs: list[LocalJob] = []

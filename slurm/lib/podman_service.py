@@ -74,12 +74,12 @@ def _keep_errors(last_words: deque[bytes]) -> Callable[[bytes], None]:
 
 @contextlib.contextmanager
 def podman_service(
-    storage: PodmanStorage, environment: Mapping[str, str], check: Callable[[], None]
+    storage: PodmanStorage, environment: Mapping[str, str], check: Callable[[], None], stop_grace_s: float
 ) -> Iterator[PodmanService]:
     """The service on the job's storage, answering; ``check`` raises if waiting for it is to end early."""
     argv = ("podman", "system", "service", "--time=0", storage.url)
     spec = ChildSpec(argv, storage.environment(environment), "the Podman service", stderr=-1)
-    with Child(spec, stop_grace_s=1.0) as child:
+    with Child(spec, stop_grace_s=stop_grace_s) as child:
         last_words: deque[bytes] = deque(maxlen=5)
         assert child.process.stderr
         copy_lines(child.process.stderr, [_keep_errors(last_words), write_through(sys.stdout)])

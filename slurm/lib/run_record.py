@@ -32,7 +32,8 @@ def parse_git_status(text: str) -> GitState:
     """From ``git status --porcelain=v2 --branch``."""
     lines = text.splitlines()
     commits = [line.split(" ", 2)[2] for line in lines if line.startswith("# branch.oid ")]
-    return GitState(commits[0] if commits else None, any(not line.startswith("#") for line in lines))
+    commit = commits[0] if commits and commits[0] != "(initial)" else None
+    return GitState(commit, any(not line.startswith("#") for line in lines))
 
 
 def git_state(checkout: Path) -> GitState:
@@ -72,18 +73,28 @@ def record_text(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python
     return mask_values(text, frozenset(plan.secrets.values())) + "\n"
 
 
-def furnish(
-    directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, checkout: Path
-) -> None:
-    """Fill the run's directory: code, .conf copies, secrets, and last the record, which says it is complete."""
+def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], checkout: Path) -> list[Path]:
+    """Fill the run's directory, all but its record: code, .conf copies, secrets. Returns what a joining run added."""
     copy_code(checkout, directory.code)
-    copy_confs(directory, plan)
-    if plan.secrets and not directory.secrets.exists():
-        write_atomically(directory.secrets, json.dumps(dict(plan.secrets)), 0o600)
-    python = (plan.runtime or plan.training or plan.jobs[0]).environment["SKYRL_PYTHON"]
+    added = copy_confs(directory, plan)
+    if plan.secrets:
+        path = directory.secrets
+        if path.exists():  # of the runtime's launch; what this shell knows goes to this launch's job alone
+            path = _secrets_of(directory, next(iter(jobs.values())))
+            added.append(path)
+        write_atomically(path, json.dumps(dict(plan.secrets)), 0o600)
+    return added
+
+
+def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: GitState) -> None:
+    """Write the record: ``run.json``, or ``run_<id>.json`` in the directory of a run that is joined."""
     first = next(iter(jobs.values()))
     path = directory.path / f"run_{first}.json" if directory.run_record.exists() else directory.run_record
-    write_atomically(path, record_text(plan, jobs, git, python))
+    write_atomically(path, record_text(plan, jobs, git, plan.jobs[0].environment["SKYRL_PYTHON"]))
+
+
+def _secrets_of(directory: CoordinationDir, job_id: str) -> Path:
+    return directory.path / f"secrets_{job_id}.json"
 
 
 def copy_code(checkout: Path, target: Path) -> None:
@@ -103,8 +114,9 @@ def copy_code(checkout: Path, target: Path) -> None:
         raise EnvironmentProblem(f"cannot copy the code into {target}: {problem}") from None
 
 
-def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> None:
-    """Copies of the .conf files beside the record, secrets left out; equal names get a number."""
+def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> list[Path]:
+    """Copies of the .conf files beside the record, secrets left out; equal names get a number. Returns the copies."""
+    copies = []
     for path in plan.config.files:
         target = directory.path / path.name
         number = 1
@@ -113,16 +125,22 @@ def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> None:
             target = directory.path / f"{path.stem}.{number}{path.suffix}"
         text = path.read_text(encoding="utf-8", errors="replace")
         write_atomically(target, redact_conf(text, frozenset(plan.secrets.values())))
+        copies.append(target)
+    return copies
 
 
-def read_secrets(directory: CoordinationDir) -> dict[str, str]:
-    """The secrets of a run, by name; empty where there are none."""
+def read_secrets(directory: CoordinationDir, job_id: str) -> dict[str, str]:
+    """The secrets of a run by name, over them those that came with this job alone; empty where there are none."""
+    return {**_read_secrets(directory.secrets), **_read_secrets(_secrets_of(directory, job_id))}
+
+
+def _read_secrets(path: Path) -> dict[str, str]:
     try:
-        data = json.loads(directory.secrets.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as problem:
-        raise EnvironmentProblem(f"cannot read {directory.secrets}: {problem}") from None
+        raise EnvironmentProblem(f"cannot read {path}: {problem}") from None
     return {str(name): str(value) for name, value in data.items()}
 
 

@@ -7,13 +7,12 @@ server. It stops everything in order within Slurm's KillWait. The nested ``with`
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import secrets
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slurm.lib.api_server_child import ApiServer, api_server
@@ -76,56 +75,73 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(job: JobContext, notes: SignalNotes) -> int:
-    """Serve until there is a reason to end, then say it where the training job looks."""
+    """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
     try:
         outcome = serve(job, notes)
     except Interrupted as stop:
         outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop}")
-        report_failure(job, outcome)
+        tell_training(job, outcome)
     except SuiteError as problem:
         outcome = Outcome(problem.exit_code, str(problem))
-        report_failure(job, outcome)
+        tell_training(job, outcome)
     (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job.job_id, outcome.reason)
+    if not outcome.as_planned:
+        withdraw_training(job)
     return outcome.exit_code
 
 
-def report_failure(job: JobContext, outcome: Outcome) -> None:
-    """Tell the training job, and take it out of the queue if it has not started: it could only fail."""
-    with contextlib.suppress(EnvironmentProblem):
-        flag = Flag.of_this_host(job.job_id, job.job_id, outcome.exit_code, outcome.reason)
+def tell_training(job: JobContext, outcome: Outcome) -> None:
+    """Say why this job ends before the training does."""
+    flag = Flag.of_this_host(job.job_id, job.job_id, outcome.exit_code, outcome.reason)
+    try:
         job.directory.publish(job.directory.runtime_failed, flag)
+    except EnvironmentProblem as problem:
+        log.error("%s; the training job will notice that this job has ended", problem)
+
+
+def withdraw_training(job: JobContext) -> None:
+    """Take a training job that has not started out of the queue: it could only fail."""
     training = read_jobs(job.directory).get("training")
     if training and job.scheduler.status(training).state is JobState.PENDING:
         complaint = job.scheduler.cancel([training])
         log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")
 
 
+@dataclass(frozen=True)
+class StopBudget:
+    """Seconds that each step of the end may take, so that all of them fit into Slurm's KillWait less a second.
+
+    What the server does not remove in its share dies with the storage, whose end does not grow with the number of
+    sandboxes.
+    """
+
+    server_s: float
+    service_s: float
+
+    @staticmethod
+    def within(kill_wait_s: float) -> StopBudget:
+        whole = max(2.0, kill_wait_s - 1.0)
+        return StopBudget(server_s=min(5.0, whole / 2), service_s=min(1.0, whole / 8))
+
+
 def serve(job: JobContext, notes: SignalNotes) -> Outcome:
     """Bring everything up, publish, wait for the reason to end, and leave in reverse order."""
-    budget_s = max(2.0, job.scheduler.kill_wait_s() - 1.0)
+    budget = StopBudget.within(job.scheduler.kill_wait_s())
     scratch = choose_scratch(scratch_folders(job.settings.local_scratch, job.environment), job.job_id)
     with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, readable_stores(os.environ)) as storage:
         guardian.own_storage(storage.root)
-        with _timed_teardown(budget_s), api_server(job, storage, api_key(job)) as server:
+        with api_server(job, storage, api_key(job), budget.server_s) as server:
             guardian.own_session(server.pid)
-            with podman_service(storage, job.environment, notes.check) as service:
+            with podman_service(storage, job.environment, notes.check, budget.service_s) as service:
                 load_images(job, storage)
                 await_health(server, notes)
                 publish(job, server)
                 outcome = watch(job, notes, server, service)
                 if not outcome.as_planned:
-                    report_failure(job, outcome)
-                server.stop(min(3.0, budget_s / 2))
-        guardian.ended("session", server.pid)
+                    tell_training(job, outcome)
+                server.stop()
     return outcome
-
-
-@contextlib.contextmanager
-def _timed_teardown(budget_s: float) -> Iterator[None]:
-    """Log how long the end took against what Slurm allows."""
-    yield
-    log.debug("everything stopped; Slurm allows %.1f s", budget_s)
 
 
 def api_key(job: JobContext) -> str:

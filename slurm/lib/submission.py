@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir, remove_run_dir
 from slurm.lib.errors import SubmissionError, SuiteError
+from slurm.lib.logs import log
 from slurm.lib.plan import KEY_NAME, JobPlan, LaunchPlan
-from slurm.lib.run_record import GitState, furnish
+from slurm.lib.run_record import GitState, furnish, write_record
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 
@@ -32,26 +33,32 @@ class Submitted:
 class _Undo:
     """What has to be taken back if the commit is not reached; the training job first, which waits for the other."""
 
-    slurm_of: Callable[[], Slurm]
+    slurm: Slurm
     job_ids: list[str]
     made: Path | None = None
+    added: list[Path] = field(default_factory=list)
 
     def __call__(self) -> str:
-        complaint = self.slurm_of().cancel(list(reversed(self.job_ids)))
+        complaint = self.slurm.cancel(list(reversed(self.job_ids)))
         if self.made is not None:
             remove_run_dir(self.made)
+        for path in self.added:
+            path.unlink(missing_ok=True)
         if complaint:
             return f"could not cancel {' '.join(self.job_ids)} ({complaint}): cancel by hand with scancel"
         return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
 
 
 @contextlib.contextmanager
-def _taken_back_on_failure(slurm_of: Callable[[], Slurm]) -> Iterator[_Undo]:
-    undo = _Undo(slurm_of, [])
+def _taken_back_on_failure(slurm: Slurm) -> Iterator[_Undo]:
+    undo = _Undo(slurm, [])
     try:
         yield undo
-    except (SuiteError, Interrupted) as problem:
+    except SuiteError as problem:
         raise SubmissionError(f"{problem}; {undo()}") from None
+    except Interrupted:
+        log.warning("taking the submission back: %s", undo())
+        raise
     except BaseException:
         undo()
         raise
@@ -60,17 +67,24 @@ def _taken_back_on_failure(slurm_of: Callable[[], Slurm]) -> Iterator[_Undo]:
 def submit(plan: LaunchPlan, notes: SignalNotes, git: Callable[[], GitState], checkout: Path) -> Submitted:
     """Submit the plan's jobs and release them. ``SubmissionError`` says why not, with nothing left behind."""
     jobs: dict[str, str] = {}
-    with _taken_back_on_failure(lambda: Slurm({**plan.inherited})) as undo:
+    slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
+    joining = plan.request.attach_dir is not None
+    with _taken_back_on_failure(slurm) as undo:
         for job in plan.jobs:
             notes.check()
             planned = job.with_runtime_id(jobs.get("runtime", ""))
             jobs[job.kind] = _slurm_for(plan, planned).submit(planned.argv)
             undo.job_ids.append(jobs[job.kind])
         directory = _directory(plan, jobs, undo)
-        furnish(directory, plan, jobs, git(), checkout)
+        added = furnish(directory, plan, jobs, checkout)
+        undo.added += added if joining else []
         _publish_foreign_runtime(directory, plan)
+        if not joining:
+            write_record(directory, plan, jobs, git())
         notes.check()
-        Slurm({**plan.inherited}).release(next(iter(jobs.values())))
+        slurm.release(next(iter(jobs.values())))
+    if joining:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
+        write_record(directory, plan, jobs, git())
     return Submitted(directory, jobs)
 
 

@@ -107,6 +107,7 @@ class TrainingSession:
         self.job = job
         self.notes = notes
         self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID", "")
+        self.kill_wait_s = 0.0
         self._health = Answer(0, "not asked yet")
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
         if not job.own_dir:
@@ -137,6 +138,7 @@ class TrainingSession:
         trainer = trainer_of(self.job.settings, self.job.directory)
         environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
+        self.kill_wait_s = self.job.scheduler.kill_wait_s()
         with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
             watch = self.partner_watch(endpoint, client, heartbeat)
             with start_trainer(trainer, environment) as child:
@@ -297,7 +299,7 @@ class TrainingSession:
         log.warning("received %s; stopping the trainer", name)
         if not child.wait(0.5):
             child.send(number)
-        child.stop(max(1.0, self.job.scheduler.kill_wait_s() - 2.5))
+        child.stop(max(1.0, self.kill_wait_s - 2.5))
         code = child.exit_code
         own = code if code not in {None, 0} else EXIT_SIGNAL_BASE + number
         return Outcome(own or EXIT_SIGNAL_BASE + number, f"ended by {name}; {ended(code or 0)}")

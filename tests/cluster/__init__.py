@@ -1,13 +1,14 @@
 """A real Slurm of one login host and four nodes on this one machine, for the tests.
 
 Each node has a network namespace and a host name of its own on a private bridge, so that jobs see distinct hosts and
-reach each other only over the network. Everything lies below ``HOME`` and is found again by pid files. Needs root and
-the Debian packages that ``MISSING_HINT`` names; no systemd.
+reach each other only over the network. Everything lies below ``HOME`` and is found again by pid files; only the logs,
+in ``LOGS``, stay until the next start. Needs root and the Debian packages that ``MISSING_HINT`` names; no systemd.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ from pathlib import Path
 
 HOME = Path("/run/skyrl-test-cluster")
 CONF = HOME / "etc" / "slurm.conf"
+LOGS = Path("/var/log/skyrl-test-cluster")
+LOCK = Path("/run/skyrl-test-cluster.lock")
 NODES = {"cpu-a": "10.79.0.11", "cpu-b": "10.79.0.12", "gpu-a": "10.79.0.13", "gpu-b": "10.79.0.14"}
 LOGIN = "10.79.0.1"
 BRIDGE = "sktest0"
@@ -27,6 +30,9 @@ GPUS = 8
 PROGRAMS = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "podman", "newuidmap", "slirp4netns")
 MISSING_HINT = "scripts/test installs them on Debian when it runs as root"
 UP_DEADLINE_S = 40.0
+STOP_DEADLINE_S = 10.0
+LOCK_DEADLINE_S = 1800.0
+SHOWN_LOG_LINES = 15
 
 CONFIG = """\
 ClusterName=skyrltest
@@ -41,8 +47,8 @@ StateSaveLocation={home}/state
 SlurmdSpoolDir={home}/spool/%n
 SlurmctldPidFile={home}/slurmctld.pid
 SlurmdPidFile={home}/slurmd-%n.pid
-SlurmctldLogFile={home}/log/slurmctld.log
-SlurmdLogFile={home}/log/slurmd-%n.log
+SlurmctldLogFile={logs}/slurmctld.log
+SlurmdLogFile={logs}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -52,7 +58,7 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 JobCompType=jobcomp/filetxt
-JobCompLoc={home}/log/jobcomp.txt
+JobCompLoc={logs}/jobcomp.txt
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
@@ -97,7 +103,8 @@ def _call(*argv: str, check: bool = True) -> str:
 def _alive(pid_file: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
         pid = int(pid_file.read_text())
-        if Path(f"/proc/{pid}/cmdline").read_bytes():
+        # A pid file may outlive its process, and the pid be another's by now; each daemon's words name a path of ours.
+        if str(HOME).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
     return None
 
@@ -128,7 +135,7 @@ def up() -> float:
     _call(_which("slurmctld") or "slurmctld", "-f", str(CONF))
     for name in NODES:
         _start_node(name)
-    _await("all nodes to be idle", lambda: set(_idle_or_busy()) == set(NODES), HOME / "log" / "slurmctld.log")
+    _await("all nodes to be idle", lambda: set(_idle_or_busy()) == set(NODES), LOGS / "slurmctld.log")
     return time.monotonic() - begin
 
 
@@ -136,13 +143,19 @@ def _await(what: str, condition: Callable[[], bool], log: Path) -> None:
     end = time.monotonic() + UP_DEADLINE_S
     while not condition():
         if time.monotonic() > end:
-            raise ClusterError(f"waited {UP_DEADLINE_S:g} s for {what}; see {log}")
+            raise ClusterError(f"waited {UP_DEADLINE_S:g} s for {what}; {log} ends with:\n{_end_of(log)}")
         time.sleep(0.1)
 
 
+def _end_of(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(nothing: it does not exist)"]
+    return "\n".join(lines[-SHOWN_LOG_LINES:])
+
+
 def _make_folders() -> None:
-    for name in ("etc", "log", "state", "spool", "dev", "munge"):
-        (HOME / name).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(LOGS, ignore_errors=True)
+    for folder in (LOGS, *(HOME / name for name in ("etc", "state", "spool", "dev", "munge"))):
+        folder.mkdir(parents=True, exist_ok=True)
     for folder in (HOME, HOME / "etc", HOME / "munge"):
         folder.chmod(0o755)
     for number in range(GPUS):
@@ -153,12 +166,22 @@ def _make_folders() -> None:
         Path("/dev/net/tun").chmod(0o666)  # slirp4netns of an ordinary user opens it
 
 
+def _outer(number: int) -> str:
+    """The bridge's end of a node's cable."""
+    return f"sktest-n{number}"
+
+
+def _inside(node: str) -> str:
+    """The network namespace of a node."""
+    return f"sk-{node}"
+
+
 def _make_network() -> None:
     _call("ip", "link", "add", BRIDGE, "type", "bridge")
     _call("ip", "addr", "add", f"{LOGIN}/24", "dev", BRIDGE)
     _call("ip", "link", "set", BRIDGE, "up")
     for number, (name, address) in enumerate(NODES.items()):
-        outer, inside = f"sktest-n{number}", f"sk-{name}"
+        outer, inside = _outer(number), _inside(name)
         _call("ip", "netns", "add", inside)
         _call("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", inside)
         _call("ip", "link", "set", outer, "master", BRIDGE, "up")
@@ -171,7 +194,7 @@ def _make_network() -> None:
 
 
 def _write_config() -> None:
-    CONF.write_text(CONFIG.format(host=socket.gethostname(), login=LOGIN, home=HOME, gpus=GPUS))
+    CONF.write_text(CONFIG.format(host=socket.gethostname(), login=LOGIN, home=HOME, logs=LOGS, gpus=GPUS))
     gres = f"NodeName=gpu-a,gpu-b Name=gpu File={HOME}/dev/nvidia[0-{GPUS - 1}]\n"
     (CONF.parent / "gres.conf").write_text(gres)
 
@@ -181,41 +204,59 @@ def _start_munge() -> None:
     key = folder / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    options = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    log = LOGS / "munged.log"
+    options = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed"}
     words = [f"--{name}={folder / file}" for name, file in options.items()]
-    _call(_which("munged") or "munged", "--force", *words)
-    _await("munge", lambda: (folder / "socket").exists(), folder / "log")
+    _call(_which("munged") or "munged", "--force", f"--log-file={log}", *words)
+    _await("munge", lambda: (folder / "socket").exists(), log)
 
 
 def _start_node(name: str) -> None:
     """nsenter, not ``ip netns exec``: the latter remounts /sys, and slurmd no longer finds the cgroups."""
     command = f"hostname {name}; exec slurmd -f {CONF} -N {name}"
-    _call("nsenter", f"--net=/var/run/netns/sk-{name}", "unshare", "-u", "sh", "-c", command)
+    _call("nsenter", f"--net=/var/run/netns/{_inside(name)}", "unshare", "-u", "sh", "-c", command)
 
 
 def down() -> None:
-    """Stop by pid what ``up`` started, and remove what it made; nothing else."""
-    if CONF.exists() and _alive(HOME / "slurmctld.pid"):
-        for job in _call("squeue", "-h", "-o", "%i", check=False).split():
-            _call("scancel", job, check=False)
+    """Stop by pid what ``up`` started, and remove what it made but the logs; nothing else."""
+    if _alive(HOME / "slurmctld.pid"):
+        _cancel_jobs()
     for path in pid_files():
         _stop(path)
-    for name in NODES:
-        _call("ip", "netns", "del", f"sk-{name}", check=False)
+    for number, name in enumerate(NODES):
+        _empty_node(name)
+        _call("ip", "link", "del", _outer(number), check=False)  # else it lingers a while after its namespace
+        _call("ip", "netns", "del", _inside(name), check=False)
     _call("ip", "link", "del", BRIDGE, check=False)
     _forget_hosts()
     shutil.rmtree(HOME, ignore_errors=True)
 
 
+def _cancel_jobs() -> None:
+    """All jobs there are, awaited for as long as Slurm itself gives them to end."""
+    end = time.monotonic() + STOP_DEADLINE_S
+    while (jobs := set(_call("squeue", "-h", "-o", "%A", check=False).split())) and time.monotonic() < end:
+        _call("scancel", *sorted(jobs), check=False)
+        time.sleep(0.2)
+
+
 def _stop(pid_file: Path) -> None:
     pid = _alive(pid_file)
-    end = time.monotonic() + 5
-    number = signal.SIGTERM
+    begin = time.monotonic()
     while pid is not None and _alive(pid_file) == pid:
+        waited = time.monotonic() - begin
+        if waited > STOP_DEADLINE_S:
+            raise ClusterError(f"process {pid} of {pid_file} does not end, not even by SIGKILL")
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        number = signal.SIGKILL if time.monotonic() > end else signal.SIGTERM
+            os.kill(pid, signal.SIGTERM if waited < STOP_DEADLINE_S / 2 else signal.SIGKILL)
         time.sleep(0.1)
+
+
+def _empty_node(name: str) -> None:
+    """Kill by pid what still runs on a node, as its power going off would."""
+    for pid in _call("ip", "netns", "pids", _inside(name), check=False).split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def _forget_hosts() -> None:
@@ -225,12 +266,40 @@ def _forget_hosts() -> None:
 
 
 @contextlib.contextmanager
+def exclusive(deadline_s: float = LOCK_DEADLINE_S) -> Iterator[None]:
+    """The cluster for this process alone; waits for another that has it. ``ClusterError`` names that one in the end."""
+    begin = time.monotonic()
+    with LOCK.open("a+") as lock:
+        while not _try_lock(lock.fileno()):
+            if time.monotonic() - begin >= deadline_s:
+                raise ClusterError(f"{_owner()} uses the test cluster (waited {deadline_s:g} s); end it, or try later")
+            time.sleep(1)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def _owner() -> str:
+    return f"process {LOCK.read_text().strip() or 'unknown'}"
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
 def running() -> Iterator[None]:
     """The cluster for the length of the block; one that was up already, or that is to be kept, stays."""
-    was_up = is_up()
-    up()
-    try:
-        yield
-    finally:
-        if not was_up and not os.environ.get("SKYRL_KEEP_CLUSTER"):
-            down()
+    with exclusive():
+        was_up = is_up()
+        up()
+        try:
+            yield
+        finally:
+            if not was_up and not os.environ.get("SKYRL_KEEP_CLUSTER"):
+                down()

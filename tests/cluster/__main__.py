@@ -14,13 +14,15 @@ def main(argv: list[str]) -> int:
         if lacks:
             print(f"missing: {', '.join(lacks)} ({cluster.MISSING_HINT})", file=sys.stderr)
             return 71
-        print(f"up after {cluster.up():.1f} s; export SLURM_CONF={cluster.CONF}")
+        with cluster.exclusive(deadline_s=0):
+            print(f"up after {cluster.up():.1f} s; export SLURM_CONF={cluster.CONF}")
     elif argv == ["down"]:
-        cluster.down()
+        with cluster.exclusive(deadline_s=0):
+            cluster.down()
     elif argv == ["status"]:
         return subprocess.run(["env", f"SLURM_CONF={cluster.CONF}", "sinfo"], check=False).returncode
     elif argv == ["logs"]:
-        print(cluster.HOME / "log")
+        print(cluster.LOGS)
     else:
         print(__doc__, file=sys.stderr)
         return 2

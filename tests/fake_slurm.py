@@ -1,0 +1,109 @@
+"""Slurm's commands as small programs on PATH that record what they are asked, for tests of what a launcher asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+COMMANDS = ("sbatch", "scontrol", "scancel", "squeue")
+
+# Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.
+PROGRAM = """
+import json, os, sys, time
+home, name, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+calls = os.path.join(home, "calls.jsonl")
+with open(calls) as file:
+    before = sum(json.loads(line)["name"] == name for line in file)
+with open(os.path.join(home, "answers.json")) as file:
+    answers = json.load(file).get(name, [])
+answer = {"stdout": "%d\\n" % (101 + before) if name == "sbatch" else "", **dict(enumerate(answers)).get(before, {})}
+watched = os.path.join(home, "jobs")
+found = [os.path.join(root, entry) for root, folders, files in os.walk(watched) for entry in folders + files]
+modes = {os.path.relpath(path, watched): os.lstat(path).st_mode & 0o777 for path in found}
+with open(calls, "a") as file:
+    record = {"name": name, "argv": argv, "environment": dict(os.environ), "modes": modes}
+    file.write(json.dumps(record) + "\\n")
+if "signal" in answer:
+    os.kill(os.getppid(), answer["signal"])
+    time.sleep(0.2)
+sys.stdout.write(answer["stdout"])
+sys.stderr.write(answer.get("stderr", ""))
+sys.exit(answer.get("code", 0))
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a command: its arguments, its environment, the modes of all files below the jobs base."""
+
+    name: str
+    argv: list[str]
+    environment: dict[str, str]
+    modes: dict[str, int]
+
+    @property
+    def words(self) -> list[str]:
+        return [self.name, *self.argv]
+
+
+@dataclass
+class FakeSlurm:
+    """The commands in ``folder/bin``; ``jobs`` is the folder that they watch."""
+
+    folder: Path
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bin.mkdir(parents=True)
+        (self.folder / "calls.jsonl").touch()
+        program = self.folder / "program.py"
+        program.write_text(PROGRAM)
+        self._write()
+        for name in COMMANDS:
+            words = [sys.executable, "-IS", str(program), str(self.folder), name]
+            script = self.bin / name
+            script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            script.chmod(0o755)
+
+    @property
+    def bin(self) -> Path:
+        return self.folder / "bin"
+
+    @property
+    def jobs(self) -> Path:
+        return self.folder / "jobs"
+
+    @property
+    def path(self) -> str:
+        """PATH with these commands first."""
+        return f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+
+    def answer(self, name: str, *answers: dict[str, Any]) -> None:
+        """What the calls of a command, in order, say; ``{}`` for what Slurm says when all is well."""
+        self.answers[name] = list(answers)
+        self._write()
+
+    def _write(self) -> None:
+        (self.folder / "answers.json").write_text(json.dumps(self.answers))
+
+    @property
+    def calls(self) -> list[Call]:
+        lines = (self.folder / "calls.jsonl").read_text().splitlines()
+        return [Call(**json.loads(line)) for line in lines]
+
+    def forget(self) -> None:
+        """Forget all calls; the numbers begin anew."""
+        (self.folder / "calls.jsonl").write_text("")
+
+    def of(self, name: str) -> list[Call]:
+        return [call for call in self.calls if call.name == name]
+
+    @property
+    def names(self) -> list[str]:
+        """The commands called, in order; of scontrol with its verb."""
+        return [" ".join(call.words[:2]) if call.name == "scontrol" else call.name for call in self.calls]

@@ -1,0 +1,161 @@
+"""An API server in this process, on a fake Podman or a real one, asked over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from slurm_runtime.api_server import _http_server, listening_socket
+from slurm_runtime.app import create_app
+from slurm_runtime.config import ServerConfig
+from slurm_runtime.heartbeats import Heartbeats
+from slurm_runtime.manager import Manager
+from slurm_runtime.podman import Podman
+from slurm_runtime.readiness import Prober
+from slurm_runtime.slots import Slots
+from tests.runtime import podman_service
+from tests.runtime.fake_podman import FakePodman
+
+T = TypeVar("T")
+
+API_KEY = "the-key-of-these-tests"
+CONFIG = ServerConfig(
+    api_key=API_KEY,
+    public_host="127.0.0.1",
+    labels={"skyrl.job": "4711"},
+    string_patience_s=20.0,
+    list_patience_s=20.0,
+    connect_timeout_s=5.0,
+    watch_period_s=0.2,
+)
+
+
+class KillablePodman(Podman):
+    """The real door with one verb more, for tests that do harm."""
+
+    async def kill(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/kill?signal=KILL", 10)
+
+
+@dataclass
+class Api:
+    """A running server: a client with the key, its engine and manager, and a way into its event loop."""
+
+    client: httpx.Client
+    engine: FakePodman | KillablePodman
+    manager: Manager
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+    def start(self, **fields: Any) -> httpx.Response:
+        return self.client.post("/start", json=fields)
+
+    def names(self) -> list[str]:
+        """Names of the containers that this server's Podman holds."""
+        return [state.name for state, _ in self.run(self.engine.list("skyrl.server"))]
+
+
+@contextlib.contextmanager
+def serving(engine: FakePodman | KillablePodman, config: ServerConfig = CONFIG, slots: int = 20) -> Iterator[Api]:
+    """A server on a free port, in a thread; its sandboxes are removed at the end."""
+    from slurm_runtime.api_server import build_parser
+
+    listening = listening_socket(build_parser().parse_args(["--host", "127.0.0.1", "--port", "0"]))
+    port = listening.getsockname()[1]
+    started = threading.Event()
+    box: dict[str, Any] = {}
+
+    async def live() -> None:
+        prober = Prober()
+        manager = Manager(config, engine, prober, Slots(slots, config.cpus_per_worker))
+        server = _http_server(create_app(manager, config, Heartbeats()), verbose=False)
+        box.update(manager=manager, loop=asyncio.get_running_loop(), stop=asyncio.Event())
+        tasks = [asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(manager.run())]
+        started.set()
+        await box["stop"].wait()
+        tasks[1].cancel()
+        box["left"] = await manager.close(20)
+        server.should_exit = True
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await prober.close()
+        await engine.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(live()))
+    thread.start()
+    started.wait(10)
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": API_KEY}, timeout=60, trust_env=False
+    ) as client:
+        try:
+            yield Api(client, engine, box["manager"], box["loop"])
+        finally:
+            box["loop"].call_soon_threadsafe(box["stop"].set)
+            thread.join(30)
+    assert not thread.is_alive()
+    assert box["left"] == []
+
+
+@pytest.fixture
+def fake() -> Iterator[Api]:
+    """A server on the fake."""
+    with serving(FakePodman()) as api:
+        yield api
+
+
+@pytest.fixture
+def server_with() -> Iterator[Callable[..., Api]]:
+    """Make a server on a given fake, with changes to the configuration."""
+    with contextlib.ExitStack() as stack:
+
+        def make(engine: FakePodman | None = None, slots: int = 20, **changes: Any) -> Api:
+            return stack.enter_context(serving(engine or FakePodman(), replace(CONFIG, **changes), slots))
+
+        yield make
+
+
+def _lend(owner: pwd.struct_passwd | None, why_not: str) -> Iterator[podman_service.Service]:
+    lacks = podman_service.missing()
+    if lacks or owner is None:
+        pytest.skip(f"real Podman: {why_not if owner is None else 'this machine lacks ' + lacks}")
+    with podman_service.running(owner) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def rootless_podman() -> Iterator[podman_service.Service]:
+    """Podman of an ordinary user."""
+    yield from _lend(podman_service.ordinary_user(), "no user with a range in /etc/subuid")
+
+
+@pytest.fixture(scope="session")
+def root_podman() -> Iterator[podman_service.Service]:
+    """Podman of root."""
+    yield from _lend(pwd.getpwuid(0) if os.geteuid() == 0 else None, "only root can run root's Podman")
+
+
+@pytest.fixture(
+    params=[
+        "fake",
+        pytest.param("rootless", marks=pytest.mark.podman),
+        pytest.param("root", marks=pytest.mark.podman),
+    ]
+)
+def api(request: pytest.FixtureRequest) -> Iterator[Api]:
+    """The server of the contract, on the fake and on real Podman as an ordinary user and as root."""
+    if request.param == "fake":
+        engine: FakePodman | KillablePodman = FakePodman()
+    else:
+        engine = KillablePodman(request.getfixturevalue(f"{request.param}_podman").socket)
+    with serving(engine) as server:
+        yield server

@@ -1,0 +1,151 @@
+"""A Podman in memory that keeps the promises of ``Engine``: the contract tests run on it and on real ones alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from slurm_runtime.podman import (
+    ContainerSpec,
+    ContainerState,
+    EngineError,
+    EngineFacts,
+    NoSuchContainer,
+    NoSuchImage,
+    PortTaken,
+    PullFailed,
+)
+from tests.runtime import commands
+
+
+@dataclass
+class FakeContainer:
+    """A container: its specification, its state, and the server behind its port."""
+
+    spec: ContainerSpec
+    state: ContainerState
+    log: str = ""
+    server: asyncio.AbstractServer | None = None
+
+    def end(self, exit_code: int) -> None:
+        self.state = replace(self.state, running=False, status="exited", exit_code=exit_code)
+        if self.server:
+            self.server.close()
+
+    @property
+    def pages(self) -> dict[str, str]:
+        """What the server of ``commands.SERVE`` shows."""
+        environment = "".join(f"{name}={value}\n" for name, value in self.spec.environment.items())
+        return {
+            "/health": '"OK"\n',
+            "/ready": '"OK"\n',
+            "/env": environment,
+            "/cwd": self.spec.working_dir + "\n",
+            "/uid": "0\n",
+            "/workspace": "yes\n",
+            "/status": "NoNewPrivs:\t1\nCapEff:\t00000000000404fb\n",
+            "/uid_map": "0 100000 65536\n",
+        }
+
+
+@dataclass
+class FakePodman:
+    """``delay_s`` is how long create and start take; ``refuse_removal`` makes remove fail that many times."""
+
+    delay_s: float = 0.0
+    refuse_removal: int = 0
+    ports_taken_by_others: set[int] = field(default_factory=set)
+    images: set[str] = field(default_factory=lambda: {commands.IMAGE, commands.IMAGE_WITH_ENTRYPOINT})
+    registry: set[str] = field(default_factory=set)
+    containers: dict[str, FakeContainer] = field(default_factory=dict)
+    pulls: list[str] = field(default_factory=list)
+    under_way: int = 0
+    most_under_way: int = 0
+
+    async def facts(self) -> EngineFacts:
+        return EngineFacts("fake", rootless=True, controllers=frozenset({"memory", "cpu", "cpuset"}))
+
+    async def pull(self, image: str, policy: str) -> None:
+        self.pulls.append(image)
+        await asyncio.sleep(self.delay_s)
+        if image not in self.registry:
+            raise PullFailed(f"Podman could not pull {image}: not in the fake registry")
+        self.images.add(image)
+
+    async def create(self, spec: ContainerSpec) -> None:
+        if spec.image not in self.images:
+            raise NoSuchImage(f"{spec.image}: image not known")
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        await asyncio.sleep(self.delay_s)
+        self.under_way -= 1
+        state = ContainerState(spec.name, running=False, status="created", exit_code=0, host_port=spec.host_port)
+        self.containers[spec.name] = FakeContainer(spec, state)
+
+    async def start(self, name: str) -> None:
+        container = self._container(name)
+        if container.spec.host_port in self.ports_taken_by_others:
+            raise PortTaken("bind: address already in use")
+        command = list(container.spec.command or ())
+        if command == commands.NOT_THERE:
+            raise EngineError("exec: /bin/nonesuch: no such file or directory")
+        await self._publish(container)
+        if command[:-1] == commands.SERVE[:-1]:
+            return
+        if command == commands.EXIT:
+            container.log = "last words\n"
+            container.end(3)
+        elif container.server:
+            container.server.close()
+
+    async def _publish(self, container: FakeContainer) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            request = (await reader.readuntil(b"\r\n\r\n")).decode()
+            body = container.pages.get(request.split()[1])
+            head = "200 OK" if body is not None else "404 Not Found"
+            length = len(body or "")
+            writer.write(
+                f"HTTP/1.1 {head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body or ''}".encode()
+            )
+            await writer.drain()
+            writer.close()
+
+        container.server = await asyncio.start_server(answer, "0.0.0.0", container.spec.host_port)
+        port = container.server.sockets[0].getsockname()[1]
+        container.state = replace(container.state, running=True, status="running", host_port=port)
+
+    async def inspect(self, name: str) -> ContainerState:
+        return self._container(name).state
+
+    async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
+        name, equals, value = label.partition("=")
+        return [
+            (container.state, container.spec.labels)
+            for container in self.containers.values()
+            if name in container.spec.labels and (not equals or container.spec.labels[name] == value)
+        ]
+
+    async def logs(self, name: str, lines: int) -> str:
+        return "".join(self._container(name).log.splitlines(keepends=True)[-lines:])
+
+    async def remove(self, name: str) -> None:
+        if self.refuse_removal:
+            self.refuse_removal -= 1
+            raise EngineError("device or resource busy")
+        container = self.containers.pop(name, None)
+        if container:
+            container.end(137)
+
+    async def close(self) -> None:
+        for container in self.containers.values():
+            container.end(137)
+
+    async def kill(self, name: str) -> None:
+        """What the tests do to a container from outside."""
+        self._container(name).end(137)
+
+    def _container(self, name: str) -> FakeContainer:
+        if name not in self.containers:
+            raise NoSuchContainer(f"no container with name {name}")
+        return self.containers[name]

@@ -1,0 +1,221 @@
+"""Podman storage of one job: private, complete at its end, and nobody else's is touched."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import tarfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slurm.lib import podman_storage as ps
+from slurm.lib.api_server_child import AlarmFilter, listening_socket, reserved_cpus
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.images import has_image, image_source
+from slurm.lib.podman_storage import PodmanStorage
+from tests.conftest import OrdinaryUser
+
+STORE = "from slurm.lib.podman_storage import podman_storage, processes_of, readable_stores, sweep\n"
+
+
+def test_every_path_of_podman_lies_in_the_store() -> None:
+    storage = PodmanStorage(Path("/tmp/skyrl-1-2"))
+    environment = storage.environment({"HOME": "/home/x", "XDG_RUNTIME_DIR": "/run/user/1"})
+    assert environment.pop("HOME") == "/home/x"
+    assert all("/tmp/skyrl-1-2" in value for value in environment.values())
+    conf = ps.storage_conf(storage, [Path("/a b/store")])
+    assert 'graphroot = "/tmp/skyrl-1-2/data/containers/storage"' in conf
+    assert 'additionalimagestores = ["/a b/store"]' in conf
+
+
+def test_each_folder_that_will_not_do_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr(ps, "file_system_of", lambda path: "nfs4" if path == tmp_path else "ext4")
+    with pytest.raises(EnvironmentProblem) as caught:
+        ps.choose_scratch(["/nowhere", str(tmp_path), str(long)], "7")
+    message = str(caught.value)
+    assert "/nowhere: does not exist" in message
+    assert "lies on nfs4" in message
+    assert "path too long" in message
+    assert "LOCAL_SCRATCH" in message
+
+
+def test_the_first_that_will_do_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ps.choose_scratch(["/nowhere", "/tmp"], "7") == Path("/tmp")
+
+
+def test_file_system_of_a_mount() -> None:
+    assert ps.file_system_of(Path("/proc/self")) == "proc"
+    assert ps.file_system_of(Path("/sys/kernel")) == "sysfs"
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ("localhost/a:latest", True),
+        ("localhost/a", True),
+        ("a", True),
+        ("docker.io/library/busybox:1.36", True),
+        ("busybox:1.36", True),
+        ("busybox", False),
+        ("b", False),
+        ("host:5000/a", False),
+    ],
+)
+def test_image_names(image: str, found: bool) -> None:
+    assert has_image(frozenset({"localhost/a:latest", "docker.io/library/busybox:1.36"}), image) is found
+
+
+def test_where_an_image_comes_from(tmp_path: Path) -> None:
+    index = tmp_path / "overlay-images" / "images.json"
+    index.parent.mkdir()
+    index.write_text('[{"names": ["docker.io/org/x:1"]}, {"names": null}]')
+    overlay = (tmp_path, "overlay")
+    assert image_source("docker.io/org/x:1", None, overlay) == "user store"
+    assert image_source("docker.io/org/x:2", None, overlay) == "registry"
+    assert image_source("docker.io/org/x:1", tmp_path / "a.tar", overlay) == "archive"
+    assert image_source("localhost/skyrl-busybox:latest", None, None) == "made here"
+
+
+def test_a_taken_port_is_replaced_and_a_full_range_is_an_error() -> None:
+    with listening_socket("127.0.0.1", None, None) as first:
+        port = first.getsockname()[1]
+        with listening_socket("127.0.0.1", port, None) as second:
+            assert second.getsockname()[1] != port
+        with pytest.raises(EnvironmentProblem, match="no free port in RUNTIME_PORT_RANGE"):
+            listening_socket("127.0.0.1", None, range(port, port + 1))
+
+
+def test_cpus_are_kept_back_only_where_there_are_enough() -> None:
+    assert reserved_cpus(128, 8) == 4
+    assert reserved_cpus(8, 2) == 4
+    assert reserved_cpus(8, 4) == 0
+    assert reserved_cpus(2, 0.25) == 0
+
+
+def test_only_warnings_and_errors_go_to_err() -> None:
+    log = textwrap.dedent("""\
+        2026-01-01 00:00:00 [INFO] fine
+        2026-01-01 00:00:00 [WARN] careful
+        2026-01-01 00:00:00 [INFO] fine
+        2026-01-01 00:00:00 [ERROR] broken
+        Traceback (most recent call last):
+          File "x"
+        ValueError: y
+        2026-01-01 00:00:00 [INFO] fine
+        """)
+    alarms = AlarmFilter()
+    passed = [line for line in log.encode().splitlines() if alarms.wants(line)]
+    assert [line.split()[-1] for line in passed] == [b"careful", b"broken", b"last):", b'"x"', b"y"]
+
+
+def python(user: OrdinaryUser, checkout: Path, code: str) -> subprocess.CompletedProcess[str]:
+    argv = [str(checkout / ".venv" / "bin" / "python"), "-c", STORE + textwrap.dedent(code)]
+    return user.run(argv, env={"PYTHONPATH": str(checkout)})
+
+
+@pytest.mark.podman
+def test_a_dead_jobs_storage_is_swept_and_a_living_ones_is_not(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    dead, living, foreign = (Path(f"/tmp/skyrl-{user.uid}-{name}") for name in ("dead", "living", "foreign"))
+    user.run(["mkdir", "-p", *map(str, (dead, living, foreign))])
+    user.run(["touch", *(str(path / "owner.lock") for path in (dead, living))])
+    try:
+        with (living / "owner.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
+            assert done.returncode == 0, done.stderr
+            assert not dead.exists()
+            assert living.exists()
+            assert foreign.exists(), "without a lock it is none of ours"
+    finally:
+        user.run(["rm", "-rf", *map(str, (dead, living, foreign))])
+
+
+@pytest.mark.podman
+def test_the_users_own_store_is_read_and_left_as_it_is(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    """An image that the user pulled beforehand is usable without a registry, from an overlay store."""
+    archive = _tiny_image(user)
+    own = user.home / "own store"
+    conf = user.home / "own.conf"
+    script = f"""
+        set -e
+        printf '[storage]\\ndriver = "overlay"\\ngraphroot = "{own}"\\nrunroot = "/tmp/r{user.uid}"\\n' > '{conf}'
+        export CONTAINERS_STORAGE_CONF='{conf}'
+        podman import -q '{archive}' localhost/pulled >/dev/null
+        find '{own}' -type f | sort | xargs -d '\\n' md5sum > before
+    """
+    made = user.run(["bash", "-c", textwrap.dedent(script)])
+    assert made.returncode == 0, made.stderr
+    done = python(
+        user,
+        checkout,
+        f"""
+        import os, subprocess
+        from pathlib import Path
+        os.environ["CONTAINERS_STORAGE_CONF"] = {str(conf)!r}
+        with podman_storage(Path("/tmp"), "mine", readable_stores(os.environ)) as storage:
+            words = ["podman", "images", "--format", "{{{{.Repository}}}}"]
+            print(subprocess.run(words, env=storage.environment(os.environ), capture_output=True, text=True).stdout)
+        """,
+    )
+    assert "localhost/pulled" in done.stdout, done.stderr
+    compare = f"cd; find '{own}' -type f | sort | xargs -d '\\n' md5sum | grep -v '\\.lock$' > after; diff before after"
+    changed = user.run(["bash", "-c", compare])
+    assert [line for line in changed.stdout.splitlines() if line[:1] in "<>" and ".lock" not in line] == []
+    user.run(["bash", "-c", f"podman unshare rm -rf '{own}' '/tmp/r{user.uid}'; rm -f '{conf}'"])
+    _end_default_podman(user)
+
+
+def _tiny_image(user: OrdinaryUser) -> Path:
+    path = user.home / "tiny.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add("/bin/busybox", "bin/busybox")
+    os.chown(path, user.uid, user.gid)
+    return path
+
+
+def _end_default_podman(user: OrdinaryUser) -> None:
+    """The pause process that Podman keeps for a user's default store; this user's, started by this test."""
+    for pid, words in user.processes().items():
+        if words.startswith("catatonit -P"):
+            os.kill(pid, 9)
+    end = time.monotonic() + 5
+    while any(words.startswith("catatonit") for words in user.processes().values()) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+@pytest.mark.podman
+@pytest.mark.parametrize("end", ["orderly", "kill -9"])
+def test_everything_is_gone_at_the_end(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None], end: str
+) -> None:
+    archive = _tiny_image(user)
+    code = f"""
+        import os, subprocess
+        from pathlib import Path
+        from slurm.lib.guardian import guarded
+        with guarded(Path({str(checkout)!r})) as guardian, podman_storage(Path("/tmp"), "end", []) as storage:
+            guardian.own_storage(storage.root)
+            environment = storage.environment(os.environ)
+            subprocess.run(["podman", "import", "-q", {str(archive)!r}, "localhost/tiny"], env=environment, check=True)
+            limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
+            command = ["podman", "run", "-d", *limits, "-p", "60000", "localhost/tiny", "/bin/busybox", "sleep", "600"]
+            for _ in range(3):
+                subprocess.run(command, env=environment, check=True)
+            print("alive", sum("sleep" in Path(f"/proc/{{pid}}/cmdline").read_text() for pid in processes_of(storage)))
+            if {end!r} == "kill -9":
+                os.kill(os.getpid(), 9)
+    """
+    done = python(user, checkout, code)
+    assert "alive 3" in done.stdout, done.stderr
+    nothing_left()
