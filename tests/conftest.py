@@ -143,14 +143,16 @@ def user(cluster: None) -> OrdinaryUser:
     )
 
 
-def _environment_folder(user: OrdinaryUser) -> Path:
-    """An environment with our packages that the user can start; a copy made for it where ours cannot be reached."""
+def _environment_folder(user: OrdinaryUser, copy: Path) -> Path:
+    """An environment with our packages that the user can start; made for its copy where ours is out of its reach."""
     own = Path(sys.prefix)
-    if user.run([str(own / "bin" / "python"), "-c", "import fastapi, tenacity"]).returncode == 0:
+    # By env(1): what the user may not even look up is then an exit code.
+    if user.run(["env", str(own / "bin" / "python"), "-c", "import fastapi, tenacity"]).returncode == 0:
         return own
     folder = Path("/opt/skyrl-test-venv")
-    setup = [str(CHECKOUT / "scripts" / "setup")]
-    subprocess.run(setup, check=True, env={**os.environ, "SKYRL_VENV": str(folder)}, stdout=sys.stderr)
+    print(f"{user.name} cannot start {own}/bin/python; making {folder} for it", file=sys.stderr)
+    environment = {**os.environ, "SKYRL_VENV": str(folder)}
+    subprocess.run([str(copy / "scripts" / "setup")], check=True, env=environment, stdout=sys.stderr)
     return folder
 
 
@@ -175,7 +177,7 @@ def checkout(user: OrdinaryUser) -> Path:
     target = user.home / "project" / "SkyRL"
     shutil.rmtree(target, ignore_errors=True)
     copy_checkout(target)
-    (target / ".venv").symlink_to(_environment_folder(user))
+    (target / ".venv").symlink_to(_environment_folder(user, target))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(user.home / "project")], check=True)
     return target
 

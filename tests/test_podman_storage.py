@@ -7,7 +7,6 @@ import os
 import subprocess
 import tarfile
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,7 +148,7 @@ def test_the_users_own_store_is_read_and_left_as_it_is(
     conf = user.home / "own.conf"
     script = f"""
         set -e
-        printf '[storage]\\ndriver = "overlay"\\ngraphroot = "{own}"\\nrunroot = "/tmp/r{user.uid}"\\n' > '{conf}'
+        printf '[storage]\\ndriver = "overlay"\\nrootless_storage_path = "{own}"\\n' > '{conf}'
         export CONTAINERS_STORAGE_CONF='{conf}'
         podman import -q '{archive}' localhost/pulled >/dev/null
         find '{own}' -type f | sort | xargs -d '\\n' md5sum > before
@@ -172,8 +171,8 @@ def test_the_users_own_store_is_read_and_left_as_it_is(
     compare = f"cd; find '{own}' -type f | sort | xargs -d '\\n' md5sum | grep -v '\\.lock$' > after; diff before after"
     changed = user.run(["bash", "-c", compare])
     assert [line for line in changed.stdout.splitlines() if line[:1] in "<>" and ".lock" not in line] == []
-    user.run(["bash", "-c", f"podman unshare rm -rf '{own}' '/tmp/r{user.uid}'; rm -f '{conf}'"])
-    _end_default_podman(user)
+    user.run(["bash", "-c", f"podman unshare rm -rf '{own}'; rm -f '{conf}'"])
+    _forget_default_podman(user)
 
 
 def _tiny_image(user: OrdinaryUser) -> Path:
@@ -184,14 +183,13 @@ def _tiny_image(user: OrdinaryUser) -> Path:
     return path
 
 
-def _end_default_podman(user: OrdinaryUser) -> None:
-    """The pause process that Podman keeps for a user's default store; this user's, started by this test."""
+def _forget_default_podman(user: OrdinaryUser) -> None:
+    """End and remove what Podman keeps for this user's default store; started by this test."""
     for pid, words in user.processes().items():
         if words.startswith("catatonit -P"):
             os.kill(pid, 9)
-    end = time.monotonic() + 5
-    while any(words.startswith("catatonit") for words in user.processes().values()) and time.monotonic() < end:
-        time.sleep(0.05)
+    traces = [f"/tmp/containers-user-{user.uid}", f"/tmp/podman-run-{user.uid}", str(user.home / ".local")]
+    user.run(["rm", "-rf", *traces, f"/dev/shm/libpod_rootless_lock_{user.uid}"])
 
 
 @pytest.mark.podman
@@ -212,7 +210,7 @@ def test_everything_is_gone_at_the_end(
             command = ["podman", "run", "-d", *limits, "-p", "60000", "localhost/tiny", "/bin/busybox", "sleep", "600"]
             for _ in range(3):
                 subprocess.run(command, env=environment, check=True)
-            print("alive", sum("sleep" in Path(f"/proc/{{pid}}/cmdline").read_text() for pid in processes_of(storage)))
+            print("alive", sum("sleep" in Path(f"/proc/{{pid}}/cmdline").read_text() for pid in processes_of(storage)), flush=True)
             if {end!r} == "kill -9":
                 os.kill(os.getpid(), 9)
     """

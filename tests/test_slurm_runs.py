@@ -338,7 +338,7 @@ from concurrent.futures import ThreadPoolExecutor
 url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
 def start(number):
     body = {"image": os.environ["CONTAINER_IMAGE"], "session_id": f"s{number}", "working_dir": "/",
-            "command": ["/bin/sh", "-c", "mkdir -p /w; echo ok > /w/alive; exec httpd -f -p 60000 -h /w"]}
+            "command": ["/bin/sh", "-c", "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"]}
     headers = {"X-API-Key": key, "Content-Type": "application/json"}
     request = urllib.request.Request(url + "/start", json.dumps(body).encode(), headers)
     return urllib.request.urlopen(request, timeout=60).status
@@ -346,7 +346,10 @@ with ThreadPoolExecutor(4) as pool:
     print("started", sum(200 <= status < 300 for status in pool.map(start, range(24))), flush=True)
 time.sleep(300)
 END"""
-    run = launch(user, checkout, jobs_base, trainer, "CPUS_FOR_RUNTIME=24", "CPUS_PER_WORKER=0.5", "RUNTIME_MEMORY=32G")
+    size = ("RUNTIME_MEMORY=32G",)
+    run = launch(
+        user, checkout, jobs_base, trainer, *size, "CPUS_FOR_RUNTIME=24", "CPUS_PER_WORKER=0.5", "MAX_PARALLEL_AGENTS="
+    )
     run.wait_for_text("training", "started 24", 90)
     user.run(["scancel", run.jobs["runtime"]])
     run.wait_over(seconds=15)

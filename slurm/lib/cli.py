@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, log, setup_command_logging
 from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
 from slurm.lib.run_record import GitState, git_state, read_jobs
+from slurm.lib.settings import secret
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
 from slurm.lib.trainer import missing_parts
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         log.error("%s", problem)
         return problem.exit_code
     except Interrupted as stop:
-        log.error("stopped by %s; nothing was submitted", stop)
+        log.error("stopped by %s; nothing was submitted, or it was taken back", stop)
         return EXIT_SIGNAL_BASE + stop.number
 
 
@@ -107,21 +109,26 @@ def read_settings(
     if arguments.debug or debug_wanted(environment):
         seen["SKYRL_DEBUG"] = "1"
     overrides = list(arguments.set)
-    if arguments.runtime_url:
+    if arguments.runtime_url is not None:
         overrides.append(f"{URL_NAME}={arguments.runtime_url}")
     config = load_config(
         arguments.config, overrides, without_slurm(seen), CHECKOUT / "slurm" / "config", now, CHECKOUT.parent
     )
-    if key is not None:
-        config.exported[KEY_NAME] = key
-    return config, seen
+    return (config if key is None else with_key(config, key)), seen
+
+
+def with_key(config: LoadedConfig, key: str) -> LoadedConfig:
+    """The configuration with the key that the command line gave, which wins over the file's."""
+    settings = replace(config.settings, allhands_api_key=key)
+    exported = {**config.exported, KEY_NAME: key}
+    return replace(config, settings=settings, exported=exported, sources={**config.sources, KEY_NAME: "--api-key"})
 
 
 def given_key(arguments: argparse.Namespace) -> str | None:
     """The key from --api-key-file or --api-key."""
     if arguments.api_key is not None:
         log.warning("--api-key: everyone on this host can read it in the process list; prefer --api-key-file")
-        return str(arguments.api_key)
+        return checked_key(arguments.api_key, "--api-key")
     if arguments.api_key_file is None:
         return None
     path = Path(arguments.api_key_file).expanduser()
@@ -129,15 +136,25 @@ def given_key(arguments: argparse.Namespace) -> str | None:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"--api-key-file {path}: {getattr(problem, 'strerror', problem)}") from None
+    return checked_key(key, f"--api-key-file {path}")
+
+
+def checked_key(key: str, where: str) -> str:
+    """The key, if it can travel in an HTTP header."""
     if not key:
-        raise UsageError(f"--api-key-file {path}: the file is empty")
-    return key
+        raise UsageError(f"{where}: the key is empty")
+    try:
+        return secret(key)
+    except ValueError as problem:
+        raise UsageError(f"{where}: the key {problem}") from None
 
 
 def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
     """What to submit; ``UsageError`` for what cannot go together."""
     settings = config.settings
-    skip = arguments.skip_runtime or bool(arguments.runtime_url)
+    skip = arguments.skip_runtime or arguments.runtime_url is not None
+    if "%j" in str(settings.skyrl_jobs_base):
+        raise UsageError(f"SKYRL_JOBS_BASE={settings.skyrl_jobs_base}: %j would stand for a job's id; choose another")
     if skip and arguments.runtime_only:
         raise UsageError("--runtime-only and --skip-runtime exclude each other")
     if skip and settings.skyrl_backend == "local":
@@ -166,8 +183,19 @@ def show(plan: LaunchPlan) -> int:
     """Print the plan on stdout."""
     for part in missing_parts(plan.settings) if plan.training else []:
         log.warning("%s", part)
-    sys.stdout.write(shown(plan))
+    say(shown(plan))
     return EXIT_OK
+
+
+def say(text: str) -> None:
+    """Write to stdout, undecodable bytes of the command line as they came; a reader that has left is no error."""
+    try:
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+        sys.stdout.flush()
+    except OSError as problem:
+        if not isinstance(problem, BrokenPipeError):
+            log.error("cannot write to stdout: %s; it would have said:\n%s", problem.strerror, text)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def check_parts(plan: LaunchPlan) -> None:
@@ -175,7 +203,8 @@ def check_parts(plan: LaunchPlan) -> None:
     missing = missing_parts(plan.settings) if plan.training else []
     is_local = plan.settings.skyrl_backend == "local"
     programs = ["podman"] if is_local else ["sbatch", "scontrol", "squeue", "scancel"]
-    absent = [name for name in programs if not shutil.which(name)]
+    path = {**plan.inherited, **plan.environment}.get("PATH")
+    absent = [name for name in programs if not shutil.which(name, path=path)]
     if absent:
         hint = f"run {CHECKOUT / 'scripts' / 'setup'}" if is_local else "without Slurm, try --config local"
         missing.append(f"not on PATH: {', '.join(absent)} ({hint})")
@@ -187,9 +216,7 @@ def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
     git = background(lambda: git_state(CHECKOUT))
     done = submission.submit(plan, notes, git, CHECKOUT)
-    sys.stdout.write(report(done))
-    if plan.training is None:
-        sys.stdout.write(joining(done))
+    say(report(done) + (joining(done) if plan.training is None else ""))
     return EXIT_OK
 
 

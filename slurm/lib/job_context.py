@@ -65,7 +65,8 @@ def context(
     job_id = own_job_id(environment)
     launched = bool(environment.get("SKYRL_CODE_DIR"))
     named = coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or None
-    loaded = load_job_config(config, overrides, environment)
+    secrets = read_secrets(CoordinationDir(Path(named)), job_id) if named else {}
+    loaded = load_job_config(config, overrides, {**secrets, **environment})
     for warning in loaded.warnings:
         log.debug("%s", warning)
     directory = _existing(named) if named else _made(loaded.settings, job_id)
@@ -77,7 +78,7 @@ def context(
         job_id=job_id,
         directory=directory,
         settings=loaded.settings,
-        environment={**environment, **loaded.exported, **read_secrets(directory, job_id)},
+        environment={**environment, **loaded.exported, **secrets},
         scheduler=scheduler,
         code=code_folder(),
         own_dir=launched or not named,

@@ -15,7 +15,7 @@ from pathlib import Path
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.secrets import is_secret_name, mask_values, masked
+from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import trainer_of
 
@@ -83,6 +83,11 @@ class LaunchPlan:
         return self.config.settings
 
     @property
+    def secret_values(self) -> frozenset[str]:
+        """What must not be shown wherever it stands."""
+        return secret_values(self.secrets)
+
+    @property
     def jobs(self) -> tuple[JobPlan, ...]:
         return tuple(job for job in (self.runtime, self.training) if job)
 
@@ -148,9 +153,24 @@ def training_options(settings: Settings) -> tuple[str, ...]:
 SBATCH = ("sbatch", "--parsable", "--no-requeue", "--export=ALL")
 
 
-def split_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What may stand in a job's environment as Slurm keeps it, and the secrets, which go by a file."""
-    secrets = {name: value for name, value in environment.items() if is_secret_name(name) and value}
+# A job needs these before it can read the file that the secrets are in.
+NEEDED_EARLY = frozenset({"PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH"})
+NEEDED_EARLY_PREFIXES = ("SKYRL_", "SLURM_", "SBATCH_")
+SURELY_SECRET = 8  # characters; a shorter value may stand in others by chance
+
+
+def split_environment(environment: Mapping[str, str], values: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What may stand in a job's environment as Slurm keeps it, and the secrets, which go by a file.
+
+    A variable whose value holds one of the secret ``values`` is a secret too: ``HEADER="Bearer $API_KEY"``.
+    """
+    telling = [value for value in values if len(value) >= SURELY_SECRET]
+
+    def is_secret(name: str, value: str) -> bool:
+        early = name in NEEDED_EARLY or name.startswith(NEEDED_EARLY_PREFIXES)
+        return is_secret_name(name) or (not early and any(secret in value for secret in telling))
+
+    secrets = {name: value for name, value in environment.items() if value and is_secret(name, value)}
     return {name: value for name, value in environment.items() if name not in secrets}, secrets
 
 
@@ -174,8 +194,10 @@ def make_plan(
     """The plan for these settings; pure."""
     settings = config.settings
     stamp = now.strftime(STAMP_FORMAT)
-    from_shell, shell_secrets = split_environment(without_slurm(environment))
-    ours, own_secrets = split_environment({**config.exported, **settings.as_environment()})
+    shell, said = without_slurm(environment), {**config.exported, **settings.as_environment()}
+    values = secret_values(shell) | secret_values(said)
+    from_shell, shell_secrets = split_environment(shell, values)
+    ours, own_secrets = split_environment(said, values)
     secrets = {**shell_secrets, **own_secrets}
     dropped = ours.keys() | config.unset
     inherited = {name: value for name, value in from_shell.items() if name not in dropped}
@@ -248,7 +270,7 @@ def shown(plan: LaunchPlan) -> str:
         *_trainer_lines(plan),
         f"run directory: {plan.directory}",
     ]
-    return mask_values("\n".join(sections), frozenset(plan.secrets.values())) + "\n"
+    return mask_values("\n".join(sections), plan.secret_values) + "\n"
 
 
 def _command_lines(plan: LaunchPlan) -> list[str]:

@@ -152,24 +152,25 @@ def _root_of(scratch: Path, job_id: str) -> Path:
 
 
 def user_image_store(environment: Mapping[str, str]) -> tuple[Path, str] | None:
-    """The user's own default store and its driver, if images lie in it; nothing is started or created to find out."""
+    """The user's own store and its driver, if images lie in it; nothing is started or created to find out."""
     data_home = environment.get("XDG_DATA_HOME") or f"{environment.get('HOME', '/nonexistent')}/.local/share"
     default = Path("/var/lib/containers/storage") if os.geteuid() == 0 else Path(data_home) / "containers" / "storage"
-    graphroot = _configured_graphroot(environment) or default
-    for driver in ("overlay", "vfs"):
-        if (graphroot / f"{driver}-images" / "images.json").is_file():
-            return graphroot, driver
+    for graphroot in [*_configured_graphroots(environment), default]:
+        for driver in ("overlay", "vfs"):
+            if (graphroot / f"{driver}-images" / "images.json").is_file():
+                return graphroot, driver
     return None
 
 
-def _configured_graphroot(environment: Mapping[str, str]) -> Path | None:
+def _configured_graphroots(environment: Mapping[str, str]) -> list[Path]:
+    """Where storage.conf puts the store; Podman 4 as an ordinary user heeds only ``rootless_storage_path``."""
     config_home = environment.get("XDG_CONFIG_HOME") or f"{environment.get('HOME', '/nonexistent')}/.config"
-    own = environment.get("CONTAINERS_STORAGE_CONF") or f"{config_home}/containers/storage.conf"
-    for line in Path(own).read_text().splitlines() if Path(own).is_file() else []:
+    own = Path(environment.get("CONTAINERS_STORAGE_CONF") or f"{config_home}/containers/storage.conf")
+    found = {}
+    for line in own.read_text(errors="replace").splitlines() if own.is_file() else []:
         key, _, value = line.partition("=")
-        if key.strip() == "graphroot":
-            return Path(os.path.expandvars(value.strip().strip('"')))
-    return None
+        found[key.strip()] = Path(os.path.expandvars(value.strip().strip('"')))
+    return [found[key] for key in ("rootless_storage_path", "graphroot") if key in found]
 
 
 def image_names(graphroot: Path, driver: str) -> frozenset[str]:
@@ -311,6 +312,8 @@ def remove(storage: PodmanStorage) -> None:
     shutil.rmtree(storage.root, ignore_errors=True)
     if storage.root.exists():
         log.warning("could not remove all of %s; the next job of yours on this node will try again", storage.root)
+    else:
+        log.info("Podman storage %s is gone, with every process in it", storage.root)
 
 
 def _remove_containers_as_root(storage: PodmanStorage) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from slurm.lib.coordination import CoordinationDir, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.plan import LaunchPlan
-from slurm.lib.secrets import mask_values, masked, redact_conf
+from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
 
 SCHEMA = 1
 CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "pyproject.toml")
@@ -58,7 +58,7 @@ def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str
         "git": {"commit": git.commit, "dirty": git.dirty},
         "interpreter": python,
         "config_files": [str(path) for path in plan.config.files],
-        "settings": {name: value for name, value in settings.items() if name not in plan.secrets},
+        "settings": {name: value for name, value in settings.items() if not is_secret_name(name)},
         "sources": dict(plan.config.sources),
         "jobs": {kind: {"id": job_id, "name": _NAMES[kind]} for kind, job_id in jobs.items()},
     }
@@ -70,7 +70,7 @@ _NAMES = {"runtime": "skyrl-runtime", "training": "skyrl-train"}
 def record_text(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> str:
     """``run.json`` as text, with every secret value masked wherever it stands."""
     text = json.dumps(record(plan, jobs, git, python), indent=2, sort_keys=True)
-    return mask_values(text, frozenset(plan.secrets.values())) + "\n"
+    return mask_values(text, plan.secret_values) + "\n"
 
 
 def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], checkout: Path) -> list[Path]:
@@ -124,7 +124,7 @@ def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> list[Path]:
             number += 1
             target = directory.path / f"{path.stem}.{number}{path.suffix}"
         text = path.read_text(encoding="utf-8", errors="replace")
-        write_atomically(target, redact_conf(text, frozenset(plan.secrets.values())))
+        write_atomically(target, redact_conf(text, plan.secret_values))
         copies.append(target)
     return copies
 

@@ -136,8 +136,9 @@ def serve(job: JobContext, notes: SignalNotes) -> Outcome:
             with podman_service(storage, job.environment, notes.check, budget.service_s) as service:
                 load_images(job, storage)
                 await_health(server, notes)
+                watcher = TrainingWatcher.of(job, server)
                 publish(job, server)
-                outcome = watch(job, notes, server, service)
+                outcome = watch(job, notes, watcher, server, service)
                 if not outcome.as_planned:
                     tell_training(job, outcome)
                 server.stop()
@@ -175,9 +176,10 @@ def publish(job: JobContext, server: ApiServer) -> None:
     log.info("API server ready at %s", server.url)
 
 
-def watch(job: JobContext, notes: SignalNotes, server: ApiServer, service: PodmanService) -> Outcome:
+def watch(
+    job: JobContext, notes: SignalNotes, watcher: TrainingWatcher, server: ApiServer, service: PodmanService
+) -> Outcome:
     """Wait for the first reason to end."""
-    watcher = TrainingWatcher.of(job, server)
     end = time.monotonic() + job.settings.training_complete_timeout
     while True:
         outcome = watcher.look(server) or stopped(notes) or child_ended(notes, server, service)
@@ -225,6 +227,8 @@ class TrainingWatcher:
         reader = FlagReader.of_new_directory if job.own_dir else FlagReader.from_now
         client = RuntimeClient(server.local_url, server.key)
         counter = Counter(job.directory.heartbeat("runtime", job.job_id))
+        if not server.is_ours:
+            counter.beat()  # before the address is published: the training job takes it for the sign to do likewise
         return TrainingWatcher(job, client, reader(path, ours), counter)
 
     def look(self, server: ApiServer) -> Outcome | None:

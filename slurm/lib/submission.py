@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir, remove_run_dir
-from slurm.lib.errors import SubmissionError, SuiteError
+from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.logs import log
 from slurm.lib.plan import KEY_NAME, JobPlan, LaunchPlan
 from slurm.lib.run_record import GitState, furnish, write_record
@@ -84,7 +84,7 @@ def submit(plan: LaunchPlan, notes: SignalNotes, git: Callable[[], GitState], ch
         notes.check()
         slurm.release(next(iter(jobs.values())))
     if joining:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
-        write_record(directory, plan, jobs, git())
+        _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
 
 
@@ -100,6 +100,15 @@ def _directory(plan: LaunchPlan, jobs: dict[str, str], undo: _Undo) -> Coordinat
     directory = make_run_dir(Path(job.directory.replace("%j", jobs[job.kind])))
     undo.made = directory.path
     return directory
+
+
+def _record_late(
+    directory: CoordinationDir, plan: LaunchPlan, jobs: dict[str, str], git: Callable[[], GitState]
+) -> None:
+    try:
+        write_record(directory, plan, jobs, git())
+    except EnvironmentProblem as problem:
+        log.warning("%s; the job has been released, and records itself when it starts", problem)
 
 
 def _publish_foreign_runtime(directory: CoordinationDir, plan: LaunchPlan) -> None:

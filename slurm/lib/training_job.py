@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, read_if_there, write_atomically
+from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, is_listed, read_if_there, write_atomically
 from slurm.lib.errors import (
     EXIT_INTERNAL,
     EXIT_SIGNAL_BASE,
@@ -140,7 +140,7 @@ class TrainingSession:
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
         with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
-            watch = self.partner_watch(endpoint, client, heartbeat)
+            watch = self.partner_watch(endpoint, heartbeat)
             with start_trainer(trainer, environment) as child:
                 guardian.own_session(child.pid)
                 self.notes.on_other = child.send
@@ -255,19 +255,19 @@ class TrainingSession:
         host = RuntimeClient(endpoint.url, None).host
         return trainer_environment(self.job.environment, dot_env, own, host)
 
-    def partner_watch(
-        self, endpoint: Endpoint, client: RuntimeClient, heartbeat: Heartbeat
-    ) -> Callable[[], str | None]:
-        """A function that says why the runtime is gone, or None; asked about once a second."""
+    def partner_watch(self, endpoint: Endpoint, heartbeat: Heartbeat) -> Callable[[], str | None]:
+        """A function that says why the runtime is gone, or None; asked about once a second.
+
+        Where the server is not ours the runtime job beats by a counter in the directory, and so does this job.
+        """
         watch = PartnerWatch("runtime", endpoint.runtime_job_id, self.job.scheduler, heartbeat.age_s, expected=True)
-        ours = client.heard_s_ago(f"training-{self.job.job_id}") is not None
-        counter = Counter(self.job.directory.heartbeat("training", self.job.job_id))
-        if not ours and endpoint.runtime_job_id:
-            partner = CounterWatch(self.job.directory.heartbeat("runtime", endpoint.runtime_job_id))
-            watch.heartbeat_age_s = partner.age_s
+        partners = self.job.directory.heartbeat("runtime", endpoint.runtime_job_id)
+        counter = Counter(self.job.directory.heartbeat("training", self.job.job_id)) if is_listed(partners) else None
+        if counter:
+            watch.heartbeat_age_s = CounterWatch(partners).age_s
 
         def gone() -> str | None:
-            if not ours:
+            if counter:
                 counter.beat()
             flag = self.failed.read()
             return f"the runtime job {flag.job_id} failed: {flag.reason}" if flag else watch.gone()

@@ -56,6 +56,7 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 MpiDefault=none
+MailProg=/bin/true
 ReturnToService=2
 JobCompType=jobcomp/filetxt
 JobCompLoc={logs}/jobcomp.txt
@@ -154,7 +155,8 @@ def _end_of(log: Path) -> str:
 
 def _make_folders() -> None:
     shutil.rmtree(LOGS, ignore_errors=True)
-    for folder in (LOGS, *(HOME / name for name in ("etc", "state", "spool", "dev", "munge"))):
+    spools = [HOME / "spool" / name for name in NODES]
+    for folder in (LOGS, *spools, *(HOME / name for name in ("etc", "state", "dev", "munge"))):
         folder.mkdir(parents=True, exist_ok=True)
     for folder in (HOME, HOME / "etc", HOME / "munge"):
         folder.chmod(0o755)

@@ -1,0 +1,340 @@
+"""The HTTP surface and the manager on the fake Podman: authentication, bad input, capacity, ends."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.runtime.commands import IMAGE, SERVE, SILENT
+from tests.runtime.conftest import Api, serving
+from tests.runtime.fake_podman import FakePodman
+from tests.runtime.test_contract import eventually, session, started
+
+MakeServer = Callable[..., Api]
+KEYED = [("GET", "/sessions/x"), ("GET", "/runtime/x"), ("GET", "/list"), ("GET", "/heartbeat/x"), ("GET", "/nonesuch")]
+KEYED += [("POST", "/start"), ("POST", "/stop"), ("POST", "/heartbeat/x"), ("GET", "/openapi.json")]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Api]:
+    """One server for tests that only ask and are refused."""
+    with serving(FakePodman()) as api:
+        yield api
+
+
+def refusal(answer: httpx.Response) -> str:
+    """The ``detail`` of an error; every error has one."""
+    assert list(answer.json()) == ["detail"], answer.text
+    detail = answer.json()["detail"]
+    assert isinstance(detail, str)
+    return detail
+
+
+@pytest.mark.parametrize(("method", "path"), KEYED)
+@pytest.mark.parametrize("key", [None, "wrong", "", "the-key-of-these-test\xe9"])
+def test_without_the_key_everything_but_health_is_401(shared: Api, method: str, path: str, key: str | None) -> None:
+    headers = [] if key is None else [(b"X-API-Key", key.encode("latin-1"))]
+    answer = httpx.request(method, f"{shared.client.base_url}{path}", headers=headers, trust_env=False)
+    assert answer.status_code == 401
+    assert "X-API-Key" in refusal(answer)
+
+
+def test_health_needs_no_key(shared: Api) -> None:
+    answer = httpx.get(f"{shared.client.base_url}/health", trust_env=False)
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "ok"
+
+
+def test_without_authentication_no_header_is_needed(server_with: MakeServer) -> None:
+    api = server_with(api_key=None)
+    assert httpx.get(f"{api.client.base_url}/list", trust_env=False).json() == {"runtimes": [], "total": 0}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b"[" * 20000,
+        b'{"image": ""}',
+        b'{"image": "x", "command": ""}',
+        b'{"image": "x", "command": []}',
+        b'{"image": "x", "command": "sh -c \'unclosed"}',
+        b'{"image": "x", "command": [["nested"]]}',
+        b'{"image": "x", "command": {"a": 1}}',
+        b'{"image": "x", "command": ["a\\u0000b"]}',
+        b'{"image": "x", "environment": {"A=B": "c"}}',
+        b'{"image": "x", "environment": ["A=B"]}',
+        b'{"image": "x", "environment": {"A": {"b": 1}}}',
+        b'{"image": "x", "working_dir": "relative"}',
+        b'{"image": "x", "resource_factor": 0}',
+        b'{"image": "x", "resource_factor": -1}',
+        b'{"image": "x", "resource_factor": NaN}',
+        b'{"image": "x", "resource_factor": "many"}',
+        b'{"image": "x", "resource_factor": 1000}',
+        b'{"image": "x", "image_pull_policy": "Sometimes"}',
+        b'{"image": "x", "session_id": "\\ud800"}',
+        b'{"image": "x", "session_id": "' + b"s" * 10_000 + b'"}',
+        b"{}",
+    ],
+)
+def test_bad_starts_are_refused_with_a_sentence(shared: Api, body: bytes) -> None:
+    answer = shared.client.post("/start", content=body, headers={"Content-Type": "application/json"})
+    assert 400 <= answer.status_code < 500, answer.text
+    assert refusal(answer)
+    assert shared.client.get("/list").json()["total"] == 0
+    assert shared.manager.admission.slots.used == 0
+
+
+def test_a_body_that_is_too_large(shared: Api) -> None:
+    answer = shared.client.post("/start", content=b" " * (5 << 20))
+    assert answer.status_code == 413
+    assert "bytes" in refusal(answer)
+
+    def pieces() -> Any:
+        for _ in range(80):
+            yield b" " * (1 << 16)
+
+    answer = shared.client.post("/start", content=pieces())
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nonesuch", 404), ("GET", "/start", 405)])
+def test_other_paths_and_methods(shared: Api, method: str, path: str, status: int) -> None:
+    answer = shared.client.request(method, path)
+    assert answer.status_code == status
+    assert refusal(answer)
+
+
+def test_23_unknown_ids_are_404(fake: Api) -> None:
+    for path in ("/sessions/nobody", "/runtime/nobody"):
+        answer = fake.client.get(path)
+        assert answer.status_code == 404
+        assert "nobody" in refusal(answer)
+
+
+def test_06_every_field_that_clients_send_is_accepted(fake: Api) -> None:
+    fields = {
+        "run_as_user": 10001,
+        "run_as_group": 10001,
+        "fs_group": 10001,
+        "image_pull_policy": "IfNotPresent",
+        "runtime_class": "sysbox-runc",
+        "resource_factor": 2.0,
+        "enable_gpu": False,
+        "runtime_mounts": [{"host_path": "/a", "container_path": "/b", "mode": "ro"}],
+        "something_new": {"a": [1]},
+    }
+    sandbox = started(fake, environment={}, **fields)
+    assert fake.engine.containers.keys() == {f"sandbox-{sandbox['runtime_id']}"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fields", [{}, {"environment": None, "session_id": None, "resource_factor": None}])
+def test_most_fields_may_be_absent_or_null(fake: Api, fields: dict[str, None]) -> None:
+    started(fake, **fields)
+
+
+def test_the_servers_own_image_serves_a_request_without_one(server_with: MakeServer) -> None:
+    api = server_with(default_image=IMAGE)
+    assert api.start(command=SERVE).status_code == 201
+
+
+def test_10_a_sandbox_is_known_before_start_has_answered(server_with: MakeServer) -> None:
+    api = server_with(FakePodman(delay_s=0.5))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.start, image=IMAGE, command=SERVE, session_id="early")
+        found = eventually(lambda: (seen := api.client.get("/sessions/early")).status_code == 200 and seen.json())
+        assert not answer.done()
+        assert found["status"] == "starting"
+        assert found["pod_status"] == "pending"
+        assert "url" not in found
+        assert api.client.get(f"/runtime/{found['runtime_id']}").json()["session_id"] == "early"
+        assert answer.result().json()["runtime_id"] == found["runtime_id"]
+
+
+def test_13_no_room_is_503_with_used_and_total_and_leaves_nothing(server_with: MakeServer) -> None:
+    api = server_with(slots=2, string_patience_s=0.3, list_patience_s=0.3)
+    started(api)
+    started(api)
+    answer = api.start(image=IMAGE, command=SERVE, session_id="late")
+    assert answer.status_code == 503
+    assert "2 of 2" in refusal(answer)
+    assert api.client.get("/sessions/late").status_code == 404
+    assert api.manager.admission.waiting == 0
+
+
+def test_13_a_slot_that_becomes_free_in_time_is_taken(server_with: MakeServer) -> None:
+    api = server_with(slots=1)
+    first = started(api)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(api.start, image=IMAGE, command=SERVE)
+        eventually(lambda: api.manager.admission.waiting == 1)
+        api.client.post("/stop", json={"runtime_id": first["runtime_id"]})
+        assert second.result().status_code == 201
+
+
+def test_19_resource_factor_multiplies_the_share_and_takes_slots(server_with: MakeServer) -> None:
+    engine = FakePodman()
+    api = server_with(engine, slots=4, cpus_per_worker=0.5, memory_bytes=1 << 30)
+    sandbox = started(api, resource_factor=2)
+    spec = engine.containers[f"sandbox-{sandbox['runtime_id']}"].spec
+    assert (spec.cpus, spec.memory_bytes) == (1.0, 2 << 30)
+    assert api.manager.admission.slots.used == 2
+    answer = api.start(image=IMAGE, command=SERVE, resource_factor=8)
+    assert answer.status_code == 422
+    assert "8 slots" in refusal(answer)
+
+
+def test_starts_under_way_in_podman_are_bounded(server_with: MakeServer) -> None:
+    engine = FakePodman(delay_s=0.05)
+    api = server_with(engine, starters=3)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: api.start(image=IMAGE, command=SERVE), range(12)))
+    assert engine.most_under_way == 3
+
+
+def test_an_image_is_pulled_once_and_holds_up_nobody_else(server_with: MakeServer) -> None:
+    engine = FakePodman(delay_s=0.4, registry={"example/new:1"})
+    api = server_with(engine, starters=1)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: api.start(image="example/new:1", command=SERVE), range(4)))
+    assert [answer.status_code for answer in answers] == [201] * 4
+    assert engine.pulls == ["example/new:1"]
+
+
+def test_pull_policy_always_asks_the_registry_although_the_image_is_here(server_with: MakeServer) -> None:
+    engine = FakePodman(registry={IMAGE})
+    api = server_with(engine)
+    started(api, image_pull_policy="Always")
+    assert engine.pulls == [IMAGE]
+
+
+def test_a_start_slower_than_its_client_waits_is_given_up(server_with: MakeServer) -> None:
+    api = server_with(FakePodman(delay_s=1.0, registry={"example/new:1"}), list_patience_s=0.3)
+    answer = api.start(image="example/new:1", command=SERVE, session_id="slow")
+    assert answer.status_code == 504
+    assert "being pulled" in refusal(answer)
+    assert api.client.get("/sessions/slow").status_code == 404
+    eventually(lambda: api.manager.admission.slots.used == 0 and api.names() == [])
+
+
+def test_ports_of_the_range_are_used_and_taken_ones_passed_over(server_with: MakeServer) -> None:
+    ports = range(24610, 24614)
+    engine = FakePodman(ports_taken_by_others={24611})
+    api = server_with(engine, sandbox_ports=ports)
+    urls = {started(api)["url"] for _ in range(3)}
+    assert urls == {f"http://127.0.0.1:{port}" for port in (24610, 24612, 24613)}
+    answer = api.start(image=IMAGE, command=SERVE)
+    assert answer.status_code == 502
+    assert "port" in refusal(answer)
+
+
+def test_a_silent_server_fails_after_its_time(server_with: MakeServer) -> None:
+    api = server_with(startup_timeout_s=0.5, ready_grace_s=0.0)
+    assert api.start(image=IMAGE, command=SILENT, session_id="silent").json()["pod_status"] == "pending"
+    failed = eventually(lambda: (found := session(api, "silent"))["pod_status"] == "failed" and found)
+    assert "0.5 s" in failed["pod_logs"]
+    eventually(lambda: api.names() == [] and api.manager.admission.slots.used == 0)
+
+
+def test_14_a_client_that_hangs_up_leaves_no_sandbox(server_with: MakeServer) -> None:
+    api = server_with(FakePodman(delay_s=0.4))
+    body = json.dumps({"image": IMAGE, "command": SERVE, "session_id": "gone"})
+    headers = {"X-API-Key": api.client.headers["X-API-Key"], "Content-Type": "application/json"}
+    url = api.client.base_url
+    with contextlib.closing(http.client.HTTPConnection(url.host, url.port or 0)) as connection:
+        connection.request("POST", "/start", body, headers)
+        eventually(lambda: api.client.get("/sessions/gone").status_code == 200)
+    eventually(lambda: session(api, "gone")["status"] == "stopped")
+    eventually(lambda: api.names() == [] and api.manager.admission.slots.used == 0)
+
+
+def test_stop_while_starting(server_with: MakeServer) -> None:
+    api = server_with(FakePodman(delay_s=0.4))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.start, image=IMAGE, command=SERVE, session_id="early")
+        eventually(lambda: api.client.get("/sessions/early").status_code == 200)
+        runtime_id = session(api, "early")["runtime_id"]
+        assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 200
+        assert answer.result().status_code == 409
+    assert api.names() == []
+    assert api.manager.admission.slots.used == 0
+
+
+def test_a_removal_that_podman_refuses_keeps_the_slot_until_it_works(server_with: MakeServer) -> None:
+    engine = FakePodman()
+    api = server_with(engine, watch_period_s=0.5)
+    runtime_id = started(api)["runtime_id"]
+    engine.refuse_removal = 1
+    answer = api.client.post("/stop", json={"runtime_id": runtime_id})
+    assert answer.status_code == 502
+    assert "busy" in refusal(answer)
+    assert api.manager.admission.slots.used == 1
+    eventually(lambda: api.manager.admission.slots.used == 0)
+    assert api.names() == []
+
+
+def test_a_stopping_server_refuses_starts_and_removes_all(server_with: MakeServer) -> None:
+    engine = FakePodman(delay_s=0.3)
+    api = server_with(engine, slots=3)
+    for _ in range(3):
+        started(api)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.start, image=IMAGE, command=SERVE)
+        eventually(lambda: api.manager.admission.waiting == 1)
+        assert api.run(api.manager.close(5)) == []
+        assert waiting.result().status_code == 503
+    assert api.start(image=IMAGE, command=SERVE).status_code == 503
+    assert engine.containers == {}
+
+
+def test_what_cannot_be_removed_in_time_is_named(server_with: MakeServer) -> None:
+    engine = FakePodman()
+    api = server_with(engine)
+    runtime_id = started(api)["runtime_id"]
+    engine.refuse_removal = 1
+    assert api.run(api.manager.close(5)) == [f"sandbox-{runtime_id}"]
+    assert api.run(api.manager.close(5)) == []
+
+
+def test_heartbeats(fake: Api) -> None:
+    assert fake.client.get("/heartbeat/training").status_code == 404
+    assert fake.client.post("/heartbeat/training").json()["count"] == 1
+    assert fake.client.post("/heartbeat/training").json()["count"] == 2
+    time.sleep(0.05)
+    beat = fake.client.get("/heartbeat/training").json()
+    assert beat["name"] == "training"
+    assert beat["count"] == 2
+    assert 0.04 < beat["age_s"] < 5
+
+
+def test_heartbeats_are_bounded(fake: Api) -> None:
+    assert fake.client.post("/heartbeat/" + "n" * 1000).status_code == 422
+    codes = [fake.client.post(f"/heartbeat/n{number}").status_code for number in range(65)]
+    assert codes == [200] * 64 + [429]
+
+
+def test_a_thousand_requests_without_a_key_leave_no_trace(fake: Api) -> None:
+    """One connection, so that it takes a moment only; the counters that could grow stay empty."""
+
+    def ask() -> int:
+        with httpx.Client(base_url=str(fake.client.base_url), trust_env=False) as client:
+            return sum(client.post("/start", json={"image": IMAGE}).status_code == 401 for _ in range(500))
+
+    threads = ThreadPoolExecutor(2)
+    assert sum(threads.map(lambda _: ask(), range(2))) == 1000
+    threads.shutdown()
+    assert fake.manager.living() == []
+    assert threading.active_count() < 50

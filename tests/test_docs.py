@@ -1,0 +1,258 @@
+"""Do the documents still say what the code does?
+
+Two tables are made from the code itself; ``python -m tests.test_docs`` writes them anew. The rest is compared: options,
+exit codes, helpers, routes, files of a run, links.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import pytest
+
+import shell_rl.errors
+import shell_rl.train
+import slurm.lib.errors
+import slurm_runtime
+import slurm_runtime.api_server
+from slurm.lib import cli, common, runtime_job, training_job
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.settings import KEYS, Key, said
+from slurm_runtime.app import create_app
+from slurm_runtime.config import ServerConfig
+from slurm_runtime.heartbeats import Heartbeats
+
+ROOT = Path(__file__).resolve().parent.parent
+README, LAUNCHER = ROOT / "README.md", ROOT / "slurm" / "README.md"
+CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
+API_SERVER, CHANGELOG = ROOT / "docs" / "api-server.md", ROOT / "CHANGELOG.md"
+DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
+PACKAGES = ("slurm/lib", "slurm_runtime", "shell_rl")
+UPDATE = "python -m tests.test_docs"
+
+
+# --- what is made from the code --------------------------------------------------------------------------------------
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table(head: tuple[str, ...], rows: Iterator[str]) -> str:
+    return "\n".join([row(*head), "|" + "---|" * len(head), *rows])
+
+
+def first_sentence(documented: object) -> str:
+    """The summary of a docstring, in one line and as Markdown writes code."""
+    summary = (documented.__doc__ or "").strip().partition("\n\n")[0]
+    return " ".join(summary.split()).replace("``", "`")
+
+
+def default_of(key: Key) -> str:
+    value = "" if key.default_text else said(key, key.default).replace("\n", ",")
+    return f"`{value}`" if value else key.default_text or "–"
+
+
+def key_table() -> str:
+    """One row a key, in the order of their declaration."""
+    rows = (
+        row(
+            f"`{key.name}`",
+            default_of(key),
+            first_sentence(key.parse).rstrip("."),
+            key.doc + (f" Unit: {key.unit}." if key.unit else ""),
+        )
+        for key in KEYS.values()
+    )
+    return table(("Key", "Default", "Value", "Meaning"), rows)
+
+
+def uses(tree: ast.Module, package: str) -> list[str]:
+    """The modules of the same package that a module imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parent, _, module = node.module.rpartition(".")
+            found |= {module} if parent == package else set()
+            found |= {alias.name for alias in node.names} if node.module == package else set()
+    return sorted(found)
+
+
+def module_table(folder: str) -> str:
+    """One row a module: the sentence that its docstring begins with, and what it imports of its package."""
+
+    def rows() -> Iterator[str]:
+        for path in sorted((ROOT / folder).glob("[!_]*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            sentence = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).replace("``", "`")
+            siblings = {other.stem for other in path.parent.glob("[!_]*.py")}
+            arrows = [name for name in uses(tree, folder.replace("/", ".")) if name in siblings]
+            yield row(f"`{path.name}`", sentence, ", ".join(arrows) or "–")
+
+    return table(("Module", "What it does, or which question it answers", "Uses"), rows())
+
+
+GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
+    CONFIGURATION: {"keys": key_table},
+    ARCHITECTURE: {folder: lambda folder=folder: module_table(folder) for folder in PACKAGES},  # type: ignore[misc]
+}
+
+
+def updated(path: Path) -> str:
+    """The document with its made parts as they are now."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in GENERATED[path].items():
+        begin, end = f"<!-- made from the code: {name} -->\n", f"\n<!-- end: {name} -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        assert found, f"{path} lacks the lines {begin!r} and {end!r}"
+        text = before + begin + "\n" + make() + "\n" + end + after
+    return text
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
+def test_the_tables_made_from_the_code_are_current(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == updated(path), f"out of date; write it anew with: {UPDATE}"
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def first_cells(path: Path, section: str) -> list[str]:
+    """The first cells of the first table below a heading, without back ticks."""
+    _, found, rest = path.read_text(encoding="utf-8").partition(f"# {section}\n")
+    assert found, f"{path} has no section {section!r}"
+    lines = rest.partition("\n#")[0].splitlines()
+    rows = [line for line in lines if line.startswith("|")][2:]
+    return [re.split(r"(?<!\\)\|", line)[1].strip().replace("`", "").replace("\\|", "|") for line in rows]
+
+
+Parse = Callable[[list[str]], object]
+COMMANDS: dict[str, tuple[Parse, Path, str]] = {
+    "launch.py": (cli.build_parser().parse_args, LAUNCHER, "Options"),
+    "runtime_server.py": (runtime_job.parse_arguments, LAUNCHER, "Options of the job files"),
+    "verl_training.py": (training_job.parse_arguments, LAUNCHER, "Options of the job files"),
+    "api_server": (slurm_runtime.api_server.build_parser().parse_args, API_SERVER, "Flags"),
+    "shell_rl.train": (
+        lambda argv: shell_rl.train.read_options(argv, {}),
+        LAUNCHER,
+        "The RL loop as a check of a new cluster",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_are_those_of_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parse, path, section = COMMANDS[command]
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out.partition("options:")[2].partition("\n\nExit")[0]))
+    documented = {cell.split()[0] for cell in first_cells(path, section)}
+    if path == LAUNCHER and section == "Options of the job files":
+        assert options <= documented, f"{path.name} lacks {options - documented}"
+    else:
+        assert documented == {option for option in options if option in documented} and options - {"--no-resume"} <= documented
+
+
+def exit_codes(module: ModuleType) -> set[str]:
+    """The codes that a module names, as the documents write them."""
+    codes = {name: value for name, value in vars(module).items() if name.startswith("EXIT_")}
+    return {"128+N" if name == "EXIT_SIGNAL_BASE" else str(value) for name, value in codes.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "section"),
+    [
+        (slurm.lib.errors, LAUNCHER, "Exit codes"),
+        (slurm_runtime.api_server, API_SERVER, "Exit codes"),
+        (shell_rl.errors, LAUNCHER, "Exit codes of the RL loop"),
+    ],
+)
+def test_the_exit_codes_are_those_of_the_code(module: ModuleType, path: Path, section: str) -> None:
+    assert set(first_cells(path, section)) == exit_codes(module)
+
+
+def test_the_helpers_are_those_of_common() -> None:
+    wanted = {f"{name} {words}".strip() for name, (words, _run) in common.COMMANDS.items()}
+    assert set(first_cells(LAUNCHER, "Helpers for shell scripts")) == wanted
+
+
+def test_the_endpoints_are_the_routes() -> None:
+    app = create_app(cast(Any, None), ServerConfig(), Heartbeats())
+    routes = {f"{method} {route.path}" for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
+    assert set(first_cells(API_SERVER, "Endpoints")) == routes
+
+
+def test_every_file_of_a_run_is_listed() -> None:
+    """All that ``CoordinationDir`` names, its methods for logs and heartbeats included."""
+    directory = CoordinationDir(Path("DIR"))
+    names = [getattr(directory, name).name for name, kind in vars(CoordinationDir).items() if isinstance(kind, property)]
+    names += [directory.log(job, "ID", suffix).name for job in ("runtime", "training") for suffix in ("out", "err")]
+    names += [directory.heartbeat(job, "ID").name for job in ("runtime", "training")]
+    listed = first_cells(LAUNCHER, "The run directory")
+    missing = [name for name in names if not any(name in cell.replace("<id>", "ID") for cell in listed)]
+    assert not missing, f"the run directory's table lacks {missing}"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\S+)", CHANGELOG.read_text(encoding="utf-8"), re.MULTILINE)
+    assert project and newest
+    assert {project[1], newest[1], slurm_runtime.__version__} == {cli.VERSION}
+
+
+# --- the documents themselves ----------------------------------------------------------------------------------------
+
+
+def test_the_first_screen_of_the_readme_has_the_commands() -> None:
+    screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:40])
+    for command in ("scripts/quickstart", "scripts/test", "./slurm/launch.py --config dev"):
+        assert command in screen
+
+
+def prose(path: Path) -> str:
+    """The text outside of code blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_resolves(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{path}: {link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{path}: {target.name} has no heading for {link}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_path_of_a_developers_machine(path: Path) -> None:
+    found = re.search(r"/work\b|/root\b|\.pyenv|/home/(dev|skyrl-test)\b", path.read_text(encoding="utf-8"))
+    assert found is None, found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_bash_block_parses(path: Path) -> None:
+    for block in re.findall(r"^```bash\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{path}: {done.stderr}\n{block}"
+
+
+if __name__ == "__main__":
+    for document in GENERATED:
+        document.write_text(updated(document), encoding="utf-8")
+        sys.stdout.write(f"{document}\n")

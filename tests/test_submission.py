@@ -1,0 +1,401 @@
+"""Submission is all or nothing: what Slurm is asked, in which order, and what is left after each failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.lib.config import load_config
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.errors import EXIT_SUBMISSION, SubmissionError
+from slurm.lib.job_environment import without_slurm
+from slurm.lib.plan import LaunchPlan, Request, make_plan
+from slurm.lib.run_record import GitState, git_state, parse_git_status, read_jobs, read_secrets
+from slurm.lib.signals import Interrupted, SignalNotes
+from slurm.lib.submission import Submitted, submit
+from tests.fake_slurm import Call, FakeSlurm
+
+ROOT = Path(__file__).resolve().parent.parent
+NOW = datetime(2026, 3, 4, 5, 6, 7)
+RUN = "20260304_050607_101"
+GIT = GitState("c0ffee", True)
+KEY = "sk-the-key-of-the-server"
+TOKEN = "wandb-token-of-somebody"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "fake")
+
+
+def plan_for(
+    slurm: FakeSlurm,
+    *overrides: str,
+    config: str = "dev",
+    request: Request | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LaunchPlan:
+    """A plan whose trainer is a command of our own."""
+    seen = {"PATH": slurm.path, "HOME": str(slurm.folder), "SLURM_CONF": "/nowhere/slurm.conf", **(environment or {})}
+    words = [f"SKYRL_JOBS_BASE={slurm.jobs}", "TRAINING_COMMAND=true", *overrides]
+    loaded = load_config(config, words, without_slurm(seen), ROOT / "slurm" / "config", NOW, ROOT.parent)
+    return make_plan(loaded, request or Request(), seen, ROOT, sys.executable, NOW)
+
+
+def carry_out(plan: LaunchPlan, notes: SignalNotes | None = None, **options: Any) -> Submitted:
+    git: Callable[[], GitState] = options.get("git", lambda: GIT)
+    return submit(plan, notes or SignalNotes(), git, options.get("checkout", ROOT))
+
+
+def test_held_then_dependent_then_complete_then_one_release(slurm: FakeSlurm) -> None:
+    done = carry_out(plan_for(slurm))
+    assert done.jobs == {"runtime": "101", "training": "102"}
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release"]
+    runtime, training, release = slurm.calls
+    assert "--hold" in runtime.argv
+    assert runtime.argv[-1] == str(ROOT / "slurm/jobs/runtime_server.py")
+    assert "--dependency=after:101" in training.argv
+    assert "--hold" not in training.argv
+    assert training.argv[-1] == str(ROOT / "slurm/jobs/verl_training.py")
+    assert release.argv == ["release", "101"]
+    for call in (runtime, training):
+        assert {"--parsable", "--no-requeue", "--export=ALL"} <= set(call.argv)
+        assert not call.modes  # nothing was made before both ids were known
+
+
+def test_the_directory_is_complete_at_the_release(slurm: FakeSlurm) -> None:
+    plan = plan_for(slurm, environment={"WANDB_API_KEY": TOKEN})
+    carry_out(plan)
+    modes = slurm.of("scontrol")[0].modes
+    assert modes[RUN] == 0o700
+    assert modes[f"{RUN}/secrets.json"] == 0o600
+    assert {f"{RUN}/{name}" for name in ("run.json", "dev.conf", "code/slurm/lib/runtime_job.py")} <= modes.keys()
+    after = {str(path.relative_to(slurm.jobs)) for path in slurm.jobs.rglob("*")}
+    assert after == modes.keys()
+    assert not [name for name in modes if Path(name).name.startswith(".")]  # nothing half-written
+
+
+def test_the_environment_of_the_jobs(slurm: FakeSlurm) -> None:
+    carry_out(plan_for(slurm))
+    runtime, training = (call.environment for call in slurm.of("sbatch"))
+    base = slurm.jobs
+    assert runtime["SKYRL_COORD_DIR"] == f"{base}/20260304_050607_%j"
+    assert training["SKYRL_COORD_DIR"] == str(base / RUN)
+    assert training["SKYRL_CODE_DIR"] == str(base / RUN / "code")
+    assert training["SKYRL_RUNTIME_JOB_ID"] == "101"
+    assert training["SKYRL_PYTHON"] == sys.executable
+    assert training["MODEL"] == "Qwen/Qwen3-1.7B"
+    assert f"--output={base}/{RUN}/training_%j.out" in slurm.of("sbatch")[1].argv
+
+
+def test_what_slurm_set_around_us_is_dropped_and_what_a_person_set_is_kept(slurm: FakeSlurm) -> None:
+    around = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3", "SLURM_MEM_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0"}
+    person = {"SBATCH_ACCOUNT": "lab", "SLURM_CONF": "/etc/x/slurm.conf", "MY_OWN": "x"}
+    carry_out(plan_for(slurm, environment={**around, **person}))
+    for call in slurm.calls:
+        assert not around.keys() & call.environment.keys(), call.name
+        assert person.items() <= call.environment.items(), call.name
+
+
+def test_path_and_slurm_conf_of_the_conf_reach_every_command(slurm: FakeSlurm, tmp_path: Path) -> None:
+    """Where Slurm is only found by what the .conf sets, the release and the cancellation need it too."""
+    conf = tmp_path / "site.conf"
+    conf.write_text(f"export PATH='{slurm.bin}':$PATH\nexport SLURM_CONF=/site/slurm.conf\n")
+    slurm.answer("scontrol", {"code": 1, "stderr": "no"})
+    environment = {"PATH": os.environ["PATH"]}
+    with pytest.raises(SubmissionError, match="cancelled 101 102"):
+        carry_out(plan_for(slurm, config=str(conf), environment=environment))
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scancel"]
+    assert {call.environment["SLURM_CONF"] for call in slurm.calls} == {"/site/slurm.conf"}
+
+
+def test_secrets_go_by_a_private_file_alone(slurm: FakeSlurm, tmp_path: Path) -> None:
+    conf = tmp_path / "mine.conf"
+    conf.write_text(f'source "{ROOT}/slurm/config/dev.conf"\nALLHANDS_API_KEY="{KEY}"\nNOTE="uses {KEY}"\n')
+    done = carry_out(plan_for(slurm, config=str(conf), environment={"WANDB_API_KEY": TOKEN, "HF_TOKEN": "hf_12345"}))
+    for call in slurm.calls:
+        said = json.dumps([call.argv, [v for n, v in call.environment.items() if n != "NOTE"]])
+        for secret in (KEY, TOKEN, "hf_12345"):
+            assert secret not in said, call.name
+    secrets = done.directory.secrets
+    assert stat.S_IMODE(secrets.stat().st_mode) == 0o600
+    assert json.loads(secrets.read_text()).items() >= {
+        ("ALLHANDS_API_KEY", KEY),
+        ("WANDB_API_KEY", TOKEN),
+        ("HF_TOKEN", "hf_12345"),
+    }
+    for path in (path for path in done.directory.path.rglob("*") if path.is_file() and path != secrets):
+        assert KEY.encode() not in path.read_bytes(), path
+        assert TOKEN.encode() not in path.read_bytes(), path
+    assert "ALLHANDS_API_KEY" in (done.directory.path / "mine.conf").read_text()
+
+
+def test_a_value_that_holds_a_secret_goes_by_the_file_too(slurm: FakeSlurm, tmp_path: Path) -> None:
+    """Slurm keeps a job's environment where others may read it: no value of it may hold a key."""
+    conf = tmp_path / "mine.conf"
+    conf.write_text(f'ALLHANDS_API_KEY="{KEY}"\nHEADER="Bearer $ALLHANDS_API_KEY"\n')
+    done = carry_out(plan_for(slurm, config=str(conf)))
+    for call in slurm.calls:
+        assert KEY not in json.dumps(call.environment), call.name
+    assert read_secrets(done.directory, "101")["HEADER"] == f"Bearer {KEY}"
+
+
+def test_the_record(slurm: FakeSlurm) -> None:
+    done = carry_out(plan_for(slurm, "GPU_NODES=2", environment={"WANDB_API_KEY": TOKEN}))
+    record = json.loads(done.directory.run_record.read_text())
+    assert record["schema"] == 1
+    assert datetime.fromisoformat(record["created"]).tzinfo is not None
+    assert record["git"] == {"commit": "c0ffee", "dirty": True}
+    assert record["interpreter"] == sys.executable
+    assert record["settings"]["GPU_NODES"] == "2"
+    assert record["settings"]["MODEL"] == "Qwen/Qwen3-1.7B"
+    assert record["sources"]["GPU_NODES"] == "--set"
+    assert record["sources"]["MODEL"].startswith(str(ROOT / "slurm/config/dev.conf") + ":")
+    assert record["config_files"] == [str(ROOT / "slurm/config/dev.conf")]
+    assert record["jobs"]["training"] == {"id": "102", "name": "skyrl-train"}
+    assert read_jobs(done.directory) == done.jobs
+    assert (done.directory.path / "dev.conf").read_text() == (ROOT / "slurm/config/dev.conf").read_text()
+
+
+def git(folder: Path, *words: str) -> str:
+    argv = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(folder), *words]
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_and_whether_it_is_what_ran(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    assert git_state(tmp_path) == GitState(None, False)
+    (tmp_path / "a").touch()
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-qm", "x")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert git_state(tmp_path) == GitState(commit, False)
+    (tmp_path / "a").write_text("changed")
+    assert git_state(tmp_path) == GitState(commit, True)
+    assert parse_git_status(f"# branch.oid {commit}\n? new\n") == GitState(commit, True)
+
+
+def test_outside_of_git_nothing_is_known(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == GitState(None, None)
+
+
+def test_the_copy_of_the_code_is_complete(slurm: FakeSlurm) -> None:
+    done = carry_out(plan_for(slurm))
+    code = done.directory.code
+    packages = ("slurm", "slurm_runtime", "shell_rl")
+    listed = git(ROOT, "ls-files", "-z", "-co", "--exclude-standard", "--", *packages).split("\0")
+    expected = {name for name in listed if name and (ROOT / name).is_file()}
+    assert expected == {str(path.relative_to(code)) for name in packages for path in (code / name).rglob("*.*")}
+    program = (
+        "import slurm.lib.runtime_job as job, slurm.lib.training_job, slurm.lib.cli, slurm_runtime.api_server\n"
+        "import shell_rl.train\nprint(job.__file__)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=code, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == str(code / "slurm/lib/runtime_job.py")
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def refuse(slurm: FakeSlurm) -> str:
+    slurm.answer("sbatch", {"code": 1, "stdout": "", "stderr": "sbatch: error: invalid account\n"})
+    return "invalid account; nothing was queued"
+
+
+def refuse_second(slurm: FakeSlurm) -> str:
+    words = "sbatch: error: Batch job submission failed:\nsbatch: error: invalid partition specified: x\n"
+    slurm.answer("sbatch", {}, {"code": 1, "stdout": "", "stderr": words})
+    return "Batch job submission failed: sbatch: error: invalid partition specified: x; cancelled 101"
+
+
+def babble(slurm: FakeSlurm) -> str:
+    slurm.answer("sbatch", {}, {"stdout": "Welcome to the cluster\n"})
+    return "Slurm did not take the job: Welcome to the cluster; cancelled 101"
+
+
+def no_base(slurm: FakeSlurm) -> str:
+    slurm.jobs.write_text("a file, not a folder")
+    return "cannot make the run directory .*; set SKYRL_JOBS_BASE .*; cancelled 101 102"
+
+
+def no_release(slurm: FakeSlurm) -> str:
+    slurm.answer("scontrol", {"code": 1, "stderr": "slurm_update error: Access denied"})
+    return "did not release job 101: slurm_update error: Access denied; cancelled 101 102"
+
+
+def no_cancel(slurm: FakeSlurm) -> str:
+    slurm.answer("scancel", {"code": 1, "stderr": "scancel: error: controller is away"})
+    return no_release(slurm).replace("cancelled 101 102", "could not cancel 101 102 .*away.*: cancel by hand")
+
+
+@pytest.mark.parametrize("fail", [refuse, refuse_second, babble, no_base, no_release, no_cancel])
+def test_a_failure_takes_everything_back(slurm: FakeSlurm, fail: Callable[[FakeSlurm], str]) -> None:
+    words = fail(slurm)
+    with pytest.raises(SubmissionError, match=words) as caught:
+        carry_out(plan_for(slurm))
+    assert caught.value.exit_code == EXIT_SUBMISSION
+    assert not slurm.jobs.is_dir() or not list(slurm.jobs.iterdir())
+    taken = [str(101 + n) for n, call in enumerate(slurm.of("sbatch")) if succeeded(slurm, n)]
+    assert [call.argv for call in slurm.of("scancel")] == ([list(reversed(taken))] if taken else [])
+    assert slurm.names[-1] == ("scancel" if taken else "sbatch")
+
+
+def succeeded(slurm: FakeSlurm, number: int) -> bool:
+    answers = slurm.answers.get("sbatch", [])
+    return number >= len(answers) or not answers[number]
+
+
+def test_a_code_that_cannot_be_copied_takes_everything_back(slurm: FakeSlurm, tmp_path: Path) -> None:
+    broken = tmp_path / "checkout" / "slurm"
+    broken.mkdir(parents=True)
+    (broken / "gone.py").symlink_to("nowhere")
+    with pytest.raises(SubmissionError, match=r"cannot copy the code into .*; cancelled 101 102"):
+        carry_out(plan_for(slurm), checkout=tmp_path / "checkout")
+    assert [call.argv for call in slurm.of("scancel")] == [["102", "101"]]
+    assert not list(slurm.jobs.iterdir())
+
+
+def test_no_sbatch_on_path(slurm: FakeSlurm) -> None:
+    (slurm.bin / "sbatch").unlink()
+    (slurm.bin / "bash").symlink_to(shutil.which("bash") or "/bin/bash")
+    with pytest.raises(SubmissionError, match=r"sbatch: not found .*is it on PATH"):
+        carry_out(plan_for(slurm, environment={"PATH": str(slurm.bin)}))
+    assert slurm.calls == []
+
+
+def test_a_signal_during_submission_takes_everything_back(slurm: FakeSlurm) -> None:
+    notes = SignalNotes()
+
+    def signalled() -> GitState:
+        notes.note(signal.SIGTERM)
+        return GIT
+
+    with pytest.raises(Interrupted):
+        carry_out(plan_for(slurm), notes, git=signalled)
+    assert slurm.names == ["sbatch", "sbatch", "scancel"]
+    assert slurm.of("scancel")[0].argv == ["102", "101"]
+    assert not list(slurm.jobs.iterdir())
+
+
+LAUNCH = [str(ROOT / "slurm/launch.py"), "--config", "dev", "--set", "TRAINING_COMMAND=true"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_real_signal_to_the_launcher(slurm: FakeSlurm, number: signal.Signals, step: int) -> None:
+    """It arrives while the nth sbatch runs; the job that this one submits is known and taken back too."""
+    slurm.answer("sbatch", *[{} for _ in range(step)], {"signal": number})
+    environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}
+    done = subprocess.run(LAUNCH, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 128 + number
+    assert number.name in done.stderr
+    taken = [str(101 + n) for n in range(step + 1)]
+    assert f"cancelled {' '.join(taken)}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [call.argv for call in slurm.of("scancel")] == [list(reversed(taken))]
+    assert "scontrol release" not in slurm.names
+    assert not slurm.jobs.exists() or not list(slurm.jobs.iterdir())
+
+
+def test_a_signal_after_the_commit_changes_nothing(slurm: FakeSlurm) -> None:
+    slurm.answer("scontrol", {"signal": signal.SIGTERM})
+    environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}
+    done = subprocess.run(LAUNCH, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "training job: 102" in done.stdout
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release"]
+
+
+# --- joining a runtime ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(slurm: FakeSlurm) -> CoordinationDir:
+    """The directory of a runtime job that was launched alone."""
+    done = carry_out(plan_for(slurm, request=Request(training=False), environment={"WANDB_API_KEY": "of-the-runtime"}))
+    slurm.forget()
+    slurm.answer("sbatch", {"stdout": "202\n"})
+    return done.directory
+
+
+def joining(slurm: FakeSlurm, directory: CoordinationDir) -> LaunchPlan:
+    request = Request(runtime=False, attach_dir=directory.path, attach_id="101")
+    return plan_for(slurm, request=request, environment={"WANDB_API_KEY": TOKEN})
+
+
+def test_joining_a_running_runtime(slurm: FakeSlurm, running: CoordinationDir) -> None:
+    done = carry_out(joining(slurm, running))
+    call, release = slurm.calls
+    assert "--hold" in call.argv
+    assert not any(word.startswith("--dependency") for word in call.argv)
+    assert call.environment["SKYRL_RUNTIME_JOB_ID"] == "101"
+    assert call.environment["SKYRL_COORD_DIR"] == str(running.path)
+    assert release.argv == ["release", "202"]
+    assert done.directory == running
+    assert read_jobs(running) == {"runtime": "101", "training": "202"}
+
+
+def test_a_joining_job_gets_the_secrets_of_its_own_launch(slurm: FakeSlurm, running: CoordinationDir) -> None:
+    carry_out(joining(slurm, running))
+    assert read_secrets(running, "202")["WANDB_API_KEY"] == TOKEN
+    assert read_secrets(running, "101")["WANDB_API_KEY"] == "of-the-runtime"
+    assert stat.S_IMODE((running.path / "secrets_202.json").stat().st_mode) == 0o600
+
+
+def test_a_job_that_failed_to_join_is_never_seen_by_the_runtime(slurm: FakeSlurm, running: CoordinationDir) -> None:
+    """The runtime job takes a recorded training job that is gone for a failed training, and ends."""
+    before = sorted(running.path.iterdir())
+    slurm.answer("scontrol", {"code": 1, "stderr": "no"})
+    with pytest.raises(SubmissionError, match="cancelled 202"):
+        carry_out(joining(slurm, running))
+    assert sorted(running.path.iterdir()) == before
+    at_release: Call = slurm.of("scontrol")[0]
+    assert f"{running.path.name}/run_202.json" not in at_release.modes
+
+
+def test_the_runtime_of_somebody_else(slurm: FakeSlurm) -> None:
+    request = Request(runtime=False, runtime_url="http://host:1")
+    done = carry_out(plan_for(slurm, request=request, environment={"ALLHANDS_API_KEY": KEY}))
+    assert done.directory.path.name == "20260304_050607_101"
+    assert done.directory.read_url() == "http://host:1"
+    assert done.directory.read_key() == KEY
+    assert done.directory.runtime_ready.exists()
+    assert stat.S_IMODE(done.directory.runtime_api_key.stat().st_mode) == 0o600
+    assert "SKYRL_RUNTIME_JOB_ID" not in slurm.of("sbatch")[0].environment
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slurm
+@pytest.mark.podman
+def test_a_per_cent_sign_in_the_jobs_base_on_real_slurm(
+    user: Any, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
+) -> None:
+    from tests.runs import launch
+
+    run = launch(user, checkout, jobs_base / "50% of 100%x", "TRAINING_COMMAND=pwd")
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0, run.log("training")
+    assert str(jobs_base / "50% of 100%x") in run.log("training")
+    nothing_left()
+
+
+def test_calls_are_recorded_in_order(slurm: FakeSlurm) -> None:
+    """The fake itself: a recorder that lost calls would make the tests above weaker than they look."""
+    for number in range(3):
+        argv = [str(slurm.bin / "sbatch"), f"--job-name=a b\n{number}"]
+        answer = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert answer.stdout == f"{101 + number}\n"
+    assert [call.argv for call in slurm.calls] == [[f"--job-name=a b\n{number}"] for number in range(3)]
