@@ -124,7 +124,8 @@ def summary(pairs: Sequence[Round], launches: Sequence[Round]) -> dict[str, floa
 def table(values: dict[str, float], runs: int) -> str:
     rows = [("", "empty pair", "launch", "added")]
     for label, what in (("launch → trainer started", "start_s"), ("trainer ended → jobs gone", "end_s")):
-        rows.append((label, *(f"{values[f'{name}_{what}']:.2f} s" for name in ("pair", "launch", "added"))))
+        pair, suite, added = (f"{values[f'{name}_{what}']:.2f} s" for name in ("pair", "launch", "added"))
+        rows.append((label, pair, suite, added))
     lines = [f"{row[0]:<26}{row[1]:>12}{row[2]:>12}{row[3]:>12}" for row in rows]
     return "\n".join([*lines, f"medians of {runs}"])
 

@@ -51,9 +51,10 @@ class FakeContainer:
 
 @dataclass
 class FakePodman:
-    """``delay_s`` is how long create and start take; ``refuse_removal`` makes remove fail that many times."""
+    """``delay_s`` is how long each verb takes, ``pull_delay_s`` a pull besides; ``refuse_removal`` makes remove fail that many times."""
 
     delay_s: float = 0.0
+    pull_delay_s: float = 0.0
     refuse_removal: int = 0
     ports_taken_by_others: set[int] = field(default_factory=set)
     images: set[str] = field(default_factory=lambda: {commands.IMAGE, commands.IMAGE_WITH_ENTRYPOINT})
@@ -68,7 +69,7 @@ class FakePodman:
 
     async def pull(self, image: str, policy: str) -> None:
         self.pulls.append(image)
-        await asyncio.sleep(self.delay_s)
+        await asyncio.sleep(self.delay_s + self.pull_delay_s)
         if image not in self.registry:
             raise PullFailed(f"Podman could not pull {image}: not in the fake registry")
         self.images.add(image)

@@ -205,13 +205,23 @@ def test_starts_under_way_in_podman_are_bounded(server_with: MakeServer) -> None
     assert engine.most_under_way == 3
 
 
-def test_an_image_is_pulled_once_and_holds_up_nobody_else(server_with: MakeServer) -> None:
+def test_an_image_is_pulled_once_for_all_who_ask(server_with: MakeServer) -> None:
     engine = FakePodman(delay_s=0.4, registry={"example/new:1"})
     api = server_with(engine, starters=1)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: api.start(image="example/new:1", command=SERVE), range(4)))
     assert [answer.status_code for answer in answers] == [201] * 4
     assert engine.pulls == ["example/new:1"]
+
+
+def test_a_pull_holds_up_nobody_else(server_with: MakeServer) -> None:
+    engine = FakePodman(pull_delay_s=3.0, registry={"example/large:1"})
+    api = server_with(engine, starters=1)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(api.start, image="example/large:1", command=SERVE)
+        eventually(lambda: engine.pulls)
+        assert api.start(image=IMAGE, command=SERVE).status_code == 201
+        assert not slow.done()
 
 
 def test_pull_policy_always_asks_the_registry_although_the_image_is_here(server_with: MakeServer) -> None:

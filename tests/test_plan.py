@@ -1,0 +1,265 @@
+"""The plan: compared whole with golden files, and submitted word by word as it was shown.
+
+After a wanted change: ``SKYRL_WRITE_GOLDEN=1 pytest tests/test_plan.py``, then read the difference in git.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slurm.lib.config import load_config
+from slurm.lib.job_environment import without_slurm
+from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
+from slurm.lib.run_record import GitState
+from slurm.lib.signals import SignalNotes
+from slurm.lib.submission import submit
+from tests.fake_slurm import FakeSlurm
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+NOW = datetime(2026, 3, 4, 5, 6, 7)
+PROJECT = Path("/project")
+CHECKOUT = PROJECT / "SkyRL"
+PYTHON = "/project/SkyRL/.venv/bin/python"
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/home/me", "LANG": "C.UTF-8", "WANDB_API_KEY": "wandb-0123456789"}
+
+
+def plan_for(
+    *overrides: str,
+    config: str = "dev",
+    request: Request | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LaunchPlan:
+    seen = {**ENVIRONMENT, **(environment or {})}
+    loaded = load_config(config, overrides, without_slurm(seen), ROOT / "slurm" / "config", NOW, PROJECT)
+    return make_plan(loaded, request or Request(), seen, CHECKOUT, PYTHON, NOW)
+
+
+ATTACHED = Request(runtime=False, attach_dir=Path("/home/me/.skyrl_jobs/20260101_000000_77"), attach_id="77")
+GOLDEN_PLANS = {
+    "dev": plan_for(),
+    "production": plan_for(config="production"),
+    "runtime-only": plan_for(request=Request(training=False)),
+    "skip-runtime": plan_for(request=ATTACHED),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_PLANS)
+def test_the_whole_dry_run(name: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    text = shown(GOLDEN_PLANS[name])
+    if os.environ.get("SKYRL_WRITE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_every_golden_file_is_compared() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == GOLDEN_PLANS.keys()
+
+
+def argv(plan: LaunchPlan, kind: str) -> tuple[str, ...]:
+    return next(job.argv for job in plan.jobs if job.kind == kind)
+
+
+SITE = {
+    "ACCOUNT": "--account",
+    "QOS": "--qos",
+    "CONSTRAINT": "--constraint",
+    "RESERVATION": "--reservation",
+    "EXCLUDE_NODES": "--exclude",
+}
+
+
+@pytest.mark.parametrize("kind", ["runtime", "training"])
+@pytest.mark.parametrize("key", SITE)
+def test_the_sites_keys_are_options_of_both_jobs(key: str, kind: str) -> None:
+    assert f"{SITE[key]}=a_b,c" in argv(plan_for(f"{key}=a_b,c"), kind)
+    assert not any(word.startswith(SITE[key]) for word in argv(plan_for(), kind))
+
+
+def test_partitions_resources_and_gpus() -> None:
+    plan = plan_for("GPU_PARTITION=g", "CPU_PARTITION=c", "GPU_TYPE=a100", "GPU_NODES=3", "TIME_LIMIT=1-0")
+    runtime, training = argv(plan, "runtime"), argv(plan, "training")
+    expected = {"--partition=c", "--nodes=1", "--ntasks=1", "--cpus-per-task=32", "--mem=64G", "--time=1-0"}
+    assert expected <= set(runtime)
+    expected = {"--partition=g", "--nodes=3", "--ntasks-per-node=1", "--gres=gpu:a100:2", "--cpus-per-task=16"}
+    assert expected | {"--mem=64G", "--time=1-0"} <= set(training)
+    assert not any("gpu" in word for word in runtime)
+
+
+def test_no_gpus_are_no_gres() -> None:
+    training = argv(plan_for("GPUS_PER_NODE=0", "TRAINING_COMMAND=true"), "training")
+    assert not any(word.startswith("--gres") for word in training)
+
+
+def test_further_options_of_either_job(tmp_path: Path) -> None:
+    conf = tmp_path / "mine.conf"
+    conf.write_text('CPU_SBATCH_ARGS=(--comment "two words" --nice=5)\nGPU_SBATCH_ARGS="--switches=1 --comment=\'a b\'"')
+    plan = plan_for("TRAINING_COMMAND=true", config=str(conf))
+    runtime, training = argv(plan, "runtime"), argv(plan, "training")
+    assert runtime[-6:-3] == ("--comment", "two words", "--nice=5")
+    assert {"--switches=1", "--comment=a b"} <= set(training)
+    assert "--comment" not in training
+
+
+def test_the_script_is_the_last_word() -> None:
+    """What stands behind the script goes to the script, not to sbatch."""
+    for plan in GOLDEN_PLANS.values():
+        for job in plan.jobs:
+            assert job.argv[-1] == str(job.script)
+            assert all(word.startswith("--") for word in job.argv[1:-1])
+
+
+def test_a_jobs_base_with_spaces_and_per_cent_signs() -> None:
+    """A per cent sign means something in Slurm's log paths alone: it is doubled there and nowhere else."""
+    plan = plan_for("SKYRL_JOBS_BASE=/data/50% of me/%u")
+    assert plan.runtime
+    assert "--output=/data/50%% of me/%%u/20260304_050607_%j/runtime_%j.out" in plan.runtime.argv
+    assert plan.runtime.directory == "/data/50% of me/%u/20260304_050607_%j"
+    assert plan.runtime.environment["SKYRL_COORD_DIR"] == "/data/50% of me/%u/20260304_050607_%j"
+    assert "'--output=/data/50%% of me/%%u/20260304_050607_%j/runtime_%j.out'" in shown(plan)
+
+
+KEY = "sk-T0p/S3cret+key=="
+
+
+def spellings(secret: str) -> set[str]:
+    """The secret as it is, and in base64 alone and inside a longer text at each of its three alignments."""
+    raw = secret.encode()
+    inside = {base64.b64encode(b"x" * offset + raw + b"xxx").decode()[4:-8] for offset in range(3)}
+    return {secret, base64.b64encode(raw).decode().rstrip("=")} | inside
+
+
+@pytest.mark.parametrize("place", ["conf", "environment", "set", "inside"])
+def test_a_secret_is_masked_in_every_spelling(place: str, tmp_path: Path) -> None:
+    conf = tmp_path / "mine.conf"
+    encoded = base64.b64encode(f"user:{KEY}".encode()).decode()
+    lines = {
+        "conf": f"ALLHANDS_API_KEY='{KEY}'",
+        "inside": f"MY_TOKEN='{KEY}'\nNOTE='a {KEY} b'\nAUTH='Basic {encoded}'\nTRAINING_COMMAND=\"run --key '{KEY}'\"",
+    }
+    conf.write_text(f'source "{ROOT}/slurm/config/dev.conf"\n{lines.get(place, "")}\n')
+    overrides = [f"ALLHANDS_API_KEY={KEY}"] if place == "set" else []
+    environment = {"ALLHANDS_API_KEY": KEY, "PROXY": f"http://me:{KEY}@proxy"} if place == "environment" else {}
+    text = shown(plan_for(*overrides, config=str(conf), environment=environment))
+    assert not [spelling for spelling in spellings(KEY) if spelling in text]
+    assert "_API_KEY=***" in text or "MY_TOKEN=***" in text
+
+
+def test_spellings_find_a_key_that_is_not_masked() -> None:
+    for offset in range(3):
+        text = base64.b64encode(b"y" * offset + KEY.encode() + b"zz").decode()
+        assert any(spelling in text for spelling in spellings(KEY))
+
+
+INSIDE = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_CPU_BIND": "x",
+    "SLURM_NTASKS": "3",
+    "SLURMD_NODENAME": "n",
+    "SBATCH_MEM_BIND": "local",
+    "PMIX_RANK": "0",
+    "CUDA_VISIBLE_DEVICES": "0,1",
+    "GPU_DEVICE_ORDINAL": "0",
+}
+ON_PURPOSE = {
+    "SLURM_CONF": "/c",
+    "SLURM_CLUSTERS": "a",
+    "SBATCH_ACCOUNT": "lab",
+    "SBATCH_QOS": "q",
+    "SLURM_RUNTIME_DIR": "/r",
+    "MY": "x",
+}
+
+
+def test_inside_an_allocation_what_slurm_set_is_dropped() -> None:
+    assert without_slurm({**INSIDE, **ON_PURPOSE}) == ON_PURPOSE
+    text = shown(plan_for(environment={**INSIDE, **ON_PURPOSE}))
+    assert not [name for name in INSIDE if f"\n{name}=" in text]
+    assert all(f"\n{name}=" in text for name in ON_PURPOSE)
+
+
+def test_outside_an_allocation_a_choice_of_gpus_is_the_persons() -> None:
+    assert without_slurm({"CUDA_VISIBLE_DEVICES": "1"}) == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_a_name_that_the_conf_unsets_does_not_reach_the_jobs(tmp_path: Path) -> None:
+    conf = tmp_path / "mine.conf"
+    conf.write_text("unset LD_PRELOAD\nMODEL=m\n")
+    plan = plan_for("TRAINING_COMMAND=true", config=str(conf), environment={"LD_PRELOAD": "/x.so", "KEPT": "1"})
+    assert "LD_PRELOAD" not in plan.inherited
+    assert plan.inherited["KEPT"] == "1"
+
+
+# --- what is shown is what is done ------------------------------------------------------------------------------------
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """The command lines of a dry run, read as a shell reads them."""
+    part = text.partition("# environment of the jobs")[0]
+    blocks = part.split("\n\n")
+    commands = (block.partition("\n")[2].replace("\\\n", " ") for block in blocks if block.strip())
+    return [shlex.split(command) for command in commands]
+
+
+def environment_of(text: str) -> dict[str, str]:
+    """The environment that a dry run shows, both parts of it."""
+    part = text.partition("# environment of the jobs: set by this launch\n")[2].partition("\n# the trainer")[0]
+    part = part.replace("# environment of the jobs: passed on from this shell\n", "")
+    return dict(word.partition("=")[::2] for word in shlex.split(part))
+
+
+awkward = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+folders = st.text(st.sampled_from("ab %'\"$\\&;é*~<>"), min_size=1, max_size=10).filter(lambda name: name.strip())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(folder=folders, option=awkward, value=awkward)
+def test_submitting_runs_what_was_shown(slurm: FakeSlurm, folder: str, option: str, value: str) -> None:
+    """Word for word, environment included, whatever stands in paths, options and variables."""
+    slurm.forget()
+    conf = slurm.folder / "mine.conf"
+    conf.write_text(f"CPU_SBATCH_ARGS=({shlex.quote('--comment=' + option)})\n")
+    base = slurm.jobs / str(len(list(slurm.folder.glob("jobs/*")))) / folder
+    environment = {"PATH": slurm.path, "AWKWARD": value, "SLURM_CONF": "/nowhere"}
+    words = [f"SKYRL_JOBS_BASE={base}", "TRAINING_COMMAND=echo 'a  b' \"$HOME\""]
+    plan = plan_for(*words, config=str(conf), environment=environment)
+    text = shown(plan).replace("<runtime job id>", "101")
+    done = submit(plan, SignalNotes(), lambda: GitState(None, None), ROOT)
+    assert [call.words for call in slurm.calls] == command_lines(text)
+    assert f"run directory: {done.directory.path}" in text
+    ours = {"SKYRL_COORD_DIR": str(done.directory.path), "SKYRL_CODE_DIR": str(done.directory.code)}
+    for call in slurm.of("sbatch"):
+        got = {**call.environment, **(ours if call is slurm.of("sbatch")[0] else {})}
+        assert {name: got.get(name) for name in plan.inherited} == dict(plan.inherited)
+        expected = {name: text for name, text in environment_of(text).items() if "0600" not in text}
+        assert {name: got.get(name) for name in expected if not shows_file(name, expected)} == {
+            name: value for name, value in expected.items() if not shows_file(name, expected)
+        }
+
+
+def shows_file(name: str, shown_environment: Mapping[str, str]) -> bool:
+    return shown_environment[name].startswith("***")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "fake")
+
+
+def test_what_the_jobs_are_is_no_generated_script() -> None:
+    for plan in GOLDEN_PLANS.values():
+        for job in plan.jobs:
+            assert (ROOT / job.script.relative_to(CHECKOUT)).is_file()
+            assert os.access(ROOT / job.script.relative_to(CHECKOUT), os.X_OK)
+    assert sys.executable not in shown(GOLDEN_PLANS["dev"])
