@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import Run, User, launch, launch_argv, parse_report, until
+from tests.runs import Run, User, launch, launch_argv, parse_report, podman_ps, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -63,16 +63,11 @@ def test_a_run_to_completion_with_the_rl_loop(user: User, checkout: Path, jobs_b
     run = launch(user, checkout, jobs_base, command)
     until("ready", lambda: run.text("runtime_ready.flag"), 30)
     containers: set[str] = set()
+    uid = run.directory.stat().st_uid
+    podman = Path(f"/tmp/skyrl-{uid}-{run.jobs['runtime']}/podman.sock")
 
     def seen() -> bool:
-        marker = f"skyrl-{run.directory.stat().st_uid}-{run.jobs['runtime']}/"
-        for entry in Path("/proc").iterdir():
-            try:
-                words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdigit() else []
-            except OSError:
-                continue
-            if words and words[0].endswith("conmon") and any(marker in word for word in words):
-                containers.add(words[words.index("-c") + 1])
+        containers.update(podman_ps(podman))
         return run.is_over("training")
 
     until("end of the training", seen, 240)

@@ -51,7 +51,7 @@ class FakeContainer:
 
 @dataclass
 class FakePodman:
-    """``delay_s`` is how long each verb takes, ``pull_delay_s`` a pull besides; ``refuse_removal`` makes remove fail that many times."""
+    """Each start takes ``delay_s``, a pull ``pull_delay_s`` more; removal fails ``refuse_removal`` times."""
 
     delay_s: float = 0.0
     pull_delay_s: float = 0.0

@@ -277,7 +277,7 @@ def test_host_ids_for_containers_of_root(uid_map: str, start: int | None) -> Non
 
 
 def test_limits_of_the_service() -> None:
-    text = "Limit   Soft Limit  Hard Limit  Units\nMax processes  100  32768  processes\nMax open files  1024  unlimited  files\n"
+    text = "Limit  Soft  Hard  Units\nMax processes  100  32768  processes\nMax open files  1024  unlimited  files\n"
     assert podman.parse_limits(text) == {"NPROC": 32768, "NOFILE": 1 << 20}
 
 
@@ -468,12 +468,12 @@ def test_the_folder_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_orphans() -> None:
     own = process_mark()
-    host, boot, namespace, pid, ticks = own.split("_")
+    host, boot, namespace, pid, ticks = own.split("/")
     assert not is_orphan(own, own)
-    assert is_orphan(f"{host}_{boot}_{namespace}_{pid}_1{ticks}", own)
-    assert is_orphan(f"{host}_other-boot_{namespace}_{pid}_{ticks}", own)
-    assert is_orphan(f"{host}_{boot}_{namespace}_999999999_5", own)
-    for foreign in ("", "x", f"elsewhere_{boot}_{namespace}_{pid}_1", f"{host}_{boot}_1_999999999_5"):
+    assert is_orphan(f"{host}/{boot}/{namespace}/{pid}/1{ticks}", own)
+    assert is_orphan(f"{host}/other-boot/{namespace}/{pid}/{ticks}", own)
+    assert is_orphan(f"{host}/{boot}/{namespace}/999999999/5", own)
+    for foreign in ("", "x", f"elsewhere/{boot}/{namespace}/{pid}/1", f"{host}/{boot}/1/999999999/5"):
         assert not is_orphan(foreign, own)
     assert start_ticks(999999999) is None
 
