@@ -51,10 +51,10 @@ def is_loopback(host: str) -> bool:
 
 def parse_memory(text: str) -> int:
     """Bytes of ``16G``, ``512M``, ``1.5g``, ``16GB`` or ``16Gi``, in powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])I?)?B?", text.strip().upper())
     if not match or float(match.group(1)) <= 0:
         raise ValueError(f"{text!r} is not an amount of memory; write it like 16G or 512M")
-    return int(float(match.group(1)) * MEMORY_UNITS[match.group(2)])
+    return int(float(match.group(1)) * MEMORY_UNITS[match.group(2) or ""])
 
 
 def parse_port_range(text: str) -> range:

@@ -24,7 +24,7 @@ def process_mark(pid: int | None = None) -> str:
     pid = os.getpid() if pid is None else pid
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     namespace = Path("/proc/self/ns/pid").stat().st_ino
-    return f"{socket.gethostname()}_{boot}_{namespace}_{pid}_{start_ticks(pid)}"
+    return f"{socket.gethostname()}/{boot}/{namespace}/{pid}/{start_ticks(pid)}"
 
 
 def is_orphan(mark: str, own: str, ticks: Callable[[int], int | None] = start_ticks) -> bool:
@@ -32,7 +32,7 @@ def is_orphan(mark: str, own: str, ticks: Callable[[int], int | None] = start_ti
 
     A mark of another host, process namespace or form is left alone; one of an earlier boot of this host is dead.
     """
-    parts, ours = mark.split("_"), own.split("_")
+    parts, ours = mark.split("/"), own.split("/")
     if len(parts) != 5 or parts[0] != ours[0] or not parts[3].isdigit():
         return False
     if parts[1] != ours[1]:

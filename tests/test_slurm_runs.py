@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import lying_image
 from tests.runs import Run, User, launch, launch_argv, parse_report, podman_ps, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
@@ -90,6 +91,22 @@ def test_a_run_to_completion_with_the_rl_loop(user: User, checkout: Path, jobs_b
     }
     assert stat.S_IMODE(run.directory.stat().st_mode) == 0o700
     assert stat.S_IMODE((run.directory / "runtime_api_key.txt").stat().st_mode) == 0o600
+
+
+def test_sandboxes_that_always_answer_exit_0_are_no_success(user: User, checkout: Path, jobs_base: Path) -> None:
+    """The rewards come from the sandboxes: with ones that lie the same loop does not learn, and says so."""
+    archive = jobs_base / "liar.tar"
+    lying_image.write(archive)
+    archive.chmod(0o644)
+    command = 'TRAINING_COMMAND="$SKYRL_PYTHON" -m shell_rl.train --sandboxes 2 --steps 4'
+    image = (f"CONTAINER_IMAGE={lying_image.NAME}", f"IMAGE_ARCHIVE={archive}")
+    run = launch(user, checkout, jobs_base, command, *image)
+    run.wait_over(seconds=120)
+    summary = json.loads(next(run.directory.rglob("summary.json")).read_text())
+    assert summary["commands_run"] > 100
+    assert not summary["learned"]
+    assert run.completion["exit_code"] == 3
+    assert "did not learn" in run.log("training", "err")
 
 
 @pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
