@@ -7,6 +7,7 @@ exit codes, helpers, routes, files of a run, links.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -18,11 +19,10 @@ from typing import Any, cast
 import pytest
 
 import shell_rl.errors
-import shell_rl.train
 import slurm.lib.errors
 import slurm_runtime
 import slurm_runtime.api_server
-from slurm.lib import cli, common, runtime_job, training_job
+from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.settings import KEYS, Key, said
 from slurm_runtime.app import create_app
@@ -109,11 +109,11 @@ def updated(path: Path) -> str:
     """The document with its made parts as they are now."""
     text = path.read_text(encoding="utf-8")
     for name, make in GENERATED[path].items():
-        begin, end = f"<!-- made from the code: {name} -->\n", f"\n<!-- end: {name} -->"
+        begin, end = f"<!-- made from the code: {name} -->\n", f"<!-- end: {name} -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
         assert found, f"{path} lacks the lines {begin!r} and {end!r}"
-        text = before + begin + "\n" + make() + "\n" + end + after
+        text = f"{before}{begin}\n{make()}\n\n{end}{after}"
     return text
 
 
@@ -134,17 +134,12 @@ def first_cells(path: Path, section: str) -> list[str]:
     return [re.split(r"(?<!\\)\|", line)[1].strip().replace("`", "").replace("\\|", "|") for line in rows]
 
 
-Parse = Callable[[list[str]], object]
-COMMANDS: dict[str, tuple[Parse, Path, str]] = {
-    "launch.py": (cli.build_parser().parse_args, LAUNCHER, "Options"),
-    "runtime_server.py": (runtime_job.parse_arguments, LAUNCHER, "Options of the job files"),
-    "verl_training.py": (training_job.parse_arguments, LAUNCHER, "Options of the job files"),
-    "api_server": (slurm_runtime.api_server.build_parser().parse_args, API_SERVER, "Flags"),
-    "shell_rl.train": (
-        lambda argv: shell_rl.train.read_options(argv, {}),
-        LAUNCHER,
-        "The RL loop as a check of a new cluster",
-    ),
+COMMANDS = {
+    ("slurm/launch.py",): (LAUNCHER, "Options"),
+    ("slurm/jobs/runtime_server.py",): (LAUNCHER, "Options of the job files"),
+    ("slurm/jobs/verl_training.py",): (LAUNCHER, "Options of the job files"),
+    ("-m", "slurm_runtime.api_server"): (API_SERVER, "Flags"),
+    ("-m", "shell_rl.train"): (LAUNCHER, "The RL loop as a check of a new cluster"),
 }
 
 
@@ -152,15 +147,14 @@ def options_in(text: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]*", text))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_options_are_those_of_help(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parse, path, section = COMMANDS[command]
-    monkeypatch.setenv("COLUMNS", "500")  # else argparse breaks lines inside of options
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    assert options_in("\n".join(first_cells(path, section))) == options_in(capsys.readouterr().out)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_the_options_are_those_of_help(command: tuple[str, ...]) -> None:
+    path, section = COMMANDS[command]
+    environment = {**os.environ, "COLUMNS": "500"}  # else argparse breaks lines inside of options
+    argv = [sys.executable, *command, "--help"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert options_in("\n".join(first_cells(path, section))) == options_in(done.stdout)
 
 
 def exit_codes(module: ModuleType) -> set[str]:
@@ -195,7 +189,9 @@ def test_the_endpoints_are_the_routes() -> None:
 def test_every_file_of_a_run_is_listed() -> None:
     """All that ``CoordinationDir`` names, its methods for logs and heartbeats included."""
     directory = CoordinationDir(Path("DIR"))
-    names = [getattr(directory, name).name for name, kind in vars(CoordinationDir).items() if isinstance(kind, property)]
+    names = [
+        getattr(directory, name).name for name, kind in vars(CoordinationDir).items() if isinstance(kind, property)
+    ]
     names += [directory.log(job, "ID", suffix).name for job in ("runtime", "training") for suffix in ("out", "err")]
     names += [directory.heartbeat(job, "ID").name for job in ("runtime", "training")]
     listed = first_cells(LAUNCHER, "The run directory")

@@ -210,7 +210,8 @@ def test_everything_is_gone_at_the_end(
             command = ["podman", "run", "-d", *limits, "-p", "60000", "localhost/tiny", "/bin/busybox", "sleep", "600"]
             for _ in range(3):
                 subprocess.run(command, env=environment, check=True)
-            print("alive", sum("sleep" in Path(f"/proc/{{pid}}/cmdline").read_text() for pid in processes_of(storage)), flush=True)
+            words = [Path(f"/proc/{{pid}}/cmdline").read_text() for pid in processes_of(storage)]
+            print("alive", sum("sleep" in line for line in words), flush=True)
             if {end!r} == "kill -9":
                 os.kill(os.getpid(), 9)
     """

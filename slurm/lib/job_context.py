@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, make_run_dir
-from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.logs import log
+from slurm.lib.errors import EnvironmentProblem, SuiteError
+from slurm.lib.logs import log, setup_job_logging
 from slurm.lib.run_record import join, read_secrets
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.settings import Settings
+from slurm.lib.signals import SignalNotes, noted_signals
 
 LOCAL_JOBS_NAME = "SKYRL_LOCAL_JOBS"
 
@@ -116,3 +118,27 @@ def _link_logs(kind: str, job_id: str, directory: CoordinationDir, scheduler: Sc
         link = directory.log(kind, job_id, suffix)
         if target and not os.path.lexists(link):
             link.symlink_to(target)
+
+
+def body_parser(kind: str, script: str) -> argparse.ArgumentParser:
+    """The command line of a job script."""
+    parser = argparse.ArgumentParser(prog=script, description=f"The {kind} job; submit it with sbatch.")
+    parser.add_argument("--config", metavar="NAME|PATH", help="settings, as for launch.py")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; repeatable")
+    parser.add_argument("--coord-dir", metavar="DIR", help="an existing coordination directory to meet in")
+    return parser
+
+
+def run_body(kind: str, script: str, argv: Sequence[str], run: Callable[[JobContext, SignalNotes], int]) -> int:
+    """The edge of both job bodies: command line, logging, signals, context; returns the job's exit code."""
+    arguments = body_parser(kind, script).parse_args(argv)
+    setup_job_logging()
+    with noted_signals() as notes:
+        try:
+            job = context(kind, arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
+        except SuiteError as problem:
+            log.error("%s", problem)
+            return problem.exit_code
+        if job.settings.skyrl_debug:
+            setup_job_logging(debug=True)
+        return run(job, notes)

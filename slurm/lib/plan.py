@@ -292,7 +292,7 @@ def _environment_lines(plan: LaunchPlan) -> list[str]:
     for job in plan.jobs:
         own |= job.environment
     lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(masked(own).items())]
-    lines += [f"{name}=***  (by a 0600 file)" for name in sorted(plan.secrets)]
+    lines += [f"{name}=***  # by a 0600 file" for name in sorted(plan.secrets)]
     lines += ["", "# environment of the jobs: passed on from this shell"]
     lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(masked(plan.inherited).items())]
     return [*lines, ""]

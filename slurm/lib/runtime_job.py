@@ -6,7 +6,6 @@ server. It stops everything in order within Slurm's KillWait. The nested ``with`
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
 import signal
@@ -27,16 +26,16 @@ from slurm.lib.errors import (
 )
 from slurm.lib.guardian import guarded
 from slurm.lib.images import load_images
-from slurm.lib.job_context import JobContext, context
+from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.job_environment import scratch_folders
-from slurm.lib.logs import log, setup_job_logging
+from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.podman_service import PodmanService, podman_service
 from slurm.lib.podman_storage import choose_scratch, podman_storage, readable_stores
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import RuntimeClient
 from slurm.lib.scheduler import JobState
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.waiting import wait_for
 
 START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
@@ -53,25 +52,9 @@ class Outcome:
     as_planned: bool = False
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="runtime_server.py", description="The runtime job; submit it with sbatch.")
-    parser.add_argument("--config", metavar="NAME|PATH", help="settings, as for launch.py")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; repeatable")
-    parser.add_argument("--coord-dir", metavar="DIR", help="an existing coordination directory to publish in")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the job; returns its exit code."""
-    arguments = parse_arguments(argv)
-    setup_job_logging()
-    with noted_signals() as notes:
-        try:
-            job = context("runtime", arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
-        return run(job, notes)
+    return run_body("runtime", "runtime_server.py", argv, run)
 
 
 def run(job: JobContext, notes: SignalNotes) -> int:

@@ -6,7 +6,6 @@ trainer's exit code.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -28,12 +27,12 @@ from slurm.lib.errors import (
     UsageError,
 )
 from slurm.lib.guardian import guarded
-from slurm.lib.job_context import JobContext, context
-from slurm.lib.logs import log, setup_job_logging
+from slurm.lib.job_context import JobContext, run_body
+from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
 from slurm.lib.waiting import wait_for
 
@@ -63,25 +62,9 @@ class Outcome:
     reason: str
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="verl_training.py", description="The training job; submit it with sbatch.")
-    parser.add_argument("--config", metavar="NAME|PATH", help="settings, as for launch.py")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting; repeatable")
-    parser.add_argument("--coord-dir", metavar="DIR", help="coordination directory of the runtime job to join")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the job; returns the trainer's exit code, or one of ours where no trainer ran."""
-    arguments = parse_arguments(argv)
-    setup_job_logging()
-    with noted_signals() as notes:
-        try:
-            job = context("training", arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
-        return run(job, notes)
+    return run_body("training", "verl_training.py", argv, run)
 
 
 def run(job: JobContext, notes: SignalNotes) -> int:

@@ -16,5 +16,6 @@ exec httpd -f -p ${1:-60000} -h /www
 SERVE = ["/bin/sh", "-c", SERVE_SCRIPT, "server", "60000"]
 SERVE_ON_PLACEHOLDER = [*SERVE[:-1], "88888888"]
 EXIT = ["/bin/sh", "-c", "echo last words; exit 3"]
+CHATTY = ["/bin/sh", "-c", "yes 0123456789 | head -c 3000000; printf 'in '; printf 'pieces'; exit 4"]
 SILENT = ["/bin/sleep", "1000"]
 NOT_THERE = ["/bin/nonesuch"]

@@ -97,6 +97,9 @@ class FakePodman:
         if command == commands.EXIT:
             container.log = "last words\n"
             container.end(3)
+        elif command == commands.CHATTY:
+            container.log = "0123456789\n" * 100 + "in pieces"
+            container.end(4)
         elif container.server:
             container.server.close()
 

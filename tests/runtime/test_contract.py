@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.runtime.commands import EXIT, IMAGE, IMAGE_WITH_ENTRYPOINT, NOT_THERE, SERVE, SERVE_ON_PLACEHOLDER
+from tests.runtime.commands import CHATTY, EXIT, IMAGE, IMAGE_WITH_ENTRYPOINT, NOT_THERE, SERVE, SERVE_ON_PLACEHOLDER
 from tests.runtime.conftest import API_KEY, Api
 
 VOCABULARY = {"pending", "running", "ready", "failed", "crashloopbackoff", "not found", "unknown"}
@@ -145,6 +145,13 @@ def test_15_a_command_that_exits_at_once_has_failed_with_its_last_lines(api: Api
     assert failed["status"] == "stopped"
     eventually(lambda: api.names() == [])
     assert api.manager.admission.slots.used == 0
+
+
+def test_15_the_last_lines_of_a_chatty_command_are_kept(api: Api) -> None:
+    assert api.start(image=IMAGE, command=CHATTY, session_id="chatty").status_code == 201
+    failed = eventually(lambda: (found := session(api, "chatty"))["pod_status"] == "failed" and found)
+    assert failed["pod_logs"].endswith("in pieces")
+    assert len(failed["pod_logs"]) < 20_000
 
 
 def test_15_a_program_that_is_not_there_is_an_error_or_failed(api: Api) -> None:
