@@ -49,10 +49,36 @@ def table(head: tuple[str, ...], rows: Iterator[str]) -> str:
     return "\n".join([row(*head), "|" + "---|" * len(head), *rows])
 
 
-def first_sentence(documented: object) -> str:
-    """The summary of a docstring, in one line and as Markdown writes code."""
-    summary = (documented.__doc__ or "").strip().partition("\n\n")[0]
-    return " ".join(summary.split()).replace("``", "`")
+def summary(docstring: str | None) -> str:
+    """What a docstring begins with, in one line and as Markdown writes code."""
+    return " ".join((docstring or "").partition("\n\n")[0].split()).replace("``", "`")
+
+
+# What a key takes, by the name of its parser.
+VALUES = {
+    "backend": "slurm, local",
+    "boolean": "true, false",
+    "experiment": "a folder's name",
+    "fraction": "number between 0 and 1",
+    "frequency": "whole number ≥ 1, or -1",
+    "gres_type": "name",
+    "memory": "memory",
+    "names": "list of names",
+    "node_memory": "memory, or 0",
+    "non_negative_int": "whole number ≥ 0",
+    "path": "path",
+    "port": "port",
+    "port_range": "A-B",
+    "positive_int": "whole number ≥ 1",
+    "positive_number": "number > 0",
+    "secret": "printable ASCII",
+    "slurm_time": "Slurm time, or UNLIMITED",
+    "switch": "1, 0",
+    "text": "text",
+    "url": "URL",
+    "word": "text without spaces",
+    "words": "list",
+}
 
 
 def default_of(key: Key) -> str:
@@ -66,8 +92,8 @@ def key_table() -> str:
         row(
             f"`{key.name}`",
             default_of(key),
-            first_sentence(key.parse).rstrip("."),
-            key.doc + (f" Unit: {key.unit}." if key.unit else ""),
+            VALUES[key.parse.__name__],
+            key.doc + (f" Unit: {key.unit}." if key.unit in {"s", "tokens", "steps"} else ""),
         )
         for key in KEYS.values()
     )
@@ -91,10 +117,9 @@ def module_table(folder: str) -> str:
     def rows() -> Iterator[str]:
         for path in sorted((ROOT / folder).glob("[!_]*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            sentence = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split()).replace("``", "`")
             siblings = {other.stem for other in path.parent.glob("[!_]*.py")}
             arrows = [name for name in uses(tree, folder.replace("/", ".")) if name in siblings]
-            yield row(f"`{path.name}`", sentence, ", ".join(arrows) or "–")
+            yield row(f"`{path.name}`", summary(ast.get_docstring(tree)), ", ".join(arrows) or "–")
 
     return table(("Module", "What it does, or which question it answers", "Uses"), rows())
 

@@ -220,15 +220,14 @@ def submit(user: User, *argv: str, **options: object) -> str:
 
 
 def test_direct_sbatch_of_both_job_files(user: User, checkout: Path, jobs_base: Path) -> None:
-    """From another folder; the runtime with nothing but a jobs base, the training joining it by --coord-dir."""
-    environment = {"SKYRL_JOBS_BASE": str(jobs_base)}
+    """From another folder with nothing exported; the training joins the runtime by --coord-dir."""
     image = "CONTAINER_IMAGE=localhost/skyrl-busybox:latest"
     elsewhere = jobs_base
     jobs = checkout / "slurm" / "jobs"
-    runtime = submit(user, str(jobs / "runtime_server.py"), "--set", image, cwd=elsewhere, env=environment)
+    runtime = submit(user, str(jobs / "runtime_server.py"), "--set", image, cwd=elsewhere)
 
     def directories() -> list[Path]:
-        return list(jobs_base.glob(f"*_{runtime}"))
+        return list((user.home / ".skyrl_jobs").glob(f"*_{runtime}"))
 
     until("the runtime's directory", directories, 30)
     directory = directories()[0]
@@ -236,7 +235,7 @@ def test_direct_sbatch_of_both_job_files(user: User, checkout: Path, jobs_base: 
     assert f"coordination directory: {directory}" in (elsewhere / f"slurm-{runtime}.out").read_text()
     options = ["-p", "gpu_test", "--gres=gpu:1"]
     words = ["--coord-dir", str(directory), "--set", "TRAINING_COMMAND=echo hello from the trainer"]
-    trained = submit(user, *options, str(jobs / "verl_training.py"), *words, cwd=elsewhere, env=environment)
+    trained = submit(user, *options, str(jobs / "verl_training.py"), *words, cwd=elsewhere)
     run = Run(user, directory, {"runtime": runtime, "training": trained})
     run.wait_over(seconds=60)
     assert "hello from the trainer" in run.log("training")
@@ -304,6 +303,11 @@ printf 'A="x y"\\nB=<REPLACE>\\n' > "$dir/e"
 load_env_file "$dir/e"
 [ "$A" = "x y" ] && [ -z "${{B:-}}" ] || exit 8
 is_slurm_job
+setup_graceful_shutdown cleanup_isolated_podman_storage
+setup_isolated_podman_storage
+podman images >/dev/null
+echo "graphroot $(podman info --format '{{{{.Store.GraphRoot}}}}')"
+cleanup_isolated_podman_storage
 """
 
 
@@ -313,13 +317,15 @@ def test_a_bash_script_with_the_helpers(user: User, checkout: Path, jobs_base: P
     load = f"source '{common}.sh'" if way == "shim" else f"eval \"$(python3 '{common}.py' shell-functions)\""
     script = jobs_base / "old.sh"
     script.write_text("#!/bin/bash\n" + SCRIPT.format(load=load))
-    job = submit(user, "-W", str(script), cwd=jobs_base, env={"SKYRL_JOBS_BASE": str(jobs_base)})
+    job = submit(user, str(script), cwd=jobs_base, env={"SKYRL_JOBS_BASE": str(jobs_base)})
+    Run(user, jobs_base, {"script": job}).wait_over(seconds=60)
     output = (jobs_base / f"slurm-{job}.out").read_text()
-    lines = output.splitlines()
     assert "[INFO] from bash" in output
-    assert lines[-3] == "gpu_test", output
-    assert lines[-2].startswith("cpu")
-    assert lines[-1] == "1"
+    values = [line for line in output.splitlines() if not line.startswith(("20", "time="))]
+    assert values[0] == "gpu_test", output
+    assert values[1].startswith("cpu")
+    assert values[2] == "1"
+    assert values[3].startswith(f"graphroot /tmp/skyrl-{script.parent.stat().st_uid}-{job}/")
 
 
 def test_the_launcher_killed_before_the_commit_leaves_nothing_that_can_start(

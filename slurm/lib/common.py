@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import os
+import select
 import shlex
 import socket
 import time
@@ -211,6 +212,21 @@ def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, 
         yield storage.environment(os.environ)
 
 
+def hold_podman_storage() -> int:
+    """Podman storage of its own for a shell: prints its exports, then holds it until stdin closes or a signal comes."""
+    from slurm.lib.guardian import guarded
+    from slurm.lib.signals import noted_signals
+
+    with noted_signals() as notes, guarded(CODE) as guardian, isolated_podman_storage() as environment:
+        guardian.own_storage(Path(environment["TMPDIR"]).parent)
+        own = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+        sys.stdout.write(_exports(own) + "# end\n")
+        sys.stdout.flush()
+        while notes.stop_signal is None and not select.select([sys.stdin], [], [], 0.5)[0]:
+            pass
+    return EXIT_OK
+
+
 # ---- for shells ------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +295,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "log-warn": ("WORDS…", lambda *words: _done(lambda: log_warn(*words))),
     "log-error": ("WORDS…", lambda *words: _done(lambda: log_error(*words))),
     "log-debug": ("WORDS…", lambda *words: _done(lambda: log_debug(*words))),
+    "hold-podman-storage": ("", hold_podman_storage),
     "shell-functions": ("", lambda: _print(shell_functions())),
 }
 # These change the calling shell's variables, so its functions evaluate what they print.
@@ -295,7 +312,41 @@ def _print(text: str) -> int:
 def shell_functions() -> str:
     """Definitions of all helpers for bash, fit for ``set -euo pipefail``."""
     call = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).resolve()))}"
-    return "".join(_shell_function(name, call) for name in COMMANDS if name != "shell-functions")
+    commands = [name for name in COMMANDS if name not in {"shell-functions", "hold-podman-storage"}]
+    return "".join(_shell_function(name, call) for name in commands) + SHELL_ONLY.replace("@CALL@", call)
+
+
+# What only a shell can do to itself. The storage's holder ends with the shell, whose pipe is its stdin.
+SHELL_ONLY = """\
+activate_uv_venv() {
+  local _skyrl_venv="${1:-${SKYRL_PROJECT_ROOT:-.}/SkyRL/skyrl-agent/.venv}"
+  if [ ! -f "$_skyrl_venv/bin/activate" ]; then log_warn "no virtual environment: $_skyrl_venv"; return 0; fi
+  . "$_skyrl_venv/bin/activate"
+}
+setup_graceful_shutdown() {
+  _skyrl_cleanup="${1:-:}"
+  trap '"$_skyrl_cleanup"; exit 143' TERM
+  trap '"$_skyrl_cleanup"; exit 130' INT
+}
+setup_isolated_podman_storage() {
+  local _skyrl_line _skyrl_out=""
+  coproc _SKYRL_STORAGE { @CALL@ hold-podman-storage; }
+  _skyrl_storage_pid=$_SKYRL_STORAGE_PID
+  exec {_skyrl_storage_fd}>&"${_SKYRL_STORAGE[1]}"
+  eval "exec ${_SKYRL_STORAGE[1]}>&-"
+  while IFS= read -r -u "${_SKYRL_STORAGE[0]}" _skyrl_line && [ "$_skyrl_line" != "# end" ]; do
+    _skyrl_out+="$_skyrl_line"$'\\n'
+  done
+  [ -n "$_skyrl_out" ] || { log_error "no Podman storage could be made"; return 71; }
+  eval "$_skyrl_out"
+}
+cleanup_isolated_podman_storage() {
+  [ -n "${_skyrl_storage_fd:-}" ] || return 0
+  eval "exec $_skyrl_storage_fd>&-"
+  wait "$_skyrl_storage_pid" || true
+  unset _skyrl_storage_fd
+}
+"""
 
 
 def _shell_function(name: str, call: str) -> str:
