@@ -289,7 +289,7 @@ def test_all_problems_together_each_with_its_place(load: Loader) -> None:
     starts = [
         "--set GPU_NODES: must be KEY=VALUE",
         "environment: MAX_PARALLEL_AGENTS=many: must be a whole number",
-        "--set RUNTIME_PORT=0: RUNTIME_PORT=0: must be a port",
+        "--set RUNTIME_PORT: RUNTIME_PORT=0: must be a port",
         "x.conf:1: GPU_NODES=0: must be at least 1",
         "x.conf:2: TIME_LIMIT=soon: must be a Slurm time",
         "x.conf:3: RUNTIME_MEMORY=lots: must be an amount of memory",
@@ -336,7 +336,7 @@ def test_secrets_are_not_shown(load: Loader) -> None:
     found = load.problems("ALLHANDS_API_KEY='sk hidden'\n", "MY_TOKEN sk-hidden=", "HF_TOKEN:hidden")
     assert "hidden" not in "".join(found)
     (found_set,) = load.problems("", "ALLHANDS_API_KEY=sk hidden")
-    assert found_set.startswith("--set ALLHANDS_API_KEY=***: ALLHANDS_API_KEY=***: must be printable")
+    assert found_set.startswith("--set ALLHANDS_API_KEY: ALLHANDS_API_KEY=***: must be printable")
 
 
 def test_the_process_list_warning(load: Loader) -> None:

@@ -205,6 +205,11 @@ def test_the_helpers_are_those_of_common() -> None:
     assert set(first_cells(LAUNCHER, "Helpers for shell scripts")) == wanted
 
 
+def test_the_functions_are_those_of_bash() -> None:
+    defined = re.findall(r"^(\w+)\(\) \{$", common.SHELL_ONLY, re.MULTILINE)
+    assert {cell.split()[0] for cell in first_cells(LAUNCHER, "Functions for bash alone")} == set(defined)
+
+
 def test_the_endpoints_are_the_routes() -> None:
     app = create_app(cast(Any, None), ServerConfig(), Heartbeats())
     routes = {f"{method} {route.path}" for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from slurm.lib import podman_storage as ps
-from slurm.lib.api_server_child import AlarmFilter, listening_socket, reserved_cpus
+from slurm.lib.api_server_child import AlarmFilter, listening_socket
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.images import has_image, image_source
 from slurm.lib.podman_storage import PodmanStorage
@@ -89,13 +89,6 @@ def test_a_taken_port_is_replaced_and_a_full_range_is_an_error() -> None:
             assert second.getsockname()[1] != port
         with pytest.raises(EnvironmentProblem, match="no free port in RUNTIME_PORT_RANGE"):
             listening_socket("127.0.0.1", None, range(port, port + 1))
-
-
-def test_cpus_are_kept_back_only_where_there_are_enough() -> None:
-    assert reserved_cpus(128, 8) == 4
-    assert reserved_cpus(8, 2) == 4
-    assert reserved_cpus(8, 4) == 0
-    assert reserved_cpus(2, 0.25) == 0
 
 
 def test_only_warnings_and_errors_go_to_err() -> None:

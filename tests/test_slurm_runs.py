@@ -229,6 +229,9 @@ def test_direct_sbatch_of_both_job_files(user: User, checkout: Path, jobs_base: 
     def directories() -> list[Path]:
         return list((user.home / ".skyrl_jobs").glob(f"*_{runtime}"))
 
+    shown = user.run(["scontrol", "show", "job", runtime]).stdout
+    assert "JobName=skyrl-runtime" in shown, "the #SBATCH lines count"
+    assert "Requeue=0" in shown
     until("the runtime's directory", directories, 30)
     directory = directories()[0]
     until("ready", lambda: (directory / "runtime_ready.flag").exists(), 30)
@@ -410,3 +413,16 @@ def test_a_relaunch_in_a_used_directory_ignores_old_flags(user: User, checkout: 
     user.run(["bash", "-c", f": > '{run.directory}/training_complete.flag'"])
     again.wait_over(seconds=15)
     assert "set by hand" in again.log("runtime")
+
+
+def test_a_direct_training_that_fails_early_ends_the_runtime(user: User, checkout: Path, jobs_base: Path) -> None:
+    """Without skyrl-agent it ends before it has looked for the server; the runtime must not wait for a minute."""
+    runtime = launch(user, checkout, jobs_base, options=("--runtime-only",))
+    until("ready", lambda: runtime.text("runtime_ready.flag"), 30)
+    script = checkout / "slurm" / "jobs" / "verl_training.py"
+    words = ["--config", "dev", "--coord-dir", str(runtime.directory)]
+    trained = submit(user, "-p", "gpu_test", str(script), *words, cwd=jobs_base)
+    run = Run(user, runtime.directory, {**runtime.jobs, "training": trained})
+    run.wait_over(seconds=20)
+    assert run.completion["exit_code"] == 71
+    assert "(skyrl-agent) is missing" in run.completion["reason"]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-# SBATCH --job-name=skyrl-runtime
-# SBATCH --nodes=1
-# SBATCH --ntasks=1
-# SBATCH --no-requeue
+#SBATCH --job-name=skyrl-runtime
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --no-requeue
 """The runtime job: private Podman storage, Podman service, sandbox API server, on one CPU node.
 
 Submitted by launch.py, or directly:  sbatch slurm/jobs/runtime_server.py [--config NAME|PATH]

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-# SBATCH --job-name=skyrl-train
-# SBATCH --no-requeue
+#SBATCH --job-name=skyrl-train
+#SBATCH --no-requeue
 """The training job: waits for the runtime job, trains against it, records how the training ended.
 
 Submitted by launch.py, or directly:  sbatch GPU-OPTIONS slurm/jobs/verl_training.py [--config NAME] [--coord-dir DIR]

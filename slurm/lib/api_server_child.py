@@ -27,7 +27,6 @@ from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
 from slurm.lib.settings import Settings
 
 BACKLOG = 1024
-RESERVED_CPUS = 4  # of a node that is large enough, for the server, image work and Podman itself
 
 
 def listening_socket(host: str, port: int | None, ports: range | None) -> socket.socket:
@@ -62,11 +61,6 @@ def available_cpus(settings: Settings) -> int:
     return settings.cpus_for_runtime
 
 
-def reserved_cpus(cpus: int, cpus_per_worker: float) -> int:
-    """CPUs kept from sandboxes: the bash suite's 4 where that leaves room for two sandboxes or more, else none."""
-    return RESERVED_CPUS if cpus - RESERVED_CPUS >= 2 * cpus_per_worker else 0
-
-
 def common_flags(settings: Settings) -> tuple[str, ...]:
     """The flags that the bash suite's server has too."""
     flags = [
@@ -80,13 +74,12 @@ def common_flags(settings: Settings) -> tuple[str, ...]:
 
 def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple[str, ...]:
     """The flags of our server."""
-    settings, cpus = job.settings, available_cpus(job.settings)
+    settings = job.settings
     flags = [
         ("--fd", str(listener.fileno())),
         ("--api-key-file", str(key_file)),
         ("--public-host", public_host(job.is_local)),
-        ("--cpus", str(cpus)),
-        ("--build-reserved-cpus", str(reserved_cpus(cpus, settings.cpus_per_worker))),
+        ("--cpus", str(available_cpus(settings))),
         ("--label", f"job={job.job_id}"),
     ]
     if settings.max_parallel_agents:

@@ -16,7 +16,7 @@ from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.logs import debug_wanted, log, setup_command_logging
+from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
 from slurm.lib.run_record import GitState, git_state, read_jobs
 from slurm.lib.settings import secret
@@ -27,8 +27,8 @@ VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
 exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong;
-69 the partner job is gone; 71 something is missing on this machine; 73 Slurm did not take the jobs (nothing stays
-queued); 75 a deadline passed; 128+N ended by signal N.
+69 the partner job is gone; 70 a fault of this suite; 71 something is missing on this machine; 73 Slurm did not take
+the jobs (nothing stays queued); 75 a deadline passed; 128+N ended by signal N.
 """
 
 
@@ -195,7 +195,7 @@ def say(text: str) -> None:
     except OSError as problem:
         if not isinstance(problem, BrokenPipeError):
             log.error("cannot write to stdout: %s; it would have said:\n%s", problem.strerror, text)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        give_up(sys.stdout)
 
 
 def check_parts(plan: LaunchPlan) -> None:

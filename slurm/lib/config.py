@@ -160,7 +160,7 @@ def _value_shown(name: str, raw: Value) -> str:
 def _where(name: str, given: _Said) -> str:
     if given.source != "--set":
         return given.source
-    return f"--set {_shown(f'{name}={given.raw}')}"
+    return f"--set {name}"
 
 
 def _associative_problems(sourced: SourcedConf) -> list[Problem]:

@@ -59,7 +59,7 @@ class WaitTimeout(SuiteError):
 class Problem:
     """One mistake in a configuration.
 
-    ``where`` is ``FILE:LINE``, ``--set KEY=VALUE`` or ``environment``; ``what`` a sentence naming key, value and
+    ``where`` is ``FILE:LINE``, ``--set KEY`` or ``environment``; ``what`` a sentence naming key, value and
     what would be right.
     """
 

@@ -12,15 +12,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from slurm.lib.coordination import CoordinationDir, make_run_dir, write_atomically
 from slurm.lib.errors import EXIT_INTERNAL
 from slurm.lib.job_context import LOCAL_JOBS_NAME
-from slurm.lib.logs import log, wants_colour
-from slurm.lib.plan import JobPlan, LaunchPlan
+from slurm.lib.logs import give_up, log, wants_colour
+from slurm.lib.plan import JobPlan, LaunchPlan, local_argv
 from slurm.lib.processes import Child, ChildSpec, start_ticks
 from slurm.lib.run_record import furnish, git_state, write_record
 from slurm.lib.signals import SignalNotes
@@ -56,9 +56,12 @@ class LogFollower:
         prefix = f"{self.kind:>8} | "
         if wants_colour(sys.stderr):
             prefix = f"{COLOURS[self.kind]}{prefix}\x1b[0m"
-        for line in self.lines():
-            self.out.write(f"{prefix}{line}\n")
-        self.out.flush()
+        try:
+            for line in self.lines():
+                self.out.write(f"{prefix}{line}\n")
+            self.out.flush()
+        except OSError:  # the terminal was closed; the logs themselves are in the run's directory
+            give_up(self.out)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def start(plan: LaunchPlan, job: JobPlan, ids: dict[str, str], directory: Coordi
         "SKYRL_JOB_ID": job_id,
         LOCAL_JOBS_NAME: str(directory.path / "local_jobs.txt"),
     }
-    argv = (own["SKYRL_PYTHON"], str(directory.code / "slurm" / "jobs" / job.script.name))
+    argv = local_argv(replace(job, environment=own))
     out, err = directory.log(job.kind, job_id, "out"), directory.log(job.kind, job_id, "err")
     with out.open("wb") as stdout, err.open("wb") as stderr:
         spec = ChildSpec(

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import TextIO
+from typing import IO, TextIO
 
 FORMAT = "%(asctime)s [%(levelname)s] %(message)s"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -23,6 +23,16 @@ log = logging.getLogger("skyrl")
 def wants_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
     """Colour only on a terminal, and never where NO_COLOR is set (https://no-color.org)."""
     return not environment.get("NO_COLOR") and stream.isatty()
+
+
+def give_up(stream: IO[str]) -> None:
+    """Send what is still written to a stream nowhere: its reader or terminal is gone, its disk is full.
+
+    Python flushes once more at its end, and would end with code 120.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class ColourFormatter(logging.Formatter):

@@ -273,8 +273,17 @@ def shown(plan: LaunchPlan) -> str:
     return mask_values("\n".join(sections), plan.secret_values) + "\n"
 
 
+def local_argv(job: JobPlan) -> tuple[str, ...]:
+    """The job as a process of this machine: the run's copy of the same script."""
+    return (job.environment["SKYRL_PYTHON"], f"{job.environment['SKYRL_CODE_DIR']}/slurm/jobs/{job.script.name}")
+
+
 def _command_lines(plan: LaunchPlan) -> list[str]:
     lines = []
+    if plan.settings.skyrl_backend == "local":
+        for job in plan.jobs:
+            lines += [f"# {job.kind} job, a process of this machine", _readable(local_argv(job)), ""]
+        return lines
     for job in plan.jobs:
         lines += [f"# {job.kind} job", _readable(job.argv), ""]
     released = [RUNTIME_ID] if plan.runtime else ["<training job id>"]

@@ -146,7 +146,8 @@ def _read_secrets(path: Path) -> dict[str, str]:
 
 def record_paths(directory: CoordinationDir) -> list[Path]:
     """The records of a directory: ``run.json`` of the launch that made it, ``run_<id>.json`` of jobs that joined."""
-    return [path for path in [directory.run_record, *sorted(directory.path.glob("run_*.json"))] if path.is_file()]
+    joined = sorted(directory.path.glob("run_*.json"), key=lambda path: (len(path.name), path.name))
+    return [path for path in [directory.run_record, *joined] if path.is_file()]
 
 
 def read_jobs(directory: CoordinationDir) -> dict[str, str]:

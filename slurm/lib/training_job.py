@@ -31,6 +31,7 @@ from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
+from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
@@ -89,7 +90,7 @@ class TrainingSession:
     def __init__(self, job: JobContext, notes: SignalNotes) -> None:
         self.job = job
         self.notes = notes
-        self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID", "")
+        self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID") or read_jobs(job.directory).get("runtime", "")
         self.kill_wait_s = 0.0
         self._health = Answer(0, "not asked yet")
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
