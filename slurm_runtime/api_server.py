@@ -348,7 +348,7 @@ class StopWish:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
-        log.info("standard input has ended: stopping")
+        log.info("stopping, as the owner asks (standard input is closed)")
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped already
             self.loop.call_soon_threadsafe(self.event.set)
 

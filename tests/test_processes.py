@@ -48,7 +48,7 @@ def test_a_command_that_hangs_is_ended() -> None:
 def test_a_child_ends_with_its_block_with_all_its_group() -> None:
     with Child(spec("sh", "-c", "trap '' TERM; sleep 60 & sleep 60"), stop_grace_s=0.2) as child:
         until(lambda: len(session_members(child.pid)) == 3)
-    assert session_members(child.pid) == []
+    until(lambda: session_members(child.pid) == [])
     assert child.exit_code == 128 + signal.SIGKILL
 
 

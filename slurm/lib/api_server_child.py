@@ -183,7 +183,13 @@ def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, 
     environment = storage.environment({**job.environment, "PYTHONPATH": str(job.code)})
     environment.pop("ALLHANDS_API_KEY", None)
     return ChildSpec(
-        argv, environment, "the API server", stdin_pipe=True, stderr=subprocess.PIPE, pass_fds=(listener.fileno(),)
+        argv,
+        environment,
+        "the API server",
+        stdin_pipe=True,
+        stderr=subprocess.PIPE,
+        pass_fds=(listener.fileno(),),
+        ignores_stops=True,
     )
 
 

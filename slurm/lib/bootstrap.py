@@ -9,7 +9,7 @@ import os
 import sys
 
 MINIMUM = (3, 10)
-MARKER = "SKYRL_BOOTSTRAPPED"  # set for the restarted process, so that a broken environment cannot loop
+MARKER = "SKYRL_BOOTSTRAPPED"  # the interpreters that have been tried, so that broken ones cannot take turns
 EXIT_ENVIRONMENT = 71  # as in errors.py, which does not parse here
 
 
@@ -36,6 +36,14 @@ def suitable(version: "tuple[int, ...]", packages: "tuple[str, ...]") -> bool:
 PACKAGES = ("tenacity", "sh", "dotenv", "yaml")
 
 
+def _restart(python: str, script: str) -> None:
+    """Go on as ``python``; returns only if the system cannot start it."""
+    try:
+        os.execv(python, [python, script] + sys.argv[1:])
+    except OSError:
+        return
+
+
 def ensure_interpreter(code: str, script: str, packages: "tuple[str, ...]" = PACKAGES) -> None:
     """Return if this interpreter will do; else restart ``script`` under one that does, or end saying what to run.
 
@@ -45,13 +53,15 @@ def ensure_interpreter(code: str, script: str, packages: "tuple[str, ...]" = PAC
         os.environ.pop(MARKER, None)
         return
     tried = []
+    been = os.environ.get(MARKER, "").split("\n")
     for python, origin in candidates(code):
-        if os.environ.get(MARKER) == python:
-            tried.append("%s (%s) lacks packages" % (python, origin))
-        elif os.access(python, os.X_OK):
-            os.environ[MARKER] = python
+        if python in been:
+            tried.append("%s (%s) is too old or lacks packages" % (python, origin))
+        elif os.path.isfile(python) and os.access(python, os.X_OK):
+            os.environ[MARKER] = "\n".join(been + [python])
             sys.stdout.flush()
-            os.execv(python, [python, script] + sys.argv[1:])
+            _restart(python, script)
+            tried.append("%s (%s) cannot be started" % (python, origin))
         else:
             tried.append("%s (%s) is not there" % (python, origin))
     setup = os.path.join(os.environ.get("SKYRL_CHECKOUT") or code, "scripts", "setup")

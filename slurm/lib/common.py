@@ -17,9 +17,12 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import math
 import os
+import re
 import select
 import shlex
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,11 +38,12 @@ if __name__ == "__main__":
 
 from slurm.lib import coordination
 from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
-from slurm.lib.errors import EXIT_OK, EXIT_USAGE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.errors import EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USAGE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.logs import log, setup_command_logging
 
 DEFAULT_READY_TIMEOUT_S = 600
 DEFAULT_COMPLETE_TIMEOUT_S = 43200
+SHELL_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def log_info(*words: object) -> None:
@@ -119,13 +123,20 @@ def signal_training_complete(directory: str | Path, exit_code: int = 0, reason: 
     log.info("set %s", where.training_complete)
 
 
+def _deadline_s(given: float | None, name: str, default: float) -> float:
+    if given is not None:
+        return given
+    said = os.environ.get(name)
+    return _amount(said, f"{name}: seconds") if said else default
+
+
 def wait_for_runtime_url(directory: str | Path, timeout_s: float | None = None) -> str:
     """The runtime's address once it is ready; ``WaitTimeout`` after RUNTIME_READY_TIMEOUT seconds."""
     from slurm.lib.waiting import wait_for
 
     where = _existing(directory)
     ready = FlagReader.of_new_directory(where.runtime_ready, lambda _flag: True)
-    seconds = timeout_s or float(os.environ.get("RUNTIME_READY_TIMEOUT") or DEFAULT_READY_TIMEOUT_S)
+    seconds = _deadline_s(timeout_s, "RUNTIME_READY_TIMEOUT", DEFAULT_READY_TIMEOUT_S)
     return wait_for(f"a ready runtime in {where.path}", lambda: where.read_url() if ready.read() else None, seconds)
 
 
@@ -135,7 +146,7 @@ def wait_for_training_complete(directory: str | Path, timeout_s: float | None = 
 
     where = _existing(directory)
     complete = FlagReader.of_new_directory(where.training_complete, lambda _flag: True)
-    seconds = timeout_s or float(os.environ.get("TRAINING_COMPLETE_TIMEOUT") or DEFAULT_COMPLETE_TIMEOUT_S)
+    seconds = _deadline_s(timeout_s, "TRAINING_COMPLETE_TIMEOUT", DEFAULT_COMPLETE_TIMEOUT_S)
     flag = wait_for(f"the training in {where.path} to be complete", complete.read, seconds)
     return flag.exit_code or 0
 
@@ -146,7 +157,10 @@ def load_env_file(path: str | Path) -> dict[str, str]:
 
     if not Path(path).is_file():
         raise EnvironmentProblem(f"environment file not found: {path}")
-    return read_dot_env(Path(path))
+    try:
+        return read_dot_env(Path(path))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise EnvironmentProblem(f"cannot read the environment file {path}: {problem}") from None
 
 
 def load_config(name: str) -> dict[str, str]:
@@ -231,6 +245,10 @@ def hold_podman_storage() -> int:
 
 
 def _exports(values: Mapping[str, str]) -> str:
+    """Lines that a shell evaluates; a name that is none of a shell's variables could be a command there."""
+    for name in [name for name in values if not SHELL_NAME.fullmatch(name)]:
+        log.warning("left out: %r is not a name that a shell can export", name)
+    values = {name: value for name, value in values.items() if SHELL_NAME.fullmatch(name)}
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(values.items()))
 
 
@@ -244,13 +262,18 @@ def _done(action: Callable[[], object]) -> int:
     return EXIT_OK
 
 
-def _seconds(word: str | None) -> float | None:
-    if word is None:
-        return None
+def _amount(word: str, what: str) -> float:
     try:
-        return float(word)
+        number = float(word)
     except ValueError:
-        raise UsageError(f"{word!r} is not a number of seconds") from None
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UsageError(f"{what}: {word!r} is not a number of at least 0")
+    return number
+
+
+def _seconds(word: str | None) -> float | None:
+    return None if word is None else _amount(word, "seconds")
 
 
 def _number(word: str) -> int:
@@ -289,7 +312,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "setup-efa-networking": ("", lambda: _print(_exports(setup_efa_networking()))),
     "cleanup-old-coordination-dirs": (
         "[DAYS]",
-        lambda days="7": _done(lambda: cleanup_old_coordination_dirs(_seconds(days) or 0)),
+        lambda days="7": _done(lambda: cleanup_old_coordination_dirs(_amount(days, "days"))),
     ),
     "log-info": ("WORDS…", lambda *words: _done(lambda: log_info(*words))),
     "log-warn": ("WORDS…", lambda *words: _done(lambda: log_warn(*words))),
@@ -391,6 +414,8 @@ def main(argv: Sequence[str]) -> int:
     except SuiteError as problem:
         log.error("%s", problem)
         return problem.exit_code
+    except KeyboardInterrupt:
+        return EXIT_SIGNAL_BASE + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from slurm.lib.podman_storage import remove_when_ownerless
-from slurm.lib.processes import start_ticks
+from slurm.lib.processes import ignore_stops, start_ticks
 
 
 class Guardian:
@@ -49,7 +49,12 @@ def guarded(code: Path) -> Iterator[Guardian]:
     argv = [sys.executable, "-m", "slurm.lib.guardian"]
     environment = {**os.environ, "PYTHONPATH": str(code)}
     process = subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=ignore_stops,
     )
     assert process.stdin
     try:
@@ -104,7 +109,8 @@ def end_all(owned: dict[tuple[str, str], list[str]]) -> None:
 def main() -> None:
     if os.fork():
         os._exit(0)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    ignore_stops()
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     owned: dict[tuple[str, str], list[str]] = {}
     for line in sys.stdin:

@@ -11,9 +11,7 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +87,6 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send ``number`` to this process when the thread that started it ends."""
-    _libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
 @dataclass(frozen=True)
 class ChildSpec:
     """What to start: command, environment, folder, where its streams go and what becomes of it with its owner."""
@@ -107,6 +100,13 @@ class ChildSpec:
     stderr: IO[bytes] | int | None = None
     pass_fds: tuple[int, ...] = ()
     death_signal: int = signal.SIGKILL
+    ignores_stops: bool = False  # from its first moment; for a child whose owner stops it in another way
+
+
+def ignore_stops() -> None:
+    """Ignore the signals by which a scheduler or a terminal stops every process of a job at once."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Child:
@@ -134,6 +134,8 @@ class Child:
 
     def _before_exec(self) -> None:
         _libc.prctl(PR_SET_PDEATHSIG, self.spec.death_signal, 0, 0, 0)
+        if self.spec.ignores_stops:
+            ignore_stops()
 
     def __repr__(self) -> str:
         return f"{self.spec.name} (pid {self.pid}, exit code {self.process.returncode})"
@@ -167,13 +169,13 @@ class Child:
             return False
         return True
 
-    def stop(self, grace_s: float | None = None, first: int = signal.SIGTERM) -> None:
+    def stop(self, grace_s: float | None = None) -> None:
         """Ask, wait ``grace_s`` seconds, kill the process group, reap."""
         if self.process.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
         if self.exit_code is None:
-            self.send(first)
+            self.send(signal.SIGTERM)
             self.wait(self.stop_grace_s if grace_s is None else grace_s)
         self.send(signal.SIGKILL)
         self.process.wait()
@@ -201,15 +203,3 @@ def write_through(stream: IO[str]) -> Callable[[bytes], None]:
         os.write(stream.fileno(), line)
 
     return write
-
-
-def become(argv: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Replace this process by a command; the pid stays."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(argv[0], list(argv), dict(environment))
-
-
-def sleep_until(moment: float) -> None:
-    """Sleep until ``time.monotonic()`` reaches ``moment``."""
-    time.sleep(max(0.0, moment - time.monotonic()))

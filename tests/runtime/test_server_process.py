@@ -273,7 +273,7 @@ def test_with_stdin_signals_are_ignored_and_its_end_stops_it(server: MakeServer)
     assert made.answers()
     made.process.stdin.close()
     assert made.wait() == 0
-    assert "standard input has ended" in made.log()
+    assert "standard input is closed" in made.log()
 
 
 def test_a_start_without_podman_is_an_error_that_says_what_to_do(server: MakeServer, tmp_path: Path) -> None:
