@@ -70,7 +70,8 @@ def test_without_any_one_line_says_which_command_makes_it(code: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == (
         f"{code}/slurm/launch.py: no suitable Python: "
-        f"{code}/.venv/bin/python (the project's environment) is not there; make the environment with:  '{code}/scripts/setup'\n"
+        f"{code}/.venv/bin/python (the project's environment) is not there; "
+        f"make the environment with:  '{code}/scripts/setup'\n"
     )
 
 
@@ -153,7 +154,7 @@ def test_a_spooled_job_script_without_any_code_says_so(tmp_path: Path) -> None:
 
 def test_what_is_suitable() -> None:
     assert bootstrap.suitable((3, 10), ("os", "json"))
-    assert bootstrap.suitable(tuple(sys.version_info[:2]), bootstrap.PACKAGES)
+    assert bootstrap.suitable(tuple(sys.version_info[:2]), ("tenacity", "dotenv", "yaml"))
     assert not bootstrap.suitable((3, 6), ())
     assert not bootstrap.suitable((3, 9), ())
     assert not bootstrap.suitable((3, 12), ("os", "no_such_package"))

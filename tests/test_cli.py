@@ -155,7 +155,7 @@ def test_all_problems_together_with_their_places(launch: Launcher, slurm: FakeSl
     assert done.code == 2
     for line, key in ((3, "TIME_LIMIT=soon"), (4, "RUNTIME_MEMORY=lots")):
         assert f"{conf}:{line}: {key}: " in done.err
-    assert "--set GPU_NODES=0: GPU_NODES=0: must be at least 1" in done.err
+    assert "--set GPU_NODES: GPU_NODES=0: must be at least 1" in done.err
     assert "--set nonsense: must be KEY=VALUE" in done.err
     assert "nothing was created or submitted" in done.err
     assert slurm.calls == []

@@ -67,6 +67,7 @@ def run(
             cwd=cwd,
             input=input_text,
             stdin=subprocess.DEVNULL if input_text is None else None,
+            start_new_session=True,  # a terminal's Ctrl-C must not end sbatch between taking a job and naming it
         )
     except FileNotFoundError as problem:
         raise EnvironmentProblem(f"{argv[0]}: not found ({problem.strerror}); is it on PATH?") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,21 @@ def trainer_environment(
 
 
 def env_file_text(values: Mapping[str, str]) -> str:
-    """Values as a ``.env`` file that ``uv run --env-file`` and python-dotenv read back unchanged."""
-    return "".join(f"{name}={_quoted(value)}\n" for name, value in sorted(values.items()))
+    """Values as a ``.env`` file that ``uv run --env-file`` reads back unchanged.
+
+    python-dotenv (without interpolation) does too, but for a carriage return, and ``$`` in a value that also holds
+    ``'`` or ``\\\\`` or ends in a backslash: the two readers have no common spelling for it. Names that neither
+    takes are left out; one of them would end uv's reading.
+    """
+    return "".join(f"{name}={_quoted(value)}\n" for name, value in sorted(values.items()) if _NAME.fullmatch(name))
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
 def _quoted(value: str) -> str:
-    """Single quotes mean the same to both readers; a value that contains one needs double quotes and escapes."""
-    if "'" not in value:
+    """Single quotes where both readers take the value as it stands, else double quotes and escapes."""
+    if "'" not in value and "\\\\" not in value and not value.endswith("\\"):
         return f"'{value}'"
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$")
     return f'"{escaped}"'

@@ -318,7 +318,10 @@ def read_dot_env(path: Path) -> dict[str, str]:
         return {}
     from dotenv import dotenv_values  # 30 ms
 
-    values = dotenv_values(path, interpolate=False)
+    try:
+        values = dotenv_values(path, interpolate=False)
+    except (OSError, UnicodeDecodeError) as problem:
+        raise EnvironmentProblem(f"cannot read {path}: {problem}") from None
     return {name: value for name, value in values.items() if value is not None and "<REPLACE>" not in value}
 
 
