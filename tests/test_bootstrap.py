@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -167,3 +168,15 @@ def test_the_numbers_agree_with_those_of_the_suite() -> None:
     assert (
         f'requires-python = ">={bootstrap.MINIMUM[0]}.{bootstrap.MINIMUM[1]}"' in (ROOT / "pyproject.toml").read_text()
     )
+
+
+def test_both_job_scripts_find_their_code_in_the_same_way() -> None:
+    """Slurm runs copies of single files, so they cannot share these functions; they must stay equal."""
+    trees = [
+        ast.parse((ROOT / "slurm" / "jobs" / name).read_text()) for name in ("runtime_server.py", "verl_training.py")
+    ]
+    functions = [
+        {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)} for tree in trees
+    ]
+    for name in ("has_code", "submitted_from", "find_code"):
+        assert functions[0][name] == functions[1][name]

@@ -66,10 +66,31 @@ def test_silence_and_slurms_word_do() -> None:
     assert "the runtime job 7 is gone" in why
 
 
-def test_slurms_word_is_enough_within_a_minute_even_if_something_still_answers() -> None:
+def test_slurms_word_alone_ends_nothing_while_the_heart_beats() -> None:
     world = World()
-    world.scheduler.state = JobState.ENDED_WELL
+    world.scheduler.state = JobState.PURGED
+    assert world.run(300) is None
+
+
+def test_a_job_that_never_beat_ends_on_slurms_word() -> None:
+    world = World(expected=False)
+    world.age, world.scheduler.state = None, JobState.ENDED_BADLY
     assert world.run(61) is not None
+
+
+def test_a_job_that_slurm_no_longer_lists_is_missed_twice() -> None:
+    world = World(expected=False)
+    world.age, world.scheduler.state = None, JobState.PURGED
+    assert world.run(61) is None
+    assert world.run(61) is not None
+
+
+def test_a_job_that_runs_without_a_beat_is_asked_about_more_often() -> None:
+    world = World(expected=False)
+    world.age = None
+    world.run(61)
+    world.scheduler.state = JobState.ENDED_BADLY
+    assert world.run(10) is not None
 
 
 def test_an_unknown_state_is_no_end() -> None:
@@ -80,6 +101,6 @@ def test_an_unknown_state_is_no_end() -> None:
 
 def test_a_partner_that_has_not_started_is_not_silent() -> None:
     world = World(expected=False)
-    world.age = None
+    world.age, world.scheduler.state = None, JobState.PENDING
     world.run(120)
     assert len(world.scheduler.asked_at) == 2

@@ -13,7 +13,7 @@ import pytest
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.guardian import end_session, guarded, session_members
-from slurm.lib.processes import Child, ChildSpec, run, start_ticks
+from slurm.lib.processes import Child, ChildSpec, descendants, run, start_ticks, write_through
 
 CODE = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def test_a_missing_program_is_named() -> None:
 
 
 def test_a_command_that_hangs_is_ended() -> None:
-    with pytest.raises(WaitTimeout, match="did not answer within"):
+    with pytest.raises(WaitTimeout, match="sleep: no answer within"):
         run(["sleep", "60"], timeout_s=0.1)
 
 
@@ -97,10 +97,44 @@ def test_the_guardian_ends_only_what_it_was_told() -> None:
         assert ticks is not None
         end_session(child.pid, ticks + 1)
         assert child.exit_code is None, "another process of the same number"
-        with guarded(CODE) as guardian:
-            guardian.own_session(child.pid)
-            guardian.ended("session", child.pid)
-        time.sleep(0.3)
-        assert child.exit_code is None
         end_session(child.pid, ticks)
         until(lambda: child.exit_code is not None)
+
+
+def test_a_marked_process_in_a_session_of_its_own_is_ended() -> None:
+    marked = {**os.environ, "SKYRL_TRAINER": "7.abc"}
+    command = ("sh", "-c", "setsid sleep 300 & setsid sleep 300 & wait")
+    with Child(ChildSpec(command, marked, "a trainer")) as child:
+        until(lambda: len(descendants({child.pid})) == 2)
+        daemons = descendants({child.pid})
+        with guarded(CODE) as guardian:
+            guardian.own_marker("SKYRL_TRAINER", "7.ab")
+        time.sleep(0.3)
+        assert descendants({child.pid}) == daemons, "another trainer's"
+        with guarded(CODE) as guardian:
+            guardian.own_marker("SKYRL_TRAINER", "7.abc")
+        until(lambda: not any(start_ticks(pid) for pid in daemons))
+
+
+def test_a_wait_for_a_command_ends_when_it_is_pointless() -> None:
+    def stop() -> None:
+        raise EnvironmentProblem("pointless")
+
+    with pytest.raises(EnvironmentProblem, match="pointless"):
+        run(["sleep", "60"], timeout_s=60, check=stop)
+
+
+def test_an_environment_too_large_for_any_command_is_said() -> None:
+    with pytest.raises(EnvironmentProblem, match="cannot start true: Argument list too long"):
+        run(["true"], timeout_s=5, environment={"X": "x" * 200_000, "PATH": os.environ["PATH"]})
+
+
+def test_a_sink_that_fails_does_not_end_the_child() -> None:
+    command = ("sh", "-c", "for i in 1 2 3; do echo $i >&2 || exit 9; sleep 0.05; done")
+    lines: list[bytes] = []
+    spec = ChildSpec(command, os.environ, "a child", stderr=subprocess.PIPE)
+    with Path("/dev/full").open("w") as full, Child(spec) as child:
+        child.copy_stderr(write_through(full), lines.append)
+        until(lambda: child.exit_code is not None)
+    assert child.exit_code == 0
+    assert lines == [b"1\n", b"2\n", b"3\n"]

@@ -14,7 +14,6 @@ from slurm.lib.scheduler import (
     JobState,
     LocalJobs,
     Slurm,
-    longest_existing_prefix,
     parse_job_id,
     parse_status,
 )
@@ -63,14 +62,6 @@ def test_job_id(stdout: str, expected: str | None) -> None:
     assert parse_job_id(answer(stdout)) == expected
 
 
-def test_a_command_line_with_spaces_in_its_path(tmp_path: Path) -> None:
-    script = tmp_path / "a folder" / "job.py"
-    script.parent.mkdir()
-    script.touch()
-    assert longest_existing_prefix(f"{script} --config dev") == script
-    assert longest_existing_prefix("/nowhere --config dev") is None
-
-
 def fake(folder: Path, name: str, script: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -116,5 +107,20 @@ def test_local_jobs_are_known_by_pid_and_start_time(tmp_path: Path) -> None:
     record.write_text(f"a {os.getpid()} {ticks}\nb {os.getpid()} 1\n")
     jobs = LocalJobs(record)
     assert jobs.status("a").state is JobState.RUNNING
-    assert jobs.status("b").state is JobState.PURGED, "another process of the same number"
+    assert jobs.status("b").state is JobState.ENDED_BADLY, "another process of the same number"
     assert jobs.status("c").state is JobState.UNKNOWN
+
+
+def test_a_persons_filters_for_squeue_hide_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, "squeue", '[ -z "$SQUEUE_PARTITION" ] && echo "RUNNING|None|cpu1"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SQUEUE_PARTITION", "gpu_test")
+    assert Slurm().status("1").state is JobState.RUNNING
+
+
+def test_an_sbatch_without_an_answer_may_have_queued_the_job(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{path_of(slurm)}:{os.environ['PATH']}")
+    monkeypatch.setattr("slurm.lib.scheduler.SUBMIT_TIMEOUT_S", 0.1)
+    fake(path_of(slurm), "sbatch", "sleep 5")
+    with pytest.raises(SubmissionError, match="may have been queued all the same"):
+        slurm.submit(["sbatch", "x"])

@@ -426,3 +426,45 @@ def test_a_direct_training_that_fails_early_ends_the_runtime(user: User, checkou
     run.wait_over(seconds=20)
     assert run.completion["exit_code"] == 71
     assert "(skyrl-agent) is missing" in run.completion["reason"]
+
+
+TRAPPING = """TRAINING_COMMAND=trap 'echo got TERM; n=$((n + 1))' TERM; n=0; echo trainer started
+for i in $(seq 30); do sleep 0.1 & wait $!; [ $n = 0 ] || break; done; sleep 1; echo "signals: $n"; exit 0"""
+
+
+@pytest.mark.parametrize("how", ["scancel", "scancel --batch --signal=TERM"])
+def test_the_trainer_gets_one_term_and_time(user: User, checkout: Path, jobs_base: Path, how: str) -> None:
+    """Whether Slurm signalled every process or the body alone; a second TERM would be a second trap."""
+    run = launch(user, checkout, jobs_base, TRAPPING)
+    run.wait_for_text("training", "trainer started")
+    user.run([*how.split(), run.jobs["training"]])
+    run.wait_over(seconds=15)
+    assert "signals: 1" in run.log("training"), run.log("training")
+    assert run.completion["exit_code"] == 143
+
+
+def test_daemons_of_the_trainer_end_with_it(
+    user: User, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
+) -> None:
+    command = "TRAINING_COMMAND=setsid sleep 333 & setsid setsid sleep 333 & sleep 0.3; exit 3"
+    run = launch(user, checkout, jobs_base, command)
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 3
+    nothing_left()
+
+
+def test_a_training_body_that_cannot_begin_says_so(user: User, checkout: Path, jobs_base: Path) -> None:
+    run = launch(user, checkout, jobs_base, TRAIN_LONG, "HF_TOKEN=hf_secret_value", "GPU_SBATCH_ARGS=--begin=now+6")
+    until("ready", lambda: run.text("runtime_ready.flag"), 30)
+    (run.directory / "secrets.json").write_text("{")
+    run.wait_over(seconds=40)
+    assert "cannot read" in run.completion["reason"]
+    assert f"training job {run.jobs['training']} is complete" in run.log("runtime")
+
+
+def test_slurms_filters_of_a_person_do_not_end_a_run(user: User, checkout: Path, jobs_base: Path) -> None:
+    """SQUEUE_PARTITION hides the runtime job from squeue; the run goes past the first question to Slurm."""
+    command = "TRAINING_COMMAND=echo trainer started; sleep 65"
+    run = launch(user, checkout, jobs_base, command, env={"SQUEUE_PARTITION": "gpu_test"})
+    run.wait_over(seconds=110)
+    assert run.completion["exit_code"] == 0, run.completion

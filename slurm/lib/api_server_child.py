@@ -23,7 +23,7 @@ from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage
-from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
+from slurm.lib.processes import Child, ChildSpec, write_through
 from slurm.lib.settings import Settings
 
 BACKLOG = 1024
@@ -180,8 +180,7 @@ def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, 
         "--stop-timeout",
         f"{0.8 * stop_s:g}",
     )
-    environment = storage.environment({**job.environment, "PYTHONPATH": str(job.code)})
-    environment.pop("ALLHANDS_API_KEY", None)
+    environment = storage.environment({**job.open_environment, "PYTHONPATH": str(job.code)})
     return ChildSpec(
         argv,
         environment,
@@ -198,7 +197,7 @@ def _foreign_spec(job: JobContext, storage: PodmanStorage, port: int, key: str) 
     assert folder is not None
     argv = (str(folder / ".venv" / "bin" / "python"), "-m", "slurm_runtime.api_server", *common_flags(job.settings))
     listen = ("--host", "127.0.0.1" if job.is_local else "0.0.0.0", "--port", str(port), "--verbose")
-    environment = storage.environment({**job.environment, "ALLHANDS_API_KEY": key})
+    environment = storage.environment({**job.open_environment, "ALLHANDS_API_KEY": key})
     environment.pop("PYTHONPATH", None)
     return ChildSpec((*argv, *listen), environment, "slurm-remote-runtime", cwd=folder, stderr=subprocess.PIPE)
 
@@ -214,5 +213,4 @@ def _copy_log(child: Child, last_words: deque[bytes]) -> None:
         if alarms.wants(line):
             to_err(line)
 
-    assert child.process.stderr
-    copy_lines(child.process.stderr, [sink])
+    child.copy_stderr(sink)

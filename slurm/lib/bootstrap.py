@@ -33,7 +33,8 @@ def suitable(version: "tuple[int, ...]", packages: "tuple[str, ...]") -> bool:
     return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
-PACKAGES = ("tenacity", "sh", "dotenv", "yaml")
+# Of the suite and of its API server, which the runtime job starts under the same interpreter.
+PACKAGES = ("tenacity", "sh", "dotenv", "yaml", "fastapi", "uvicorn", "aiohttp")
 
 
 def _restart(python: str, script: str) -> None:

@@ -1,9 +1,10 @@
 """Ends what a job body owned if the body itself is killed with SIGKILL.
 
-The body starts it first and holds the only write end of its stdin. It tells it what it owns (``own storage PATH``,
-``own session SID TICKS``) and what it has ended itself (``ended …``). When the pipe closes, for whatever reason, the
-guardian ends the rest and goes. It leaves the job's process tree (two forks), so that a scheduler that follows parents
-does not end it before it has done its work; where the scheduler follows cgroups, it ends everything itself.
+The body starts it first and holds the only write end of its stdin, over which it says what it owns: ``storage PATH``,
+``session SID TICKS``, ``marker NAME=VALUE``. When the pipe closes, for whatever reason, the guardian ends what is still
+there of it and goes; after an orderly end that is nothing. It leaves the job's process tree (two forks), so that a
+scheduler that follows parents does not end it before it has done its work; where the scheduler follows cgroups, it
+ends everything itself.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from pathlib import Path
 from typing import IO
 
 from slurm.lib.podman_storage import remove_when_ownerless
-from slurm.lib.processes import ignore_stops, start_ticks
+from slurm.lib.processes import ignore_stops, pids, start_ticks
 
 
 class Guardian:
     """The body's end of the pipe."""
 
-    def __init__(self, pipe: IO[bytes]) -> None:
+    def __init__(self, pipe: IO[bytes], starter: subprocess.Popen[bytes]) -> None:
         self._pipe = pipe
+        self._starter = starter
+
+    def await_detached(self) -> None:
+        """Wait until it has left this process's tree (which takes it one start of Python)."""
+        self._starter.wait()
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -33,14 +39,15 @@ class Guardian:
             self._pipe.flush()
 
     def own_storage(self, root: Path) -> None:
-        self._say(f"own storage {root}")
+        self._say(f"storage {root}")
 
     def own_session(self, sid: int) -> None:
         """``sid`` leads a session of its own; all processes of that session are the guardian's to end."""
-        self._say(f"own session {sid} {start_ticks(sid) or 0}")
+        self._say(f"session {sid} {start_ticks(sid) or 0}")
 
-    def ended(self, kind: str, name: object) -> None:
-        self._say(f"ended {kind} {name}")
+    def own_marker(self, name: str, value: str) -> None:
+        """All processes with this variable in the environment that they were started with are the guardian's to end."""
+        self._say(f"marker {name}={value}")
 
 
 @contextlib.contextmanager
@@ -58,7 +65,7 @@ def guarded(code: Path) -> Iterator[Guardian]:
     )
     assert process.stdin
     try:
-        yield Guardian(process.stdin)
+        yield Guardian(process.stdin, process)
     finally:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -86,24 +93,24 @@ def end_session(sid: int, ticks: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def remember(owned: dict[tuple[str, str], list[str]], line: str) -> None:
-    """Take one line of the body into account."""
-    verb, _, rest = line.strip().partition(" ")
-    kind, _, details = rest.partition(" ")
-    name = details if kind == "storage" else details.split(" ")[0]
-    if verb == "own":
-        owned[kind, name] = details.split(" ")
-    else:
-        owned.pop((kind, name), None)
+def end_marked(entry: bytes) -> None:
+    """Kill every process that was started with ``entry`` (``NAME=VALUE``) in its environment."""
+    for pid in pids():
+        with contextlib.suppress(OSError):
+            if entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
 
 
-def end_all(owned: dict[tuple[str, str], list[str]]) -> None:
-    for (kind, name), details in owned.items():
-        if kind == "session":
-            end_session(int(name), int(details[1]))
-    for kind, name in owned:
-        if kind == "storage":
-            remove_when_ownerless(Path(name))
+def end(line: str) -> None:
+    """End one thing that the body owned."""
+    kind, _, name = line.rstrip("\n").partition(" ")
+    if kind == "session":
+        sid, ticks = name.split(" ")
+        end_session(int(sid), int(ticks))
+    elif kind == "marker":
+        end_marked(name.encode())
+    elif kind == "storage":
+        remove_when_ownerless(Path(name))
 
 
 def main() -> None:
@@ -112,10 +119,8 @@ def main() -> None:
     ignore_stops()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    owned: dict[tuple[str, str], list[str]] = {}
-    for line in sys.stdin:
-        remember(owned, line)
-    end_all(owned)
+    for line in sorted(sys.stdin.readlines()):  # markers and sessions first: removing storage takes longest
+        end(line)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ itself. Any other image is left to the API server, which pulls it when it is fir
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
@@ -37,60 +39,60 @@ def has_image(names: frozenset[str], image: str) -> bool:
     return bool(names & {tagged, f"localhost/{tagged}", f"docker.io/{tagged}", f"docker.io/library/{tagged}"})
 
 
-def load_images(job: JobContext, storage: PodmanStorage) -> None:
-    """Make CONTAINER_IMAGE usable in the job's store, or leave it to be pulled."""
+def load_images(job: JobContext, storage: PodmanStorage, check: Callable[[], None]) -> None:
+    """Make CONTAINER_IMAGE usable in the job's store, or leave it to be pulled; ``check`` raises to end it early."""
     settings = job.settings
     store = user_image_store(os.environ)
     source = image_source(settings.container_image, settings.image_archive, store)
     log.info("sandbox image %s: from %s", settings.container_image, source)
-    environment = storage.environment(job.environment)
+    loader = _Loader(storage, storage.environment(job.open_environment), check)
     if source == "archive" and settings.image_archive:
-        load_archive(settings.image_archive, storage, environment)
+        loader.load(settings.image_archive)
     elif source == "user store copy" and store:
-        copy_image(settings.container_image, store, storage, environment)
+        loader.copy(settings.container_image, store)
     elif source == "made here":
-        load_archive(busybox_archive(job), storage, environment)
+        loader.load(busybox_archive(job, check))
 
 
-def load_archive(archive: Path, storage: PodmanStorage, environment: Mapping[str, str]) -> None:
-    """``podman load`` through the running service."""
-    if not archive.is_file():
-        raise EnvironmentProblem(f"IMAGE_ARCHIVE={archive} is not a file on this node")
-    _podman(["--url", storage.url, "load", "--quiet", "--input", str(archive)], environment)
+@dataclass(frozen=True)
+class _Loader:
+    """Podman's commands for images, each ended early when ``check`` raises."""
+
+    storage: PodmanStorage
+    environment: Mapping[str, str]
+    check: Callable[[], None]
+
+    def load(self, archive: Path) -> None:
+        """``podman load`` through the running service."""
+        if not archive.is_file():
+            raise EnvironmentProblem(f"IMAGE_ARCHIVE={archive} is not a file on {socket.gethostname()}")
+        self._podman(["--url", self.storage.url, "load", "--quiet", "--input", str(archive)], self.environment)
+
+    def copy(self, image: str, store: tuple[Path, str]) -> None:
+        """Copy an image out of a store whose driver ours cannot read from; that store is only read."""
+        graphroot, driver = store
+        archive = self.storage.root / "tmp" / "image.tar"
+        own = {**os.environ, "TMPDIR": str(self.storage.root / "tmp")}
+        save = ["--root", str(graphroot), "--storage-driver", driver, "save", "--output", str(archive), image]
+        self._podman(save, own)
+        self.load(archive)
+        archive.unlink()
+
+    def _podman(self, arguments: list[str], environment: Mapping[str, str]) -> None:
+        answer = run(["podman", *arguments], timeout_s=LOAD_TIMEOUT_S, environment=environment, check=self.check)
+        if not answer.ok:
+            raise EnvironmentProblem(f"podman could not take the image {arguments[-1]}: {answer.complaint}")
 
 
-def copy_image(image: str, store: tuple[Path, str], storage: PodmanStorage, environment: Mapping[str, str]) -> None:
-    """Copy an image out of a store whose driver ours cannot read from; that store is only read."""
-    graphroot, driver = store
-    archive = storage.root / "tmp" / "image.tar"
-    home = {**os.environ, "TMPDIR": str(storage.root / "tmp")}
-    _podman(["--root", str(graphroot), "--storage-driver", driver, "save", "--output", str(archive), image], home)
-    load_archive(archive, storage, environment)
-    archive.unlink()
-
-
-def _podman(arguments: list[str], environment: Mapping[str, str]) -> None:
-    import sh  # 80 ms, spent while the API server starts beside us
-
-    try:
-        sh.podman(*arguments, _env=dict(environment), _timeout=LOAD_TIMEOUT_S, _tty_out=False)
-    except sh.TimeoutException:
-        raise EnvironmentProblem(f"podman {arguments[-1]} did not end within {LOAD_TIMEOUT_S:g} s") from None
-    except sh.ErrorReturnCode as problem:
-        words = " ".join(problem.stderr.decode("utf-8", "replace").split())
-        raise EnvironmentProblem(f"podman could not take the image {arguments[-1]}: {words}") from None
-    except sh.CommandNotFound:
-        raise EnvironmentProblem("podman: not found; is it on PATH?") from None
-
-
-def busybox_archive(job: JobContext) -> Path:
+def busybox_archive(job: JobContext, check: Callable[[], None]) -> Path:
     """The archive of the image that the suite makes itself, made once for each jobs base."""
     archive = job.settings.skyrl_jobs_base / ".cache" / "skyrl-busybox.tar"
     if archive.is_file():
         return archive
     archive.parent.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "slurm_runtime.busybox_image", "--output", str(archive), "--name", BUSYBOX_IMAGE]
-    answer = run(argv, timeout_s=MAKE_TIMEOUT_S, environment={**os.environ, "PYTHONPATH": str(job.code)})
+    environment = {**os.environ, "PYTHONPATH": str(job.code)}
+    answer = run(argv, timeout_s=MAKE_TIMEOUT_S, environment=environment, check=check)
     if not answer.ok:
         raise EnvironmentProblem(f"could not make the sandbox image: {answer.complaint}")
     return archive

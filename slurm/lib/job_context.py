@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import time
@@ -12,11 +13,12 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.lib.config import LoadedConfig, load_config
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, make_run_dir
-from slurm.lib.errors import EnvironmentProblem, SuiteError
+from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
+from slurm.lib.errors import EXIT_INTERNAL, EnvironmentProblem, SuiteError
 from slurm.lib.logs import log, setup_job_logging
-from slurm.lib.run_record import join, read_secrets
+from slurm.lib.run_record import join, read_jobs, read_secrets
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
+from slurm.lib.secrets import is_secret_name
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes, noted_signals
 
@@ -37,6 +39,11 @@ class JobContext:
     scheduler: Scheduler
     code: Path
     own_dir: bool
+
+    @property
+    def open_environment(self) -> dict[str, str]:
+        """The environment without secrets, for processes that need none: Podman and the API server."""
+        return {name: value for name, value in self.environment.items() if not is_secret_name(name)}
 
     @property
     def is_local(self) -> bool:
@@ -136,9 +143,27 @@ def run_body(kind: str, script: str, argv: Sequence[str], run: Callable[[JobCont
     with noted_signals() as notes:
         try:
             job = context(kind, arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
+            if job.settings.skyrl_debug:
+                setup_job_logging(debug=True)
+            return run(job, notes)
         except SuiteError as problem:
             log.error("%s", problem)
+            tell_partner(kind, arguments.coord_dir, os.environ, problem)
             return problem.exit_code
-        if job.settings.skyrl_debug:
-            setup_job_logging(debug=True)
-        return run(job, notes)
+        except Exception:  # the edge of the process: what no code of ours expected ends here, with its traceback
+            log.exception("an internal error of the %s job", kind)
+            return EXIT_INTERNAL
+
+
+def tell_partner(kind: str, coord_dir: str | None, environment: Mapping[str, str], problem: SuiteError) -> None:
+    """Say in the coordination directory that this job could not begin, where that much is known."""
+    job_id = own_job_id(environment)
+    path = Path(coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or "/nonexistent")
+    if not path.is_dir():
+        return
+    directory = CoordinationDir(path)
+    runtime_id = job_id if kind == "runtime" else environment.get("SKYRL_RUNTIME_JOB_ID", "")
+    runtime_id = runtime_id or read_jobs(directory).get("runtime", "")
+    flag = Flag.of_this_host(job_id, runtime_id, problem.exit_code, str(problem))
+    with contextlib.suppress(EnvironmentProblem):  # it has been logged; the partner will notice the job's end
+        directory.publish(directory.runtime_failed if kind == "runtime" else directory.training_complete, flag)

@@ -2,7 +2,8 @@
 
 Two witnesses are heard. The heartbeat is cheap and quick, but silence may be the network's; Slurm knows, but must not
 be asked often. So Slurm is asked when the heartbeat has fallen silent, and otherwise at most once a minute. Neither
-alone ends a run: not a silent heartbeat while Slurm says RUNNING, not a silent Slurm.
+alone ends a run: not a silent heartbeat while Slurm says RUNNING, not a word of Slurm while the heart beats. A job that
+Slurm no longer lists counts as ended when it is missing twice.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from slurm.lib.scheduler import JobStatus, Scheduler
+from slurm.lib.scheduler import JobState, JobStatus, Scheduler
 
 SILENT_AFTER_S = 4.0  # two beats and a half of the partner
 ASK_WHEN_SILENT_S = (5.0, 5.0, 5.0, 10.0, 20.0)  # seconds to the next question while the silence lasts
@@ -34,34 +35,35 @@ class PartnerWatch:
     clock: Callable[[], float] = time.monotonic
     _asked_at: float = field(default=0.0, init=False)
     _asked_in_silence: int = field(default=0, init=False)
+    _times_missing: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._asked_at = self.clock()
-
-    def is_silent(self) -> bool:
-        age = self.heartbeat_age_s()
-        return self.expected if age is None else age > SILENT_AFTER_S
 
     def gone(self) -> str | None:
         """Why the partner is gone, as a sentence, or None while it may be there."""
         if not self.job_id:
             return None
-        silent = self.is_silent()
+        age = self.heartbeat_age_s()
+        self.expected = self.expected or age is not None
+        silent = self.expected if age is None else age > SILENT_AFTER_S
         self._asked_in_silence = self._asked_in_silence if silent else 0
         if self.clock() - self._asked_at < self._patience_s(silent):
             return None
         self._asked_in_silence += silent
         self._asked_at = self.clock()
-        return verdict(self.kind, self.job_id, self.scheduler.status(self.job_id))
+        status = self.scheduler.status(self.job_id)
+        return self._verdict(status) if silent or age is None else None
+
+    def _verdict(self, status: JobStatus) -> str | None:
+        """The sentence for a final status, None for any other."""
+        self.expected = self.expected or status.state is JobState.RUNNING
+        self._times_missing = self._times_missing + 1 if status.state is JobState.PURGED else 0
+        if not status.state.is_final or self._times_missing == 1:
+            return None
+        return f"the {self.kind} job {self.job_id} is gone: {status.state.value} ({status.words})"
 
     def _patience_s(self, silent: bool) -> float:
         if not silent:
             return ASK_OTHERWISE_S
         return ASK_WHEN_SILENT_S[min(self._asked_in_silence, len(ASK_WHEN_SILENT_S) - 1)]
-
-
-def verdict(kind: str, job_id: str, status: JobStatus) -> str | None:
-    """The sentence for a final status, None for any other."""
-    if not status.state.is_final:
-        return None
-    return f"the {kind} job {job_id} is gone: {status.state.value} ({status.words})"

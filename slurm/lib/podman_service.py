@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.podman_storage import PodmanStorage
-from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
+from slurm.lib.processes import Child, ChildSpec, write_through
 from slurm.lib.waiting import wait_for
 
 START_DEADLINE_S = 30.0  # 0.3 s here; a busy node's first rootless start can take many times that
@@ -78,11 +79,10 @@ def podman_service(
 ) -> Iterator[PodmanService]:
     """The service on the job's storage, answering; ``check`` raises if waiting for it is to end early."""
     argv = ("podman", "system", "service", "--time=0", storage.url)
-    spec = ChildSpec(argv, storage.environment(environment), "the Podman service", stderr=-1)
+    spec = ChildSpec(argv, storage.environment(environment), "the Podman service", stderr=subprocess.PIPE)
     with Child(spec, stop_grace_s=stop_grace_s) as child:
         last_words: deque[bytes] = deque(maxlen=5)
-        assert child.process.stderr
-        copy_lines(child.process.stderr, [_keep_errors(last_words), write_through(sys.stdout)])
+        child.copy_stderr(_keep_errors(last_words), write_through(sys.stdout))
         service = PodmanService(child, last_words)
         _await(storage, service, check)
         yield service

@@ -24,7 +24,7 @@ from pathlib import Path
 from slurm.lib.coordination import utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
-from slurm.lib.processes import run
+from slurm.lib.processes import descendants, pids, run
 
 PREFIX = "skyrl"
 # A unix socket's path ends at 107 bytes (unix(7)); conmon puts up to 60 more below the store's runtime folder.
@@ -123,10 +123,12 @@ def file_system_of(path: Path) -> str:
 
 def choose_scratch(candidates: Sequence[str], job_id: str) -> Path:
     """The first folder that a store can lie in; ``EnvironmentProblem`` names what is wrong with each."""
-    faults = []
+    faults: list[str] = []
     for name in candidates:
         fault = _scratch_fault(Path(name), job_id)
         if fault is None:
+            if faults:
+                log.warning("Podman storage goes to %s, not to %s", name, "; ".join(faults))
             return Path(name)
         faults.append(f"{name}: {fault}")
     raise EnvironmentProblem(
@@ -243,18 +245,6 @@ def _mentions(pid: int, marker: bytes) -> bool:
     return False
 
 
-def _pids() -> list[int]:
-    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-
-
-def _parents() -> dict[int, int]:
-    parents = {}
-    for pid in _pids():
-        with contextlib.suppress(OSError):
-            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return parents
-
-
 def processes_of(storage: PodmanStorage) -> list[int]:
     """Every process of the store: Podman, conmon, port forwarders, and all that runs in its containers.
 
@@ -262,12 +252,12 @@ def processes_of(storage: PodmanStorage) -> list[int]:
     line. As root there is no such namespace; there it is conmon and Podman themselves and what descends from them.
     """
     marker = f"{storage.root}/".encode()
-    named = [pid for pid in _pids() if _mentions(pid, marker)]
+    named = [pid for pid in pids() if _mentions(pid, marker)]
     if os.geteuid() != 0:
         spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
-        return [pid for pid in _pids() if _namespace(pid) in spaces]
+        return [pid for pid in pids() if _namespace(pid) in spaces]
     engine = {pid for pid in named if _command_name(pid) in {"podman", "conmon", "netavark", "aardvark-dns"}}
-    return sorted(engine | _descendants(engine))
+    return sorted(engine | descendants(engine))
 
 
 def _command_name(pid: int) -> str:
@@ -276,19 +266,11 @@ def _command_name(pid: int) -> str:
     return ""
 
 
-def _descendants(roots: set[int]) -> set[int]:
-    parents = _parents()
-    found = set(roots)
-    while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
-        found |= more
-    return found - roots
-
-
 def kill_processes(storage: PodmanStorage, deadline_s: float = 3.0) -> None:
     """Kill every process of the store, and look again until none is left or the deadline has passed."""
     end = time.monotonic() + deadline_s
-    while (pids := [pid for pid in processes_of(storage) if not _is_zombie(pid)]) and time.monotonic() < end:
-        for pid in pids:
+    while (left := [pid for pid in processes_of(storage) if not _is_zombie(pid)]) and time.monotonic() < end:
+        for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
@@ -372,12 +354,23 @@ def _dead_owners_lock(storage: PodmanStorage) -> Iterator[bool]:
         yield False
         return
     with lock:
+        if _owners_host(lock.read()) != socket.gethostname():
+            yield False  # some network file systems lock on each node by itself
+            return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
             return
         yield True
+
+
+def _owners_host(text: str) -> str:
+    """The host that the lock file names; this one if its owner died before it had written it."""
+    try:
+        return str(json.loads(text)["host"])
+    except (ValueError, KeyError, TypeError):
+        return socket.gethostname()
 
 
 def remove_when_ownerless(root: Path, deadline_s: float = 10.0) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import IO
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+CHECK_EVERY_S = 0.2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -49,31 +52,52 @@ def run(
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    input_text: str | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Completed:
     """Run a command to its end; a failing exit code is a result, not an error.
 
-    Raises ``EnvironmentProblem`` if the program is not there and ``WaitTimeout`` after ``timeout_s`` seconds (the
-    command is killed then).
+    Raises ``EnvironmentProblem`` if it cannot be started and ``WaitTimeout`` after ``timeout_s`` seconds. ``check``
+    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed.
     """
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             list(argv),
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=timeout_s,
             env=None if environment is None else dict(environment),
             cwd=cwd,
-            input=input_text,
-            stdin=subprocess.DEVNULL if input_text is None else None,
             start_new_session=True,  # a terminal's Ctrl-C must not end sbatch between taking a job and naming it
         )
     except FileNotFoundError as problem:
         raise EnvironmentProblem(f"{argv[0]}: not found ({problem.strerror}); is it on PATH?") from None
-    except subprocess.TimeoutExpired:
-        raise WaitTimeout(f"{argv[0]} did not answer within {timeout_s:g} s: {' '.join(argv)[:200]}") from None
-    return Completed(tuple(argv), done.returncode, done.stdout, done.stderr)
+    except OSError as problem:  # such as an environment that is too large for any command
+        raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}") from None
+    with process:
+        try:
+            out, err = _communicate(process, timeout_s, check)
+        except WaitTimeout as problem:
+            process.kill()
+            raise WaitTimeout(f"{argv[0]}: {problem}: {' '.join(argv)[:200]}") from None
+        except BaseException:
+            process.kill()
+            raise
+    return Completed(tuple(argv), process.returncode, out, err)
+
+
+def _communicate(process: subprocess.Popen[str], timeout_s: float, check: Callable[[], None] | None) -> tuple[str, str]:
+    end = time.monotonic() + timeout_s
+    while True:
+        left = end - time.monotonic()
+        try:
+            return process.communicate(timeout=max(0.0, left if check is None else min(CHECK_EVERY_S, left)))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise WaitTimeout(f"no answer within {timeout_s:g} s") from None
+        if check is not None:
+            check()
 
 
 def start_ticks(pid: int) -> int | None:
@@ -86,6 +110,48 @@ def start_ticks(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that none leaves this process's tree."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(roots: set[int]) -> set[int]:
+    """All living processes that descend from ``roots``, without these."""
+    parents = {pid: parent for pid in pids() if (parent := _parent(pid)) is not None}
+    found = set(roots)
+    while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return found - roots
+
+
+def pids() -> list[int]:
+    """The numbers of all processes of this host, as far as this one sees them."""
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[1])
+
+
+def kill_descendants(spared: set[int], deadline_s: float = 2.0) -> None:
+    """Kill and reap what descends from this process, but ``spared`` and their descendants."""
+    end = time.monotonic() + deadline_s
+    while doomed := descendants({os.getpid()}) - spared - descendants(spared):
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in doomed:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > end:
+            return
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True)
@@ -116,6 +182,7 @@ class Child:
     def __init__(self, spec: ChildSpec, stop_grace_s: float = 3.0) -> None:
         self.spec = spec
         self.stop_grace_s = stop_grace_s
+        self._copiers: list[threading.Thread] = []
         try:
             self.process = subprocess.Popen(
                 list(spec.argv),
@@ -170,16 +237,27 @@ class Child:
             return False
         return True
 
+    def copy_stderr(self, *sinks: Callable[[bytes], object]) -> None:
+        """Hand each line of the child's stderr (a pipe) to every sink until its end."""
+        assert self.process.stderr
+        self._copiers.append(copy_lines(self.process.stderr, sinks))
+
     def stop(self, grace_s: float | None = None) -> None:
-        """Ask, wait ``grace_s`` seconds, kill the process group, reap."""
+        """Ask, wait ``grace_s`` seconds, kill the process group, reap, have its last lines copied."""
         if self.process.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
         if self.exit_code is None:
             self.send(signal.SIGTERM)
             self.wait(self.stop_grace_s if grace_s is None else grace_s)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the process group, reap, have its last lines copied."""
         self.send(signal.SIGKILL)
         self.process.wait()
+        for copier in self._copiers:
+            copier.join(1.0)  # a grandchild may hold the pipe open
 
 
 def copy_lines(source: IO[bytes], sinks: Sequence[Callable[[bytes], object]]) -> threading.Thread:
@@ -197,10 +275,12 @@ def copy_lines(source: IO[bytes], sinks: Sequence[Callable[[bytes], object]]) ->
 
 
 def write_through(stream: IO[str]) -> Callable[[bytes], None]:
-    """A sink that writes bytes to a text stream's descriptor at once."""
+    """A sink that writes bytes to a text stream's descriptor at once; a full disk loses lines, not the child."""
 
     def write(line: bytes) -> None:
-        stream.flush()
-        os.write(stream.fileno(), line)
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+            while line:
+                line = line[os.write(stream.fileno(), line) :]
 
     return write

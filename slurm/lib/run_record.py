@@ -101,7 +101,8 @@ def copy_code(checkout: Path, target: Path) -> None:
     """Copy the suite's own code, so that an upgrade of the checkout does not change queued jobs."""
     if target.exists():
         return
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    # A user's own .conf beside ours may hold a key; redacted copies of those in use lie in the run's directory.
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.conf")
     try:
         target.mkdir(mode=0o700)
         for name in CODE_PARTS:

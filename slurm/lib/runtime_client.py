@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 TIMEOUT_S = 5.0
+QUICK_TIMEOUT_S = 1.0  # asked on this host in a loop that must also see signals
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class RuntimeClient:
         return urlsplit(self.url).hostname or ""
 
     def ask(self, method: str, path: str, timeout_s: float = TIMEOUT_S) -> Answer:
-        parts = urlsplit(self.url)
-        make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         try:
+            parts = urlsplit(self.url)
+            make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             connection = make(self.host, parts.port, timeout=timeout_s)
             try:
                 connection.request(method, parts.path.rstrip("/") + path, headers=self._headers())
@@ -70,7 +71,7 @@ class RuntimeClient:
 
     def heard_s_ago(self, name: str) -> float | None:
         """Seconds since the server last heard of ``name``, by its clock; None if never or if it does not say."""
-        body = self.ask("GET", f"/heartbeat/{quote(name, safe='')}").body
+        body = self.ask("GET", f"/heartbeat/{quote(name, safe='')}", timeout_s=QUICK_TIMEOUT_S).body
         age = body.get("age_s") if isinstance(body, dict) else None
         return float(age) if isinstance(age, (int, float)) else None
 

@@ -116,8 +116,8 @@ def serve(job: JobContext, notes: SignalNotes) -> Outcome:
         guardian.own_storage(storage.root)
         with api_server(job, storage, api_key(job), budget.server_s) as server:
             guardian.own_session(server.pid)
-            with podman_service(storage, job.environment, notes.check, budget.service_s) as service:
-                load_images(job, storage)
+            with podman_service(storage, job.open_environment, notes.check, budget.service_s) as service:
+                load_images(job, storage, lambda: still_starting(notes, server, service))
                 await_health(server, notes)
                 watcher = TrainingWatcher.of(job, server)
                 publish(job, server)
@@ -131,6 +131,13 @@ def serve(job: JobContext, notes: SignalNotes) -> Outcome:
 def api_key(job: JobContext) -> str:
     """The key of this run's server: the configured one, else a new one."""
     return job.environment.get("ALLHANDS_API_KEY") or secrets.token_urlsafe(32)
+
+
+def still_starting(notes: SignalNotes, server: ApiServer, service: PodmanService) -> None:
+    """Raise the reason why going on with the start has become pointless."""
+    notes.check()
+    server.check_alive()
+    service.check_alive()
 
 
 def await_health(server: ApiServer, notes: SignalNotes) -> None:
@@ -226,8 +233,6 @@ class TrainingWatcher:
         self.partner = self.partner or self._find_partner(server)
         if self.partner is None:
             return None
-        if self.partner.heartbeat_age_s() is not None:
-            self.partner.expected = True
         why = self.partner.gone()
         if why is None:
             return None

@@ -7,6 +7,7 @@ without ``--json`` and without accounting.
 from __future__ import annotations
 
 import enum
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from slurm.lib.processes import Completed, run, start_ticks
 
 ASK_TIMEOUT_S = 10.0  # a busy controller answers squeue within seconds or not for minutes
 SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
+# A person's defaults for these commands, such as SQUEUE_PARTITION, would hide living jobs from us.
+FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_")
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 
 
@@ -94,21 +97,12 @@ def parse_job_id(answer: Completed) -> str | None:
     return None
 
 
-def longest_existing_prefix(command: str) -> Path | None:
-    """The script in ``scontrol``'s ``Command=``, which gives path and arguments unquoted, spaces and all."""
-    words = command.split(" ")
-    for end in range(len(words), 0, -1):
-        path = Path(" ".join(words[:end]))
-        if path.is_file():
-            return path
-    return None
-
-
 class Slurm:
     """Slurm as its commands on PATH; ``environment`` is what they are started with."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self.environment = environment
+        given = os.environ if environment is None else environment
+        self.environment = {name: value for name, value in given.items() if not name.startswith(FILTERS)}
 
     def _ask(self, *argv: str, timeout_s: float = ASK_TIMEOUT_S) -> Completed:
         try:
@@ -118,7 +112,12 @@ class Slurm:
 
     def submit(self, argv: Sequence[str], cwd: Path | None = None) -> str:
         """Submit and return the job's id; ``SubmissionError`` with Slurm's words if it was not taken."""
-        answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
+        try:
+            answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
+        except WaitTimeout as problem:
+            raise SubmissionError(
+                f"{problem}; it may have been queued all the same, held: look with squeue --me, end it with scancel"
+            ) from None
         job_id = parse_job_id(answer)
         if not answer.ok or job_id is None:
             raise SubmissionError(f"Slurm did not take the job: {answer.complaint}")
@@ -131,7 +130,7 @@ class Slurm:
             raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
 
     def status(self, job_id: str) -> JobStatus:
-        return parse_status(self._ask("squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T|%r|%N"))
+        return parse_status(self._ask("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N"))
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
@@ -176,7 +175,9 @@ class LocalJobs:
             return JobStatus(JobState.UNKNOWN, "not started yet")
         pid, ticks = process
         alive = start_ticks(pid) == ticks
-        return JobStatus(JobState.RUNNING, f"pid {pid}") if alive else JobStatus(JobState.PURGED, f"pid {pid} is gone")
+        if alive:
+            return JobStatus(JobState.RUNNING, f"pid {pid}")
+        return JobStatus(JobState.ENDED_BADLY, f"its process {pid} is gone")
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Local jobs end with their launcher and with each other; nobody cancels a partner from outside."""

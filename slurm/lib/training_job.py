@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
-from slurm.lib.processes import Child, ChildSpec, copy_lines, write_through
+from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -40,8 +41,10 @@ from slurm.lib.waiting import wait_for
 KEY_NAME = "ALLHANDS_API_KEY"
 URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
 LOOK_EVERY_S = 0.2
+CANARY_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
 PARTNER_LOOK_EVERY_S = 1.0
 VERIFY_DEADLINE_S = 20.0
+FOREIGN_SERVERS = frozenset({404, 405})  # a server that is not ours need not have /list
 # How long a trainer may take to stop after its runtime is gone; with SILENT_AFTER_S the GPUs are free within 15 s.
 STOP_GRACE_S = 5.0
 
@@ -123,16 +126,22 @@ class TrainingSession:
         environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
+        marker = f"{self.job.job_id}.{secrets.token_hex(8)}"
+        environment["SKYRL_TRAINER"] = marker
         with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
+            guardian.own_marker("SKYRL_TRAINER", marker)
             watch = self.partner_watch(endpoint, heartbeat)
-            with start_trainer(trainer, environment) as child:
+            guardian.await_detached()
+            adopt_orphans()
+            with start_canary() as canary, start_trainer(trainer, environment) as child:
                 guardian.own_session(child.pid)
                 self.notes.on_other = child.send
                 try:
-                    return self.supervise(child, watch)
+                    return self.supervise(child, watch, canary)
                 finally:
                     self.notes.on_other = None
-                    child.stop(0)
+                    child.kill()
+                    kill_descendants(spared={canary.pid})  # daemons that it left, in sessions of their own
 
     def find_endpoint(self) -> Endpoint:
         """The server's address: from the runtime job's directory once it is ready, or as configured."""
@@ -214,6 +223,8 @@ class TrainingSession:
         answer = client.check_key()
         if answer.status in {401, 403}:
             raise PartnerGone(f"the runtime's server at {endpoint.url} refused the key ({answer.words})")
+        if not answer.ok and answer.status not in FOREIGN_SERVERS:
+            raise PartnerGone(f"the runtime's server at {endpoint.url} is not well: GET /list answered {answer.words}")
         log.info("runtime server at %s answers and takes the key", endpoint.url)
 
     def prepare(self, trainer: Trainer, endpoint: Endpoint) -> dict[str, str]:
@@ -258,12 +269,12 @@ class TrainingSession:
 
         return gone
 
-    def supervise(self, child: Child, partner_gone: Callable[[], str | None]) -> Outcome:
+    def supervise(self, child: Child, partner_gone: Callable[[], str | None], canary: Child) -> Outcome:
         """Wait for the trainer's end, a signal, or the partner's end."""
         next_look = 0.0
         while (code := child.exit_code) is None:
             if self.notes.stop_signal is not None:
-                return self._stopped_by_signal(child, self.notes.stop_signal)
+                return self._stopped_by_signal(child, self.notes.stop_signal, canary)
             if time.monotonic() >= next_look:
                 why = partner_gone()
                 if why:
@@ -277,13 +288,18 @@ class TrainingSession:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(LOOK_EVERY_S)
 
-    def _stopped_by_signal(self, child: Child, number: int) -> Outcome:
-        """Pass the signal on, unless the trainer is ending already: scancel signals every process of the job."""
+    def _stopped_by_signal(self, child: Child, number: int, canary: Child) -> Outcome:
+        """Pass the signal on, unless the trainer has had it: a second one makes many programs drop their checkpoint.
+
+        ``scancel`` signals every process of the job, ``scancel --batch`` and a local launcher this one alone; the
+        canary tells which it was.
+        """
         name = signal.Signals(number).name
         log.warning("received %s; stopping the trainer", name)
-        if not child.wait(0.5):
+        if not canary.wait(CANARY_S):
             child.send(number)
-        child.stop(max(1.0, self.kill_wait_s - 2.5))
+        child.wait(max(1.0, self.kill_wait_s - 2.5))
+        child.kill()
         code = child.exit_code
         own = code if code not in {None, 0} else EXIT_SIGNAL_BASE + number
         return Outcome(own or EXIT_SIGNAL_BASE + number, f"ended by {name}; {ended(code or 0)}")
@@ -302,13 +318,17 @@ def ended(code: int) -> str:
     return "the trainer ended" if code == 0 else f"the trainer failed with exit code {code}"
 
 
+def start_canary() -> Child:
+    """A process that does nothing but die of the signals that every process of the job gets."""
+    return Child(ChildSpec(("sleep", "infinity"), {"PATH": os.defpath}, "the canary"), stop_grace_s=0.0)
+
+
 def start_trainer(trainer: Trainer, environment: Mapping[str, str]) -> Child:
     """Start it: stdout straight into ``.out``, stderr into ``.out`` and ``.err``."""
     log.info("starting the trainer in %s", trainer.cwd)
     spec = ChildSpec(trainer.argv, environment, "the trainer", cwd=trainer.cwd, stderr=subprocess.PIPE)
     child = Child(spec)
-    assert child.process.stderr
-    copy_lines(child.process.stderr, [write_through(sys.stdout), write_through(sys.stderr)])
+    child.copy_stderr(write_through(sys.stdout), write_through(sys.stderr))
     return child
 
 
@@ -321,7 +341,7 @@ def read_dot_env(path: Path) -> dict[str, str]:
     try:
         values = dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as problem:
-        raise EnvironmentProblem(f"cannot read {path}: {problem}") from None
+        raise EnvironmentProblem(f"cannot read the environment file {path}: {problem}") from None
     return {name: value for name, value in values.items() if value is not None and "<REPLACE>" not in value}
 
 
