@@ -90,13 +90,21 @@ def sampler() -> Iterator[Sampler]:
 
 
 @pytest.fixture
-def conf(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Path:
-    """A ``.conf`` of the user's with a key in it."""
-    path = jobs_base / "with key.conf"
+def conf(user: OrdinaryUser, checkout: Path) -> Iterator[Path]:
+    """A ``.conf`` of the user's with a key in it, beside ours in the checkout, whose code is copied."""
+    path = checkout / "slurm" / "config" / "with key.conf"
     path.write_text(f'source {shlex.quote(str(checkout))}/slurm/config/dev.conf\nALLHANDS_API_KEY="{KEY}"\n')
     path.chmod(0o600)
     os.chown(path, user.uid, user.gid)
-    return path
+    yield path
+    path.unlink()
+
+
+def server_environments(user: OrdinaryUser) -> bytes:
+    """The environments of the user's API servers and Podman processes."""
+    servers = [pid for pid, words in user.processes().items() if "podman system" in words or "api_server" in words]
+    assert len(servers) >= 2
+    return b"".join(Path(f"/proc/{pid}/environ").read_bytes() for pid in servers)
 
 
 def with_conf(argv: list[str], conf: Path) -> list[str]:
@@ -153,6 +161,7 @@ def test_planted_keys_show_nowhere(user: User, checkout: Path, jobs_base: Path, 
     run = parse_report(user, done.stdout)
     run.wait_for_text("training", "is ready at")
     told = slurms_words(user, run)
+    assert shows(server_environments(user), KEY, TOKEN) == []
     kept = {str(path): shows(data, KEY, TOKEN) for path, data in cluster_files()}
     run.wait_over(seconds=120)
     assert run.completion["exit_code"] == 0, run.log("training")
