@@ -16,7 +16,8 @@ from typing import Any, Protocol
 class User(Protocol):
     """An ordinary user of the test cluster (tests/conftest.py)."""
 
-    home: Path
+    @property
+    def home(self) -> Path: ...
 
     def run(self, argv: list[str], **options: Any) -> CompletedProcess[str]: ...
 

@@ -258,6 +258,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--config", "./"], "Is a directory"),
     (["--config", "/nowhere/x.conf"], "/nowhere/x.conf: cannot read this configuration file: No such file"),
     (["--config", "x.conf"], "No such file"),
+    (["--config", "/dev/stdin"], "/dev/stdin: is not a regular file"),
     ([*DEV, "extra"], "unrecognized arguments: extra"),
     ([*DEV, "--nonsense"], "unrecognized arguments: --nonsense"),
     ([*DEV, "--set"], "expected one argument"),
@@ -284,9 +285,12 @@ BAD: list[tuple[list[str], str]] = [
     ([*DEV, "--set", "ALLHANDS_API_KEY=two words"], "must be printable ASCII"),
     ([*DEV, "--runtime-only", "--skip-runtime"], "exclude each other"),
     ([*DEV, "--runtime-url", "ftp://host"], "must be an address like http://host:8000"),
+    ([*DEV, "--runtime-url", "http://[::1"], "must be an address like http://host:8000"),
+    ([*DEV, "--runtime-url", "http://h:99999999"], "must be an address like http://host:8000"),
     ([*DEV, "--runtime-url", ""], "--skip-runtime needs a runtime"),
     ([*DEV, "--skip-runtime", "--set", "SKYRL_COORD_DIR=/nowhere"], "SKYRL_COORD_DIR=/nowhere is not a folder"),
     ([*DEV, "--api-key-file", "/nowhere/key"], "--api-key-file /nowhere/key: No such file or directory"),
+    ([*DEV, "--api-key-file", "~nosuch/x"], "--api-key-file ~nosuch/x: No such file or directory"),
     ([*DEV, "--api-key-file", "/"], "--api-key-file /: Is a directory"),
     ([*DEV, "--api-key-file", "/dev/null"], "--api-key-file /dev/null: the key is empty"),
     ([*DEV, "--api-key", ""], "--api-key: the key is empty"),
@@ -433,9 +437,41 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 
 def test_a_full_disk_under_stdout_is_said(tmp_path: Path) -> None:
     done = start(["bash", "-c", f"'{LAUNCH}' --config dev --dry-run {' '.join(TRAINER)} >/dev/full"], tmp_path)
+    assert done.returncode == 71
     assert "cannot write to stdout: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     assert "sbatch" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("python", ["", f"'{sys.executable}'", f"'{sys.executable}' -S"])
+def test_closed_streams_lead_nowhere(tmp_path: Path, closed: str, python: str) -> None:
+    """Also if it restarts itself; and what is said goes to the streams that are open."""
+    conf = tmp_path / "x.conf"
+    conf.write_text("cat\necho said by the file\nNO_SUCH_KEY=1\n")
+    words = ["--config", str(conf), "--dry-run", *TRAINER]
+    done = start(["bash", "-c", f'{python} "$0" "$@" {closed}', str(LAUNCH), *words], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("sbatch" in done.stdout) == (" >&-" not in f" {closed}")
+    assert ("not a key of this suite: NO_SUCH_KEY" in done.stderr) == ("2>&-" not in closed)
+    assert ("said by the file" in done.stderr) == ("2>&-" not in closed)
+    assert "Traceback" not in done.stdout + done.stderr
+    failed = start(["bash", "-c", f'{python} "$0" --config nonesuch {closed}', str(LAUNCH)], tmp_path)
+    assert (failed.returncode, failed.stdout) == (2, "")
+
+
+def test_in_a_folder_that_is_gone(tmp_path: Path) -> None:
+    script = f"mkdir gone && cd gone && rmdir ../gone && '{sys.executable}' '{LAUNCH}' {' '.join(DRY)}"
+    done = start(["bash", "-c", script], tmp_path)
+    assert (done.returncode, done.stdout) == (71, "")
+    assert "the current folder cannot be used: No such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_configuration_from_a_pipe_is_refused(tmp_path: Path) -> None:
+    done = start(["bash", "-c", f"'{LAUNCH}' --config <(echo GPU_NODES=7) --dry-run {' '.join(TRAINER)}"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is not a regular file" in done.stderr
 
 
 def test_colour_only_on_a_terminal(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:

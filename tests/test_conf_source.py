@@ -197,6 +197,32 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert words in problem.what
 
 
+def test_what_can_be_read_only_once_is_refused(tmp_path: Path) -> None:
+    """A pipe without a writer would be waited for; one with a writer is empty once we have looked into it."""
+    fifo = tmp_path / "fifo.conf"
+    os.mkfifo(fifo)
+    reading, writing = os.pipe()
+    os.write(writing, b"GPU_NODES=7\n")
+    os.close(writing)
+    (tmp_path / "link.conf").symlink_to(fifo)
+    regular = os.open(__file__, os.O_RDONLY)
+    try:
+        paths = [fifo, tmp_path / "link.conf", Path("/dev/null"), *(Path(f"/dev/fd/{fd}") for fd in (reading, regular))]
+        for path in paths:
+            (problem,) = source_conf(path, ENVIRONMENT).problems
+            assert "is not a regular file" in problem.what, path
+        assert os.read(reading, 100) == b"GPU_NODES=7\n", "nothing has been taken from it"
+    finally:
+        os.close(reading)
+        os.close(regular)
+
+
+def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.conf").write_text("X=1\n")
+    (tmp_path / "link.conf").symlink_to(tmp_path / "x.conf")
+    assert source_conf(tmp_path / "link.conf", ENVIRONMENT).values == {"X": "1"}
+
+
 def test_a_path_with_spaces_and_quotes(tmp_path: Path) -> None:
     path = tmp_path / 'it\'s a "file" $HOME.conf'
     path.write_text("\nX=1\n")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from slurm.lib import settings as parsers
 from slurm.lib.config import LoadedConfig, load_config
-from slurm.lib.errors import EXIT_USAGE, ConfigError
+from slurm.lib.errors import EXIT_USAGE, ConfigError, EnvironmentProblem
 from slurm.lib.settings import KEYS, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +280,30 @@ def test_the_model_length_covers_prompt_and_response(load: Loader) -> None:
     assert load("MAX_PROMPT_LENGTH=100\nMAX_RESPONSE_LENGTH=200\nMAX_MODEL_LEN=250\n").settings.max_model_len == 250
 
 
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("2-00:00:00", 172800), ("30", 43200), ("12:00:01", 43201), ("UNLIMITED", 366 * 86400), ("0", 366 * 86400)],
+)
+def test_the_runtime_waits_as_long_as_the_training_may_take(load: Loader, limit: str, seconds: int) -> None:
+    loaded = load(f"TIME_LIMIT={limit}\n")
+    assert (loaded.settings.training_complete_timeout, loaded.warnings) == (seconds, ())
+    again = load(None, **loaded.settings.as_environment())
+    assert (again.settings, again.warnings) == (loaded.settings, ()), "a job reads back what was launched"
+
+
+def test_a_runtime_that_gives_up_before_the_training_is_warned_of(load: Loader) -> None:
+    lower = "TIME_LIMIT=2-0\nTRAINING_COMPLETE_TIMEOUT=43200\n"
+    (warning,) = load(lower).warnings
+    assert warning.endswith(
+        "x.conf:2: TRAINING_COMPLETE_TIMEOUT=43200 is less than TIME_LIMIT=2-0 (172800 s): a training that takes "
+        "longer loses its runtime; leave it unset for the whole time limit"
+    )
+    assert load(lower, "TRAINING_COMPLETE_TIMEOUT=172800").warnings == ()
+    assert load(lower, "SKYRL_BACKEND=local").warnings == (), "no time limit ends a local run"
+    (warning,) = load("TIME_LIMIT=UNLIMITED\n", "TRAINING_COMPLETE_TIMEOUT=43200").warnings
+    assert warning.startswith("--set TRAINING_COMPLETE_TIMEOUT: ")
+
+
 # --- problems --------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +389,18 @@ def test_the_environment_brings_no_unknown_keys(load: Loader) -> None:
     loaded = load("PATH=$PATH:/more\n", GPU_NODE="2")
     assert loaded.warnings == ()
     assert set(loaded.exported) == {"PATH"}
+
+
+def test_without_a_home_or_a_folder_it_says_so(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user whom the user database lacks
+    with pytest.raises(EnvironmentProblem, match="HOME is not set"):
+        load(None, HOME="")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(EnvironmentProblem, match="the current folder cannot be used: No such file or directory"):
+        load_config("dev", [], ENVIRONMENT, SHIPPED, NOW, Path("/project"))
 
 
 # --- which file ------------------------------------------------------------------------------------------------------

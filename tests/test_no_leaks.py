@@ -149,7 +149,9 @@ def assert_only_in_private_files(folder: Path, *secrets: str) -> set[str]:
     return holding
 
 
-def test_planted_keys_show_nowhere(user: User, checkout: Path, jobs_base: Path, conf: Path, sampler: Sampler) -> None:
+def test_planted_keys_show_nowhere(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, conf: Path, sampler: Sampler
+) -> None:
     environment = {"WANDB_API_KEY": TOKEN}
     settings = (f"SKYRL_JOBS_BASE={jobs_base}", f"TRAINING_COMMAND={LOOP}; exit 0")
     argv = with_conf(launch_argv(checkout, *settings), conf)

@@ -175,21 +175,39 @@ INSIDE = {
     "CUDA_VISIBLE_DEVICES": "0,1",
     "GPU_DEVICE_ORDINAL": "0",
 }
+OVERRULING = {
+    **dict.fromkeys(["SBATCH_WAIT", "SBATCH_ARRAY_INX", "SBATCH_REQUEUE", "SBATCH_GET_USER_ENV"], "1"),
+    "SBATCH_GRES": "gpu:1",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_SIGNAL": "B:USR1@60",
+    "SQUEUE_PARTITION": "other",
+    "SCANCEL_INTERACTIVE": "1",
+    "SCONTROL_ALL": "1",
+}
 ON_PURPOSE = {
     "SLURM_CONF": "/c",
+    "SLURM_CONF_SERVER": "ctl1,ctl2",
     "SLURM_CLUSTERS": "a",
     "SBATCH_ACCOUNT": "lab",
     "SBATCH_QOS": "q",
+    "SBATCH_PARTITION": "p",
+    "SBATCH_RESERVATION": "r",
+    "SBATCH_WCKEY": "w",
     "SLURM_RUNTIME_DIR": "/r",
     "MY": "x",
 }
 
 
 def test_inside_an_allocation_what_slurm_set_is_dropped() -> None:
-    assert without_slurm({**INSIDE, **ON_PURPOSE}) == ON_PURPOSE
+    assert without_slurm({**INSIDE, **ON_PURPOSE, "SLURM_JWT": "j"}) == {**ON_PURPOSE, "SLURM_JWT": "j"}
     text = shown(plan_for(environment={**INSIDE, **ON_PURPOSE}))
     assert not [name for name in INSIDE if f"\n{name}=" in text]
     assert all(f"\n{name}=" in text for name in ON_PURPOSE)
+
+
+def test_defaults_that_would_overrule_the_suite_are_dropped_anywhere() -> None:
+    assert without_slurm({**OVERRULING, **ON_PURPOSE}) == ON_PURPOSE
+    assert not [name for name in OVERRULING if f"\n{name}=" in shown(plan_for(environment=OVERRULING))]
 
 
 def test_outside_an_allocation_a_choice_of_gpus_is_the_persons() -> None:
@@ -202,6 +220,39 @@ def test_a_name_that_the_conf_unsets_does_not_reach_the_jobs(tmp_path: Path) -> 
     plan = plan_for("TRAINING_COMMAND=true", config=str(conf), environment={"LD_PRELOAD": "/x.so", "KEPT": "1"})
     assert "LD_PRELOAD" not in plan.inherited
     assert plan.inherited["KEPT"] == "1"
+
+
+def test_the_file_has_the_last_word_on_the_shells_secrets(tmp_path: Path) -> None:
+    conf = tmp_path / "mine.conf"
+    environment = {"ALLHANDS_API_KEY": "sk-of-the-shell", "HF_TOKEN": "hf-of-the-shell"}
+    lines = {"": "sk-of-the-shell", "unset ALLHANDS_API_KEY": None, 'ALLHANDS_API_KEY=""': None}
+    lines |= {"export ALLHANDS_API_KEY=sk-of-the-file": "sk-of-the-file", "GPU_NODES=1": "sk-of-the-shell"}
+    for line, key in lines.items():
+        conf.write_text(f"{line}\nTRAINING_COMMAND=true\n")
+        plan = plan_for(config=str(conf), environment=environment)
+        assert plan.secrets.get("ALLHANDS_API_KEY") == key, line
+        assert plan.secrets["HF_TOKEN"] == "hf-of-the-shell"
+        assert "sk-of-the-shell" not in {*plan.inherited.values(), *plan.environment.values()}
+    conf.write_text("unset HF_TOKEN\nTRAINING_COMMAND=true\n")
+    assert "HF_TOKEN" not in plan_for(config=str(conf), environment=environment).secrets
+    assert "ALLHANDS_API_KEY" not in plan_for("ALLHANDS_API_KEY=", environment=environment).secrets
+
+
+def test_a_value_of_the_file_replaces_the_shells_even_if_only_one_is_a_secret(tmp_path: Path) -> None:
+    conf = tmp_path / "mine.conf"
+    conf.write_text('HEADER="Bearer $HF_TOKEN"\nTRAINING_COMMAND=true\n')
+    plan = plan_for(config=str(conf), environment={"HF_TOKEN": "hf-0123456789", "HEADER": "none"})
+    assert plan.secrets["HEADER"] == "Bearer hf-0123456789"
+    assert "HEADER" not in {**plan.inherited, **plan.environment}
+
+
+def test_slurms_own_token_reaches_sbatch_and_is_not_shown() -> None:
+    plan = plan_for("NOTE=jwt-0123456789", environment={"SLURM_JWT": "jwt-0123456789"})
+    assert plan.inherited["SLURM_JWT"] == "jwt-0123456789"
+    assert "SLURM_JWT" not in plan.secrets
+    text = shown(plan)
+    assert "jwt-0123456789" not in text
+    assert "\nSLURM_JWT='***'" in text or "\nSLURM_JWT=***" in text
 
 
 # --- what is shown is what is done ------------------------------------------------------------------------------------
