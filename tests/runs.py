@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -19,7 +19,9 @@ class User(Protocol):
     @property
     def home(self) -> Path: ...
 
-    def run(self, argv: list[str], **options: Any) -> CompletedProcess[str]: ...
+    def run(
+        self, argv: list[str], env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60
+    ) -> CompletedProcess[str]: ...
 
 
 def until(what: str, condition: Callable[[], object], seconds: float) -> float:

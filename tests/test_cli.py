@@ -490,6 +490,7 @@ def test_colour_only_on_a_terminal(launch: Launcher, monkeypatch: pytest.MonkeyP
 def test_what_starts_under_an_old_python_parses_there() -> None:
     """vermin reads the syntax and the library calls; it is part of scripts/test too."""
     files = ["slurm/launch.py", "slurm/lib/bootstrap.py", "slurm/__init__.py", "slurm/lib/__init__.py"]
+    files += ["slurm/lib/common.py"]
     files += [f"slurm/jobs/{name}.py" for name in ("runtime_server", "verl_training", "__init__")]
     argv = [sys.executable, "-c", "import vermin; vermin.main()", "-t=3.6-", "--violations", "--no-tips", *files]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)

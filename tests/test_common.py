@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slurm.lib import common
+from slurm.lib import common, helpers
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.logs import log
 from tests.fake_slurm import FakeSlurm
@@ -205,8 +205,59 @@ def test_efa(shell: Shell) -> None:
     assert done.stdout == "export FI_PROVIDER=tcp\n"
 
 
+SQUEUE_GONE = {"code": 1, "stderr": "slurm_load_jobs error: Invalid job id specified"}
+
+
+def aged(path: Path, *ids: str) -> Path:
+    """A run directory that nothing has changed in for decades, with records that name these jobs."""
+    path.mkdir(parents=True)
+    (path / "runtime_url.txt").touch()
+    for number, job_id in enumerate(ids):
+        record = {"schema": 1, "jobs": {"training" if number else "runtime": {"id": job_id, "name": "x"}}}
+        (path / (f"run_{number}.json" if number else "run.json")).write_text(json.dumps(record))
+    for entry in (*path.iterdir(), path):
+        os.utime(entry, (0, 0))
+    return path
+
+
+def test_directories_of_jobs_that_live_stay(shell: Shell, tmp_path: Path) -> None:
+    """A job may be queued for weeks; the one of several that joined need not be the last."""
+    slurm = FakeSlurm(tmp_path / "fake")
+    answers = ["PENDING|Priority|", None, "RUNNING|None|n1", None, None, "COMPLETED|None|n1"]  # of jobs 1 to 6
+    slurm.answer("squeue", *(SQUEUE_GONE if line is None else {"stdout": f"{line}\n"} for line in answers))
+    ids = {"1": ("1",), "2": ("2", "3", "4"), "5": ("5",), "6": ("6",), "pid7": ()}
+    paths = {name: aged(shell.base / f"20200101_000000_{name}", *given) for name, given in ids.items()}
+    done = shell("cleanup-old-coordination-dirs", "0", PATH=slurm.path)
+    assert done.returncode == 0, done.stderr
+    assert {name for name, path in paths.items() if path.exists()} == {"1", "2"}
+    assert [call.argv[call.argv.index("-j") + 1] for call in slurm.of("squeue")] == list("123456")
+    assert f"keeping {paths['1']}: job 1 is pending" in done.stderr
+    assert f"keeping {paths['2']}: job 3 is running" in done.stderr
+
+
+def test_a_silent_slurm_lets_nothing_be_removed(shell: Shell, tmp_path: Path) -> None:
+    slurm = FakeSlurm(tmp_path / "fake")
+    slurm.answer("squeue", {"code": 1, "stderr": "slurm_load_jobs error: Unable to contact slurm controller"})
+    paths = [aged(shell.base / f"20200101_000000_{number}", str(number)) for number in (1, 2)]
+    done = shell("cleanup-old-coordination-dirs", "7", PATH=slurm.path)
+    assert done.returncode == 0, done.stderr
+    assert all(path.exists() for path in paths)
+    assert len(slurm.of("squeue")) == 1, "one silence is enough"
+
+
+def test_a_local_run_that_lives_stays(shell: Shell) -> None:
+    from slurm.lib.processes import start_ticks
+
+    pid = os.getpid()
+    living, dead = (aged(shell.base / f"20200101_000000_local{number}", f"local{number}") for number in (1, 2))
+    (living / "local_jobs.txt").write_text(f"local1 {pid} {start_ticks(pid)}\n")
+    (dead / "local_jobs.txt").write_text(f"local2 {pid} 1\n")
+    assert shell("cleanup-old-coordination-dirs", "0").returncode == 0
+    assert (living.exists(), dead.exists()) == (True, False)
+
+
 def test_only_old_run_directories_are_removed(shell: Shell) -> None:
-    old, young, foreign = (shell.base / name for name in ("20200101_000000_1", "20200101_000000_2", "my results"))
+    old, young, foreign = (shell.base / name for name in ("20200101_000000_pid1", "20200101_000000_pid2", "my results"))
     for path in (old, young, foreign):
         path.mkdir(parents=True)
         (path / "run.json").touch()
@@ -258,7 +309,7 @@ def test_an_env_file_comes_over_whole(shell: Shell, tmp_path: Path) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1, max_size=8))
 def test_whatever_is_exported_a_shell_reads_it_back(values: list[str]) -> None:
-    text = common._exports({f"V{number}": value for number, value in enumerate(values)})
+    text = helpers._exports({f"V{number}": value for number, value in enumerate(values)})
     names = " ".join(f'"$V{number}"' for number in range(len(values)))
     script = f"set -euo pipefail\n{text}printf '%s\\0' {names}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
@@ -288,6 +339,27 @@ def test_the_shim_defines_them_under_strict_bash(shell: Shell, tmp_path: Path) -
     done = shell._run(["bash", "-c", f"set -euo pipefail\n{text}"], {})
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
     assert "[INFO] hello" in done.stderr
+
+
+def test_the_shim_fails_where_there_is_no_suitable_python(tmp_path: Path) -> None:
+    """Not with functions undefined and a script that goes on."""
+    (tmp_path / "python3").write_text("#!/bin/sh\necho too old >&2\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    shim = shlex.quote(str(ROOT / "slurm/lib/common.sh"))
+    for script, code in ((f"source {shim}; echo $?", 0), (f"set -e; source {shim}; echo not reached", 71)):
+        done = subprocess.run(["bash", "-c", script], env={"PATH": path}, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "71\n" if code == 0 else "", "too old\n")
+
+
+def test_the_names_of_common_are_those_of_the_helpers() -> None:
+    assert common.wait_for_runtime_url is helpers.wait_for_runtime_url
+    assert common.isolated_podman_storage is helpers.isolated_podman_storage
+
+
+def test_an_unknown_users_home_is_a_sentence(shell: Shell, tmp_path: Path) -> None:
+    done = shell._run([sys.executable, str(COMMON), "cleanup-old-coordination-dirs"], {"SKYRL_JOBS_BASE": "~nosuch/x"})
+    assert "Traceback" not in done.stderr
 
 
 def test_it_runs_from_a_folder_of_any_name_and_by_a_link(shell: Shell, tmp_path: Path) -> None:

@@ -213,8 +213,8 @@ def test_the_code_of_a_queued_run_does_not_change(user: User, checkout: Path, jo
     assert run.completion["exit_code"] == 0, run.log("training", "err")
 
 
-def submit(user: User, *argv: str, **options: object) -> str:
-    done = user.run(["sbatch", "--parsable", *argv], **options)
+def submit(user: User, *argv: str, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = user.run(["sbatch", "--parsable", *argv], cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
