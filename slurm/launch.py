@@ -5,11 +5,34 @@ Starts under any Python 3 and restarts itself in the project's environment; the 
 slurm/lib/cli.py.
 """
 
+import fcntl
 import os
 import sys
 
 
+def open_closed_streams() -> None:
+    """Lead a standard stream that the caller closed nowhere; its number would go to the first file that is opened."""
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if not is_usable(number):
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def is_usable(number: int) -> bool:
+    """Whether a standard stream is open for what it is there for; a wrapper's script may have taken a closed one."""
+    try:
+        flags = fcntl.fcntl(number, fcntl.F_GETFL)
+    except OSError:
+        return False
+    return number == 0 or bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
 def main() -> None:
+    open_closed_streams()
     script = os.path.realpath(__file__)
     code = os.path.dirname(os.path.dirname(script))
     sys.path[0] = code  # instead of this file's folder, whose names are nobody's modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -436,6 +437,14 @@ def test_shipped_files_load_without_a_word(load: Loader, name: str, environment:
     loaded = load.named(name, **environment)
     assert loaded.warnings == ()
     assert loaded.files == (SHIPPED / f"{name}.conf",)
+
+
+@pytest.mark.parametrize("name", ["dev", "production", "local"])
+def test_the_comments_count_sandboxes_right(load: Loader, name: str) -> None:
+    (claim,) = re.findall(r"CPUS_PER_WORKER=.*: (\d+) at once", (SHIPPED / f"{name}.conf").read_text())
+    settings = load.named(name, CPUS_FOR_RUNTIME="2").settings
+    assert settings.cpus_for_runtime / settings.cpus_per_worker == int(claim)
+    assert settings.max_parallel_agents in (None, int(claim))
 
 
 def test_dev(load: Loader) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir
-from slurm.lib.errors import EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
@@ -131,7 +131,7 @@ def given_key(arguments: argparse.Namespace) -> str | None:
         return checked_key(arguments.api_key, "--api-key")
     if arguments.api_key_file is None:
         return None
-    path = Path(arguments.api_key_file).expanduser()
+    path = Path(os.path.expanduser(arguments.api_key_file))  # noqa: PTH111  Path's raises for an unknown user
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as problem:
@@ -183,19 +183,23 @@ def show(plan: LaunchPlan) -> int:
     """Print the plan on stdout."""
     for part in missing_parts(plan.settings) if plan.training else []:
         log.warning("%s", part)
-    say(shown(plan))
-    return EXIT_OK
+    return EXIT_OK if say(shown(plan)) else EXIT_ENVIRONMENT
 
 
-def say(text: str) -> None:
-    """Write to stdout, undecodable bytes of the command line as they came; a reader that has left is no error."""
+def say(text: str) -> bool:
+    """Write to stdout, undecodable bytes of the command line as they came; returns whether that went well.
+
+    A reader that has left is no error. What cannot be written goes to the log.
+    """
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
         sys.stdout.flush()
     except OSError as problem:
+        give_up(sys.stdout)
         if not isinstance(problem, BrokenPipeError):
             log.error("cannot write to stdout: %s; it would have said:\n%s", problem.strerror, text)
-        give_up(sys.stdout)
+            return False
+    return True
 
 
 def check_parts(plan: LaunchPlan) -> None:

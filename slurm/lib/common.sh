@@ -1,2 +1,2 @@
-_skyrl_common="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.py"
-eval "$(python3 "$_skyrl_common" shell-functions)"
+_skyrl_common=$(python3 "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.py" shell-functions) || return 71
+eval "$_skyrl_common"

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shlex
+import stat
 import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -152,6 +153,8 @@ def _absolute(path: str | Path) -> Path:
 def _unreadable(path: Path) -> str | None:
     """Why bash need not even try, or None."""
     try:
+        if _is_stream(path):
+            return "is not a regular file (a pipe can be read only once); write the settings into a file and name that"
         content = path.read_bytes()
     except OSError as problem:
         return f"cannot read this configuration file: {problem.strerror}"
@@ -162,6 +165,14 @@ def _unreadable(path: Path) -> str | None:
     if b"\0" in content:
         return "is not a text file (it holds NUL bytes)"
     return None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a pipe or a device, or stands for what only this process has open (/dev/stdin, /dev/fd/3)."""
+    mode = path.stat().st_mode
+    folder = str(path.parent.resolve())
+    own = folder == "/dev" or folder.startswith("/proc/")
+    return not stat.S_ISDIR(mode) and (own or not stat.S_ISREG(mode))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ own variables does not follow them.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.lib.conf_source import SourcedConf, Value, source_conf
-from slurm.lib.errors import ConfigError, Problem
+from slurm.lib.errors import ConfigError, EnvironmentProblem, Problem
 from slurm.lib.secrets import MASK, is_secret_name
-from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, contradictions
+from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, contradictions, doubts
 
 SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
 
@@ -63,7 +64,7 @@ def load_config(
     for environment and defaults alone. ``overrides`` are the ``KEY=VALUE`` of --set. Of the environment only known
     keys count. ``~`` is HOME, relative paths are relative to ``cwd`` (default: the current folder).
     """
-    place = Place(now, Path(environment.get("HOME") or Path.home()), cwd or Path.cwd(), project_root_default)
+    place = Place(now, _home(environment), cwd or _current_folder(), project_root_default)
     set_values, problems = _parse_overrides(overrides)
     sourced = _source(config, {**environment, **set_values}, config_folder, place)
     said = _merge(set_values, sourced, environment)
@@ -78,9 +79,29 @@ def load_config(
         exported=_exported(set_values, sourced),
         sources=_sources(said),
         files=sourced.files,
-        warnings=(*_override_warnings(set_values, sourced), *_file_warnings(set_values, sourced, environment)),
+        warnings=(
+            *_override_warnings(set_values, sourced),
+            *_file_warnings(set_values, sourced, environment),
+            *_doubts(settings, said),
+        ),
         unset=frozenset(sourced.unset - set_values.keys()),
     )
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    home = environment.get("HOME") or os.path.expanduser("~")  # noqa: PTH111  Path.home raises where there is none
+    if home == "~":
+        raise EnvironmentProblem("HOME is not set, and the user database knows no home of this user; set HOME")
+    return Path(home)
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as problem:
+        raise EnvironmentProblem(
+            f"the current folder cannot be used: {problem.strerror}; it may have been removed: cd to another one"
+        ) from None
 
 
 def _parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
@@ -173,8 +194,18 @@ def _contradiction_problems(
 ) -> Iterator[Problem]:
     for keys, sentence in contradictions(settings):
         if not bad.keys() & set(keys):
-            given = next((name for name in keys if name in said), None)
-            yield Problem(_where(given, said[given]) if given else "default", sentence)
+            yield Problem(_where_any(keys, said), sentence)
+
+
+def _doubts(settings: Settings, said: Mapping[str, _Said]) -> Iterator[str]:
+    for keys, sentence in doubts(settings):
+        yield f"{_where_any(keys, said)}: {sentence}"
+
+
+def _where_any(keys: Sequence[str], said: Mapping[str, _Said]) -> str:
+    """Where the first of the keys that anybody gave was given."""
+    given = next((name for name in keys if name in said), None)
+    return _where(given, said[given]) if given else "default"
 
 
 def _sources(said: Mapping[str, _Said]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -284,11 +285,22 @@ def is_run_dir(path: Path) -> bool:
         return False
     directory = CoordinationDir(path)
     marks = (directory.run_record, directory.runtime_url, directory.training_complete)
-    return bool(job_id) and path.is_dir() and not path.is_symlink() and any(mark.exists() for mark in marks)
+    try:
+        return bool(job_id) and path.is_dir() and not path.is_symlink() and any(mark.exists() for mark in marks)
+    except OSError:  # another user's
+        return False
 
 
 def _last_change(path: Path) -> float:
-    return max(entry.stat(follow_symlinks=False).st_mtime for entry in [path, *path.iterdir()])
+    """When a folder or an entry of it last changed; infinity, which is never old, for one that cannot be looked at."""
+    try:
+        times = [path.stat().st_mtime]
+        for entry in path.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of a running job, renamed by now
+                times.append(entry.stat(follow_symlinks=False).st_mtime)
+    except OSError:
+        return math.inf
+    return max(times)
 
 
 def remove_run_dir(path: Path) -> None:

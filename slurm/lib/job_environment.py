@@ -9,6 +9,8 @@ from os import PathLike
 KEPT_SLURM_NAMES = frozenset(
     {
         "SLURM_CONF",
+        "SLURM_CONF_SERVER",  # where there is no slurm.conf on the nodes ("configless")
+        "SLURM_JWT",  # who we are, where Slurm takes tokens (auth/jwt)
         "SLURM_CLUSTERS",
         "SLURM_TIME_FORMAT",
         "SLURM_BITSTR_LEN",
@@ -18,21 +20,33 @@ KEPT_SLURM_NAMES = frozenset(
 )
 # Set by Slurm inside an allocation for its steps; in another job they bind to CPUs that are not there.
 DROPPED_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SLURM_PMI", "PMI_", "PMIX_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+# A person's defaults for these commands hide living jobs from the suite, as SQUEUE_PARTITION does.
+FILTER_PREFIXES = ("SQUEUE_", "SCANCEL_", "SCONTROL_")
+# Defaults of sbatch that the suite decides by itself. Some have no option on its command line that would win over them:
+# with SBATCH_WAIT the launch would last as long as the jobs, with SBATCH_GRES the CPU job would ask for GPUs.
+DECIDED = (
+    "ARRAY_INX DEPENDENCY ERROR EXPORT EXPORT_FILE GET_USER_ENV HOLD INPUT JOB_NAME NO_REQUEUE OUTPUT REQUEUE SIGNAL "
+    "WAIT CPUS_PER_GPU CPUS_PER_TASK GPUS GPUS_PER_NODE GPUS_PER_SOCKET GPUS_PER_TASK GRES MEM_PER_CPU MEM_PER_GPU "
+    "MEM_PER_NODE NODES NTASKS NTASKS_PER_NODE"
+)
+DECIDED_NAMES = frozenset(f"SBATCH_{name}" for name in DECIDED.split())
 # Devices that Slurm gave to the surrounding job, not to the one being submitted.
 DEVICE_NAMES = frozenset({"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"})
 
 
 def without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment less what Slurm set in a surrounding allocation.
+    """The environment less what Slurm set in a surrounding allocation, and less what would overrule the suite.
 
     Without this a launch inside ``salloc`` hands the allocation's id, CPU binding and GPUs to the new jobs. What a
-    person sets for Slurm's commands stays: SBATCH_ACCOUNT, SBATCH_QOS, SLURM_CONF and the like.
+    person sets for Slurm's commands stays: SBATCH_ACCOUNT, SBATCH_QOS, SLURM_CONF and the like. Their defaults for
+    what the suite decides do not: SBATCH_WAIT, SBATCH_GRES, SQUEUE_PARTITION and the like.
     """
     inside = "SLURM_JOB_ID" in environment
 
     def dropped(name: str) -> bool:
         slurms = name.startswith(DROPPED_PREFIXES) and name not in KEPT_SLURM_NAMES
-        return slurms or (inside and name in DEVICE_NAMES)
+        decided = name in DECIDED_NAMES or name.startswith(FILTER_PREFIXES)
+        return slurms or decided or (inside and name in DEVICE_NAMES)
 
     return {name: value for name, value in environment.items() if not dropped(name)}
 

@@ -85,7 +85,7 @@ class LaunchPlan:
     @property
     def secret_values(self) -> frozenset[str]:
         """What must not be shown wherever it stands."""
-        return secret_values(self.secrets)
+        return secret_values({**self.inherited, **self.environment, **self.secrets})
 
     @property
     def jobs(self) -> tuple[JobPlan, ...]:
@@ -156,6 +156,7 @@ SBATCH = ("sbatch", "--parsable", "--no-requeue", "--export=ALL")
 # A job needs these before it can read the file that the secrets are in.
 NEEDED_EARLY = frozenset({"PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH"})
 NEEDED_EARLY_PREFIXES = ("SKYRL_", "SLURM_", "SBATCH_")
+LOGIN_NAME = "SLURM_JWT"  # sbatch itself shows it to Slurm, so no file can carry it
 SURELY_SECRET = 8  # characters; a shorter value may stand in others by chance
 
 
@@ -168,6 +169,8 @@ def split_environment(environment: Mapping[str, str], values: Iterable[str]) -> 
 
     def is_secret(name: str, value: str) -> bool:
         early = name in NEEDED_EARLY or name.startswith(NEEDED_EARLY_PREFIXES)
+        if name == LOGIN_NAME:
+            return False
         return is_secret_name(name) or (not early and any(secret in value for secret in telling))
 
     secrets = {name: value for name, value in environment.items() if value and is_secret(name, value)}
@@ -196,11 +199,10 @@ def make_plan(
     stamp = now.strftime(STAMP_FORMAT)
     shell, said = without_slurm(environment), {**config.exported, **settings.as_environment()}
     values = secret_values(shell) | secret_values(said)
-    from_shell, shell_secrets = split_environment(shell, values)
+    overruled = said.keys() | config.unset
+    passed_on = {name: value for name, value in shell.items() if name not in overruled}
+    inherited, shell_secrets = split_environment(passed_on, values)
     ours, own_secrets = split_environment(said, values)
-    secrets = {**shell_secrets, **own_secrets}
-    dropped = ours.keys() | config.unset
-    inherited = {name: value for name, value in from_shell.items() if name not in dropped}
     builder = _Builder(settings, request, stamp, checkout, python)
     return LaunchPlan(
         config=config,
@@ -211,7 +213,7 @@ def make_plan(
         training=builder.training() if request.training else None,
         environment=ours,
         inherited=inherited,
-        secrets=secrets,
+        secrets={**shell_secrets, **own_secrets},
     )
 
 

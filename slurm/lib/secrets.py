@@ -12,7 +12,8 @@ MASK = "***"
 SHORTEST = 4  # characters; masking shorter values would blank text that has nothing to do with them
 
 _SECRET_WORDS = frozenset(
-    {"KEY", "KEYS", "TOKEN", "SECRET", "SECRETS", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "BEARER", "AUTHORIZATION"}
+    {"KEY", "KEYS", "TOKEN", "JWT", "SECRET", "SECRETS", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "BEARER"}
+    | {"AUTHORIZATION"}
 )
 _SECRET_ENDINGS = ("PASSWORD", "PASSWORDS", "PASSWD", "APIKEY", "ACCESSKEY", "PRIVATEKEY", "SECRETKEY", "AUTHTOKEN")
 _SECRET_LAST_WORDS = frozenset({"PASS", "PAT", "PW"})  # DB_PASS, GITHUB_PAT; not PASS_THROUGH

@@ -191,9 +191,19 @@ def path(raw: str) -> Path:
 
 def url(raw: str) -> str:
     """An http or https address, without a slash at its end."""
-    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", raw.strip()):
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", raw.strip()) or not _names_a_server(raw.strip()):
         raise ValueError("must be an address like http://host:8000")
     return raw.strip().rstrip("/")
+
+
+def _names_a_server(address: str) -> bool:
+    from urllib.parse import urlsplit  # 5 ms, spent only where there is an address
+
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port above 65535
+        return False
 
 
 def gres_type(raw: str) -> str:
@@ -378,7 +388,12 @@ class Settings:
         "RUNTIME_READY_TIMEOUT", positive_int, 600, "How long the training job waits for the API server.", unit="s"
     )
     training_complete_timeout: int = setting(
-        "TRAINING_COMPLETE_TIMEOUT", positive_int, 43200, "How long the runtime job waits for the training.", unit="s"
+        "TRAINING_COMPLETE_TIMEOUT",
+        positive_int,
+        43200,
+        "How long the runtime job waits for the training, from its own readiness on.",
+        unit="s",
+        default_text="TIME_LIMIT in seconds, at least 43200; 366 days for UNLIMITED",
     )
 
     # Data and results
@@ -535,6 +550,7 @@ def complete(settings: Settings, given: Iterable[str], place: Place) -> Settings
         "MAX_MODEL_LEN": settings.max_prompt_length + settings.max_response_length,
         "WANDB_EXPERIMENT": f"skyrl-{place.now:%Y%m%d-%H%M%S}",
         "SKYRL_PROJECT_ROOT": place.project_root,
+        "TRAINING_COMPLETE_TIMEOUT": max(43200, time_limit_s(settings)),
     }
     if settings.data_dir:
         dependent["TRAIN_DATA"] = settings.data_dir / "train.parquet"
@@ -542,6 +558,26 @@ def complete(settings: Settings, given: Iterable[str], place: Place) -> Settings
     known = set(given)
     changes = {KEYS[name].attribute: value for name, value in dependent.items() if name not in known}
     return _with_absolute_paths(replace(settings, **changes), place)  # type: ignore[arg-type]  # values typed by key
+
+
+LONGEST_S = 366 * 86400  # stands for no limit, where a number of seconds is needed
+
+
+def time_limit_s(settings: Settings) -> int:
+    """TIME_LIMIT in whole seconds, at most 366 days."""
+    return int(min(slurm_seconds(settings.time_limit), LONGEST_S))
+
+
+def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
+    """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
+    waits, limit = settings.training_complete_timeout, time_limit_s(settings)
+    if settings.skyrl_backend == "local" or waits >= limit:
+        return []
+    sentence = (
+        f"TRAINING_COMPLETE_TIMEOUT={waits} is less than TIME_LIMIT={settings.time_limit} ({limit} s): a training that "
+        f"takes longer loses its runtime; leave it unset for the whole time limit"
+    )
+    return [(("TRAINING_COMPLETE_TIMEOUT",), sentence)]
 
 
 def _with_absolute_paths(settings: Settings, place: Place) -> Settings:
