@@ -325,3 +325,8 @@ def test_what_the_jobs_are_is_no_generated_script() -> None:
             assert (ROOT / job.script.relative_to(CHECKOUT)).is_file()
             assert os.access(ROOT / job.script.relative_to(CHECKOUT), os.X_OK)
     assert sys.executable not in shown(GOLDEN_PLANS["dev"])
+
+
+def test_jobs_of_another_cluster_are_released_and_cancelled_there() -> None:
+    assert without_slurm({"SBATCH_CLUSTERS": "far"}) == {"SLURM_CLUSTERS": "far"}
+    assert without_slurm({"SBATCH_CLUSTERS": "far", "SLURM_CLUSTERS": "near"}) == {"SLURM_CLUSTERS": "near"}

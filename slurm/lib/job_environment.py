@@ -39,7 +39,8 @@ def without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
     Without this a launch inside ``salloc`` hands the allocation's id, CPU binding and GPUs to the new jobs. What a
     person sets for Slurm's commands stays: SBATCH_ACCOUNT, SBATCH_QOS, SLURM_CONF and the like. Their defaults for
-    what the suite decides do not: SBATCH_WAIT, SBATCH_GRES, SQUEUE_PARTITION and the like.
+    what the suite decides do not: SBATCH_WAIT, SBATCH_GRES, SQUEUE_PARTITION and the like. SBATCH_CLUSTERS becomes
+    SLURM_CLUSTERS, which all of Slurm's commands read: a job must be released and cancelled where it was submitted.
     """
     inside = "SLURM_JOB_ID" in environment
 
@@ -48,7 +49,9 @@ def without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         decided = name in DECIDED_NAMES or name.startswith(FILTER_PREFIXES)
         return slurms or decided or (inside and name in DEVICE_NAMES)
 
-    return {name: value for name, value in environment.items() if not dropped(name)}
+    result = {name: value for name, value in environment.items() if not dropped(name)}
+    clusters = result.pop("SBATCH_CLUSTERS", None)
+    return {"SLURM_CLUSTERS": clusters, **result} if clusters else result
 
 
 def without_proxy(environment: Mapping[str, str], host: str) -> dict[str, str]:
