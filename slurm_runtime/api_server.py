@@ -416,7 +416,7 @@ async def _serve_until(
         log.error("the server ended by itself, a fault of it: %s", [repr(outcome) for outcome in outcomes])
         return EXIT_INTERNAL
     if left:
-        log.error("not removed within %g s, still running perhaps: %s", stop_timeout_s, ", ".join(left))
+        log.warning("not removed within %g s: %s", stop_timeout_s, ", ".join(left))
         return EXIT_LEFT_BEHIND
     log.info("stopped; nothing is left")
     return EXIT_OK

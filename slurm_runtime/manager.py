@@ -539,6 +539,9 @@ def _failed(task: asyncio.Task[Any]) -> bool:
 
 def _read_outcomes(tasks: Sequence[asyncio.Task[Any]]) -> None:
     """Log what failed; nothing is raised, because a stopping server goes on."""
-    for task in tasks:
-        if task.done() and not task.cancelled() and (problem := task.exception()):
+    problems = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    for problem in problems:
+        if problem is not None and not isinstance(problem, EngineUnreachable):
             log.error("%s", problem)
+    if any(isinstance(problem, EngineUnreachable) for problem in problems):
+        log.warning("Podman's service has ended before this server; its owner has to remove the containers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from slurm.lib import cli
+from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.logs import log
 from slurm.lib.settings import KEYS
 from tests.fake_slurm import FakeSlurm
@@ -96,12 +98,29 @@ def test_a_launch_says_where_to_look(launch: Launcher, slurm: FakeSlurm) -> None
 
 
 def test_runtime_only_says_how_to_join_and_to_stop(launch: Launcher, slurm: FakeSlurm) -> None:
-    done = launch("--config", "dev", "--runtime-only")
+    done = launch("--config", "dev", "--runtime-only", "--set", "TRAINING_COMMAND=a b")
     assert done.code == 0, done.err
     assert slurm.names == ["sbatch", "scontrol release"]
-    directory = next(slurm.jobs.iterdir())
-    assert f"join:  SKYRL_COORD_DIR='{directory}' '{LAUNCH}' --config CONFIG --skip-runtime" in done.out
-    assert f"stop:  touch '{directory}/training_complete.flag'   (or: scancel 101)" in done.out
+    directory = shlex.quote(str(next(slurm.jobs.iterdir())))
+    again = shlex.join([str(LAUNCH), "--config", "dev", "--set", "TRAINING_COMMAND=a b", "--skip-runtime"])
+    assert f"join:  SKYRL_COORD_DIR={directory} {again}" in done.out
+    flag = shlex.quote(str(next(slurm.jobs.iterdir()) / "training_complete.flag"))
+    assert f"stop:  touch {flag}   (or: scancel 101)" in done.out
+
+
+def test_a_runtime_that_has_served_its_training_is_not_joined(
+    launch: Launcher, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch("--config", "dev", "--runtime-only")
+    directory = CoordinationDir(next(slurm.jobs.iterdir()))
+    directory.publish(directory.training_complete, Flag.of_this_host("102", "101", 0, "the trainer ended"))
+    monkeypatch.setenv("SKYRL_COORD_DIR", str(directory.path))
+    before = list(slurm.names)
+    done = launch("--config", "dev", "--skip-runtime", *TRAINER)
+    assert done.code == 2
+    assert "the runtime job 101 in" in done.err
+    assert "has ended (training_complete.flag: exit code 0, the trainer ended)" in done.err
+    assert slurm.names == before, "nothing was submitted"
 
 
 def test_what_it_prints_to_join_does_join(launch: Launcher, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +185,7 @@ def test_an_unknown_name_is_met_with_the_known_ones(launch: Launcher) -> None:
     done = launch("--config", "prodution")
     assert done.code == 2
     assert "--config prodution: there is no configuration of this name" in done.err
-    assert "there are: dev, local, production" in done.err
+    assert "there are: check, dev, local, production" in done.err
 
 
 @pytest.mark.parametrize("words", [["--conf", "dev"], ["--config", "dev", "--dry"], ["--config", "dev", "--runtime"]])

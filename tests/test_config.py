@@ -408,7 +408,7 @@ def test_without_a_home_or_a_folder_it_says_so(load: Loader, tmp_path: Path, mon
 
 
 def test_an_unknown_name_lists_the_names(load: Loader) -> None:
-    with pytest.raises(ConfigError, match="there are: dev, local, production"):
+    with pytest.raises(ConfigError, match="there are: check, dev, local, production"):
         load.named("prod")
 
 

@@ -241,7 +241,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_the_first_screen_of_the_readme_has_the_commands() -> None:
     screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:40])
-    for command in ("scripts/quickstart", "scripts/test", "./slurm/launch.py --config dev"):
+    for command in ("scripts/quickstart", "scripts/test", "./slurm/launch.py --config check"):
         assert command in screen
 
 

@@ -216,7 +216,7 @@ def refuse(slurm: FakeSlurm) -> str:
 def refuse_second(slurm: FakeSlurm) -> str:
     words = "sbatch: error: Batch job submission failed:\nsbatch: error: invalid partition specified: x\n"
     slurm.answer("sbatch", {}, {"code": 1, "stdout": "", "stderr": words})
-    return "Batch job submission failed: sbatch: error: invalid partition specified: x; cancelled 101"
+    return "Batch job submission failed:; sbatch: error: invalid partition specified: x; cancelled 101"
 
 
 def babble(slurm: FakeSlurm) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,13 @@ from pathlib import Path
 
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
-from slurm.lib.coordination import CoordinationDir
+from slurm.lib.coordination import CoordinationDir, FlagReader
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
 from slurm.lib.run_record import GitState, git_state, read_jobs
+from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
 from slurm.lib.trainer import missing_parts
@@ -160,7 +162,8 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
     if skip and settings.skyrl_backend == "local":
         raise UsageError("--skip-runtime and --runtime-url need Slurm; a local run brings its own runtime")
     if arguments.runtime_only:
-        return Request(training=False)
+        words = [word for setting in arguments.set for word in ("--set", setting)]
+        return Request(training=False, settings_words=("--config", arguments.config, *words))
     if not skip:
         return Request()
     url = settings.sandbox_remote_runtime_api_url
@@ -176,7 +179,20 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
         raise UsageError(f"SKYRL_COORD_DIR={attach} is not a folder")
     if url or attach is None:
         return Request(runtime=False, runtime_url=url)
-    return Request(runtime=False, attach_dir=attach, attach_id=read_jobs(CoordinationDir(attach)).get("runtime", ""))
+    runtime_id = read_jobs(CoordinationDir(attach)).get("runtime", "")
+    refuse_ended(CoordinationDir(attach), runtime_id)
+    return Request(runtime=False, attach_dir=attach, attach_id=runtime_id)
+
+
+def refuse_ended(directory: CoordinationDir, runtime_id: str) -> None:
+    """``UsageError`` for a runtime that has served its training, or has failed: GPUs would wait for nothing."""
+    for path in (directory.training_complete, directory.runtime_failed):
+        flag = FlagReader.of_new_directory(path, lambda flag: flag.runtime_job_id == runtime_id).read()
+        if flag is not None and not flag.by_hand:
+            raise UsageError(
+                f"the runtime job {runtime_id or '(unknown)'} in {directory.path} has ended ({path.name}: exit code "
+                f"{flag.exit_code}, {flag.reason}); start another with --runtime-only"
+            )
 
 
 def show(plan: LaunchPlan) -> int:
@@ -220,7 +236,7 @@ def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
     git = background(lambda: git_state(CHECKOUT))
     done = submission.submit(plan, notes, git, CHECKOUT)
-    say(report(done) + (joining(done) if plan.training is None else ""))
+    say(report(done) + (joining(done, plan) if plan.training is None else ""))
     return EXIT_OK
 
 
@@ -240,11 +256,14 @@ def report(done: submission.Submitted) -> str:
     return "\n".join(lines) + "\n"
 
 
-def joining(done: submission.Submitted) -> str:
+def joining(done: submission.Submitted, plan: LaunchPlan) -> str:
     """How to join a runtime that was launched alone, and how to stop it."""
-    directory = done.directory.path
+    directory = shlex.quote(str(done.directory.path))
+    again = [str(CHECKOUT / "slurm" / "launch.py"), *plan.request.settings_words, "--skip-runtime"]
+    words = mask_values(shlex.join(again), plan.secret_values)
+    stop = shlex.quote(str(done.directory.training_complete))
     lines = [
-        f"join:  SKYRL_COORD_DIR='{directory}' '{CHECKOUT / 'slurm' / 'launch.py'}' --config CONFIG --skip-runtime",
-        f"stop:  touch '{done.directory.training_complete}'   (or: scancel {done.jobs['runtime']})",
+        f"join:  SKYRL_COORD_DIR={directory} {words}",
+        f"stop:  touch {stop}   (or: scancel {done.jobs['runtime']})",
     ]
     return "\n".join(lines) + "\n"

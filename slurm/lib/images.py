@@ -44,7 +44,7 @@ def load_images(job: JobContext, storage: PodmanStorage, check: Callable[[], Non
     settings = job.settings
     store = user_image_store(os.environ)
     source = image_source(settings.container_image, settings.image_archive, store)
-    log.info("sandbox image %s: from %s", settings.container_image, source)
+    log.info("sandbox image %s (%s)", settings.container_image, source)
     loader = _Loader(storage, storage.environment(job.open_environment), check)
     if source == "archive" and settings.image_archive:
         loader.load(settings.image_archive)

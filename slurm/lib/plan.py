@@ -30,13 +30,15 @@ class Request:
     """What the command line asks for beside the configuration.
 
     ``attach_dir`` is the directory of a running runtime job to join and ``attach_id`` that job's id;
-    ``runtime_url`` is the address of any other server.
+    ``runtime_url`` is the address of any other server. ``settings_words`` are the options that named the settings of a
+    runtime launched alone, for the line that says how to join it.
     """
 
     runtime: bool = True
     training: bool = True
     attach_dir: Path | None = None
     attach_id: str = ""
+    settings_words: tuple[str, ...] = ()
     runtime_url: str | None = None
 
 

@@ -98,7 +98,8 @@ def containers_conf(storage: PodmanStorage, runtime: str | None) -> str:
     lines += [f"runtime = {json.dumps(runtime)}"] if runtime else []
     if os.geteuid() == 0:
         lines += [f"tmp_dir = {json.dumps(str(storage.runtime_dir / 'libpod'))}"]
-    return "\n".join([*lines, ""])
+    networks = f"network_config_dir = {json.dumps(str(storage.root / 'networks'))}"  # not in the user's home
+    return "\n".join([*lines, "[network]", networks, ""])
 
 
 def preferred_runtime() -> str | None:

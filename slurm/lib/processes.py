@@ -43,7 +43,7 @@ class Completed:
     def complaint(self) -> str:
         """What the command said on stderr (else on stdout, else its exit code), in one line."""
         text = self.stderr.strip() or self.stdout.strip() or f"exit code {self.returncode}"
-        return " ".join(text.split())
+        return "; ".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
 
 
 def run(

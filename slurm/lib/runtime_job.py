@@ -122,6 +122,7 @@ def serve(job: JobContext, notes: SignalNotes) -> Outcome:
                 watcher = TrainingWatcher.of(job, server)
                 publish(job, server)
                 outcome = watch(job, notes, watcher, server, service)
+                log.info("stopping everything: %s", outcome.reason)
                 if not outcome.as_planned:
                     tell_training(job, outcome)
                 server.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -41,6 +42,7 @@ from slurm.lib.waiting import wait_for
 KEY_NAME = "ALLHANDS_API_KEY"
 URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
 LOOK_EVERY_S = 0.2
+CHATTER = re.compile(rb"\b(INFO|DEBUG)\b")  # lines that a logger calls neither warning nor error
 CANARY_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
 PARTNER_LOOK_EVERY_S = 1.0
 VERIFY_DEADLINE_S = 20.0
@@ -108,6 +110,8 @@ class TrainingSession:
         (log.info if outcome.exit_code == 0 else log.error)(
             "training job %s ends with exit code %s: %s", self.job.job_id, outcome.exit_code, outcome.reason
         )
+        if self.others_completion():
+            return  # the result of that training stays
         flag = Flag.of_this_host(self.job.job_id, self.runtime_job_id, outcome.exit_code, outcome.reason)
         try:
             self.job.directory.publish(self.job.directory.training_complete, flag)
@@ -116,6 +120,7 @@ class TrainingSession:
 
     def train(self) -> Outcome:
         """The steps of the job."""
+        self.refuse_ended()
         parts = missing_parts(self.job.settings)
         if parts:
             raise EnvironmentProblem("; ".join(parts))
@@ -142,6 +147,20 @@ class TrainingSession:
                     self.notes.on_other = None
                     child.kill()
                     kill_descendants(spared={canary.pid})  # daemons that it left, in sessions of their own
+
+    def others_completion(self) -> Flag | None:
+        """The completion flag of another training that this runtime has served."""
+        flag = FlagReader.of_new_directory(self.job.directory.training_complete, self._of_our_runtime).read()
+        served = flag is not None and not flag.by_hand and bool(self.runtime_job_id)
+        return flag if flag and served and flag.job_id != self.job.job_id else None
+
+    def refuse_ended(self) -> None:
+        flag = self.others_completion()
+        if flag:
+            raise PartnerGone(
+                f"the runtime job {self.runtime_job_id} has ended: it has served the training job {flag.job_id} "
+                f"({flag.reason}); start another with --runtime-only"
+            )
 
     def find_endpoint(self) -> Endpoint:
         """The server's address: from the runtime job's directory once it is ready, or as configured."""
@@ -324,11 +343,18 @@ def start_canary() -> Child:
 
 
 def start_trainer(trainer: Trainer, environment: Mapping[str, str]) -> Child:
-    """Start it: stdout straight into ``.out``, stderr into ``.out`` and ``.err``."""
+    """Start it: stdout straight into ``.out``; stderr into ``.out``, and what may be a problem into ``.err`` too."""
     log.info("starting the trainer in %s", trainer.cwd)
     spec = ChildSpec(trainer.argv, environment, "the trainer", cwd=trainer.cwd, stderr=subprocess.PIPE)
     child = Child(spec)
-    child.copy_stderr(write_through(sys.stdout), write_through(sys.stderr))
+    to_out, to_err = write_through(sys.stdout), write_through(sys.stderr)
+
+    def sink(line: bytes) -> None:
+        to_out(line)
+        if not CHATTER.search(line[:100]):
+            to_err(line)
+
+    child.copy_stderr(sink)
     return child
 
 
