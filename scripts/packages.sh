@@ -36,10 +36,19 @@ install_debian() {
         die "$EXIT_ENVIRONMENT" "could not install ${missing[*]} (apt-get install); see above"
 }
 
+# Even --version makes Podman's runtime folders where none are named; so they are made here, and go.
+podman_version() {
+    local folder code=0
+    folder="$(mktemp -d)"
+    XDG_RUNTIME_DIR="$folder" podman --version || code=$?
+    rm -rf "$folder"
+    return "$code"
+}
+
 # Podman 5 connects rootless containers by pasta, earlier ones by slirp4netns.
 podman_major() {
     local version
-    version="$(podman --version 2>/dev/null)" || return 0
+    version="$(podman_version 2>/dev/null)" || return 0
     version="${version##* }"
     printf '%s' "${version%%.*}"
 }
@@ -85,7 +94,7 @@ check_programs() {
     if [[ -z $major ]]; then
         lacks_program "podman: starts the sandboxes" podman
     elif ((major < 4)); then
-        lacks_program "podman 4.0 or newer: here is only $(podman --version)" podman
+        lacks_program "podman 4.0 or newer: here is only $(podman_version)" podman
     fi
     there runc || there crun || lacks_program "runc or crun: runs a sandbox for Podman" runc
     if ((${major:-4} >= 5)); then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,7 @@ def sparkline(rewards: Sequence[float]) -> str:
 
 def plot(path: Path, lines: Sequence[Mapping[str, object]], untrained: float, trained: float) -> None:
     """Draw reward against step as PNG; one line of log where matplotlib is missing or cannot write."""
+    os.environ.setdefault("MPLCONFIGDIR", str(path.parent / ".matplotlib"))  # its font cache, else in the home
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -440,7 +440,8 @@ def test_it_learns_in_real_sandboxes_and_leaves_none(
     assert [line["step"] for line in lines] == list(range(1, 26))
     assert (tmp_path / "out" / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert api.started == 3 and api.alive() == []
-    assert KEY not in "".join(path.read_text(errors="replace") for path in (tmp_path / "out").iterdir())
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert KEY not in "".join(path.read_text(errors="replace") for path in files)
 
 
 @pytest.mark.parametrize("stdout", [b"", b"42\n", b"./conf/site/settings.cfg\n"])
