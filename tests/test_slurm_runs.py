@@ -224,6 +224,7 @@ def test_direct_sbatch_of_both_job_files(user: User, checkout: Path, jobs_base: 
     image = "CONTAINER_IMAGE=localhost/skyrl-busybox:latest"
     elsewhere = jobs_base
     jobs = checkout / "slurm" / "jobs"
+    user.run(["rm", "-rf", str(user.home / ".skyrl_jobs")])  # a new cluster counts its jobs from 1 again
     runtime = submit(user, str(jobs / "runtime_server.py"), "--set", image, cwd=elsewhere)
 
     def directories() -> list[Path]:
