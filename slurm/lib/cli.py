@@ -18,12 +18,12 @@ from slurm.lib.coordination import CoordinationDir, FlagReader
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
-from slurm.lib.plan import KEY_NAME, URL_NAME, LaunchPlan, Request, make_plan, shown
+from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.run_record import GitState, git_state, read_jobs
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
-from slurm.lib.trainer import missing_parts
+from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts
 
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from slurm.lib.podman_storage import remove_when_ownerless
-from slurm.lib.processes import ignore_stops, pids, start_ticks
+from slurm.lib.processes import ignore_stops, living_fields, pids, start_ticks
 
 
 class Guardian:
@@ -74,13 +74,7 @@ def guarded(code: Path) -> Iterator[Guardian]:
 
 def session_members(sid: int) -> list[int]:
     """The processes of a session, from /proc."""
-    members = []
-    for entry in os.scandir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            fields = Path(f"/proc/{int(entry.name)}/stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == sid and fields[0] not in "ZX":
-                members.append(int(entry.name))
-    return members
+    return [pid for pid in pids() if (fields := living_fields(pid)) is not None and int(fields[3]) == sid]
 
 
 def end_session(sid: int, ticks: int) -> None:

@@ -21,8 +21,6 @@ from slurm.lib.trainer import trainer_of
 
 RUNTIME_ID = "<runtime job id>"
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
-KEY_NAME = "ALLHANDS_API_KEY"
-URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from slurm.lib.coordination import utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
-from slurm.lib.processes import descendants, pids, run
+from slurm.lib.processes import descendants, living_fields, pids, run
 
 PREFIX = "skyrl"
 # A unix socket's path ends at 107 bytes (unix(7)); conmon puts up to 60 more below the store's runtime folder.
@@ -270,17 +270,11 @@ def _command_name(pid: int) -> str:
 def kill_processes(storage: PodmanStorage, deadline_s: float = 3.0) -> None:
     """Kill every process of the store, and look again until none is left or the deadline has passed."""
     end = time.monotonic() + deadline_s
-    while (left := [pid for pid in processes_of(storage) if not _is_zombie(pid)]) and time.monotonic() < end:
+    while (left := [pid for pid in processes_of(storage) if living_fields(pid) is not None]) and time.monotonic() < end:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-
-
-def _is_zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    return True
 
 
 def remove(storage: PodmanStorage) -> None:

@@ -100,16 +100,22 @@ def _communicate(process: subprocess.Popen[str], timeout_s: float, check: Callab
             check()
 
 
+def living_fields(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on (proc(5)); None for no process, or only a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields
+
+
 def start_ticks(pid: int) -> int | None:
     """When the process started, in clock ticks since boot, or None if there is none (or only a zombie).
 
     With it a pid means the same process for ever, however often the number is used again.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    fields = living_fields(pid)
+    return None if fields is None else int(fields[19])
 
 
 def adopt_orphans() -> None:
@@ -132,11 +138,8 @@ def pids() -> list[int]:
 
 
 def _parent(pid: int) -> int | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[1])
+    fields = living_fields(pid)
+    return None if fields is None else int(fields[1])
 
 
 def kill_descendants(spared: set[int], deadline_s: float = 2.0) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir, remove_run_dir
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.logs import log
-from slurm.lib.plan import KEY_NAME, JobPlan, LaunchPlan
+from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.run_record import GitState, furnish, write_record
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
+from slurm.lib.trainer import KEY_NAME
 
 
 @dataclass(frozen=True)

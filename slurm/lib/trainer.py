@@ -12,6 +12,10 @@ from slurm.lib.job_environment import without_proxy
 from slurm.lib.settings import Settings
 from slurm.lib.verl_command import command
 
+# What SkyRL-agent reads to find its sandboxes.
+KEY_NAME = "ALLHANDS_API_KEY"
+URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
+
 
 @dataclass(frozen=True)
 class Trainer:

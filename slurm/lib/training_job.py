@@ -36,11 +36,9 @@ from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendant
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
-from slurm.lib.trainer import Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
+from slurm.lib.trainer import KEY_NAME, URL_NAME, Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
 from slurm.lib.waiting import wait_for
 
-KEY_NAME = "ALLHANDS_API_KEY"
-URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
 LOOK_EVERY_S = 0.2
 CHATTER = re.compile(rb"\b(INFO|DEBUG)\b")  # lines that a logger calls neither warning nor error
 CANARY_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
