@@ -219,7 +219,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         public_host=public_host,
         cpus_per_worker=args.cpus_per_worker,
         memory_bytes=args.memory_per_worker,
-        pin_cpus=args.cpu_pinning_method == "docker_cpuset",
+        pinning=args.cpu_pinning_method,
         startup_timeout_s=args.worker_startup_timeout,
         sandbox_ports=args.sandbox_port_range,
         labels=labels_for(environment, user, dict(args.label)),

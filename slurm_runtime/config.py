@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 MEMORY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
@@ -18,6 +19,9 @@ class ServerConfig:
     A /start that cannot be served is given up after ``list_patience_s`` or ``string_patience_s``, by the form of its
     command: shortly before the client that writes so gives up itself (120 s and 300 s). It is held back for up to
     ``ready_grace_s`` more so that it can already say ``ready``: clients look again only after 2 s.
+
+    ``pinning`` is ``docker_cpuset``, ``taskset`` or ``none``; ``agent_start`` is ``fork`` or ``exec``; ``network`` is
+    ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox.
     """
 
     api_key: str | None = None
@@ -25,7 +29,19 @@ class ServerConfig:
     public_host: str | None = None
     cpus_per_worker: float = 1.0
     memory_bytes: int = 0
-    pin_cpus: bool = False
+    pinning: str = "none"
+    pids_limit: int = 4096
+    disk_bytes: int = 0
+    network: str = "private"
+    agent_start: str = "fork"
+    agent_image: str | None = None
+    agent_dir: Path | None = None
+    agent_cache: Path | None = None
+    allowed_mounts: tuple[Path, ...] = ()
+    image_archives: Path | None = None
+    registry_prefix: str = "localhost/skyrl"
+    build_images: bool = False
+    idle_timeout_s: float = 0.0
     startup_timeout_s: float = 600.0
     sandbox_ports: range | None = None
     labels: Mapping[str, str] = field(default_factory=dict)

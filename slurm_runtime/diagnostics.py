@@ -25,7 +25,12 @@ def explain(state: ContainerState) -> str:
         return "the sandbox was killed because it used more memory than it may (out of memory)"
     if state.running:
         return f"its container is {state.status}"
-    return f"the sandbox's program ended with exit code {state.exit_code}{_signal_name(state.exit_code)}"
+    return ended_with(state.exit_code)
+
+
+def ended_with(exit_code: int) -> str:
+    """The sentence for an exit code."""
+    return f"the sandbox's program ended with exit code {exit_code}{_signal_name(exit_code)}"
 
 
 def _signal_name(exit_code: int) -> str:

@@ -7,143 +7,89 @@ only once its container is gone. Reads are answered from memory and never wait f
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 from slurm_runtime.admission import Admission
+from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.config import ServerConfig
-from slurm_runtime.diagnostics import Diagnosis, diagnose
+from slurm_runtime.control import Control, ControlError
+from slurm_runtime.diagnostics import Diagnosis, diagnose, ended_with
+from slurm_runtime.entries import (
+    Entry,
+    NeverFits,
+    NeverReady,
+    NoRoom,
+    SandboxDied,
+    StoppedEarly,
+    Stopping,
+    TooSlow,
+    UnknownSandbox,
+    WrongState,
+    uninterrupted,
+)
 from slurm_runtime.images import Images
+from slurm_runtime.launcher import Labels, Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.naming import public_name
 from slurm_runtime.ownership import SERVER_LABEL, is_orphan, process_mark
-from slurm_runtime.podman import (
-    ContainerSpec,
-    Engine,
-    EngineError,
-    EngineFacts,
-    EngineUnreachable,
-    NoSuchImage,
-    PortTaken,
-)
-from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State, sandbox_url
-from slurm_runtime.slots import Lease, Slots, units_for
+from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
+from slurm_runtime.ports import Ports
+from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
+from slurm_runtime.slots import Slots, units_for
 
-T = TypeVar("T")
+__all__ = [
+    "Manager",
+    "NeverFits",
+    "NoRoom",
+    "StoppedEarly",
+    "Stopping",
+    "TooSlow",
+    "UnknownSandbox",
+    "WrongState",
+]
+
 Probe = Callable[[str, Dialect], Awaitable[bool]]
 
 SESSION_LABEL = "skyrl.session"
 DEAD_KEPT = 1000  # records of dead sandboxes, for clients that still ask
-PORT_TRIES = 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between probes of a sandbox that is not ready
 LOOK_PERIOD_S = 0.2  # between looks whether such a sandbox still lives
-
-
-class UnknownSandbox(Exception):
-    """No sandbox has this runtime id or session id."""
-
-
-class NoRoom(Exception):
-    """No slot became free in time."""
-
-
-class NeverFits(Exception):
-    """More slots were asked for than there are."""
-
-
-class TooSlow(Exception):
-    """The container could not be started within the patience of the client."""
-
-
-class StoppedEarly(Exception):
-    """Somebody stopped the sandbox before it had started."""
-
-
-class Stopping(Exception):
-    """The server is on its way down."""
-
-
-class SandboxDied(Exception):
-    """The container ended before its server answered."""
-
-
-class NeverReady(Exception):
-    """The sandbox's server did not answer in time."""
-
-
-class Entry:
-    """One sandbox with what belongs to it while it lives: its lease, its port, the tasks that work on it."""
-
-    def __init__(self, sandbox: Sandbox) -> None:
-        self.sandbox = sandbox
-        self.lease: Lease | None = None
-        self.host_port: int | None = None
-        self.has_container = False
-        self.askers = 0
-        self.problem: Exception | None = None
-        self.bring_up: asyncio.Task[None] | None = None
-        self.ending: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def specification(self) -> Specification:
-        return self.sandbox.specification
-
-    @property
-    def is_clean(self) -> bool:
-        """Nothing of it is left: no container, no slot."""
-        return self.lease is None and not self.has_container
-
-    def become(self, sandbox: Sandbox) -> None:
-        self.sandbox = sandbox
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def until(self, reached: Callable[[Sandbox], bool], timeout_s: float) -> bool:
-        """Wait for a change that satisfies ``reached``; False if there was none within ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
-        while not reached(self.sandbox):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
-        return True
-
-
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Finish ``work`` even when cancelled: Podman would go on with it, and what it made must be known."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise
+FAILURES_KEPT = 20  # shown to people
+IDLE_LOOK_S = 10.0  # between looks whether a sandbox idles
 
 
 class Manager:
     """The sandboxes of one server. ``run`` it in the background; ``close`` removes everything."""
 
-    def __init__(self, config: ServerConfig, engine: Engine, probe: Probe, slots: Slots) -> None:
+    def __init__(
+        self, config: ServerConfig, engine: Engine, probe: Probe, slots: Slots, agent: AgentSupport | None = None
+    ) -> None:
         self.config = config
         self.engine = engine
         self.probe = probe
         self.admission = Admission(slots)
         self.images = Images(engine)
+        self.agent = agent or AgentSupport(wants_fork=False)
         self.mark = process_mark()
+        labels = Labels({**config.labels, SERVER_LABEL: self.mark}, SESSION_LABEL)
+        ports = Ports(config.publish_ip, config.sandbox_ports)
+        self.launcher = Launcher(config, engine, self.images, ports, self.agent, labels)
         self.podman = "connecting"
+        self.failures: deque[Sandbox] = deque(maxlen=FAILURES_KEPT)
         self._entries: dict[str, Entry] = {}
         self._sessions: dict[str, str] = {}
-        self._starters = asyncio.Semaphore(config.starters)
         self._removers = asyncio.Semaphore(config.removers)
         self._connecting: asyncio.Task[EngineFacts] | None = None
         self._host: asyncio.Task[str] | None = None
         self._closing = False
-        self._port_turn = -1
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def control(self) -> Control | None:
+        return self.launcher.control
 
     # Reading: from memory.
 
@@ -169,21 +115,28 @@ class Manager:
     async def start(self, specification: Specification) -> Sandbox:
         """The sandbox of the session: the one that lives, else a new one.
 
-        Returns once its URL is known, a little later if that makes it ready. A container that dies at once is a
-        sandbox in state FAILED; ``EngineError`` means that Podman could not start one, ``NoRoom`` and ``TooSlow``
-        that patience ran out.
+        Returns once its container runs, a little later if that makes it ready; where the client's patience ends before,
+        the sandbox is still PENDING, with a URL. A container that dies at once is a sandbox in state FAILED;
+        ``EngineError`` means that Podman could not start one, ``NoRoom`` that no slot became free. Cancelled, because
+        the client hung up, it stops the sandbox unless another client asked for it too.
         """
         if self._closing:
             raise Stopping("the server is stopping and starts no more sandboxes")
         entry = self._living_entry(specification.session_id) or self._enter(specification)
         entry.askers += 1
-        await self._until_answerable(entry)
-        await entry.until(lambda sandbox: sandbox.state is not State.STARTING, self.config.ready_grace_s)
+        try:
+            await self._until_answerable(entry)
+            await entry.until(lambda sandbox: sandbox.state is not State.STARTING, self.config.ready_grace_s)
+        except asyncio.CancelledError:  # the client is gone: whoever holds its request cancels this
+            self._in_background(self.hung_up(entry.specification.runtime_id))
+            raise
         return entry.sandbox
 
     async def hung_up(self, runtime_id: str) -> None:
         """A client that asked for this sandbox is gone; stop it unless another one asked too."""
-        entry = self._entry(runtime_id)
+        entry = self._entries.get(runtime_id)
+        if entry is None:
+            return
         entry.askers -= 1
         if entry.askers <= 0 and not entry.sandbox.state.is_dead:
             log.warning("the client of session %s hung up during /start; stopping it", entry.specification.session_id)
@@ -209,10 +162,12 @@ class Manager:
         return entry
 
     async def _until_answerable(self, entry: Entry) -> None:
-        """Wait until the sandbox has a URL or is dead; raise what kept it from getting one."""
+        """Wait until the sandbox runs or is dead, or patience ends while its image is fetched; else raise why not."""
         is_string = entry.specification.dialect is Dialect.SDK
         patience_s = self.config.string_patience_s if is_string else self.config.list_patience_s
-        if not await entry.until(lambda sandbox: sandbox.url is not None or sandbox.state.is_dead, patience_s):
+        if not await entry.until(lambda sandbox: sandbox.state is not State.PENDING, patience_s):
+            if entry.lease and entry.sandbox.url and self.podman == "connected":
+                return
             entry.problem = entry.problem or self._out_of_patience(entry, patience_s)
             await self._end(entry, State.STOPPED, Diagnosis("given up: it took longer than its client waits", ""))
             self._forget(entry)
@@ -232,103 +187,37 @@ class Manager:
 
     async def _bring_up(self, entry: Entry) -> None:
         """From a request to a ready sandbox; every failure ends in state FAILED with its reason."""
-        name = entry.specification.container_name
         try:
-            await self.connect()
+            facts = await self.connect()
             entry.lease = await self.admission.lease(units_for(entry.specification.resource_factor))
-            url = await self._run_container(entry)
-            entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet", url=url))
-            await self._until_ready(entry, url)
+            await self.launcher.launch(entry, facts, self.admission.slots, await self.public_host())
+            entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet"))
+            await self._until_ready(entry)
             return
         except EngineError as problem:
             entry.problem = problem
             diagnosis = Diagnosis(str(problem), "")
         except SandboxDied:
-            diagnosis = await diagnose(self.engine, name)
+            diagnosis = await self._diagnosis(entry)
         except NeverReady as problem:
-            diagnosis = Diagnosis(str(problem), (await diagnose(self.engine, name)).last_lines)
+            diagnosis = Diagnosis(str(problem), (await self._diagnosis(entry)).last_lines)
         except Exception as fault:  # a fault of ours must not leave a client polling a sandbox that nobody starts
             log.exception("the start of sandbox %s failed unexpectedly", entry.specification.runtime_id)
             entry.problem = fault
             diagnosis = Diagnosis("an internal error; the server's log has the details", "")
         await self._finish_quietly(entry, diagnosis)
 
-    async def _run_container(self, entry: Entry) -> str:
-        """Create and start the container; its URL. An image that is not here is pulled first."""
-        policy = entry.specification.pull_policy
-        if policy == "always":
-            await self._fetch(entry)
-        try:
-            return await self._launch(entry)
-        except NoSuchImage as problem:
-            if policy != "missing":
-                raise EngineError(f"image {entry.specification.image} is not here: {problem}") from None
-        await self._fetch(entry)
-        return await self._launch(entry)
+    async def _diagnosis(self, entry: Entry) -> Diagnosis:
+        """Why it died. A forked server's exit code is known, its container may still idle."""
+        found = await diagnose(self.engine, entry.name)
+        if entry.offence:
+            return Diagnosis(f"the sandbox was stopped: {entry.offence}", found.last_lines)
+        if entry.server_exit is not None:
+            return Diagnosis(ended_with(entry.server_exit), found.last_lines)
+        return found
 
-    async def _fetch(self, entry: Entry) -> None:
-        image, policy = entry.specification.image, entry.specification.pull_policy
-        entry.become(entry.sandbox.explained(f"image {image} is being pulled"))
-        await self.images.pull(image, policy)
-
-    async def _launch(self, entry: Entry) -> str:
-        """One of the few starts under way at once; a taken port is tried again with another one."""
-        async with self._starters:
-            entry.become(entry.sandbox.explained("its container is being started"))
-            for _ in range(PORT_TRIES):
-                entry.host_port = self._free_port()
-                try:
-                    return await self._try_container(entry)
-                except PortTaken:
-                    await self.engine.remove(entry.specification.container_name)
-        raise EngineError(
-            f"{PORT_TRIES} ports in a row were taken by other programs; set or widen --sandbox-port-range"
-        )
-
-    async def _try_container(self, entry: Entry) -> str:
-        name = entry.specification.container_name
-        entry.has_container = True
-        await uninterrupted(self.engine.create(self._container_spec(entry)))
-        await uninterrupted(self.engine.start(name))
-        state = await self.engine.inspect(name)
-        if state.host_port is None:
-            raise EngineError(f"Podman published no port for container {name}")
-        entry.host_port = state.host_port
-        return sandbox_url(await self.public_host(), state.host_port)
-
-    def _container_spec(self, entry: Entry) -> ContainerSpec:
-        assert entry.lease is not None
-        wish, config = entry.specification, self.config
-        return ContainerSpec(
-            name=wish.container_name,
-            image=wish.image,
-            command=wish.command,
-            environment=wish.container_environment,
-            working_dir=wish.working_dir,
-            labels={**config.labels, SERVER_LABEL: self.mark, SESSION_LABEL: wish.session_id},
-            container_port=wish.container_port,
-            host_ip=config.publish_ip,
-            host_port=entry.host_port or 0,
-            memory_bytes=round(config.memory_bytes * wish.resource_factor),
-            cpus=config.cpus_per_worker * wish.resource_factor,
-            cpuset=self.admission.slots.cpus_of(entry.lease) if config.pin_cpus else (),
-        )
-
-    def _free_port(self) -> int | None:
-        """A port of the range that no living sandbox has, the least recently tried first; None for Podman's choice."""
-        if self.config.sandbox_ports is None:
-            return None
-        taken = {entry.host_port for entry in self._entries.values() if not entry.is_clean}
-        ports = self.config.sandbox_ports
-        self._port_turn += 1
-        for step in range(len(ports)):
-            port = ports[(self._port_turn + step) % len(ports)]
-            if port not in taken:
-                self._port_turn += step
-                return port
-        raise EngineError(f"all {len(ports)} ports of --sandbox-port-range are in use; widen it")
-
-    async def _until_ready(self, entry: Entry, url: str) -> None:
+    async def _until_ready(self, entry: Entry) -> None:
+        url = entry.sandbox.url or ""
         deadline = time.monotonic() + self.config.startup_timeout_s
         pause_s, next_look = FIRST_PAUSE_S, time.monotonic() + LOOK_PERIOD_S
         while not await self.probe(url, entry.specification.dialect):
@@ -340,6 +229,7 @@ class Manager:
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_PAUSE_S, pause_s * 1.3)
         entry.become(entry.sandbox.changed(State.READY, f"its server answers at {url}"))
+        entry.ready_at = entry.ready_at or time.monotonic()
         log.debug(
             "sandbox %s of session %s is ready at %s",
             entry.specification.runtime_id,
@@ -348,9 +238,57 @@ class Manager:
         )
 
     async def _still_running(self, entry: Entry) -> None:
-        state = await self.engine.inspect(entry.specification.container_name)
-        if not state.running:
+        if entry.server_exit is not None or not (await self.engine.inspect(entry.name)).running:
             raise SandboxDied
+
+    # Pausing.
+
+    async def pause(self, runtime_id: str) -> Sandbox:
+        """Stop its processes; again is fine. ``WrongState`` if it has none, ``EngineError`` if it cannot be done."""
+        entry = self._entry(runtime_id)
+        async with entry.pausing:
+            await entry.until(lambda sandbox: sandbox.state is not State.STARTING, self.config.ready_grace_s)
+            if entry.sandbox.state is State.PAUSED:
+                return entry.sandbox
+            if entry.sandbox.state is not State.READY:
+                raise WrongState(f"sandbox {runtime_id} is {entry.sandbox.pod_status} and cannot be paused")
+            await self._freeze(entry, True)
+            if entry.sandbox.state is State.READY:  # it may have died meanwhile
+                entry.become(entry.sandbox.changed(State.PAUSED, "paused on request"))
+            return entry.sandbox
+
+    async def resume(self, runtime_id: str) -> Sandbox:
+        """Let its processes go on; it is ready again once its server answers. Fine for one that was not paused."""
+        entry = self._entry(runtime_id)
+        async with entry.pausing:
+            if entry.sandbox.state.is_dead:
+                raise UnknownSandbox(f"sandbox {runtime_id} is {entry.sandbox.status}; nothing is left to resume")
+            if entry.sandbox.state is State.PAUSED:
+                await self._freeze(entry, False)
+                entry.become(entry.sandbox.changed(State.STARTING, "resumed; its server does not answer yet"))
+                entry.bring_up = asyncio.create_task(self._until_ready_again(entry))
+                await entry.until(lambda sandbox: sandbox.state is not State.STARTING, self.config.ready_grace_s)
+            return entry.sandbox
+
+    async def _freeze(self, entry: Entry, frozen: bool) -> None:
+        """By the container's cgroup where it has one, else by stopping each of its processes."""
+        if (await self.connect()).can_pause:
+            await (self.engine.pause if frozen else self.engine.unpause)(entry.name)
+            return
+        if self.control is None:
+            raise EngineError("sandboxes cannot be paused here: Podman has no cgroup for them and no warden runs")
+        try:
+            await (self.control.pause if frozen else self.control.resume)(entry.name, entry.holder)
+        except ControlError as problem:
+            raise EngineError(f"the sandbox could not be {'paused' if frozen else 'resumed'}: {problem}") from None
+
+    async def _until_ready_again(self, entry: Entry) -> None:
+        try:
+            await self._until_ready(entry)
+            return
+        except (SandboxDied, NeverReady, EngineError):
+            diagnosis = await self._diagnosis(entry)
+        await self._finish_quietly(entry, diagnosis)
 
     # Ending.
 
@@ -375,6 +313,8 @@ class Manager:
         if not entry.sandbox.state.is_dead:
             entry.become(entry.sandbox.changed(state, diagnosis.sentence, last_lines=diagnosis.last_lines))
             speak = log.warning if state is State.FAILED else log.debug
+            if state is State.FAILED:
+                self.failures.appendleft(entry.sandbox)
             wish = entry.specification
             speak("sandbox %s of session %s: %s", wish.runtime_id, wish.session_id, diagnosis.sentence)
         await self._clean(entry)
@@ -384,17 +324,29 @@ class Manager:
         try:
             await self._finish(entry, State.FAILED, diagnosis)
         except EngineError as problem:
-            log.error("container %s is not removed yet: %s", entry.specification.container_name, problem)
+            log.error("container %s is not removed yet: %s", entry.name, problem)
 
     async def _clean(self, entry: Entry) -> None:
         """Remove the container, then free the slot; the slot stays taken while the container may still run."""
         if entry.has_container:
+            await self._unwatch(entry)
             async with self._removers:
-                await uninterrupted(self.engine.remove(entry.specification.container_name))
+                await uninterrupted(self.engine.remove(entry.name))
             entry.has_container = False
+        if entry.port:
+            self.launcher.ports.give(entry.port)
+            entry.port = None
         if entry.lease:
             lease, entry.lease = entry.lease, None
             self.admission.give(lease)
+
+    async def _unwatch(self, entry: Entry) -> None:
+        """A death that we cause is no event; stopped processes go on, so that Podman's own stop reaches them."""
+        if self.control is not None and entry.holder:
+            try:
+                await self.control.forget(entry.name)
+            except ControlError as problem:
+                log.debug("the warden could not forget %s: %s", entry.name, problem)
 
     def _forget(self, entry: Entry) -> None:
         self._entries.pop(entry.specification.runtime_id, None)
@@ -416,7 +368,7 @@ class Manager:
             await asyncio.wait(tasks, timeout=timeout_s)
             _read_outcomes(tasks)
         await self._cancel_background()
-        return [entry.specification.container_name for entry in left if entry.has_container]
+        return [entry.name for entry in left if entry.has_container]
 
     async def _end_for_good(self, entry: Entry) -> None:
         if entry.sandbox.url is None:
@@ -425,7 +377,8 @@ class Manager:
 
     async def _cancel_background(self) -> None:
         await self.images.close()
-        tasks = [task for task in (self._connecting, self._host) if task is not None]
+        tasks: list[asyncio.Task[Any]] = [task for task in (self._connecting, self._host) if task is not None]
+        tasks += self._tasks
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -487,19 +440,55 @@ class Manager:
         return True
 
     async def _look(self) -> None:
-        """Bury every ready sandbox whose container is dead or gone."""
-        ready = [entry for entry in self._entries.values() if entry.sandbox.state is State.READY]
-        if not ready:
+        """Bury every sandbox whose container is dead or gone."""
+        living = [entry for entry in self._entries.values() if entry.sandbox.state in {State.READY, State.PAUSED}]
+        if not living:
             return
         listed = await self.engine.list(f"{SERVER_LABEL}={self.mark}")
         running = {state.name for state, _ in listed if state.running}
-        dead = [entry for entry in ready if entry.specification.container_name not in running]
+        dead = [entry for entry in living if entry.name not in running]
         await asyncio.gather(*(self._bury(entry) for entry in dead))
 
     async def _bury(self, entry: Entry) -> None:
-        diagnosis = await diagnose(self.engine, entry.specification.container_name)
-        if entry.sandbox.state is State.READY:
+        diagnosis = await self._diagnosis(entry)
+        if entry.sandbox.state in {State.READY, State.PAUSED}:
             await self._end(entry, State.FAILED, diagnosis)
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """What the warden saw."""
+        name = str(event.get("sandbox", ""))
+        entry = next((entry for entry in self._entries.values() if entry.name == name), None)
+        if event.get("event") == "fork_server":
+            self._fork_server_is(str(event.get("state")), str(event.get("reason") or ""))
+        elif entry is not None and event.get("event") == "exited":
+            entry.server_exit = int(event["exit_code"])
+            self._in_background(self._bury(entry))
+        elif entry is not None and event.get("event") == "offender":
+            entry.offence = str(event.get("reason"))
+            entry.become(entry.sandbox.blamed(entry.offence))
+            self._in_background(self._bury(entry))
+
+    def _fork_server_is(self, word: str, reason: str) -> None:
+        self.agent.fork_ready = word == "ready"
+        self.agent.why_exec = "" if word == "ready" else f"the fork server is not to be had ({reason or word})"
+        (log.info if word == "ready" else log.warning)("fork server: %s%s", word, f" ({reason})" if reason else "")
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            log.error("%s", problem)
+
+    async def stop_idle(self, runtime_id: str, idle_s: float) -> None:
+        """Stop a sandbox in which nothing has happened for ``idle_s`` seconds; the log says so."""
+        entry = self._entry(runtime_id)
+        sentence = f"nothing happened in it for {idle_s:.0f} s (--idle-timeout)"
+        log.warning("sandbox %s of session %s is stopped: %s", runtime_id, entry.specification.session_id, sentence)
+        await self._end(entry, State.STOPPED, Diagnosis(sentence, ""))
 
     async def _retry_cleaning(self) -> None:
         """Try again what Podman refused to remove."""
@@ -522,7 +511,11 @@ def greeting(facts: EngineFacts, config: ServerConfig) -> list[str]:
     """What the log says once Podman answers: its version, and which limits do not bite here. Pure."""
     who = "rootless" if facts.rootless else "as root, sandboxes in a user namespace"
     lines = [f"Podman {facts.version} answers ({who})"]
-    wanted = [("memory", config.memory_bytes > 0), ("cpu", config.cpus_per_worker > 0), ("cpuset", config.pin_cpus)]
+    wanted = [
+        ("memory", config.memory_bytes > 0),
+        ("cpu", config.cpus_per_worker > 0),
+        ("cpuset", config.pinning == "docker_cpuset"),
+    ]
     missing = [name for name, is_wanted in wanted if is_wanted and name not in facts.controllers]
     if missing:
         names = ", ".join(missing)

@@ -13,12 +13,15 @@ import shutil
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
+
+from slurm_runtime.sandbox import Mount
 
 if TYPE_CHECKING:
     import aiohttp
@@ -47,6 +50,8 @@ INIT_PROGRAMS = ("/usr/libexec/podman/catatonit", "/usr/lib/podman/catatonit", "
 QUICK_S = 10.0  # verbs that only read
 SLOW_S = 120.0  # create, start and remove wait for each other's storage locks
 PULL_S = 3600.0
+BUILD_S = 1800.0  # as long as the legacy client asks after a build
+TAR = {"Content-Type": "application/x-tar"}
 # Podman's own cleanup of a container that has just died holds its mounts a moment longer: "device or resource busy".
 REMOVE_TRIES, REMOVE_PAUSE_S = 6, 0.05
 
@@ -84,7 +89,8 @@ class EngineFacts:
     """What this Podman can do.
 
     ``controllers`` are the cgroup controllers that it may use: a limit without its controller does not bite.
-    ``private_network`` is the network mode to ask for, empty for Podman's own default.
+    ``private_network`` is the network mode to ask for, empty for Podman's own default. ``pid`` is the process behind
+    the socket, 0 where there is none. ``disk_quota`` says that the store's file system can bound a container's disk.
     """
 
     version: str
@@ -92,6 +98,14 @@ class EngineFacts:
     controllers: frozenset[str]
     private_network: str = ""
     has_init: bool = False
+    cgroup_version: str = "v2"
+    disk_quota: bool = False
+    pid: int = 0
+
+    @property
+    def can_pause(self) -> bool:
+        """A rootless container has a cgroup that can be frozen only from version 2 on."""
+        return not self.rootless or self.cgroup_version == "v2"
 
 
 @dataclass(frozen=True)
@@ -113,11 +127,18 @@ class ContainerSpec:
     memory_bytes: int = 0
     cpus: float = 0.0
     cpuset: tuple[int, ...] = ()
+    pids: int = 0
+    disk_bytes: int = 0
+    mounts: tuple[Mount, ...] = ()
 
 
 @dataclass(frozen=True)
 class ContainerState:
-    """A container as Podman sees it; ``host_port`` is None until one is known."""
+    """A container as Podman sees it.
+
+    ``host_port`` is None until one is known; ``pid`` is its first process, 0 where it does not run. ``folders`` are
+    where its own files lie on this machine, ``oci_config`` its runtime's configuration file.
+    """
 
     name: str
     running: bool
@@ -125,6 +146,22 @@ class ContainerState:
     exit_code: int
     out_of_memory: bool = False
     host_port: int | None = None
+    pid: int = 0
+    folders: tuple[str, ...] = ()
+    oci_config: str = ""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """An image in the store; ``created`` is an ISO 8601 time, ``layers`` the folders that its files lie in."""
+
+    id: str
+    created: str
+    size_bytes: int
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    user: str = ""
+    layers: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -142,8 +179,32 @@ class Engine(Protocol):
         """Make a container; ``NoSuchImage`` if its image is not in the store."""
         ...
 
+    async def init(self, name: str) -> None:
+        """Prepare it, its first process included, without running its program; ``start`` may follow."""
+        ...
+
     async def start(self, name: str) -> None:
         """Start it; ``PortTaken`` if its host port was."""
+        ...
+
+    async def pause(self, name: str) -> None:
+        """Freeze all its processes."""
+        ...
+
+    async def unpause(self, name: str) -> None:
+        """Let them go on."""
+        ...
+
+    async def image(self, name: str) -> ImageFacts:
+        """An image of the store, or ``NoSuchImage``."""
+        ...
+
+    async def build(self, context: Path, tag: str, on_line: Callable[[str], None]) -> None:
+        """Build the image ``tag`` from a tar.gz with a Dockerfile, or ``EngineError`` with the last lines."""
+        ...
+
+    def export(self, name: str) -> AsyncIterator[bytes]:
+        """The files of a container as a tar stream."""
         ...
 
     async def inspect(self, name: str) -> ContainerState:
@@ -231,7 +292,12 @@ def create_body(
         "systemd": "false",
         "init": facts.has_init,
         "volumes": [{"Dest": WORKSPACE}],  # bare task images have no such folder, and agent servers write there
+        "user": "0:0",  # clients install tools into /usr/local/bin, whatever user the image names
     }
+    if spec.mounts:
+        body["mounts"] = [_mount(mount) for mount in spec.mounts]
+    if spec.disk_bytes and facts.disk_quota:
+        body["storage_opts"] = {"size": str(spec.disk_bytes)}
     if spec.command is not None:
         # An empty entry point: the clients' commands name the program, often the image's entry point itself.
         body |= {"entrypoint": [], "command": list(spec.command)}
@@ -248,6 +314,11 @@ def create_body(
     return body
 
 
+def _mount(mount: Mount) -> dict[str, Any]:
+    options = ["rbind", "ro" if mount.read_only else "rw", "nosuid", "nodev"]
+    return {"type": "bind", "source": mount.source, "destination": mount.target, "options": options}
+
+
 def _resource_limits(spec: ContainerSpec, controllers: frozenset[str]) -> dict[str, Any]:
     """Only limits that bite: others are refused by some versions and ignored by the rest."""
     limits: dict[str, Any] = {}
@@ -260,6 +331,8 @@ def _resource_limits(spec: ContainerSpec, controllers: frozenset[str]) -> dict[s
         cpu["cpus"] = ",".join(map(str, spec.cpuset))
     if cpu:
         limits["cpu"] = cpu
+    if spec.pids and "pids" in controllers:
+        limits["pids"] = {"limit": spec.pids}
     return limits
 
 
@@ -268,6 +341,8 @@ def parse_facts(info: Mapping[str, Any], init_programs: Sequence[str]) -> Engine
     host = info["host"]
     rootless = bool(host["security"]["rootless"])
     slirp = (host.get("slirp4netns") or {}).get("executable")
+    store = info.get("store") or {}
+    backing = str((store.get("graphStatus") or {}).get("Backing Filesystem", ""))
     return EngineFacts(
         version=str((info.get("version") or {}).get("Version", "unknown")),
         rootless=rootless,
@@ -275,7 +350,20 @@ def parse_facts(info: Mapping[str, Any], init_programs: Sequence[str]) -> Engine
         # As root the default is a bridge: firewall rules of the host that outlive a killed job, and 0.2 s more.
         private_network="slirp4netns" if slirp and not rootless else "",
         has_init=any(Path(program).is_file() for program in init_programs),
+        cgroup_version=str(host.get("cgroupVersion", "v2")),
+        disk_quota=backing == "xfs" and has_project_quota(str(store.get("graphRoot", "/"))),
     )
+
+
+def has_project_quota(folder: str, mountinfo: str | None = None) -> bool:
+    """Whether the file system that holds ``folder`` is mounted with project quotas."""
+    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8") if mountinfo is None else mountinfo
+    best, options = "", ""
+    for line in text.splitlines():
+        mount, tail = line.split()[4], line.rpartition(" - ")[2].split()
+        if len(mount) >= len(best) and f"{folder}/".startswith(f"{mount.rstrip('/')}/"):
+            best, options = mount, tail[2] if len(tail) > 2 else ""
+    return bool({"prjquota", "pquota"} & set(options.split(",")))
 
 
 def parse_frames(stream: bytes) -> str:
@@ -302,6 +390,32 @@ def parse_inspect(answer: Mapping[str, Any]) -> ContainerState:
         exit_code=int(state.get("ExitCode") or 0),
         out_of_memory=bool(state.get("OOMKilled")),
         host_port=int(bindings[0]["HostPort"]) if bindings else None,
+        pid=int(state.get("Pid") or 0),
+        folders=_own_folders(answer),
+        oci_config=str(answer.get("OCIConfigPath") or ""),
+    )
+
+
+def _own_folders(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The writable layer and the volumes of a container."""
+    upper = ((answer.get("GraphDriver") or {}).get("Data") or {}).get("UpperDir")
+    volumes = [mount["Source"] for mount in answer.get("Mounts") or () if mount.get("Type") == "volume"]
+    return tuple(filter(None, (upper, *volumes)))
+
+
+def parse_image(answer: Mapping[str, Any]) -> ImageFacts:
+    """The facts in an answer of ``/images/NAME/json``."""
+    config = answer.get("Config") or {}
+    data = (answer.get("GraphDriver") or {}).get("Data") or {}
+    layers = ":".join(filter(None, (data.get("UpperDir"), data.get("LowerDir"))))
+    return ImageFacts(
+        id=str(answer.get("Id", "")),
+        created=str(answer.get("Created", "")),
+        size_bytes=int(answer.get("Size") or 0),
+        entrypoint=tuple(config.get("Entrypoint") or ()),
+        command=tuple(config.get("Cmd") or ()),
+        user=str(config.get("User") or ""),
+        layers=tuple(layers.split(":")) if layers else (),
     )
 
 
@@ -344,9 +458,10 @@ class Podman:
             found = shutil.which("catatonit")
             info = await self._ask("GET", "/info", QUICK_S)
             facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
+            facts = replace(facts, pid=_service_pid(self.path))
             if not facts.rootless:
                 self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
-                self._hard_limits = _service_limits(self.path)
+                self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
             self._facts = facts
         return self._facts
 
@@ -369,8 +484,44 @@ class Podman:
         body = create_body(spec, await self.facts(), self._id_range, self._hard_limits)
         await self._ask("POST", "/containers/create", SLOW_S, body)
 
+    async def init(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/init", SLOW_S)
+
     async def start(self, name: str) -> None:
         await self._ask("POST", f"/containers/{name}/start", SLOW_S)
+
+    async def pause(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/pause", SLOW_S)
+
+    async def unpause(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/unpause", SLOW_S)
+
+    async def image(self, name: str) -> ImageFacts:
+        return parse_image(await self._ask("GET", f"/images/{quote(name, safe='')}/json", QUICK_S))
+
+    async def build(self, context: Path, tag: str, on_line: Callable[[str], None]) -> None:
+        query = f"/build?t={quote(tag, safe='')}&dockerfile=Dockerfile&rm=true&forcerm=true&layers=true"
+        last: deque[str] = deque(maxlen=20)
+        with context.open("rb") as file:
+            async with self._call("POST", query, BUILD_S, data=file) as answer:
+                async for line in answer.content:
+                    self._heed_build_line(tag, line, last, on_line)
+
+    @staticmethod
+    def _heed_build_line(tag: str, line: bytes, last: deque[str], on_line: Callable[[str], None]) -> None:
+        report = json.loads(line) if line.strip() else {}
+        words = str(report.get("stream") or "").rstrip()
+        if words:
+            last.append(words)
+            on_line(words)
+        if report.get("error"):
+            problem = report["error"] if isinstance(report["error"], str) else report.get("errorDetail")
+            raise EngineError(f"Podman could not build {tag}: {problem}; its last lines: {' | '.join(last)}")
+
+    async def export(self, name: str) -> AsyncIterator[bytes]:
+        async with self._call("GET", f"/containers/{name}/export", PULL_S) as answer:
+            async for piece in answer.content.iter_chunked(1 << 20):
+                yield piece
 
     async def inspect(self, name: str) -> ContainerState:
         return parse_inspect(await self._ask("GET", f"/containers/{name}/json", QUICK_S))
@@ -421,7 +572,7 @@ class Podman:
 
     @asynccontextmanager
     async def _call(
-        self, method: str, path: str, timeout_s: float, body: object = None
+        self, method: str, path: str, timeout_s: float, body: object = None, data: IO[bytes] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer with a good status; everything else becomes an ``EngineError``."""
         import aiohttp  # 0.1 s: the server answers /health before it talks to Podman
@@ -431,7 +582,8 @@ class Podman:
             self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=str(self.path), limit=0))
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, API + path, json=body, timeout=timeout) as answer:
+            content: Any = {"json": body} if data is None else {"data": data, "headers": TAR}
+            async with self._session.request(method, API + path, timeout=timeout, **content) as answer:
                 if answer.status >= 400:
                     raise error_for(answer.status, _words(await answer.read()))
                 yield answer
@@ -459,9 +611,9 @@ def parse_limits(text: str) -> dict[str, int]:
     return {name: min(most, int(m[1])) if m and m[1].isdigit() else most for name, m in found.items()}
 
 
-def _service_limits(path: Path) -> dict[str, int]:
-    """The limits that the service hands down: it lowers its own, and containers that ask for more do not start."""
+def _service_pid(path: Path) -> int:
+    """The process that made the socket; its limits are handed down, its namespaces are the containers' parents."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
         pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return parse_limits(Path(f"/proc/{pid}/limits").read_text(encoding="ascii"))
+    return int(pid)

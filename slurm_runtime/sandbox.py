@@ -27,6 +27,7 @@ class State(enum.Enum):
     PENDING = "waits for a slot, its image or Podman"
     STARTING = "its container runs, its server does not answer yet"
     READY = "its server has answered through the published URL"
+    PAUSED = "its processes are stopped, its files and its URL kept"
     FAILED = "could not be started, or died"
     STOPPED = "was stopped on request"
 
@@ -38,7 +39,8 @@ class State(enum.Enum):
 NEXT_STATES: Mapping[State, frozenset[State]] = {
     State.PENDING: frozenset({State.STARTING, State.FAILED, State.STOPPED}),
     State.STARTING: frozenset({State.READY, State.FAILED, State.STOPPED}),
-    State.READY: frozenset({State.FAILED, State.STOPPED}),
+    State.READY: frozenset({State.PAUSED, State.FAILED, State.STOPPED}),
+    State.PAUSED: frozenset({State.STARTING, State.READY, State.FAILED, State.STOPPED}),
     State.FAILED: frozenset(),
     State.STOPPED: frozenset(),
 }
@@ -46,6 +48,15 @@ NEXT_STATES: Mapping[State, frozenset[State]] = {
 
 class ImpossibleChange(RuntimeError):
     """A state change that the life of a sandbox does not have: a fault of this server."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A file or folder of the host that a sandbox sees at ``target``."""
+
+    source: str
+    target: str
+    read_only: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Specification:
     pull_policy: str
     dialect: Dialect
     container_port: int
+    mounts: tuple[Mount, ...] = ()
 
     @property
     def container_name(self) -> str:
@@ -82,8 +94,8 @@ class Specification:
 class Sandbox:
     """One sandbox at one moment.
 
-    ``url`` is None until the published port is known. ``reason`` says why it is in this state, ``last_lines`` holds
-    the end of a dead container's log.
+    ``url`` is None until its port is reserved. ``reason`` says why it is in this state, ``last_lines`` holds the end
+    of a dead container's log, ``restart_reasons`` what the clients show of a sandbox that was killed for its memory.
     """
 
     specification: Specification
@@ -91,12 +103,21 @@ class Sandbox:
     reason: str = "waits for a free slot"
     url: str | None = None
     last_lines: str = ""
+    restart_reasons: tuple[str, ...] = ()
 
     def changed(self, state: State, reason: str, *, url: str | None = None, last_lines: str = "") -> Sandbox:
         """This sandbox in its next state; ``ImpossibleChange`` if its life has no such step."""
         if state not in NEXT_STATES[self.state]:
             raise ImpossibleChange(f"{self.specification.runtime_id}: {self.state.name} → {state.name}")
         return replace(self, state=state, reason=reason, url=url or self.url, last_lines=last_lines)
+
+    def located(self, url: str) -> Sandbox:
+        """The same state with the URL at which its server will answer."""
+        return replace(self, url=url)
+
+    def blamed(self, *reasons: str) -> Sandbox:
+        """The same state with what the clients call restart reasons."""
+        return replace(self, restart_reasons=(*self.restart_reasons, *reasons))
 
     def explained(self, reason: str) -> Sandbox:
         """The same state with another reason, such as the image that is being pulled."""
@@ -107,6 +128,8 @@ class Sandbox:
         """The session's life in the clients' words; ``running`` promises a ``url``."""
         if self.state.is_dead:
             return "stopped"
+        if self.state is State.PAUSED:
+            return "paused"
         return "running" if self.url else "starting"
 
     @property

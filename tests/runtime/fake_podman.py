@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from slurm_runtime.podman import (
     ContainerSpec,
     ContainerState,
     EngineError,
     EngineFacts,
+    ImageFacts,
     NoSuchContainer,
     NoSuchImage,
     PortTaken,
@@ -27,6 +29,7 @@ class FakeContainer:
     state: ContainerState
     log: str = ""
     server: asyncio.AbstractServer | None = None
+    paused: bool = False
 
     def end(self, exit_code: int) -> None:
         self.state = replace(self.state, running=False, status="exited", exit_code=exit_code)
@@ -84,6 +87,38 @@ class FakePodman:
         state = ContainerState(spec.name, running=False, status="created", exit_code=0, host_port=spec.host_port)
         self.containers[spec.name] = FakeContainer(spec, state)
 
+    async def init(self, name: str) -> None:
+        self._container(name)
+
+    async def image(self, name: str) -> ImageFacts:
+        if name not in self.images:
+            raise NoSuchImage(f"{name}: image not known")
+        return ImageFacts(f"sha256:{name}", "2026-01-01T00:00:00Z", 1 << 20)
+
+    async def build(self, context: Path, tag: str, on_line: Callable[[str], None]) -> None:
+        if not context.is_file():
+            raise EngineError(f"no build context {context}")
+        for line in ("STEP 1/1: FROM scratch", f"COMMIT {tag}"):
+            on_line(line)
+            await asyncio.sleep(self.delay_s)
+        if b"fail" in context.read_bytes():
+            raise EngineError(f"Podman could not build {tag}: asked to fail")
+        self.images.add(tag)
+
+    async def export(self, name: str) -> AsyncIterator[bytes]:
+        self._container(name)
+        yield b""
+
+    async def pause(self, name: str) -> None:
+        container = self._container(name)
+        container.paused = True
+        container.state = replace(container.state, status="paused")
+
+    async def unpause(self, name: str) -> None:
+        container = self._container(name)
+        container.paused = False
+        container.state = replace(container.state, status="running")
+
     async def start(self, name: str) -> None:
         container = self._container(name)
         if container.spec.host_port in self.ports_taken_by_others:
@@ -106,6 +141,8 @@ class FakePodman:
     async def _publish(self, container: FakeContainer) -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             request = (await reader.readuntil(b"\r\n\r\n")).decode()
+            while container.paused:
+                await asyncio.sleep(0.01)
             body = container.pages.get(request.split()[1])
             head = "200 OK" if body is not None else "404 Not Found"
             length = len(body or "")

@@ -231,13 +231,14 @@ def test_pull_policy_always_asks_the_registry_although_the_image_is_here(server_
     assert engine.pulls == [IMAGE]
 
 
-def test_a_start_slower_than_its_client_waits_is_given_up(server_with: MakeServer) -> None:
-    api = server_with(FakePodman(delay_s=1.0, registry={"example/new:1"}), list_patience_s=0.3)
+def test_11_a_start_that_waits_for_its_image_is_answered_as_pending_in_time(server_with: MakeServer) -> None:
+    api = server_with(FakePodman(pull_delay_s=1.0, registry={"example/new:1"}), list_patience_s=0.3)
     answer = api.start(image="example/new:1", command=SERVE, session_id="slow")
-    assert answer.status_code == 504
-    assert "being pulled" in refusal(answer)
-    assert api.client.get("/sessions/slow").status_code == 404
-    eventually(lambda: api.manager.admission.slots.used == 0 and api.names() == [])
+    assert answer.status_code == 201
+    assert answer.json()["pod_status"] == "pending"
+    assert "example/new:1 is being pulled" in answer.json()["events"][0]
+    ready = eventually(lambda: (found := session(api, "slow"))["pod_status"] == "ready" and found)
+    assert ready["url"] == answer.json()["url"]
 
 
 def test_ports_of_the_range_are_used_and_taken_ones_passed_over(server_with: MakeServer) -> None:

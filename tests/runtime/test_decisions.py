@@ -323,7 +323,7 @@ def test_log_frames() -> None:
 
 
 def test_limits_that_do_not_bite_are_said() -> None:
-    config = ServerConfig(memory_bytes=1, pin_cpus=True)
+    config = ServerConfig(memory_bytes=1, pinning="docker_cpuset")
     assert "memory, cpu, cpuset" in " ".join(greeting(FACTS, config))
     assert len(greeting(EngineFacts("5", rootless=True, controllers=ALL), config)) == 1
 

@@ -1,0 +1,94 @@
+"""How does a sandbox get its agent server: from its image, from the mounted tree, or forked into it?
+
+The decision is ``decide``; ``AgentSupport`` knows what there is to decide with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+from dataclasses import dataclass
+
+from slurm_runtime.agent.tree import AgentTree, agent_arguments
+from slurm_runtime.podman import ImageFacts
+from slurm_runtime.sandbox import Mount, Specification
+
+
+class Start(enum.Enum):
+    """How the program of a sandbox is started."""
+
+    PLAIN = "the command as it is, from the image"
+    EXEC = "the mounted agent server, as the container's program"
+    FORK = "the mounted agent server, forked into a container that only idles"
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """The container's command, what is mounted into it, and the arguments for the forked server."""
+
+    start: Start
+    command: tuple[str, ...] | None
+    mounts: tuple[Mount, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+
+def decide(wish: Specification, tree: AgentTree | None, image_brings_it: bool, fork: bool) -> StartPlan:
+    """The plan for one sandbox. Pure.
+
+    An agent server in the image is the user's own choice and is used as it is; so is any other program.
+    """
+    arguments = agent_arguments(wish.command) if wish.command else None
+    if tree is None:
+        return StartPlan(Start.PLAIN, wish.command, wish.mounts)
+    mounts = wish.mounts + (() if image_brings_it else tree.mounts)
+    if arguments is None or image_brings_it:
+        return StartPlan(Start.PLAIN, wish.command, mounts if arguments is not None else wish.mounts)
+    if fork:
+        return StartPlan(Start.FORK, tree.holder_command(), mounts, arguments)
+    return StartPlan(Start.EXEC, tree.exec_command(arguments), mounts)
+
+
+def brings(image: ImageFacts, command: tuple[str, ...] | None) -> bool:
+    """Whether the program of an agent server's command is a file of the image: looked up in its layers."""
+    program = command[0] if command else ""
+    if not program.startswith("/"):
+        return False
+    return any(os.path.lexists(layer + os.path.normpath(program)) for layer in image.layers)
+
+
+class AgentSupport:
+    """The tree of this server, once it is known, and whether it can be forked.
+
+    ``tree`` is awaited by sandboxes that need it: with --agent-image it is taken out of an image first.
+    """
+
+    def __init__(self, wants_fork: bool) -> None:
+        self.wants_fork = wants_fork
+        self.fork_ready = False
+        self.why_exec = "" if wants_fork else "AGENT_START=exec"
+        self._tree: asyncio.Future[AgentTree | None] | None = None
+        self._brought: dict[tuple[str, str], bool] = {}
+
+    def provide(self, tree: AgentTree | None) -> None:
+        """Tell the tree, or that there is none."""
+        if not self._future().done():
+            self._future().set_result(tree)
+
+    async def tree(self) -> AgentTree | None:
+        return await asyncio.shield(self._future())
+
+    def _future(self) -> asyncio.Future[AgentTree | None]:
+        if self._tree is None:
+            self._tree = asyncio.get_running_loop().create_future()
+        return self._tree
+
+    def is_wanted_by(self, wish: Specification) -> bool:
+        """Whether the command names an agent server."""
+        return bool(wish.command) and agent_arguments(wish.command or ()) is not None
+
+    def image_brings_it(self, image: ImageFacts, wish: Specification) -> bool:
+        key = (image.id, (wish.command or ("",))[0])
+        if key not in self._brought:
+            self._brought[key] = brings(image, wish.command)
+        return self._brought[key]

@@ -1,0 +1,123 @@
+"""What the manager holds of one sandbox, and what can go wrong with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from slurm_runtime.ports import Reservation
+from slurm_runtime.sandbox import Sandbox, Specification
+from slurm_runtime.slots import Lease
+
+T = TypeVar("T")
+
+
+class UnknownSandbox(Exception):
+    """No sandbox has this runtime id or session id."""
+
+
+class NoRoom(Exception):
+    """No slot became free in time."""
+
+
+class NeverFits(Exception):
+    """More slots were asked for than there are."""
+
+
+class TooSlow(Exception):
+    """Podman did not answer within the patience of the client."""
+
+
+class StoppedEarly(Exception):
+    """Somebody stopped the sandbox before it had started."""
+
+
+class WrongState(Exception):
+    """The sandbox cannot do this in the state that it is in."""
+
+
+class Stopping(Exception):
+    """The server is on its way down."""
+
+
+class SandboxDied(Exception):
+    """The container ended before its server answered."""
+
+
+class NeverReady(Exception):
+    """The sandbox's server did not answer in time."""
+
+
+class Entry:
+    """One sandbox with what belongs to it while it lives: its lease, its port, the tasks that work on it.
+
+    ``holder`` is the container's first process. ``forked`` says that its server was forked into it, so that the
+    container does not end with its server; ``server_exit`` is then the server's exit code once it has ended.
+    """
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.lease: Lease | None = None
+        self.port: Reservation | None = None
+        self.has_container = False
+        self.holder = 0
+        self.forked = False
+        self.server_exit: int | None = None
+        self.offence: str | None = None
+        self.askers = 0
+        self.asked_at = time.monotonic()
+        self.ready_at: float | None = None
+        self.problem: Exception | None = None
+        self.bring_up: asyncio.Task[None] | None = None
+        self.ending: asyncio.Task[None] | None = None
+        self.pausing = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    @property
+    def specification(self) -> Specification:
+        return self.sandbox.specification
+
+    @property
+    def name(self) -> str:
+        """The container's name."""
+        return self.sandbox.specification.container_name
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing of it is left: no container, no slot."""
+        return self.lease is None and not self.has_container
+
+    def become(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def explain(self, reason: str) -> None:
+        """Say what it waits for."""
+        self.become(self.sandbox.explained(reason))
+
+    async def until(self, reached: Callable[[Sandbox], bool], timeout_s: float) -> bool:
+        """Wait for a change that satisfies ``reached``; False if there was none within ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not reached(self.sandbox):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+        return True
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Finish ``work`` even when cancelled: Podman would go on with it, and what it made must be known."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        raise

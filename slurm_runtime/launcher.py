@@ -1,0 +1,239 @@
+"""From a leased slot to a running container with its server in it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slurm_runtime.agent_support import AgentSupport, Start, StartPlan, decide
+from slurm_runtime.config import ServerConfig
+from slurm_runtime.control import Control, ControlError, ForkRefused
+from slurm_runtime.entries import Entry, uninterrupted
+from slurm_runtime.images import Images
+from slurm_runtime.logs import log
+from slurm_runtime.podman import (
+    ContainerSpec,
+    ContainerState,
+    Engine,
+    EngineError,
+    EngineFacts,
+    ImageFacts,
+    NoSuchImage,
+    PortTaken,
+)
+from slurm_runtime.ports import Ports
+from slurm_runtime.sandbox import sandbox_url
+from slurm_runtime.slots import Slots
+
+PORT_TRIES = 20
+
+
+class Launcher:
+    """Starts containers, a few at a time; everything that it makes is noted in the entry before it is made."""
+
+    def __init__(
+        self, config: ServerConfig, engine: Engine, images: Images, ports: Ports, agent: AgentSupport, labels: Labels
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.images = images
+        self.ports = ports
+        self.agent = agent
+        self.labels = labels
+        self.control: Control | None = None
+        self._starters = asyncio.Semaphore(config.starters)
+        self._image_facts: dict[str, ImageFacts] = {}
+        self._seccomp: Mapping[str, Any] | None = None
+        self._knows_seccomp = False
+        self._said: set[str] = set()
+
+    async def launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
+        """Bring the image, then the container, then its server; ``EngineError`` if one of them cannot be had.
+
+        The URL is told as soon as there is a lease: it stands in the first answer, however long the image takes.
+        """
+        entry.port = entry.port or self.ports.reserve()
+        entry.become(entry.sandbox.located(sandbox_url(host, entry.port.number)))
+        try:
+            await self._launch(entry, facts, slots, host)
+        except NoSuchImage:  # somebody removed it from the store since it was last seen there
+            self._image_facts.pop(entry.specification.image, None)
+            await self._launch(entry, facts, slots, host)
+
+    async def _launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
+        plan = await self._plan(entry, await self._image(entry))
+        async with self._starters:
+            entry.explain("its container is being started")
+            state = await self._start_on_some_port(entry, plan, facts, slots, host)
+            if plan.start is Start.FORK:
+                state = await self._fork(entry, plan, state, facts, slots)
+            await self._watch(entry, state, facts)
+
+    async def _image(self, entry: Entry) -> ImageFacts:
+        """The image in the store, pulled first where the policy says so. Facts of a name are kept once it is there."""
+        wish = entry.specification
+        if wish.pull_policy == "always":
+            await self._fetch(entry)
+        elif wish.image in self._image_facts:
+            return self._image_facts[wish.image]
+        try:
+            found = await self.engine.image(wish.image)
+        except NoSuchImage as problem:
+            if wish.pull_policy != "missing":
+                raise EngineError(f"image {wish.image} is not here: {problem}") from None
+            await self._fetch(entry)
+            found = await self.engine.image(wish.image)
+        self._image_facts[wish.image] = found
+        return found
+
+    async def _fetch(self, entry: Entry) -> None:
+        image, policy = entry.specification.image, entry.specification.pull_policy
+        entry.explain(f"image {image} is being pulled")
+        await self.images.pull(image, policy)
+
+    async def _plan(self, entry: Entry, image: ImageFacts) -> StartPlan:
+        wish = entry.specification
+        if not self.agent.is_wanted_by(wish):
+            return StartPlan(Start.PLAIN, wish.command, wish.mounts)
+        entry.explain("the agent server that is mounted into sandboxes is being prepared")
+        tree = await self.agent.tree()
+        can_fork = self.agent.fork_ready and self.control is not None
+        plan = decide(wish, tree, self.agent.image_brings_it(image, wish), can_fork)
+        if plan.start is Start.EXEC and self.agent.why_exec:
+            self._say_once(f"agent servers are started as plain programs: {self.agent.why_exec}")
+        return plan
+
+    async def _start_on_some_port(
+        self, entry: Entry, plan: StartPlan, facts: EngineFacts, slots: Slots, host: str
+    ) -> ContainerState:
+        """A port that another program took in the meantime is given up for another one."""
+        for _ in range(PORT_TRIES):
+            assert entry.port is not None
+            try:
+                return await self._start(entry, plan, facts, slots)
+            except PortTaken:
+                await self.engine.remove(entry.name)
+                self.ports.give(entry.port)
+                entry.port = self.ports.reserve()
+                entry.become(entry.sandbox.located(sandbox_url(host, entry.port.number)))
+        raise EngineError(
+            f"{PORT_TRIES} ports in a row were taken by other programs; set or widen --sandbox-port-range"
+        )
+
+    async def _start(self, entry: Entry, plan: StartPlan, facts: EngineFacts, slots: Slots) -> ContainerState:
+        assert entry.port is not None
+        cpus = slots.cpus_of(entry.lease) if entry.lease and self.config.pinning != "none" else ()
+        entry.has_container = True
+        await uninterrupted(self.engine.create(self._container_spec(entry, plan, cpus)))
+        entry.port.release()
+        must_pin = bool(cpus) and not ("cpuset" in facts.controllers and self.config.pinning == "docker_cpuset")
+        if must_pin or self.config.network == "deny":
+            await uninterrupted(self.engine.init(entry.name))
+            await self._confine(entry, cpus if must_pin else ())
+        await uninterrupted(self.engine.start(entry.name))
+        state = await self.engine.inspect(entry.name)
+        entry.holder = state.pid
+        return state
+
+    async def _confine(self, entry: Entry, cpus: tuple[int, ...]) -> None:
+        """What Podman cannot do, before the first instruction of the sandbox's program."""
+        if self.control is None:
+            raise EngineError("sandboxes can be neither pinned nor cut off here: the warden does not run")
+        holder = (await self.engine.inspect(entry.name)).pid
+        try:
+            if self.config.network == "deny":
+                await self.control.deny_network(entry.name, holder)
+            if cpus:
+                await self.control.pin(entry.name, holder, cpus)
+        except ControlError as problem:
+            raise EngineError(f"the sandbox could not be confined: {problem}") from None
+
+    async def _fork(
+        self, entry: Entry, plan: StartPlan, state: ContainerState, facts: EngineFacts, slots: Slots
+    ) -> ContainerState:
+        """The agent server, forked into the idle container; where that is refused, a container that runs it itself."""
+        assert self.control is not None
+        entry.forked = True
+        arguments, folder = plan.arguments, entry.specification.working_dir
+        try:
+            profile = await self._profile(state)
+            await uninterrupted(self.control.fork(entry.name, state.pid, arguments, folder, profile))
+            return state
+        except ForkRefused as problem:
+            self._say_once(f"an agent server is started as a plain program, because {problem}")
+        except ControlError as problem:
+            log.warning("an agent server is started as a plain program after all: %s", problem)
+        entry.forked = False
+        await self.engine.remove(entry.name)
+        plain = decide(entry.specification, await self.agent.tree(), image_brings_it=False, fork=False)
+        return await self._start(entry, plain, facts, slots)
+
+    async def _profile(self, state: ContainerState) -> Mapping[str, Any] | None:
+        """The seccomp profile that Podman gave the container; all sandboxes have the same, so it is read once."""
+        if not self._knows_seccomp:
+            self._seccomp = await asyncio.to_thread(seccomp_of, state.oci_config)
+            self._knows_seccomp = True
+        return self._seccomp
+
+    async def _watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:
+        """Sample every sandbox; bound by the watchdog what no cgroup and no quota bounds."""
+        if self.control is None or not state.pid:
+            return
+        factor, config = entry.specification.resource_factor, self.config
+        memory = 0 if "memory" in facts.controllers else round(config.memory_bytes * factor)
+        pids = 0 if "pids" in facts.controllers else config.pids_limit
+        disk = 0 if facts.disk_quota else round(config.disk_bytes * factor)
+        try:
+            await self.control.watch(entry.name, entry.holder, memory, pids, disk, state.folders)
+        except ControlError as problem:
+            log.warning("sandbox %s is not watched: %s", entry.specification.runtime_id, problem)
+
+    def _container_spec(self, entry: Entry, plan: StartPlan, cpus: tuple[int, ...]) -> ContainerSpec:
+        assert entry.port is not None
+        wish, config = entry.specification, self.config
+        return ContainerSpec(
+            name=wish.container_name,
+            image=wish.image,
+            command=plan.command,
+            environment=wish.container_environment,
+            working_dir=wish.working_dir,
+            labels=self.labels.of(wish.session_id),
+            container_port=wish.container_port,
+            host_ip=config.publish_ip,
+            host_port=entry.port.number,
+            memory_bytes=round(config.memory_bytes * wish.resource_factor),
+            cpus=config.cpus_per_worker * wish.resource_factor,
+            cpuset=cpus if config.pinning == "docker_cpuset" else (),
+            pids=config.pids_limit,
+            disk_bytes=round(config.disk_bytes * wish.resource_factor),
+            mounts=plan.mounts,
+        )
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            log.warning("%s", sentence)
+
+
+class Labels:
+    """The labels of every container of this server."""
+
+    def __init__(self, common: Mapping[str, str], session_label: str) -> None:
+        self.common = common
+        self.session_label = session_label
+
+    def of(self, session_id: str) -> dict[str, str]:
+        return {**self.common, self.session_label: session_id}
+
+
+def seccomp_of(oci_config: str) -> Mapping[str, Any] | None:
+    """``linux.seccomp`` of a container's runtime configuration; None where it has none or cannot be read."""
+    try:
+        config = json.loads(Path(oci_config).read_text(encoding="utf-8"))
+        profile = (config.get("linux") or {}).get("seccomp")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return profile if isinstance(profile, dict) else None
