@@ -8,11 +8,16 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from slurm_runtime.agent.tree import AgentTree, agent_arguments
+from slurm_runtime.agent.tree import QUIET_IMPORT, AgentTree, agent_arguments
 from slurm_runtime.podman import ImageFacts
 from slurm_runtime.sandbox import Mount, Specification
+
+
+# HOME is what Podman takes from an image's /etc/passwd for root; it is told to images that have no such file too.
+DEFAULTS = {**QUIET_IMPORT, "HOME": "/root"}
 
 
 class Start(enum.Enum):
@@ -25,28 +30,33 @@ class Start(enum.Enum):
 
 @dataclass(frozen=True)
 class StartPlan:
-    """The container's command, what is mounted into it, and the arguments for the forked server."""
+    """The container's command, what is mounted into it, and the arguments for the forked server.
+
+    ``environment`` holds variables that the client's own and the image's override.
+    """
 
     start: Start
     command: tuple[str, ...] | None
     mounts: tuple[Mount, ...] = ()
     arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def decide(wish: Specification, tree: AgentTree | None, image_brings_it: bool, fork: bool) -> StartPlan:
+def decide(
+    wish: Specification, image: ImageFacts, tree: AgentTree | None, image_brings_it: bool, fork: bool
+) -> StartPlan:
     """The plan for one sandbox. Pure.
 
     An agent server in the image is the user's own choice and is used as it is; so is any other program.
     """
     arguments = agent_arguments(wish.command) if wish.command else None
-    if tree is None:
+    if tree is None or arguments is None or image_brings_it:
         return StartPlan(Start.PLAIN, wish.command, wish.mounts)
-    mounts = wish.mounts + (() if image_brings_it else tree.mounts)
-    if arguments is None or image_brings_it:
-        return StartPlan(Start.PLAIN, wish.command, mounts if arguments is not None else wish.mounts)
+    mounts = wish.mounts + tree.mounts
+    environment = {name: value for name, value in DEFAULTS.items() if name not in image.variables}
     if fork:
-        return StartPlan(Start.FORK, tree.holder_command(), mounts, arguments)
-    return StartPlan(Start.EXEC, tree.exec_command(arguments), mounts)
+        return StartPlan(Start.FORK, tree.holder_command(), mounts, arguments, environment)
+    return StartPlan(Start.EXEC, tree.exec_command(arguments), mounts, (), environment)
 
 
 def brings(image: ImageFacts, command: tuple[str, ...] | None) -> bool:
@@ -82,6 +92,14 @@ class AgentSupport:
         if self._tree is None:
             self._tree = asyncio.get_running_loop().create_future()
         return self._tree
+
+    def described(self) -> str:
+        """Version and way of start, for people."""
+        tree = self._future().result() if self._future().done() else None
+        if tree is None:
+            return "from the images"
+        how = "forked" if self.fork_ready else f"a plain program ({self.why_exec or 'the fork server is starting'})"
+        return f"{tree.version}, {how}"
 
     def is_wanted_by(self, wish: Specification) -> bool:
         """Whether the command names an agent server."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slurm_runtime import __version__
+from slurm_runtime.agent.tree import AgentTree, default_cache, load, newest
 from slurm_runtime.config import ServerConfig, is_loopback, parse_label, parse_memory, parse_port_range
 from slurm_runtime.logs import log, setup
 from slurm_runtime.podman import how_to_start, socket_path
@@ -43,6 +44,7 @@ EXIT_SIGNAL_BASE = 128
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # the SDK's polls are up to 10 s apart on one connection
+LEAST_IDLE_S = 600  # as long as a client's longest command
 LAST_ANSWERS_S = 2  # for requests that are being answered when the server stops
 
 
@@ -71,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_listening(parser.add_argument_group("listening"))
     _add_key(parser.add_argument_group("API key (X-API-Key); without these flags ALLHANDS_API_KEY, else a new key"))
     _add_sandboxes(parser.add_argument_group("sandboxes"))
+    _add_agent(parser.add_argument_group("agent server, for images that bring none"))
+    _add_images(parser.add_argument_group("images"))
     _add_life(parser.add_argument_group("starting and stopping"))
     return parser
 
@@ -144,11 +148,86 @@ def _add_sandboxes(group: argparse._ArgumentGroup) -> None:
         metavar="KEY=VALUE",
         help="label of every container; repeatable",
     )
-    add("--enable-image-build", action="store_true", help="accepted; images are not built yet")
+    add(
+        "--pids-limit",
+        type=_natural,
+        default=4096,
+        metavar="N",
+        help="processes and threads of a sandbox, 0 for any number (default: 4096)",
+    )
+    add(
+        "--disk-per-worker",
+        type=_by(parse_memory),
+        default=0,
+        metavar="SIZE",
+        help="disk that a sandbox may fill, such as 20G (default: no limit)",
+    )
+    add(
+        "--network",
+        choices=["private", "deny"],
+        default=None,
+        help="private: a network of its own with a way out; deny: no way out, the published port still answers "
+        "(default: the environment's NETWORK, else private)",
+    )
+    add(
+        "--allow-mount",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="requests may mount what lies below it (runtime_mounts); repeatable (default: nothing)",
+    )
+
+
+def _add_agent(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--agent-dir", type=Path, metavar="DIR", help="an agent tree (default: the newest of the cache)")
+    which.add_argument(
+        "--agent-image", metavar="IMAGE", help="an image to take the agent tree out of, once on each node"
+    )
+    add(
+        "--agent-start",
+        choices=["fork", "exec"],
+        default=None,
+        help="fork: from a process that has imported it already; exec: as a plain program "
+        "(default: the environment's AGENT_START, else fork)",
+    )
+
+
+def _add_images(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--enable-image-build", action="store_true", help="serve /build: clients may build images here")
+    add(
+        "--registry-prefix",
+        default="localhost/skyrl",
+        metavar="NAME",
+        help="what the names of built images begin with (default: %(default)s)",
+    )
+    add(
+        "--image-archives",
+        type=Path,
+        metavar="DIR",
+        help="a folder of image archives, looked into before a registry is asked",
+    )
 
 
 def _add_life(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--starters",
+        type=_count,
+        default=ServerConfig.starters,
+        metavar="N",
+        help="containers that are started at the same time (default: %(default)s)",
+    )
+    add(
+        "--idle-timeout",
+        type=_natural,
+        default=0,
+        metavar="S",
+        help="stop a sandbox in which nothing has run for so many seconds, at least 600 (default: 0, never)",
+    )
     add(
         "--worker-startup-timeout",
         type=_positive,
@@ -223,22 +302,53 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         startup_timeout_s=args.worker_startup_timeout,
         sandbox_ports=args.sandbox_port_range,
         labels=labels_for(environment, user, dict(args.label)),
+        pids_limit=args.pids_limit,
+        disk_bytes=args.disk_per_worker,
+        network=args.network or one_of(environment, "NETWORK", "private", "deny"),
+        agent_start=args.agent_start or one_of(environment, "AGENT_START", "fork", "exec"),
+        agent_image=args.agent_image,
+        agent_dir=args.agent_dir,
+        agent_cache=default_cache(environment),
+        allowed_mounts=tuple(folder.resolve() for folder in args.allow_mount),
+        image_archives=args.image_archives,
+        registry_prefix=args.registry_prefix,
+        build_images=args.enable_image_build,
+        idle_timeout_s=float(args.idle_timeout and max(args.idle_timeout, LEAST_IDLE_S)),
+        starters=args.starters,
     )
+
+
+def one_of(environment: Mapping[str, str], name: str, usual: str, other: str) -> str:
+    """The word in a variable, ``usual`` where it is unset or empty; ``StartProblem`` for any other. Pure."""
+    word = environment.get(name) or usual
+    if word not in {usual, other}:
+        raise StartProblem(f"{name}={word} is neither {usual} nor {other}", EXIT_USAGE)
+    return word
+
+
+def agent_tree(config: ServerConfig) -> AgentTree | None:
+    """The agent tree to mount: the one that was named, else the newest of the cache; None where there is none.
+
+    ``StartProblem`` if the named one cannot be used. Not for --agent-image, whose tree is taken out later.
+    """
+    if config.agent_dir is not None:
+        try:
+            return load(config.agent_dir)
+        except ValueError as problem:
+            raise StartProblem(f"--agent-dir: {problem}", EXIT_USAGE) from None
+    found = newest(config.agent_cache) if config.agent_cache else None
+    if found is None:
+        log.info(
+            "no agent server to mount: images have to bring their own; make one with "
+            "'python -m slurm_runtime.agent build' (looked for in %s)",
+            config.agent_cache,
+        )
+    return found
 
 
 def labels_for(environment: Mapping[str, str], user: str, extra: Mapping[str, str]) -> dict[str, str]:
     """Labels of every container: the Slurm job (empty outside of one), the user, and ``extra``, which wins. Pure."""
     return {"skyrl.job": environment.get("SLURM_JOB_ID", ""), "skyrl.owner": user, **extra}
-
-
-def flags_without_effect(args: argparse.Namespace) -> list[str]:
-    """A sentence for each flag that is accepted and does nothing yet. Pure."""
-    sentences = []
-    if args.enable_image_build:
-        sentences.append("--enable-image-build has no effect yet: images are used as they are, never built")
-    if args.cpu_pinning_method == "taskset":
-        sentences.append("--cpu-pinning-method taskset has no effect yet: sandboxes run on any CPU")
-    return sentences
 
 
 def slots_from(args: argparse.Namespace, usable: Sequence[int]) -> tuple[Slots, str]:
@@ -354,19 +464,29 @@ class StopWish:
 
 
 async def serve(
-    args: argparse.Namespace, config: ServerConfig, listening: socket.socket, podman: Path, slots: Slots
+    args: argparse.Namespace,
+    config: ServerConfig,
+    listening: socket.socket,
+    podman: Path,
+    slots: Slots,
+    tree: AgentTree | None,
 ) -> int:
     """Serve until told to stop, then remove all sandboxes; the exit code."""
+    from slurm_runtime.agent_support import AgentSupport
     from slurm_runtime.app import create_app
     from slurm_runtime.heartbeats import Heartbeats
     from slurm_runtime.manager import Manager
     from slurm_runtime.podman import Podman
     from slurm_runtime.readiness import Prober
+    from slurm_runtime.warden.client import Warden
 
     wish = StopWish(asyncio.get_running_loop(), asyncio.Event())
     wish.heed_stdin() if args.stop_with_stdin else wish.heed_signals()
     engine, prober = Podman(podman), Prober()
-    manager = Manager(config, engine, prober, slots)
+    agent = AgentSupport(config.agent_start == "fork")
+    if config.agent_image is None:
+        agent.provide(tree)
+    manager = Manager(config, engine, prober, slots, agent, Warden)
     server = _http_server(create_app(manager, config, Heartbeats()), args.verbose)
     try:
         return await _serve_until(wish.event, server, listening, manager, args.stop_timeout)
@@ -431,10 +551,9 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
         with api_key(args, environment, port) as key:
             log.info("serving on http://%s:%d, Podman at %s", f"[{host}]" if ":" in host else host, port, podman)
             log.info("%s", slots_sentence)
-            for sentence in flags_without_effect(args):
-                log.warning("%s", sentence)
             config = replace(config_from(args, environment, getpass.getuser()), api_key=key)
-            return asyncio.run(serve(args, config, listening, podman, slots))
+            tree = None if config.agent_image else agent_tree(config)
+            return asyncio.run(serve(args, config, listening, podman, slots, tree))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

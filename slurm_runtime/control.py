@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
+
+from slurm_runtime.agent.tree import AgentTree
 
 Event = Mapping[str, Any]
 OnEvent = Callable[[Event], None]
@@ -29,7 +30,7 @@ class Control(Protocol):
         """Begin; the events come from now on."""
         ...
 
-    async def start_fork_server(self, tree: Path) -> None:
+    async def start_fork_server(self, tree: AgentTree) -> None:
         """Import the agent server of ``tree`` once; ``fork`` works afterwards."""
         ...
 

@@ -101,7 +101,7 @@ class Launcher:
         entry.explain("the agent server that is mounted into sandboxes is being prepared")
         tree = await self.agent.tree()
         can_fork = self.agent.fork_ready and self.control is not None
-        plan = decide(wish, tree, self.agent.image_brings_it(image, wish), can_fork)
+        plan = decide(wish, image, tree, self.agent.image_brings_it(image, wish), can_fork)
         if plan.start is Start.EXEC and self.agent.why_exec:
             self._say_once(f"agent servers are started as plain programs: {self.agent.why_exec}")
         return plan
@@ -168,7 +168,8 @@ class Launcher:
             log.warning("an agent server is started as a plain program after all: %s", problem)
         entry.forked = False
         await self.engine.remove(entry.name)
-        plain = decide(entry.specification, await self.agent.tree(), image_brings_it=False, fork=False)
+        image = await self._image(entry)
+        plain = decide(entry.specification, image, await self.agent.tree(), image_brings_it=False, fork=False)
         return await self._start(entry, plain, facts, slots)
 
     async def _profile(self, state: ContainerState) -> Mapping[str, Any] | None:
@@ -198,7 +199,7 @@ class Launcher:
             name=wish.container_name,
             image=wish.image,
             command=plan.command,
-            environment=wish.container_environment,
+            environment={**plan.environment, **wish.container_environment},
             working_dir=wish.working_dir,
             labels=self.labels.of(wish.session_id),
             container_port=wish.container_port,

@@ -7,15 +7,17 @@ only once its container is gone. Reads are answered from memory and never wait f
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from slurm_runtime import __version__
 from slurm_runtime.admission import Admission
 from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.config import ServerConfig
-from slurm_runtime.control import Control, ControlError
+from slurm_runtime.control import Control, ControlError, OnEvent
 from slurm_runtime.diagnostics import Diagnosis, diagnose, ended_with
 from slurm_runtime.entries import (
     Entry,
@@ -35,6 +37,7 @@ from slurm_runtime.launcher import Labels, Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.naming import public_name
 from slurm_runtime.ownership import SERVER_LABEL, is_orphan, process_mark
+from slurm_runtime.page import Failure, SandboxRow, Snapshot
 from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.ports import Ports
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
@@ -52,6 +55,7 @@ __all__ = [
 ]
 
 Probe = Callable[[str, Dialect], Awaitable[bool]]
+MakeControl = Callable[[int, OnEvent], Control]  # for the process id of Podman's service
 
 SESSION_LABEL = "skyrl.session"
 DEAD_KEPT = 1000  # records of dead sandboxes, for clients that still ask
@@ -65,7 +69,13 @@ class Manager:
     """The sandboxes of one server. ``run`` it in the background; ``close`` removes everything."""
 
     def __init__(
-        self, config: ServerConfig, engine: Engine, probe: Probe, slots: Slots, agent: AgentSupport | None = None
+        self,
+        config: ServerConfig,
+        engine: Engine,
+        probe: Probe,
+        slots: Slots,
+        agent: AgentSupport | None = None,
+        make_control: MakeControl | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -73,12 +83,15 @@ class Manager:
         self.admission = Admission(slots)
         self.images = Images(engine)
         self.agent = agent or AgentSupport(wants_fork=False)
+        self.make_control = make_control
         self.mark = process_mark()
         labels = Labels({**config.labels, SERVER_LABEL: self.mark}, SESSION_LABEL)
         ports = Ports(config.publish_ip, config.sandbox_ports)
         self.launcher = Launcher(config, engine, self.images, ports, self.agent, labels)
         self.podman = "connecting"
-        self.failures: deque[Sandbox] = deque(maxlen=FAILURES_KEPT)
+        self.podman_version: str | None = None
+        self.notes: list[str] = []
+        self.failures: deque[tuple[float, Sandbox]] = deque(maxlen=FAILURES_KEPT)
         self._entries: dict[str, Entry] = {}
         self._sessions: dict[str, str] = {}
         self._removers = asyncio.Semaphore(config.removers)
@@ -104,6 +117,23 @@ class Manager:
 
     def living(self) -> list[Sandbox]:
         return [entry.sandbox for entry in self._entries.values() if not entry.sandbox.state.is_dead]
+
+    def snapshot(self) -> Snapshot:
+        """Everything that a person wants to see of this server now."""
+        now, slots = time.monotonic(), self.admission.slots
+        rows = [entry for entry in self._entries.values() if not entry.sandbox.state.is_dead]
+        return Snapshot(
+            sandboxes=tuple(SandboxRow(entry.sandbox, now - entry.asked_at) for entry in rows),
+            slots_used=slots.used,
+            slots_total=slots.total,
+            waiting=self.admission.waiting,
+            failures=tuple(Failure(sandbox, now - at) for at, sandbox in self.failures),
+            notes=tuple(self.notes),
+            agent=self.agent.described(),
+            podman=self.podman if self.podman_version is None else f"{self.podman_version}, {self.podman}",
+            node=socket.gethostname(),
+            version=__version__,
+        )
 
     def _entry(self, runtime_id: str) -> Entry:
         if runtime_id not in self._entries:
@@ -314,7 +344,7 @@ class Manager:
             entry.become(entry.sandbox.changed(state, diagnosis.sentence, last_lines=diagnosis.last_lines))
             speak = log.warning if state is State.FAILED else log.debug
             if state is State.FAILED:
-                self.failures.appendleft(entry.sandbox)
+                self.failures.appendleft((time.monotonic(), entry.sandbox))
             wish = entry.specification
             speak("sandbox %s of session %s: %s", wish.runtime_id, wish.session_id, diagnosis.sentence)
         await self._clean(entry)
@@ -382,6 +412,8 @@ class Manager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.control is not None:
+            await self.control.close()
 
     # In the background.
 
@@ -426,9 +458,36 @@ class Manager:
                 await asyncio.sleep(pause_s)
                 pause_s = min(LONGEST_PAUSE_S, pause_s * 1.3)
         self._podman_is("connected")
-        for sentence in greeting(facts, self.config):
-            log.info("%s", sentence)
+        self.podman_version = facts.version
+        sentence, *self.notes = greeting(facts, self.config)
+        log.info("%s", sentence)
+        for note in self.notes:
+            log.warning("%s", note)
+        await self._start_control(facts)
         return facts
+
+    async def _start_control(self, facts: EngineFacts) -> None:
+        """The warden, and its fork server as soon as there is a tree; without it sandboxes are served plainly."""
+        if self.make_control is None or self.control is not None:
+            return
+        control = self.make_control(facts.pid, self.on_event)
+        try:
+            await control.start()
+        except (ControlError, OSError) as problem:
+            self.agent.why_exec = str(problem)
+            log.warning("no warden: %s; sandboxes are neither watched nor forked, nor can they be cut off", problem)
+            return
+        self.launcher.control = control
+        if self.agent.wants_fork:
+            self._in_background(self._start_forking(control))
+
+    async def _start_forking(self, control: Control) -> None:
+        tree = await self.agent.tree()
+        if tree is not None:
+            try:
+                await control.start_fork_server(tree)
+            except ControlError as problem:
+                self._fork_server_is("unavailable", str(problem))
 
     async def _sweep(self) -> bool:
         """Remove sandboxes whose server is dead: it was killed before it could."""
@@ -513,15 +572,16 @@ def greeting(facts: EngineFacts, config: ServerConfig) -> list[str]:
     lines = [f"Podman {facts.version} answers ({who})"]
     wanted = [
         ("memory", config.memory_bytes > 0),
+        ("pids", config.pids_limit > 0),
         ("cpu", config.cpus_per_worker > 0),
         ("cpuset", config.pinning == "docker_cpuset"),
     ]
     missing = [name for name, is_wanted in wanted if is_wanted and name not in facts.controllers]
     if missing:
-        names = ", ".join(missing)
         lines.append(
-            f"limits that have no effect here, because Podman may not use the cgroup controllers ({names}): "
-            "sandboxes can take more than their share"
+            f"limits that do NOT bite here, because Podman may not use the cgroup controllers ({', '.join(missing)}): "
+            "a watchdog stops sandboxes that take too much memory, processes or disk, within 2 s; CPU shares are not "
+            "enforced"
         )
     return lines
 

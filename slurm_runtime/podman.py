@@ -153,7 +153,11 @@ class ContainerState:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """An image in the store; ``created`` is an ISO 8601 time, ``layers`` the folders that its files lie in."""
+    """An image in the store.
+
+    ``created`` is an ISO 8601 time, ``layers`` are the folders that its files lie in, ``variables`` the names of the
+    environment variables that it sets.
+    """
 
     id: str
     created: str
@@ -162,6 +166,7 @@ class ImageFacts:
     command: tuple[str, ...] = ()
     user: str = ""
     layers: tuple[str, ...] = ()
+    variables: frozenset[str] = frozenset()
 
 
 class Engine(Protocol):
@@ -416,6 +421,7 @@ def parse_image(answer: Mapping[str, Any]) -> ImageFacts:
         command=tuple(config.get("Cmd") or ()),
         user=str(config.get("User") or ""),
         layers=tuple(layers.split(":")) if layers else (),
+        variables=frozenset(entry.partition("=")[0] for entry in config.get("Env") or ()),
     )
 
 

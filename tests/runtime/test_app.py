@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from slurm_runtime.sandbox import Mount
 from tests.runtime.commands import IMAGE, SERVE, SILENT
 from tests.runtime.conftest import Api, serving
 from tests.runtime.fake_podman import FakePodman
@@ -21,7 +24,9 @@ from tests.runtime.test_contract import eventually, session, started
 
 MakeServer = Callable[..., Api]
 KEYED = [("GET", "/sessions/x"), ("GET", "/runtime/x"), ("GET", "/list"), ("GET", "/heartbeat/x"), ("GET", "/nonesuch")]
-KEYED += [("POST", "/start"), ("POST", "/stop"), ("POST", "/heartbeat/x"), ("GET", "/openapi.json")]
+KEYED += [("POST", path) for path in ("/start", "/stop", "/pause", "/resume", "/build", "/heartbeat/x")]
+KEYED += [("GET", path) for path in ("/", "/docs", "/openapi.json", "/metrics", "/sessions/batch", "/registry_prefix")]
+KEYED += [("GET", "/image_exists?image=x"), ("GET", "/build_status?build_id=x"), ("POST", "/health"), ("HEAD", "/list")]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def test_without_the_key_everything_but_health_is_401(shared: Api, method: str, 
     headers = [] if key is None else [(b"X-API-Key", key.encode("latin-1"))]
     answer = httpx.request(method, f"{shared.client.base_url}{path}", headers=headers, trust_env=False)
     assert answer.status_code == 401
-    assert "X-API-Key" in refusal(answer)
+    assert method == "HEAD" or "X-API-Key" in refusal(answer)
 
 
 def test_health_needs_no_key(shared: Api) -> None:
@@ -134,7 +139,7 @@ def test_06_every_field_that_clients_send_is_accepted(fake: Api) -> None:
         "runtime_class": "sysbox-runc",
         "resource_factor": 2.0,
         "enable_gpu": False,
-        "runtime_mounts": [{"host_path": "/a", "container_path": "/b", "mode": "ro"}],
+        "runtime_mounts": [],
         "something_new": {"a": [1]},
     }
     sandbox = started(fake, environment={}, **fields)
@@ -157,9 +162,8 @@ def test_10_a_sandbox_is_known_before_start_has_answered(server_with: MakeServer
         answer = pool.submit(api.start, image=IMAGE, command=SERVE, session_id="early")
         found = eventually(lambda: (seen := api.client.get("/sessions/early")).status_code == 200 and seen.json())
         assert not answer.done()
-        assert found["status"] == "starting"
+        assert found["status"] == ("running" if "url" in found else "starting")
         assert found["pod_status"] == "pending"
-        assert "url" not in found
         assert api.client.get(f"/runtime/{found['runtime_id']}").json()["session_id"] == "early"
         assert answer.result().json()["runtime_id"] == found["runtime_id"]
 
@@ -349,3 +353,132 @@ def test_a_thousand_requests_without_a_key_leave_no_trace(fake: Api) -> None:
     threads.shutdown()
     assert fake.manager.living() == []
     assert threading.active_count() < 50
+
+
+def raw_start(api: Api, body: Mapping[str, object]) -> http.client.HTTPConnection:
+    """A connection that has sent /start and does not read its answer."""
+    url = api.client.base_url
+    connection = http.client.HTTPConnection(url.host, url.port or 0)
+    headers = {"X-API-Key": api.client.headers["X-API-Key"], "Content-Type": "application/json"}
+    connection.request("POST", "/start", json.dumps(body), headers)
+    return connection
+
+
+def test_14_a_hang_up_is_heeded_at_once_and_not_when_the_start_is_over(server_with: MakeServer) -> None:
+    engine = FakePodman(pull_delay_s=60.0, registry={"example/large:1"})
+    api = server_with(engine)
+    with contextlib.closing(raw_start(api, {"image": "example/large:1", "command": SERVE, "session_id": "gone"})):
+        eventually(lambda: engine.pulls)
+    eventually(lambda: session(api, "gone").get("status") == "stopped")
+    eventually(lambda: api.manager.admission.slots.used == 0)
+
+
+def test_14_a_hang_up_while_it_waits_for_a_slot_leaves_the_queue(server_with: MakeServer) -> None:
+    api = server_with(slots=1)
+    started(api)
+    with contextlib.closing(raw_start(api, {"image": IMAGE, "command": SERVE, "session_id": "gone"})):
+        eventually(lambda: api.manager.admission.waiting == 1)
+    eventually(lambda: api.manager.admission.waiting == 0)
+
+
+def test_14_a_session_that_somebody_else_waits_for_survives_a_hang_up(server_with: MakeServer) -> None:
+    api = server_with(FakePodman(delay_s=0.4))
+    fields = {"image": IMAGE, "command": SERVE, "session_id": "shared"}
+    with ThreadPoolExecutor(1) as pool:
+        patient = pool.submit(api.start, **fields)
+        eventually(lambda: api.client.get("/sessions/shared").status_code == 200)
+        before = api.manager._entries[session(api, "shared")["runtime_id"]]
+        with contextlib.closing(raw_start(api, fields)):
+            eventually(lambda: before.askers == 2)
+        eventually(lambda: before.askers == 1)
+        assert patient.result().status_code == 201
+    eventually(lambda: session(api, "shared")["pod_status"] == "ready")
+
+
+def test_26_batch_is_a_list_of_the_known_ones(fake: Api) -> None:
+    first, second = started(fake, session_id="a"), started(fake, session_id="b")
+    answer = fake.client.get("/sessions/batch", params={"ids": ["a", "nobody", "b", "a"]})
+    assert answer.status_code == 200
+    found = [(one["session_id"], one["session_api_key"]) for one in answer.json()]
+    assert found == [(one["session_id"], one["session_api_key"]) for one in (first, second)]
+    assert fake.client.get("/sessions/batch").json() == []
+
+
+@pytest.mark.parametrize("name", ["batch", ".", "..", "../../etc", "a/b", "a?b", "a#b", "a%2fb", "a\nb", "a\\b"])
+def test_a_session_that_could_not_be_asked_for_is_refused(shared: Api, name: str) -> None:
+    answer = shared.start(image=IMAGE, command=SERVE, session_id=name)
+    assert answer.status_code == 422
+    assert "session_id" in refusal(answer)
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume"])
+def test_30_pause_and_resume_of_nothing_and_of_unknown_ones(shared: Api, verb: str) -> None:
+    for body in ({}, {"runtime_id": None}):
+        assert shared.client.post(f"/{verb}", json=body).json() == {"status": "nothing to do"}
+    answer = shared.client.post(f"/{verb}", json={"runtime_id": "nobody"})
+    assert answer.status_code == 404
+    assert "nobody" in refusal(answer)
+
+
+def test_30_resume_of_a_running_one_is_fine(fake: Api) -> None:
+    sandbox = started(fake)
+    answer = fake.client.post("/resume", json={"runtime_id": sandbox["runtime_id"]})
+    assert answer.status_code == 200
+    assert {name: answer.json()[name] for name in ("status", "url", "session_api_key")} == {
+        name: sandbox[name] for name in ("status", "url", "session_api_key")
+    }
+
+
+def test_mounts_only_below_allowed_folders(server_with: MakeServer, tmp_path: Path) -> None:
+    (tmp_path / "allowed" / "tools").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "allowed" / "way-out").symlink_to(tmp_path / "secret")
+    (tmp_path / "way-in").symlink_to(tmp_path / "allowed")
+    engine = FakePodman()
+    api = server_with(engine, allowed_mounts=(tmp_path / "way-in",))
+
+    def ask(host: str, container: str = "/tools", mode: str | None = None) -> httpx.Response:
+        mount = {"host_path": host, "container_path": container, "mode": mode}
+        return api.start(image=IMAGE, command=SERVE, runtime_mounts=[mount])
+
+    for folder in ("allowed/way-out", "secret", "allowed/../secret", "allowed-too", "nonesuch", "."):
+        answer = ask(f"{tmp_path}/{folder}")
+        assert answer.status_code == 403, folder
+        assert "--allow-mount" in refusal(answer)
+    for wrong in (
+        ask("allowed/tools"),
+        ask(f"{tmp_path}/allowed/nonesuch"),
+        ask(f"{tmp_path}/allowed/tools", "/"),
+        ask(f"{tmp_path}/allowed/tools", "/x/../../proc"),
+        ask(f"{tmp_path}/allowed/tools", "relative"),
+        ask(f"{tmp_path}/allowed/tools", "/opt"),
+        ask(f"{tmp_path}/allowed/tools", "/tools", "rwx"),
+    ):
+        assert wrong.status_code == 422
+    assert engine.containers == {}
+    assert ask(f"{tmp_path}/way-in/tools", "//tools/./here").status_code == 201
+    assert ask(f"{tmp_path}/allowed/tools", "/data", "rw").status_code == 201
+    mounts = [mount for one in engine.containers.values() for mount in one.spec.mounts if "tools" in mount.source]
+    assert mounts == [
+        Mount(f"{tmp_path}/allowed/tools", "/tools/here", read_only=True),
+        Mount(f"{tmp_path}/allowed/tools", "/data", read_only=False),
+    ]
+
+
+def test_mounts_are_refused_unless_allowed(shared: Api) -> None:
+    mount = {"host_path": "/etc", "container_path": "/b", "mode": "ro"}
+    answer = shared.start(image=IMAGE, command=SERVE, runtime_mounts=[mount])
+    assert answer.status_code == 403
+    assert "--allow-mount" in refusal(answer)
+
+
+def test_the_access_log_has_a_line_a_request_and_no_key(fake: Api, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="slurm_runtime.access"):
+        fake.client.get("/sessions/a%0Ab?key=a-secret")
+        fake.client.post("/stop", json={"runtime_id": None})
+        eventually(lambda: len([r for r in caplog.records if r.name == "slurm_runtime.access"]) == 2)
+    lines = [r.getMessage() for r in caplog.records if r.name == "slurm_runtime.access"]
+    assert lines[0].startswith("method=GET path=/sessions/a%0Ab status=404 ms=")
+    assert re.search(r"^method=POST path=/stop status=200 ms=[\d.]+ client=127.0.0.1:\d+ request_bytes=19$", lines[1])
+    assert "a-secret" not in "".join(lines)
+    assert fake.client.headers["X-API-Key"] not in caplog.text
