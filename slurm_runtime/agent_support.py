@@ -15,7 +15,6 @@ from slurm_runtime.agent.tree import QUIET_IMPORT, AgentTree, agent_arguments
 from slurm_runtime.podman import ImageFacts
 from slurm_runtime.sandbox import Mount, Specification
 
-
 # HOME is what Podman takes from an image's /etc/passwd for root; it is told to images that have no such file too.
 DEFAULTS = {**QUIET_IMPORT, "HOME": "/root"}
 

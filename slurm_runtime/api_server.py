@@ -487,15 +487,17 @@ async def serve(
     if config.agent_image is None:
         agent.provide(tree)
     manager = Manager(config, engine, prober, slots, agent, Warden)
-    server = _http_server(create_app(manager, config, Heartbeats()), args.verbose)
+    app = create_app(manager, config, Heartbeats())
+    server = _http_server(app)
     try:
         return await _serve_until(wish.event, server, listening, manager, args.stop_timeout)
     finally:
+        await app.state.builds.close()
         await prober.close()
         await engine.close()
 
 
-def _http_server(app: Any, verbose: bool) -> uvicorn.Server:
+def _http_server(app: Any) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -509,7 +511,7 @@ def _http_server(app: Any, verbose: bool) -> uvicorn.Server:
         app,
         lifespan="off",
         log_config=None,
-        access_log=verbose,
+        access_log=False,  # the guard writes its own line for each request
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
         backlog=BACKLOG,

@@ -21,10 +21,9 @@ def setup(verbose: bool) -> None:
     for name, level in {
         "slurm_runtime": ours,
         "uvicorn": logging.WARNING,
-        "uvicorn.access": logging.INFO if verbose else logging.WARNING,
         "asyncio": logging.WARNING,
     }.items():
         logger = logging.getLogger(name)
         logger.setLevel(level)
-        logger.handlers[:] = [] if name == "uvicorn.access" else [handler]  # uvicorn's own parent prints it
-        logger.propagate = name == "uvicorn.access"
+        logger.handlers[:] = [handler]
+        logger.propagate = False

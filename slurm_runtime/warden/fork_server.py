@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, "/opt/skyrl-warden")
 
-from slurm_runtime.warden import confinement, seccomp  # noqa: E402
-from slurm_runtime.warden.syscalls import (  # noqa: E402
+from slurm_runtime.warden import confinement, seccomp
+from slurm_runtime.warden.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_MM,
     PR_SET_MM_MAP,
@@ -142,9 +142,20 @@ def renew_settings(server: Imported) -> None:
 class _MemoryMap(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in (
-            "start_code end_code start_data end_data start_brk brk start_stack arg_start arg_end env_start env_end auxv"
-        ).split()
+        for name in [
+            "start_code",
+            "end_code",
+            "start_data",
+            "end_data",
+            "start_brk",
+            "brk",
+            "start_stack",
+            "arg_start",
+            "arg_end",
+            "env_start",
+            "env_end",
+            "auxv",
+        ]
     ] + [("auxv_size", ctypes.c_uint32), ("exe_fd", ctypes.c_uint32)]
 
 
@@ -194,7 +205,7 @@ def serve(server: Imported, arguments: list[str]) -> int:
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
-    except BaseException:  # noqa: BLE001  the interpreter's own way to end
+    except BaseException:
         traceback.print_exc()
         code = 1
     import atexit
@@ -225,7 +236,7 @@ def become_server(
         code = serve(server, list(request["arguments"]))
     except confinement.Different as problem:
         os.write(report, json.dumps({"refused": str(problem)}).encode() + b"\n")
-    except BaseException as problem:  # noqa: BLE001
+    except BaseException as problem:
         with contextlib.suppress(OSError):
             os.write(report, json.dumps({"error": f"{type(problem).__name__}: {problem}"}).encode() + b"\n")
     finally:
@@ -260,7 +271,7 @@ def help_in(server: Imported, request: Mapping[str, Any], program: bytes | None,
         fail(report, "error", problem)
     except (confinement.Different, Refused) as problem:
         fail(report, "refused", problem)
-    except BaseException as problem:  # noqa: BLE001
+    except BaseException as problem:
         fail(report, "error", f"{type(problem).__name__}: {problem}")
     os._exit(0)
 

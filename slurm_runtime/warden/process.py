@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, sys.argv[3] if len(sys.argv) > 3 else "")
 
-from slurm_runtime.warden import network, room  # noqa: E402
-from slurm_runtime.warden.proc import members, namespace_of, signal_all  # noqa: E402
-from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl, setns  # noqa: E402
-from slurm_runtime.warden.watchdog import Watchdog, kill  # noqa: E402
+from slurm_runtime.warden import network, room
+from slurm_runtime.warden.proc import members, namespace_of, signal_all
+from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl, setns
+from slurm_runtime.warden.watchdog import Watchdog, kill
 
 MOUNTED_CODE = "/opt/skyrl-warden/slurm_runtime/warden/fork_server.py"
 LONGEST_LINE = 4 << 20

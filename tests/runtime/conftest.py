@@ -7,6 +7,7 @@ import contextlib
 import os
 import pwd
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from slurm_runtime.agent.tree import AgentTree
+from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.api_server import _http_server, listening_socket
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
@@ -22,7 +25,10 @@ from slurm_runtime.manager import Manager
 from slurm_runtime.podman import Podman
 from slurm_runtime.readiness import Prober
 from slurm_runtime.slots import Slots
+from slurm_runtime.warden.client import Warden
 from tests.runtime import podman_service
+from tests.runtime.agent_tree import COMMAND, tests_tree
+from tests.runtime.commands import SERVE
 from tests.runtime.fake_podman import FakePodman
 
 T = TypeVar("T")
@@ -54,6 +60,12 @@ class Api:
     engine: FakePodman | KillablePodman
     manager: Manager
     loop: asyncio.AbstractEventLoop
+    agent: bool = False
+
+    @property
+    def serve(self) -> str | list[str]:
+        """The command of a sandbox that serves: busybox, or the mounted agent server."""
+        return COMMAND if self.agent else SERVE
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
@@ -67,8 +79,17 @@ class Api:
 
 
 @contextlib.contextmanager
-def serving(engine: FakePodman | KillablePodman, config: ServerConfig = CONFIG, slots: int = 20) -> Iterator[Api]:
-    """A server on a free port, in a thread; its sandboxes are removed at the end."""
+def serving(
+    engine: FakePodman | KillablePodman,
+    config: ServerConfig = CONFIG,
+    slots: int | Slots = 20,
+    tree: AgentTree | None = None,
+    warden: bool = False,
+) -> Iterator[Api]:
+    """A server on a free port, in a thread; its sandboxes are removed at the end.
+
+    With a ``tree`` agent servers are mounted, started as ``config.agent_start`` says; once it returns they can be.
+    """
     from slurm_runtime.api_server import build_parser
 
     listening = listening_socket(build_parser().parse_args(["--host", "127.0.0.1", "--port", "0"]))
@@ -78,8 +99,11 @@ def serving(engine: FakePodman | KillablePodman, config: ServerConfig = CONFIG, 
 
     async def live() -> None:
         prober = Prober()
-        manager = Manager(config, engine, prober, Slots(slots, config.cpus_per_worker))
-        server = _http_server(create_app(manager, config, Heartbeats()), verbose=False)
+        agent = AgentSupport(wants_fork=tree is not None and config.agent_start == "fork")
+        agent.provide(tree)
+        shares = Slots(slots, config.cpus_per_worker) if isinstance(slots, int) else slots
+        manager = Manager(config, engine, prober, shares, agent, Warden if warden else None)
+        server = _http_server(create_app(manager, config, Heartbeats()))
         box.update(manager=manager, loop=asyncio.get_running_loop(), stop=asyncio.Event())
         tasks = [asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(manager.run())]
         started.set()
@@ -98,12 +122,28 @@ def serving(engine: FakePodman | KillablePodman, config: ServerConfig = CONFIG, 
         base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": API_KEY}, timeout=60, trust_env=False
     ) as client:
         try:
-            yield Api(client, engine, box["manager"], box["loop"])
+            api = Api(client, engine, box["manager"], box["loop"], tree is not None)
+            if tree is not None and config.agent_start == "fork":
+                _await_fork_server(api)
+            yield api
         finally:
             box["loop"].call_soon_threadsafe(box["stop"].set)
             thread.join(30)
     assert not thread.is_alive()
     assert box["left"] == []
+
+
+def _await_fork_server(api: Api) -> None:
+    deadline = time.monotonic() + 60
+    while not api.manager.agent.fork_ready:
+        assert time.monotonic() < deadline, api.manager.agent.why_exec
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def agent_tree() -> AgentTree:
+    """The tests' agent tree."""
+    return tests_tree()
 
 
 @pytest.fixture
@@ -149,13 +189,23 @@ def root_podman() -> Iterator[podman_service.Service]:
         "fake",
         pytest.param("rootless", marks=pytest.mark.podman),
         pytest.param("root", marks=pytest.mark.podman),
+        pytest.param("fork", marks=pytest.mark.podman),
+        pytest.param("exec", marks=pytest.mark.podman),
     ]
 )
 def api(request: pytest.FixtureRequest) -> Iterator[Api]:
-    """The server of the contract, on the fake and on real Podman as an ordinary user and as root."""
+    """The server of the contract: on the fake, on real Podman as an ordinary user and as root, and as an ordinary
+    user with the real agent server, forked and as a plain program."""
     if request.param == "fake":
-        engine: FakePodman | KillablePodman = FakePodman()
+        with serving(FakePodman()) as server:
+            yield server
+    elif request.param in {"fork", "exec"}:
+        service = request.getfixturevalue("rootless_podman")
+        tree = request.getfixturevalue("agent_tree")
+        config = replace(CONFIG, agent_start=request.param, string_patience_s=120.0, ready_grace_s=15.0)
+        with serving(KillablePodman(service.socket), config, tree=tree, warden=True) as server:
+            yield server
     else:
-        engine = KillablePodman(request.getfixturevalue(f"{request.param}_podman").socket)
-    with serving(engine) as server:
-        yield server
+        service = request.getfixturevalue(f"{request.param}_podman")
+        with serving(KillablePodman(service.socket), warden=True) as server:
+            yield server
