@@ -57,6 +57,7 @@ class Confinement:
     nice: int
     label: str
     cgroups: tuple[str, ...]
+    blocked: frozenset[int]
     environment: Mapping[str, str]
 
 
@@ -84,6 +85,7 @@ def read(pid: int) -> Confinement:
             nice=os.getpriority(os.PRIO_PROCESS, pid),
             label=_label(proc),
             cgroups=tuple((proc / "cgroup").read_text().splitlines()),
+            blocked=_blocked(proc),
             environment=parse_environment((proc / "environ").read_bytes()),
         )
     except (ProcessLookupError, FileNotFoundError, KeyError):
@@ -94,6 +96,16 @@ def parse_environment(block: bytes) -> dict[str, str]:
     """The variables of a /proc/PID/environ."""
     pairs = (os.fsdecode(entry).partition("=") for entry in block.split(b"\0") if b"=" in entry)
     return {name: value for name, _, value in pairs}
+
+
+def _blocked(proc: Path) -> frozenset[int]:
+    """The signals that a program starts with blocked: an init blocks more for itself than for what it starts."""
+    children = (proc / "task" / proc.name / "children").read_text().split()
+    source = Path("/proc", children[0]) if children else proc
+    with contextlib.suppress(OSError, KeyError):
+        mask = int(status_fields((source / "status").read_text())["SigBlk"], 16)
+        return frozenset(number for number in range(1, 65) if mask >> (number - 1) & 1)
+    return frozenset()
 
 
 def _label(proc: Path) -> str:
@@ -183,7 +195,10 @@ def confine(wanted: Confinement, program: bytes | None) -> None:
     for number in range(1, signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as every Python has it
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, wanted.blocked)
     os.umask(wanted.umask)
     os.sched_setaffinity(0, wanted.cpus)
     _set_nice(wanted.nice)

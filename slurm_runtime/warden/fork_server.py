@@ -16,6 +16,7 @@ import gc
 import hashlib
 import importlib
 import json
+import logging
 import os
 import selectors
 import signal
@@ -23,7 +24,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -102,6 +103,27 @@ class Imported:
     read: set[str] = field(default_factory=set)
 
 
+@contextlib.contextmanager
+def logging_kept() -> Iterator[None]:
+    """Undo what the block does to logging: browser_use silences it when it is imported."""
+
+    def loggers() -> list[logging.Logger]:
+        known = logging.root.manager.loggerDict.values()
+        return [logging.root, *(one for one in known if isinstance(one, logging.Logger))]
+
+    before = {one: (one.level, list(one.handlers), one.propagate, one.disabled) for one in loggers()}
+    threshold, packages = logging.root.manager.disable, set(sys.modules)
+    yield
+    logging.root.manager.disable = threshold
+    untouched: tuple[int, list[logging.Handler], bool, bool] = (logging.NOTSET, [], True, False)
+    for one in loggers():
+        if one not in before and one.name.partition(".")[0] not in packages:
+            continue  # of a package that came with the block: its own matter
+        level, handlers, propagate, disabled = before.get(one, untouched)
+        one.setLevel(level)
+        one.handlers[:], one.propagate, one.disabled = handlers, propagate, disabled
+
+
 def import_server(modules: list[str]) -> Imported:
     """Import all of it with the collector off, and take it out of the collector's sight: pages stay shared."""
     gc.disable()
@@ -110,9 +132,10 @@ def import_server(modules: list[str]) -> Imported:
         main = importlib.import_module("openhands.agent_server.__main__")
         api = importlib.import_module("openhands.agent_server.api")
         config = importlib.import_module("openhands.agent_server.config")
-        for name in modules:
-            with contextlib.suppress(Exception):  # a module that only some machines can import
-                importlib.import_module(name)
+        with logging_kept():
+            for name in modules:
+                with contextlib.suppress(Exception):  # a module that only some machines can import
+                    importlib.import_module(name)
     gc.collect()
     gc.freeze()
     gc.enable()

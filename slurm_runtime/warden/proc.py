@@ -38,11 +38,21 @@ def stat_of(pid: int) -> list[str]:
 
 def proportional_bytes(pid: int) -> int:
     """Memory of a process with shared pages divided among those who share them."""
+    return _rolled_up(pid, ("Pss:",))
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that only this process has."""
+    return _rolled_up(pid, ("Private_Clean:", "Private_Dirty:"))
+
+
+def _rolled_up(pid: int, rows: tuple[str, ...]) -> int:
+    total = 0
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            if line.startswith(rows):
+                total += int(line.split()[1]) * 1024
+    return total
 
 
 def written_bytes(pid: int) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slurm_runtime.warden.proc import Scanner, Usage, namespace_of, proportional_bytes, written_bytes
+from slurm_runtime.warden.proc import Scanner, Usage, namespace_of, private_bytes, proportional_bytes, written_bytes
 
 LEAST_PERIOD_S = 0.25
 SHARE_OF_A_CORE = 0.1  # a scan takes at most this share of the time
@@ -118,8 +118,11 @@ class Watchdog:
             return f"it ran {one.usage.processes} processes and threads and may run {one.processes}"
         one.memory_seen = one.usage.memory_bytes
         if one.memory_bytes and one.memory_seen > one.memory_bytes:
-            # Forked servers share most of their pages; what is shared counts only in part.
-            one.memory_seen = sum(proportional_bytes(pid) for pid in one.usage.pids)
+            # A forked server shares most pages with the fork server, and they are not the sandbox's doing; what the
+            # processes of a sandbox share among themselves counts once.
+            one.memory_seen = sum(
+                private_bytes(pid) if pid == one.server else proportional_bytes(pid) for pid in one.usage.pids
+            )
             if one.memory_seen > one.memory_bytes:
                 return (
                     f"it used {amount(one.memory_seen)} of memory and may use {amount(one.memory_bytes)} "

@@ -79,13 +79,13 @@ def look_at(pid: int, holder: int) -> dict[str, object]:
     """Everything that a process of a container is confined to, comparable between containers."""
     proc = Path(f"/proc/{pid}")
     environment = sorted(proc.joinpath("environ").read_bytes().rstrip(b"\0").split(b"\0"))
-    mounts = [line.split(" - ")[0].split()[4:6] for line in proc.joinpath("mountinfo").read_text().splitlines()]
+    mounts = sorted(line.split(" - ")[0].split()[4:6] for line in proc.joinpath("mountinfo").read_text().splitlines())
     namespaces = {link.name: link.readlink() == Path(f"/proc/{holder}/ns", link.name).readlink()
                   for link in proc.joinpath("ns").iterdir()}  # fmt: skip
     stat = proc.joinpath("stat").read_text().rpartition(")")[2].split()
     session_id = int(stat[3])
     return {
-        "status": status(pid),
+        **{f"status {name}": value for name, value in status(pid).items()},
         "limits": proc.joinpath("limits").read_text(),
         "cgroup": proc.joinpath("cgroup").read_text(),
         "namespaces": namespaces,
