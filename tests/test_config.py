@@ -180,6 +180,8 @@ BASH_SUITE = {
     # new ones
     "ACCOUNT": "", "QOS": "", "CONSTRAINT": "", "RESERVATION": "", "GPU_TYPE": "", "CPU_SBATCH_ARGS": (),
     "GPU_SBATCH_ARGS": (), "LOCAL_SCRATCH": None, "RUNTIME_PORT_RANGE": None, "SANDBOX_PORT_RANGE": None,
+    "AGENT_START": "fork", "AGENT_DIR": None, "AGENT_IMAGE": "", "NETWORK": "private", "DISK_PER_WORKER": "",
+    "CPU_PINNING_METHOD": "docker_cpuset",
     "IMAGE_ARCHIVE": None, "TRAINING_COMMAND": "", "VERL_OVERRIDES": (), "SKYRL_COORD_DIR": None,
     "SKYRL_JOBS_BASE": Path("/home/me/.skyrl_jobs"), "SKYRL_PROJECT_ROOT": Path("/project"), "SKYRL_DEBUG": False,
     "SLURM_RUNTIME_DIR": None, "SANDBOX_REMOTE_RUNTIME_API_URL": "", "SKYRL_BACKEND": "slurm",

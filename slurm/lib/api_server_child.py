@@ -87,6 +87,18 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple
     if settings.sandbox_port_range:
         ports = settings.sandbox_port_range
         flags.append(("--sandbox-port-range", f"{ports.start}-{ports.stop - 1}"))
+    flags += [
+        (name, str(value))
+        for name, value in (
+            ("--agent-start", settings.agent_start),
+            ("--agent-image", settings.agent_image),
+            ("--agent-dir", "" if settings.agent_image else settings.agent_dir or ""),
+            ("--network", settings.network),
+            ("--disk-per-worker", settings.disk_per_worker),
+            ("--cpu-pinning-method", settings.cpu_pinning_method),
+        )
+        if str(value)
+    ]
     verbose = ("--verbose",) if settings.skyrl_debug else ()
     return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *verbose)
 

@@ -148,6 +148,11 @@ def memory(raw: str) -> str:
     return match["number"] + (match["unit"].upper() or "M")
 
 
+def optional_memory(raw: str) -> str:
+    """An amount of memory, or empty for no limit."""
+    return memory(raw) if raw.strip() else ""
+
+
 def node_memory(raw: str) -> str:
     """The same, and 0 for all memory of the node."""
     return "0" if re.fullmatch(r"0+[KMGTP]?B?", raw.strip(), re.I) else memory(raw)
@@ -222,8 +227,27 @@ def experiment(raw: str) -> str:
 
 def backend(raw: str) -> str:
     """slurm or local."""
-    if raw not in {"slurm", "local"}:
-        raise ValueError("must be slurm or local")
+    return _one_of(raw, "slurm", "local")
+
+
+def start_word(raw: str) -> str:
+    """fork or exec."""
+    return _one_of(raw, "fork", "exec")
+
+
+def network_word(raw: str) -> str:
+    """private or deny."""
+    return _one_of(raw, "private", "deny")
+
+
+def pinning_word(raw: str) -> str:
+    """docker_cpuset, taskset or none."""
+    return _one_of(raw, "docker_cpuset", "taskset", "none")
+
+
+def _one_of(raw: str, *allowed: str) -> str:
+    if raw not in allowed:
+        raise ValueError(f"must be {', '.join(allowed[:-1])} or {allowed[-1]}")
     return raw
 
 
@@ -366,6 +390,42 @@ class Settings:
         None,
         "Folder on the node's own disk for Podman's storage.",
         default_text="SLURM_TMPDIR, TMPDIR or /tmp of the node",
+    )
+    agent_start: str = setting(
+        "AGENT_START",
+        start_word,
+        "fork",
+        "How an agent server starts in a sandbox: forked from one that is imported already, or as a plain program.",
+    )
+    agent_dir: Path | None = setting(
+        "AGENT_DIR",
+        optional(path),
+        None,
+        "Agent tree that is mounted into sandboxes whose image has no agent server.",
+        default_text="the newest that `python -m slurm_runtime.agent build` made",
+    )
+    agent_image: str = setting(
+        "AGENT_IMAGE", text, "", "Image to take that agent tree out of, once on each node.", default_text="none"
+    )
+    network: str = setting(
+        "NETWORK",
+        network_word,
+        "private",
+        "Network of a sandbox: its own with a way out, or without one (its published port still answers).",
+    )
+    disk_per_worker: str = setting(
+        "DISK_PER_WORKER",
+        optional_memory,
+        "",
+        "Disk that one sandbox may fill.",
+        unit="K, M, G, T",
+        default_text="no limit",
+    )
+    cpu_pinning_method: str = setting(
+        "CPU_PINNING_METHOD",
+        pinning_word,
+        "docker_cpuset",
+        "How a sandbox is kept on CPUs of its own; where Podman has no cpusets, docker_cpuset does what taskset does.",
     )
     runtime_port: int | None = setting(
         "RUNTIME_PORT", optional(port), None, "Preferred port of the API server.", default_text="any free port"

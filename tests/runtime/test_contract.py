@@ -52,7 +52,7 @@ def page(sandbox: dict[str, Any], name: str) -> str:
     """A page of the sandbox's own server; what a command shows where that is the agent server."""
     answer = httpx.get(f"{sandbox['url']}/{name}", trust_env=False)
     if answer.status_code == 404 and name in LOOKS:
-        return command(sandbox, LOOKS[name])["stdout"]
+        return str(command(sandbox, LOOKS[name])["stdout"])
     assert answer.status_code == 200
     return answer.text
 
