@@ -84,6 +84,12 @@ class AgentSupport:
         if not self._future().done():
             self._future().set_result(tree)
 
+    def fail(self, problem: Exception) -> None:
+        """There should be a tree and there is none: sandboxes that need it fail with this."""
+        if not self._future().done():
+            self._future().set_exception(problem)
+            self._future().exception()  # read, so that one that nobody waits for is not reported as lost
+
     async def tree(self) -> AgentTree | None:
         return await asyncio.shield(self._future())
 
@@ -94,7 +100,8 @@ class AgentSupport:
 
     def described(self) -> str:
         """Version and way of start, for people."""
-        tree = self._future().result() if self._future().done() else None
+        known = self._future().done() and self._future().exception() is None
+        tree = self._future().result() if known else None
         if tree is None:
             return "from the images"
         how = "forked" if self.fork_ready else f"a plain program ({self.why_exec or 'the fork server is starting'})"

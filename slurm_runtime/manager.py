@@ -7,14 +7,18 @@ only once its container is gone. Reads are answered from memory and never wait f
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
+import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from slurm_runtime import __version__
 from slurm_runtime.admission import Admission
+from slurm_runtime.agent.take_out import NoTree, remove, take_out
 from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.control import Control, ControlError, OnEvent
@@ -38,7 +42,7 @@ from slurm_runtime.logs import log
 from slurm_runtime.naming import public_name
 from slurm_runtime.ownership import SERVER_LABEL, is_orphan, process_mark
 from slurm_runtime.page import Failure, SandboxRow, Snapshot
-from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
+from slurm_runtime.podman import ContainerSpec, Engine, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.ports import Ports
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
 from slurm_runtime.slots import Slots, units_for
@@ -98,6 +102,7 @@ class Manager:
         self._connecting: asyncio.Task[EngineFacts] | None = None
         self._host: asyncio.Task[str] | None = None
         self._closing = False
+        self._agent_folder: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -414,6 +419,8 @@ class Manager:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.control is not None:
             await self.control.close()
+        if self._agent_folder is not None:
+            await asyncio.to_thread(remove, self._agent_folder)
 
     # In the background.
 
@@ -463,8 +470,28 @@ class Manager:
         log.info("%s", sentence)
         for note in self.notes:
             log.warning("%s", note)
+        if self.config.agent_image:
+            self._in_background(self._take_agent_out(self.config.agent_image))
         await self._start_control(facts)
         return facts
+
+    async def _take_agent_out(self, image: str) -> None:
+        """The agent tree of --agent-image, into a folder that lives as long as this server."""
+        name = f"agent-{secrets.token_hex(8)}"
+        self._agent_folder = Path(tempfile.mkdtemp(prefix="skyrl-agent-"))
+        spec = ContainerSpec(name, image, ("/",), {}, "/", self.launcher.labels.of(""), container_port=1)
+        try:
+            await self.images.pull(image, "missing")
+            await uninterrupted(self.engine.create(spec))
+            try:
+                self.agent.provide(await take_out(self.engine.export(name), image, self._agent_folder))
+            finally:
+                await uninterrupted(self.engine.remove(name))
+            log.info("agent server taken out of %s", image)
+        except (EngineError, NoTree, OSError) as problem:
+            sentence = f"there is no agent server for sandboxes: {problem}"
+            log.error("%s", sentence)
+            self.agent.fail(EngineError(sentence))
 
     async def _start_control(self, facts: EngineFacts) -> None:
         """The warden, and its fork server as soon as there is a tree; without it sandboxes are served plainly."""
@@ -482,7 +509,10 @@ class Manager:
             self._in_background(self._start_forking(control))
 
     async def _start_forking(self, control: Control) -> None:
-        tree = await self.agent.tree()
+        try:
+            tree = await self.agent.tree()
+        except EngineError:
+            return
         if tree is not None:
             try:
                 await control.start_fork_server(tree)

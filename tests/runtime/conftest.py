@@ -85,6 +85,7 @@ def serving(
     slots: int | Slots = 20,
     tree: AgentTree | None = None,
     warden: bool = False,
+    has_agent: bool = False,
 ) -> Iterator[Api]:
     """A server on a free port, in a thread; its sandboxes are removed at the end.
 
@@ -100,7 +101,8 @@ def serving(
     async def live() -> None:
         prober = Prober()
         agent = AgentSupport(wants_fork=tree is not None and config.agent_start == "fork")
-        agent.provide(tree)
+        if not has_agent:
+            agent.provide(tree)
         shares = Slots(slots, config.cpus_per_worker) if isinstance(slots, int) else slots
         manager = Manager(config, engine, prober, shares, agent, Warden if warden else None)
         server = _http_server(create_app(manager, config, Heartbeats()))
@@ -122,7 +124,7 @@ def serving(
         base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": API_KEY}, timeout=60, trust_env=False
     ) as client:
         try:
-            api = Api(client, engine, box["manager"], box["loop"], tree is not None)
+            api = Api(client, engine, box["manager"], box["loop"], has_agent or tree is not None)
             if tree is not None and config.agent_start == "fork":
                 _await_fork_server(api)
             yield api

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -371,6 +372,32 @@ def test_an_image_that_brings_its_own_server_keeps_it(agents: MakeApi) -> None:
     failed = eventually(lambda: (found := session(api, "plain"))["pod_status"] == "failed" and found)
     assert "exit code 5" in failed["pod_logs"]
     assert COMMAND.startswith("/usr/local/bin/")
+
+
+def test_an_agent_image_is_taken_out_once_and_removed_with_the_server(
+    rootless_podman: podman_service.Service, agent_tree: AgentTree, tmp_path: Path
+) -> None:
+    image = "localhost/agent-tree:1"
+    archive = rootless_podman.home / "agent.tar"
+    with rootless_podman.popen("tar", "-C", str(agent_tree.root), "-cf", str(archive), ".") as tar:
+        assert tar.wait(120) == 0
+    rootless_podman.podman("import", "--quiet", str(archive), image)
+    archive.unlink()
+    tmp_path.chmod(0o755)
+    config = replace(PATIENT, agent_start="exec", agent_image=image)
+    before = set(Path(tempfile.gettempdir()).glob("skyrl-agent-*"))
+    with serving(KillablePodman(rootless_podman.socket), config, warden=True, has_agent=True) as api:
+        assert command(started(api), "echo in")["stdout"] == "in\n"
+        assert len(set(Path(tempfile.gettempdir()).glob("skyrl-agent-*")) - before) == 1
+    assert set(Path(tempfile.gettempdir()).glob("skyrl-agent-*")) == before
+
+
+def test_an_agent_image_without_a_tree_is_named_in_the_error(rootless_podman: podman_service.Service) -> None:
+    config = replace(PATIENT, agent_image=IMAGE)
+    with serving(KillablePodman(rootless_podman.socket), config, has_agent=True) as api:
+        answer = api.start(image=IMAGE, command=COMMAND)
+        assert answer.status_code == 502
+        assert f"--agent-image {IMAGE} holds no agent tree" in answer.json()["detail"]
 
 
 def test_nothing_of_the_warden_outlives_the_server(agents: MakeApi) -> None:
