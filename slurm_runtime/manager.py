@@ -479,6 +479,7 @@ class Manager:
         """The agent tree of --agent-image, into a folder that lives as long as this server."""
         name = f"agent-{secrets.token_hex(8)}"
         self._agent_folder = Path(tempfile.mkdtemp(prefix="skyrl-agent-"))
+        self._agent_folder.chmod(0o755)  # containers of a service under another user mount it too
         spec = ContainerSpec(name, image, ("/",), {}, "/", self.launcher.labels.of(""), container_port=1)
         try:
             await self.images.pull(image, "missing")
