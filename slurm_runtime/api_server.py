@@ -486,7 +486,7 @@ async def serve(
     agent = AgentSupport(config.agent_start == "fork")
     if config.agent_image is None:
         agent.provide(tree)
-    manager = Manager(config, engine, prober, slots, agent, Warden)
+    manager = Manager(config, engine, prober, slots, agent, Warden, prober.idle_s)
     app = create_app(manager, config, Heartbeats())
     server = _http_server(app)
     try:

@@ -69,6 +69,7 @@ class Entry:
         self.offence: str | None = None
         self.askers = 0
         self.asked_at = time.monotonic()
+        self.busy_at = self.asked_at
         self.ready_at: float | None = None
         self.problem: Exception | None = None
         self.bring_up: asyncio.Task[None] | None = None

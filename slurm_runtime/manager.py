@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 Probe = Callable[[str, Dialect], Awaitable[bool]]
+IdleOf = Callable[[str], Awaitable[float | None]]  # seconds since the server at a URL was asked for something
 MakeControl = Callable[[int, OnEvent], Control]  # for the process id of Podman's service
 
 SESSION_LABEL = "skyrl.session"
@@ -67,6 +68,11 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between probes of a sandbox that i
 LOOK_PERIOD_S = 0.2  # between looks whether such a sandbox still lives
 FAILURES_KEPT = 20  # shown to people
 IDLE_LOOK_S = 10.0  # between looks whether a sandbox idles
+
+
+async def unknown(_url: str) -> float | None:
+    """Of a server that does not say when it was last asked."""
+    return None
 
 
 class Manager:
@@ -80,6 +86,7 @@ class Manager:
         slots: Slots,
         agent: AgentSupport | None = None,
         make_control: MakeControl | None = None,
+        idle_of: IdleOf = unknown,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -88,6 +95,7 @@ class Manager:
         self.images = Images(engine)
         self.agent = agent or AgentSupport(wants_fork=False)
         self.make_control = make_control
+        self.idle_of = idle_of
         self.mark = process_mark()
         labels = Labels({**config.labels, SERVER_LABEL: self.mark}, SESSION_LABEL)
         ports = Ports(config.publish_ip, config.sandbox_ports)
@@ -102,6 +110,7 @@ class Manager:
         self._connecting: asyncio.Task[EngineFacts] | None = None
         self._host: asyncio.Task[str] | None = None
         self._closing = False
+        self._next_idle_look = 0.0
         self._agent_folder: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -434,6 +443,7 @@ class Manager:
                 swept = swept or await self._sweep()
                 await self._look()
                 await self._retry_cleaning()
+                await self._reap_idle()
                 self._podman_is("connected")
             except EngineError as problem:
                 self._podman_is("unreachable", problem)
@@ -573,12 +583,31 @@ class Manager:
         if not task.cancelled() and (problem := task.exception()) is not None:
             log.error("%s", problem)
 
-    async def stop_idle(self, runtime_id: str, idle_s: float) -> None:
-        """Stop a sandbox in which nothing has happened for ``idle_s`` seconds; the log says so."""
-        entry = self._entry(runtime_id)
-        sentence = f"nothing happened in it for {idle_s:.0f} s (--idle-timeout)"
-        log.warning("sandbox %s of session %s is stopped: %s", runtime_id, entry.specification.session_id, sentence)
-        await self._end(entry, State.STOPPED, Diagnosis(sentence, ""))
+    async def _reap_idle(self) -> None:
+        """Stop sandboxes in which nothing runs and nothing was asked for; what cannot be told is left alone."""
+        now = time.monotonic()
+        if not self.config.idle_timeout_s or self.control is None or now < self._next_idle_look:
+            return
+        self._next_idle_look = now + min(IDLE_LOOK_S, self.config.idle_timeout_s)
+        try:
+            usage = await self.control.usage()
+        except ControlError:
+            return
+        ready = [entry for entry in self._entries.values() if entry.sandbox.state is State.READY]
+        await asyncio.gather(*(self._stop_if_idle(entry, usage.get(entry.name), now) for entry in ready))
+
+    async def _stop_if_idle(self, entry: Entry, usage: Mapping[str, float] | None, now: float) -> None:
+        """A command that runs is no idleness, however long ago the server was asked for it; nor has it just ended."""
+        if usage is None or usage["commands"]:
+            entry.busy_at = now
+            return
+        asked = await self.idle_of(entry.sandbox.url or "")
+        idle_s = 0.0 if asked is None else min(asked, now - entry.busy_at)
+        if idle_s >= self.config.idle_timeout_s and entry.sandbox.state is State.READY:
+            sentence = f"nothing happened in it for {idle_s:.0f} s (--idle-timeout)"
+            wish = entry.specification
+            log.warning("sandbox %s of session %s is stopped: %s", wish.runtime_id, wish.session_id, sentence)
+            await self._end(entry, State.STOPPED, Diagnosis(sentence, ""))
 
     async def _retry_cleaning(self) -> None:
         """Try again what Podman refused to remove."""

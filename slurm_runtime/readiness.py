@@ -71,6 +71,16 @@ class Prober:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError):  # another class on Python 3.10
             return False
 
+    async def idle_s(self, url: str) -> float | None:
+        """Seconds since an agent server was last asked to do something; None where it does not say."""
+        import aiohttp
+
+        try:
+            status, body = await self._get(f"{url}/server_info")
+            return float(json.loads(body)["idle_time"]) if status == 200 else None
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, KeyError, TypeError):
+            return None
+
     async def _get(self, url: str) -> tuple[int, bytes]:
         import aiohttp
 

@@ -54,16 +54,19 @@ class Watched:
     written_at_walk: int = 0
     walk: Walk | None = None
     stopped: bool = False
+    program: int | None = None
 
     @property
     def commands(self) -> int:
-        """Processes beyond the container's first one, its idle program and the agent server."""
-        idle = {self.holder, self.server}
-        return sum(
-            1
-            for pid in self.usage.pids
-            if pid not in idle and not (self.usage.parents[pid] == self.holder and self.server)
-        ) - (0 if self.server else 1 if len(self.usage.pids) > 1 else 0)
+        """Processes beyond the container's first one, the program that an init started, and a forked server."""
+        return len({*self.usage.pids} - {self.holder, self.server, self.program or 0})
+
+    def saw(self, usage: Usage) -> None:
+        """A sample. At the first one no command runs yet: what the first process has as a child is its program."""
+        self.usage = usage
+        if self.program is None and usage.pids:
+            children = [pid for pid in usage.pids if usage.parents[pid] == self.holder]
+            self.program = min(children, default=0)
 
 
 class Watchdog:
@@ -104,7 +107,7 @@ class Watchdog:
         sampled = self._scanner.scan({one.namespace for one in self.watched.values()})
         offenders = []
         for name, one in self.watched.items():
-            one.usage = sampled[one.namespace]
+            one.saw(sampled[one.namespace])
             reason = None if one.stopped else self._offence(one)
             if reason:
                 one.stopped = True

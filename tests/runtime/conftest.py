@@ -104,7 +104,7 @@ def serving(
         if not has_agent:
             agent.provide(tree)
         shares = Slots(slots, config.cpus_per_worker) if isinstance(slots, int) else slots
-        manager = Manager(config, engine, prober, shares, agent, Warden if warden else None)
+        manager = Manager(config, engine, prober, shares, agent, Warden if warden else None, prober.idle_s)
         server = _http_server(create_app(manager, config, Heartbeats()))
         box.update(manager=manager, loop=asyncio.get_running_loop(), stop=asyncio.Event())
         tasks = [asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(manager.run())]

@@ -193,16 +193,6 @@ def test_a_socket_that_does_not_listen_is_refused(tmp_path: Path) -> None:
     assert "does not listen" in ended.stderr
 
 
-def test_flags_without_effect_say_so_once(server: MakeServer) -> None:
-    log = server("--enable-image-build", "--cpu-pinning-method", "taskset").log()
-    assert log.count("has no effect yet") == 2
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,?\d* \[INFO\] ", log)
-    assert "[WARN]" in log
-
-
-# The key.
-
-
 def test_a_key_of_the_environment_is_asked_for_and_never_logged(server: MakeServer) -> None:
     made = server("--verbose")
     assert made.request("GET", "/list").status_code == 200
@@ -293,7 +283,7 @@ def test_a_start_without_podman_is_an_error_that_says_what_to_do(server: MakeSer
 
 
 @pytest.mark.podman
-def test_sigterm_removes_every_container(server: MakeServer, podman: podman_service.Service) -> None:
+def test_32_sigterm_removes_every_container(server: MakeServer, podman: podman_service.Service) -> None:
     made = server("--label", "team=red", podman=podman.socket)
     before = podman.volumes()
     with ThreadPoolExecutor(6) as pool:
@@ -308,7 +298,7 @@ def test_sigterm_removes_every_container(server: MakeServer, podman: podman_serv
 
 
 @pytest.mark.podman
-def test_sigterm_in_the_middle_of_starts_leaves_nothing(server: MakeServer, podman: podman_service.Service) -> None:
+def test_32_sigterm_in_the_middle_of_starts_leaves_nothing(server: MakeServer, podman: podman_service.Service) -> None:
     made = server(podman=podman.socket)
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(made.start) for _ in range(8)]
@@ -357,7 +347,9 @@ def test_an_owner_killed_with_sigkill_takes_everything_along(podman: podman_serv
 
 
 @pytest.mark.podman
-def test_what_a_killed_server_left_is_removed_by_the_next(server: MakeServer, podman: podman_service.Service) -> None:
+def test_32_what_a_killed_server_left_is_removed_by_the_next(
+    server: MakeServer, podman: podman_service.Service
+) -> None:
     first = server(podman=podman.socket)
     assert first.start().status_code == 201
     first.process.kill()
