@@ -26,6 +26,7 @@ from slurm_runtime.agent.tree import AgentTree, default_cache, load, newest
 from slurm_runtime.config import ServerConfig, is_loopback, parse_label, parse_memory, parse_port_range
 from slurm_runtime.logs import log, setup
 from slurm_runtime.podman import how_to_start, socket_path
+from slurm_runtime.registry_login import auth_file, doubts
 from slurm_runtime.slots import Slots, share_out
 
 if TYPE_CHECKING:
@@ -208,7 +209,14 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
         "--image-archives",
         type=Path,
         metavar="DIR",
-        help="a folder of image archives, looked into before a registry is asked",
+        help="a folder of image archives, as prebuild_images writes them, looked into before a registry is asked",
+    )
+    add(
+        "--registry-auth-file",
+        type=Path,
+        metavar="FILE",
+        help="logins for registries, as 'podman login --authfile FILE' writes them "
+        "(default: the environment's REGISTRY_AUTH_FILE, else those that Podman finds by itself)",
     )
 
 
@@ -311,6 +319,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         agent_cache=default_cache(environment),
         allowed_mounts=tuple(folder.resolve() for folder in args.allow_mount),
         image_archives=args.image_archives,
+        registry_auth_file=auth_file(args.registry_auth_file, environment),
         registry_prefix=args.registry_prefix,
         build_images=args.enable_image_build,
         idle_timeout_s=float(args.idle_timeout and max(args.idle_timeout, LEAST_IDLE_S)),
@@ -344,6 +353,18 @@ def agent_tree(config: ServerConfig) -> AgentTree | None:
             config.agent_cache,
         )
     return found
+
+
+def check_image_sources(config: ServerConfig) -> None:
+    """``StartProblem`` for an auth file or a folder of archives that cannot be used; warnings for what is unsafe."""
+    if config.image_archives is not None and not config.image_archives.is_dir():
+        raise StartProblem(f"--image-archives {config.image_archives} is no folder on this machine", EXIT_USAGE)
+    if config.registry_auth_file is not None:
+        try:
+            for doubt in doubts(config.registry_auth_file):
+                log.warning("%s", doubt)
+        except (OSError, ValueError) as problem:
+            raise StartProblem(f"--registry-auth-file: {problem}", EXIT_USAGE) from None
 
 
 def labels_for(environment: Mapping[str, str], user: str, extra: Mapping[str, str]) -> dict[str, str]:
@@ -482,11 +503,12 @@ async def serve(
 
     wish = StopWish(asyncio.get_running_loop(), asyncio.Event())
     wish.heed_stdin() if args.stop_with_stdin else wish.heed_signals()
-    engine, prober = Podman(podman), Prober()
+    engine, prober = Podman(podman, config.registry_auth_file), Prober()
     agent = AgentSupport(config.agent_start == "fork")
     if config.agent_image is None:
         agent.provide(tree)
     manager = Manager(config, engine, prober, slots, agent, Warden, prober.idle_s)
+    manager.images.archives = config.image_archives
     app = create_app(manager, config, Heartbeats())
     server = _http_server(app)
     try:
@@ -554,6 +576,7 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
             log.info("serving on http://%s:%d, Podman at %s", f"[{host}]" if ":" in host else host, port, podman)
             log.info("%s", slots_sentence)
             config = replace(config_from(args, environment, getpass.getuser()), api_key=key)
+            check_image_sources(config)
             tree = None if config.agent_image else agent_tree(config)
             return asyncio.run(serve(args, config, listening, podman, slots, tree))
 

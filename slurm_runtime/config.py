@@ -39,6 +39,7 @@ class ServerConfig:
     agent_cache: Path | None = None
     allowed_mounts: tuple[Path, ...] = ()
     image_archives: Path | None = None
+    registry_auth_file: Path | None = None
     registry_prefix: str = "localhost/skyrl"
     build_images: bool = False
     idle_timeout_s: float = 0.0

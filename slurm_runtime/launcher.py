@@ -45,7 +45,6 @@ class Launcher:
         self.labels = labels
         self.control: Control | None = None
         self._starters = asyncio.Semaphore(config.starters)
-        self._image_facts: dict[str, ImageFacts] = {}
         self._seccomp: Mapping[str, Any] | None = None
         self._knows_seccomp = False
         self._said: set[str] = set()
@@ -60,7 +59,7 @@ class Launcher:
         try:
             await self._launch(entry, facts, slots, host)
         except NoSuchImage:  # somebody removed it from the store since it was last seen there
-            self._image_facts.pop(entry.specification.image, None)
+            self.images.forget(entry.specification.image)
             await self._launch(entry, facts, slots, host)
 
     async def _launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
@@ -73,26 +72,7 @@ class Launcher:
             await self._watch(entry, state, facts)
 
     async def _image(self, entry: Entry) -> ImageFacts:
-        """The image in the store, pulled first where the policy says so. Facts of a name are kept once it is there."""
-        wish = entry.specification
-        if wish.pull_policy == "always":
-            await self._fetch(entry)
-        elif wish.image in self._image_facts:
-            return self._image_facts[wish.image]
-        try:
-            found = await self.engine.image(wish.image)
-        except NoSuchImage as problem:
-            if wish.pull_policy != "missing":
-                raise EngineError(f"image {wish.image} is not here: {problem}") from None
-            await self._fetch(entry)
-            found = await self.engine.image(wish.image)
-        self._image_facts[wish.image] = found
-        return found
-
-    async def _fetch(self, entry: Entry) -> None:
-        image, policy = entry.specification.image, entry.specification.pull_policy
-        entry.explain(f"image {image} is being pulled")
-        await self.images.pull(image, policy)
+        return await self.images.need(entry.specification.image, entry.specification.pull_policy, entry.explain)
 
     async def _plan(self, entry: Entry, image: ImageFacts) -> StartPlan:
         wish = entry.specification

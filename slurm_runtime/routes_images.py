@@ -61,9 +61,7 @@ def status_answer(build: Build) -> BuildStatusAnswer:
 async def find_image(manager: Manager, name: str, pull: bool) -> ImageDetails | None:
     """The image in this node's store, fetched first where asked for; None where it is not to be had."""
     try:
-        if pull:
-            await manager.images.pull(name, "missing")
-        facts = await manager.engine.image(name)
+        facts = await (manager.images.need(name, "missing") if pull else manager.engine.image(name))
     except (NoSuchImage, PullFailed):
         return None
     return ImageDetails(upload_time=facts.created, image_size_bytes=facts.size_bytes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm_runtime.podman import (
+    BadArchive,
     ContainerSpec,
     ContainerState,
     EngineError,
@@ -17,6 +18,7 @@ from slurm_runtime.podman import (
     NoSuchImage,
     PortTaken,
     PullFailed,
+    ignored,
 )
 from tests.runtime import commands
 
@@ -54,7 +56,10 @@ class FakeContainer:
 
 @dataclass
 class FakePodman:
-    """Each start takes ``delay_s``, a pull ``pull_delay_s`` more; removal fails ``refuse_removal`` times."""
+    """Each start takes ``delay_s``, a pull ``pull_delay_s`` more; removal fails ``refuse_removal`` times.
+
+    The first pulls fail with ``refusals``; ``archives`` says which image a file holds.
+    """
 
     delay_s: float = 0.0
     pull_delay_s: float = 0.0
@@ -64,18 +69,40 @@ class FakePodman:
     registry: set[str] = field(default_factory=set)
     containers: dict[str, FakeContainer] = field(default_factory=dict)
     pulls: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    archives: dict[Path, str] = field(default_factory=dict)
+    loads: list[Path] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
 
     async def facts(self) -> EngineFacts:
         return EngineFacts("fake", rootless=True, controllers=frozenset({"memory", "cpu", "cpuset"}))
 
-    async def pull(self, image: str, policy: str) -> None:
+    async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
         self.pulls.append(image)
+        on_line(f"Trying to pull {image}...")
+        on_line("Copying blob sha256:0123")
         await asyncio.sleep(self.delay_s + self.pull_delay_s)
+        if self.refusals:
+            raise PullFailed(f"Podman could not pull {image}: {self.refusals.pop(0)}")
         if image not in self.registry:
             raise PullFailed(f"Podman could not pull {image}: not in the fake registry")
         self.images.add(image)
+
+    async def load(self, archive: Path) -> tuple[str, ...]:
+        self.loads.append(archive)
+        await asyncio.sleep(self.delay_s)
+        if archive not in self.archives:
+            raise BadArchive(f"{archive} holds no image that Podman can take: unexpected EOF")
+        self.images.add(self.archives[archive])
+        return (self.archives[archive],)
+
+    async def save(self, image: str, target: Path) -> None:
+        target.write_bytes(b"archive")
+        self.archives[target] = image
+
+    async def remove_image(self, name: str) -> None:
+        self.images.discard(name)
 
     async def create(self, spec: ContainerSpec) -> None:
         if spec.image not in self.images:
@@ -95,7 +122,9 @@ class FakePodman:
             raise NoSuchImage(f"{name}: image not known")
         return ImageFacts(f"sha256:{name}", "2026-01-01T00:00:00Z", 1 << 20)
 
-    async def build(self, context: Path, tag: str, on_line: Callable[[str], None]) -> None:
+    async def build(
+        self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None
+    ) -> None:
         if not context.is_file():
             raise EngineError(f"no build context {context}")
         for line in ("STEP 1/1: FROM scratch", f"COMMIT {tag}"):

@@ -10,7 +10,7 @@ import http.client
 import io
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +49,9 @@ class BuildingPodman(FakePodman):
             raise NoSuchImage(f"{name}: image not known")
         return ImageFacts("abc", "2026-01-02T03:04:05Z", 123456, ("/bin/sh",), (), "")
 
-    async def build(self, context: Path, tag: str, on_line: Callable[[str], None]) -> None:
+    async def build(
+        self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None
+    ) -> None:
         self.folders.append(context.parent)
         self.modes.append(context.parent.stat().st_mode & 0o777)
         on_line("STEP 1/2: FROM scratch")
