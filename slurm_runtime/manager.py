@@ -630,18 +630,18 @@ def greeting(facts: EngineFacts, config: ServerConfig) -> list[str]:
     """What the log says once Podman answers: its version, and which limits do not bite here. Pure."""
     who = "rootless" if facts.rootless else "as root, sandboxes in a user namespace"
     lines = [f"Podman {facts.version} answers ({who})"]
-    wanted = [
-        ("memory", config.memory_bytes > 0),
-        ("pids", config.pids_limit > 0),
-        ("cpu", config.cpus_per_worker > 0),
-        ("cpuset", config.pinning == "docker_cpuset"),
-    ]
-    missing = [name for name, is_wanted in wanted if is_wanted and name not in facts.controllers]
+    wanted = {"memory": config.memory_bytes > 0, "pids": config.pids_limit > 0, "cpu": config.cpus_per_worker > 0}
+    missing = [name for name, is_wanted in wanted.items() if is_wanted and name not in facts.controllers]
     if missing:
         lines.append(
             f"limits that do NOT bite here, because Podman may not use the cgroup controllers ({', '.join(missing)}): "
-            "a watchdog stops sandboxes that take too much memory, processes or disk, within 2 s; CPU shares are not "
-            "enforced"
+            "a watchdog stops sandboxes that take too much memory, processes or disk, within 2 s; shares of CPU time "
+            f"are not enforced{', only which CPUs a sandbox runs on' if config.pinning != 'none' else ''}"
+        )
+    if config.pinning == "docker_cpuset" and "cpuset" not in facts.controllers:
+        lines.append(
+            "docker_cpuset is not possible here, because Podman may not use the cgroup controller cpuset: each "
+            "sandbox's processes are pinned as with taskset"
         )
     return lines
 

@@ -96,14 +96,14 @@ class EngineFacts:
     """What this Podman can do.
 
     ``controllers`` are the cgroup controllers that it may use: a limit without its controller does not bite.
-    ``private_network`` is the network mode to ask for, empty for Podman's own default. ``pid`` is the process behind
+    ``private_network`` is the network mode to ask for. ``pid`` is the process behind
     the socket, 0 where there is none. ``disk_quota`` says that the store's file system can bound a container's disk.
     """
 
     version: str
     rootless: bool
     controllers: frozenset[str]
-    private_network: str = ""
+    private_network: str = "slirp4netns"
     has_init: bool = False
     cgroup_version: str = "v2"
     disk_quota: bool = False
@@ -325,6 +325,11 @@ def create_body(
         "volumes": [{"Dest": WORKSPACE}],  # bare task images have no such folder, and agent servers write there
         "user": "0:0",  # clients install tools into /usr/local/bin, whatever user the image names
     }
+    # Never the host's network, whatever containers.conf says.
+    body["netns"] = {"nsmode": facts.private_network}
+    # What forwards the published port connects from inside the sandbox. With a source port that the kernel chose it
+    # can meet itself on the server's own port before the server listens, which then finds its port taken.
+    body["sysctl"] = {"net.ipv4.ip_local_reserved_ports": str(spec.container_port)}
     if spec.mounts:
         body["mounts"] = [_mount(mount) for mount in spec.mounts]
     if spec.disk_bytes and facts.disk_quota:
@@ -332,8 +337,6 @@ def create_body(
     if spec.command is not None:
         # An empty entry point: the clients' commands name the program, often the image's entry point itself.
         body |= {"entrypoint": [], "command": list(spec.command)}
-    if facts.private_network:
-        body["netns"] = {"nsmode": facts.private_network}
     limits = _resource_limits(spec, facts.controllers)
     if limits:
         body["resource_limits"] = limits
@@ -371,19 +374,28 @@ def parse_facts(info: Mapping[str, Any], init_programs: Sequence[str]) -> Engine
     """The facts in an answer of ``/info``."""
     host = info["host"]
     rootless = bool(host["security"]["rootless"])
-    slirp = (host.get("slirp4netns") or {}).get("executable")
+    version = str((info.get("version") or {}).get("Version", "unknown"))
     store = info.get("store") or {}
     backing = str((store.get("graphStatus") or {}).get("Backing Filesystem", ""))
     return EngineFacts(
-        version=str((info.get("version") or {}).get("Version", "unknown")),
+        version=version,
         rootless=rootless,
         controllers=frozenset(host.get("cgroupControllers") or ()),
-        # As root the default is a bridge: firewall rules of the host that outlive a killed job, and 0.2 s more.
-        private_network="slirp4netns" if slirp and not rootless else "",
+        private_network=private_network(host, version, rootless),
         has_init=any(Path(program).is_file() for program in init_programs),
         cgroup_version=str(host.get("cgroupVersion", "v2")),
         disk_quota=backing == "xfs" and has_project_quota(str(store.get("graphRoot", "/"))),
     )
+
+
+def private_network(host: Mapping[str, Any], version: str, rootless: bool) -> str:
+    """The mode that gives a container a network of its own without anything of the host's that must be cleaned up.
+
+    Podman's own choice where it is rootless: pasta from version 5 on, slirp4netns before. A bridge needs firewall rules
+    that outlive a killed job, and 0.2 s more; it is left where there is nothing else.
+    """
+    wanted = ("pasta", "slirp4netns") if rootless and not version.startswith("4.") else ("slirp4netns",)
+    return next((name for name in wanted if (host.get(name) or {}).get("executable")), "bridge")
 
 
 def has_project_quota(folder: str, mountinfo: str | None = None) -> bool:
@@ -448,6 +460,7 @@ def parse_image(answer: Mapping[str, Any]) -> ImageFacts:
         user=str(config.get("User") or ""),
         layers=tuple(layers.split(":")) if layers else (),
         variables=frozenset(entry.partition("=")[0] for entry in config.get("Env") or ()),
+        digest=str(answer.get("Digest") or ""),
     )
 
 
@@ -460,7 +473,6 @@ def parse_listed(entry: Mapping[str, Any]) -> tuple[ContainerState, Mapping[str,
         status=status,
         exit_code=int(entry.get("ExitCode") or 0),
     )
-        digest=str(answer.get("Digest") or ""),
     return state, entry.get("Labels") or {}
 
 
@@ -483,6 +495,7 @@ class Podman:
 
     def __init__(self, path: Path, auth_file: Path | None = None) -> None:
         self.path = path
+        self.auth_file = auth_file
         self._session: aiohttp.ClientSession | None = None
         self._facts: EngineFacts | None = None
         self._id_range: int | None = None
@@ -495,7 +508,6 @@ class Podman:
             info = await self._ask("GET", "/info", QUICK_S)
             facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
             facts = replace(facts, pid=_service_pid(self.path))
-        self.auth_file = auth_file
             if not facts.rootless:
                 self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
                 self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
@@ -520,18 +532,6 @@ class Podman:
         report = json.loads(line) if line.strip() else {}
         if report.get("error"):
             raise PullFailed(f"Podman could not pull {image}: {report['error']}")
-
-    async def create(self, spec: ContainerSpec) -> None:
-        body = create_body(spec, await self.facts(), self._id_range, self._hard_limits)
-        await self._ask("POST", "/containers/create", SLOW_S, body)
-
-    async def init(self, name: str) -> None:
-        await self._ask("POST", f"/containers/{name}/init", SLOW_S)
-
-    async def start(self, name: str) -> None:
-        await self._ask("POST", f"/containers/{name}/start", SLOW_S)
-
-    async def pause(self, name: str) -> None:
         if report.get("stream"):
             on_line(str(report["stream"]).strip())
 
@@ -561,6 +561,18 @@ class Podman:
     async def remove_image(self, name: str) -> None:
         with contextlib.suppress(NoSuchImage):
             await self._ask("DELETE", f"/images/{quote(name, safe='')}", SLOW_S)
+
+    async def create(self, spec: ContainerSpec) -> None:
+        body = create_body(spec, await self.facts(), self._id_range, self._hard_limits)
+        await self._ask("POST", "/containers/create", SLOW_S, body)
+
+    async def init(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/init", SLOW_S)
+
+    async def start(self, name: str) -> None:
+        await self._ask("POST", f"/containers/{name}/start", SLOW_S)
+
+    async def pause(self, name: str) -> None:
         await self._ask("POST", f"/containers/{name}/pause", SLOW_S)
 
     async def unpause(self, name: str) -> None:
@@ -573,6 +585,7 @@ class Podman:
         self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None
     ) -> None:
         query = f"/build?t={quote(tag, safe='')}&dockerfile=Dockerfile&rm=true&forcerm=true&layers=true"
+        query += f"&buildargs={quote(json.dumps(dict(arguments)))}" if arguments else ""
         last: deque[str] = deque(maxlen=20)
         with context.open("rb") as file:
             async with self._call("POST", query, BUILD_S, data=file, headers=TAR) as answer:
@@ -585,7 +598,6 @@ class Podman:
         words = str(report.get("stream") or "").rstrip()
         if words:
             last.append(words)
-        query += f"&buildargs={quote(json.dumps(dict(arguments)))}" if arguments else ""
             on_line(words)
         if report.get("error"):
             problem = report["error"] if isinstance(report["error"], str) else report.get("errorDetail")

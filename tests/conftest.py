@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -18,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests import cluster as test_cluster
+from tests.users import ordinary_user, subordinate_uids
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-USER_NAME = os.environ.get("SKYRL_TEST_USER", "skyrl-test")  # another name lets two test runs share a machine
 END_DEADLINE_S = 20.0
 SCRATCH = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # what is local to a node, and what jobs may write
 
@@ -106,14 +105,6 @@ class OrdinaryUser:
         return found
 
 
-def _subuids(name: str) -> range:
-    for line in Path("/etc/subuid").read_text().splitlines():
-        owner, first, count = line.split(":")
-        if owner == name:
-            return range(int(first), int(first) + int(count))
-    return range(0)
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """The real test cluster, up."""
@@ -127,18 +118,14 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def user(cluster: None) -> OrdinaryUser:
     """An ordinary user of the cluster, made where it is missing."""
-    try:
-        entry = pwd.getpwnam(USER_NAME)
-    except KeyError:
-        subprocess.run(["useradd", "-m", "-s", "/bin/bash", USER_NAME], check=True)
-        entry = pwd.getpwnam(USER_NAME)
+    entry = ordinary_user()
     Path(entry.pw_dir).chmod(0o755)
     return OrdinaryUser(
-        USER_NAME,
+        entry.pw_name,
         entry.pw_uid,
         entry.pw_gid,
         Path(entry.pw_dir),
-        _subuids(USER_NAME),
+        subordinate_uids(entry.pw_name),
         test_cluster.environment(),
     )
 

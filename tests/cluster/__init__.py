@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.users import open_tun
+
 HOME = Path("/run/skyrl-test-cluster")
 CONF = HOME / "etc" / "slurm.conf"
 LOGS = Path("/var/log/skyrl-test-cluster")
@@ -164,8 +166,7 @@ def _make_folders() -> None:
         device = HOME / "dev" / f"nvidia{number}"
         if not device.exists():
             os.mknod(device, 0o020666, os.makedev(195, number))
-    with contextlib.suppress(FileNotFoundError):
-        Path("/dev/net/tun").chmod(0o666)  # slirp4netns of an ordinary user opens it
+    open_tun()
 
 
 def _outer(number: int) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.runtime import commands
+from tests.users import open_tun
 
 DEADLINE_S = 30.0
 BUSYBOX = Path("/bin/busybox")
@@ -78,18 +79,6 @@ class Service:
         return self.podman("volume", "ls", "--quiet").split()
 
 
-def ordinary_user() -> pwd.struct_passwd | None:
-    """Who may run rootless Podman here: ourselves, or for root some user with subordinate ids."""
-    if os.geteuid() != 0:
-        return pwd.getpwuid(os.geteuid())
-    lines = Path("/etc/subuid").read_text().splitlines() if Path("/etc/subuid").exists() else []
-    for name in (line.split(":")[0] for line in lines):
-        with contextlib.suppress(KeyError):
-            if (entry := pwd.getpwnam(name)).pw_uid != 0:
-                return entry
-    return None
-
-
 def missing() -> str:
     """What this machine lacks for a service, empty if nothing."""
     lacks = [name for name in ("podman", "runc", "slirp4netns") if shutil.which(name) is None]
@@ -100,6 +89,7 @@ def missing() -> str:
 @contextlib.contextmanager
 def running(owner: pwd.struct_passwd) -> Iterator[Service]:
     """The service with the test images in its store; everything of it is removed at the end."""
+    open_tun()
     service = Service(Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp")), owner)  # sockets need short paths
     try:
         _prepare(service)

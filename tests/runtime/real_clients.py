@@ -61,7 +61,7 @@ class Clients:
             check=False,
         )
         results = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
-        assert results, f"{script.name} ended with {done.returncode}: {done.stderr[-3000:]}"
+        assert results, f"{script.name} ended with {done.returncode}: {done.stderr[:3000]} … {done.stderr[-1000:]}"
         return json.loads(results[-1].removeprefix("RESULT "))
 
 

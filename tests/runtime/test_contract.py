@@ -32,7 +32,8 @@ def started(api: Api, **fields: Any) -> dict[str, Any]:
     sandbox: dict[str, Any] = answer.json()
     ready = "running" if fields.get("command") == SERVE_ON_PLACEHOLDER else "ready"
     path = f"/sessions/{sandbox['session_id']}"
-    eventually(lambda: api.client.get(path).json()["pod_status"] == ready)
+    # Sixteen plain agent servers import 4 s of modules each, on two cores.
+    eventually(lambda: api.client.get(path).json()["pod_status"] == ready, 120 if api.agent else 10)
     found: dict[str, Any] = api.client.get(path).json()
     return found
 

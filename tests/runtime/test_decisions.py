@@ -230,7 +230,7 @@ def test_admission_is_first_come_first_served_and_survives_cancellation() -> Non
 # What Podman is told.
 
 FACTS = EngineFacts("4.3.1", rootless=True, controllers=frozenset())
-ALL = frozenset({"cpu", "cpuset", "memory"})
+ALL = frozenset({"cpu", "cpuset", "memory", "pids"})
 SPEC = ContainerSpec("n", "i", ("/bin/sh",), {"A": "1"}, "/w", {"l": "v"}, 60000, "0.0.0.0", 0, 1 << 30, 1.5, (2, 3))
 
 
@@ -239,7 +239,25 @@ def test_a_rootless_container() -> None:
     assert body["entrypoint"] == [] and body["command"] == ["/bin/sh"]
     assert body["no_new_privileges"] is True and body["cap_drop"] == ["ALL"]
     assert body["portmappings"] == [{"container_port": 60000, "protocol": "tcp", "host_ip": "0.0.0.0"}]
-    assert not {"netns", "userns", "idmappings", "r_limits", "resource_limits"} & body.keys()
+    assert body["netns"] == {"nsmode": "slirp4netns"}
+    assert body["sysctl"] == {"net.ipv4.ip_local_reserved_ports": "60000"}
+    assert not {"userns", "idmappings", "r_limits", "resource_limits"} & body.keys()
+
+
+@pytest.mark.parametrize(
+    ("programs", "version", "rootless", "mode"),
+    [
+        ({"slirp4netns": "/s"}, "4.3.1", True, "slirp4netns"),
+        ({"slirp4netns": "/s", "pasta": "/p"}, "4.9.4", True, "slirp4netns"),
+        ({"slirp4netns": "/s", "pasta": "/p"}, "5.4.2", True, "pasta"),
+        ({"slirp4netns": "/s", "pasta": ""}, "5.4.2", True, "slirp4netns"),
+        ({"slirp4netns": "/s", "pasta": "/p"}, "5.4.2", False, "slirp4netns"),
+        ({}, "5.4.2", True, "bridge"),
+    ],
+)
+def test_a_network_of_its_own(programs: dict[str, str], version: str, rootless: bool, mode: str) -> None:
+    host = {name: {"executable": path} for name, path in programs.items()}
+    assert podman.private_network(host, version, rootless) == mode
 
 
 def test_a_container_of_root_has_a_user_namespace_and_the_services_limits() -> None:
@@ -324,7 +342,11 @@ def test_log_frames() -> None:
 
 def test_limits_that_do_not_bite_are_said() -> None:
     config = ServerConfig(memory_bytes=1, pinning="docker_cpuset")
-    assert "memory, cpu, cpuset" in " ".join(greeting(FACTS, config))
+    _, limits, pinning = greeting(FACTS, config)
+    assert "memory, pids, cpu" in limits
+    assert "only which CPUs" in limits
+    assert "docker_cpuset is not possible" in pinning
+    assert "only which CPUs" not in greeting(FACTS, ServerConfig())[1]
     assert len(greeting(EngineFacts("5", rootless=True, controllers=ALL), config)) == 1
 
 
