@@ -27,6 +27,7 @@ from slurm_runtime.podman import (
 from slurm_runtime.ports import Ports
 from slurm_runtime.sandbox import sandbox_url
 from slurm_runtime.slots import Slots
+from slurm_runtime.steps import StepTimes
 
 PORT_TRIES = 20
 
@@ -44,6 +45,7 @@ class Launcher:
         self.agent = agent
         self.labels = labels
         self.control: Control | None = None
+        self.steps = StepTimes()
         self._starters = asyncio.Semaphore(config.starters)
         self._seccomp: Mapping[str, Any] | None = None
         self._knows_seccomp = False
@@ -63,12 +65,14 @@ class Launcher:
             await self._launch(entry, facts, slots, host)
 
     async def _launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
-        plan = await self._plan(entry, await self._image(entry))
+        with self.steps.of("image"):
+            plan = await self._plan(entry, await self._image(entry))
         async with self._starters:
             entry.explain("its container is being started")
             state = await self._start_on_some_port(entry, plan, facts, slots, host)
             if plan.start is Start.FORK:
-                state = await self._fork(entry, plan, state, facts, slots)
+                with self.steps.of("fork"):
+                    state = await self._fork(entry, plan, state, facts, slots)
             await self._watch(entry, state, facts)
 
     async def _image(self, entry: Entry) -> ImageFacts:
@@ -107,14 +111,17 @@ class Launcher:
         assert entry.port is not None
         cpus = slots.cpus_of(entry.lease) if entry.lease and self.config.pinning != "none" else ()
         entry.has_container = True
-        await uninterrupted(self.engine.create(self._container_spec(entry, plan, cpus)))
+        with self.steps.of("create"):
+            await uninterrupted(self.engine.create(self._container_spec(entry, plan, cpus)))
         entry.port.release()
         must_pin = bool(cpus) and not ("cpuset" in facts.controllers and self.config.pinning == "docker_cpuset")
-        if must_pin or self.config.network == "deny":
-            await uninterrupted(self.engine.init(entry.name))
-            await self._confine(entry, cpus if must_pin else ())
-        await uninterrupted(self.engine.start(entry.name))
-        state = await self.engine.inspect(entry.name)
+        with self.steps.of("run"):
+            if must_pin or self.config.network == "deny":
+                await uninterrupted(self.engine.init(entry.name))
+                await self._confine(entry, cpus if must_pin else ())
+            await uninterrupted(self.engine.start(entry.name))
+        with self.steps.of("inspect"):
+            state = await self.engine.inspect(entry.name)
         entry.holder = state.pid
         return state
 

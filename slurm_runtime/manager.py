@@ -233,10 +233,12 @@ class Manager:
         """From a request to a ready sandbox; every failure ends in state FAILED with its reason."""
         try:
             facts = await self.connect()
-            entry.lease = await self.admission.lease(units_for(entry.specification.resource_factor))
+            with self.launcher.steps.of("slot"):
+                entry.lease = await self.admission.lease(units_for(entry.specification.resource_factor))
             await self.launcher.launch(entry, facts, self.admission.slots, await self.public_host())
             entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet"))
-            await self._until_ready(entry)
+            with self.launcher.steps.of("answer"):
+                await self._until_ready(entry)
             return
         except EngineError as problem:
             entry.problem = problem

@@ -12,6 +12,7 @@ from starlette.types import Scope
 from slurm_runtime.guard import route_of
 from slurm_runtime.page import Snapshot
 from slurm_runtime.sandbox import State
+from slurm_runtime.steps import STEPS, StepTimes
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -46,7 +47,7 @@ class Traffic:
         return found
 
 
-def exposition(snapshot: Callable[[], Snapshot], traffic: Traffic) -> tuple[bytes, str]:
+def exposition(snapshot: Callable[[], Snapshot], traffic: Traffic, steps: StepTimes) -> tuple[bytes, str]:
     """The text for Prometheus and its content type; ``snapshot`` is asked once."""
     # 0.1 s, and only few ask
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
@@ -55,6 +56,7 @@ def exposition(snapshot: Callable[[], Snapshot], traffic: Traffic) -> tuple[byte
         def collect(self) -> Iterator[Metric]:
             yield from _gauges(snapshot())
             yield from _traffic(traffic)
+            yield _steps(steps)
 
     registry = CollectorRegistry(auto_describe=False)
     ProcessCollector(registry=registry)
@@ -105,3 +107,12 @@ def _traffic(traffic: Traffic) -> Iterator[Metric]:
     for route in sorted(traffic.durations):
         durations.add_metric([route], traffic.buckets(route), traffic.seconds[route])
     yield durations
+
+
+def _steps(steps: StepTimes) -> Metric:
+    from prometheus_client.core import SummaryMetricFamily
+
+    found = SummaryMetricFamily("skyrl_start_step_seconds", "Seconds of the steps of starts", labels=["step"])
+    for step in STEPS:
+        found.add_metric([step], steps.counts[step], steps.seconds[step])
+    return found

@@ -45,7 +45,7 @@ def add_operator_routes(app: FastAPI, manager: Manager, builds: Builds, traffic:
     @app.get("/metrics", response_class=PlainTextResponse, responses=errors())
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        body, kind = exposition(snapshot, traffic)
+        body, kind = exposition(snapshot, traffic, manager.launcher.steps)
         return Response(body, media_type=kind)
 
     @app.get("/docs", response_class=HTMLResponse, responses=errors())

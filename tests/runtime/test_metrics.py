@@ -10,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from slurm_runtime.metrics import BOUNDS_S, Traffic, exposition
 from slurm_runtime.page import Snapshot
+from slurm_runtime.steps import StepTimes
+from tests.runtime.commands import IMAGE, SERVE
 from tests.runtime.conftest import API_KEY, Api
 from tests.runtime.test_page import BUSY
 
@@ -39,7 +41,7 @@ def busy(fake: Api, monkeypatch: pytest.MonkeyPatch) -> Api:
 
 
 def test_the_state_of_the_server() -> None:
-    found = samples(exposition(lambda: BUSY, Traffic())[0].decode())
+    found = samples(exposition(lambda: BUSY, Traffic(), StepTimes())[0].decode())
     assert found["skyrl_slots_used", ()] == 4
     assert found["skyrl_slots_total", ()] == 7
     assert found["skyrl_starts_waiting", ()] == 2
@@ -50,7 +52,7 @@ def test_the_state_of_the_server() -> None:
 
 
 def test_states_without_a_sandbox_are_zero() -> None:
-    found = samples(exposition(Snapshot, Traffic())[0].decode())
+    found = samples(exposition(Snapshot, Traffic(), StepTimes())[0].decode())
     values = {labels[0][1]: value for (name, labels), value in found.items() if name == "skyrl_sandboxes"}
     assert values == {"pending": 0, "starting": 0, "ready": 0, "paused": 0}
 
@@ -60,7 +62,7 @@ def test_answers_and_durations() -> None:
     for seconds in (0.001, 0.06, 400.0):
         traffic.note(scope("/list"), 200, seconds)
     traffic.note(scope("/list", "BREW"), 405, 0.001)
-    found = samples(exposition(Snapshot, traffic)[0].decode())
+    found = samples(exposition(Snapshot, traffic, StepTimes())[0].decode())
     assert found["skyrl_http_answers_total", (("method", "GET"), ("route", "/list"), ("status", "200"))] == 3
     assert found["skyrl_http_answers_total", (("method", "other"), ("route", "/list"), ("status", "405"))] == 1
     buckets = [found["skyrl_http_seconds_bucket", (("le", str(b)), ("route", "/list"))] for b in (*BOUNDS_S, "+Inf")]
@@ -88,3 +90,18 @@ def test_names_that_clients_choose_do_not_become_series(busy: Api) -> None:
     assert "/sessions/{session_id}" in routes
     assert len(routes) < 10
     assert API_KEY not in text
+
+
+def test_the_steps_of_a_start_are_counted(fake: Api) -> None:
+    assert fake.start(image=IMAGE, command=SERVE).status_code == 201
+    found = samples(fake.client.get("/metrics").text)
+    counts = {labels[0][1]: value for (name, labels), value in found.items() if name.endswith("step_seconds_count")}
+    assert counts == {"slot": 1, "image": 1, "create": 1, "run": 1, "inspect": 1, "fork": 0, "answer": 1}
+    assert found["skyrl_start_step_seconds_sum", (("step", "create"),)] > 0
+
+
+def test_a_step_that_fails_counts_too() -> None:
+    steps = StepTimes()
+    with pytest.raises(ZeroDivisionError), steps.of("create"):
+        _ = 1 / 0
+    assert (steps.counts["create"], steps.seconds["create"] > 0) == (1, True)
