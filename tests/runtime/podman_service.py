@@ -54,6 +54,7 @@ class Service:
             "TMPDIR": f"{self.home}/t",
             "CONTAINERS_STORAGE_CONF": f"{self.home}/storage.conf",
             "CONTAINERS_CONF": f"{self.home}/containers.conf",
+            "CONTAINERS_REGISTRIES_CONF": f"{self.home}/registries.conf",
         }
 
     def popen(self, *argv: str, **options: int) -> subprocess.Popen[bytes]:
@@ -87,12 +88,15 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def running(owner: pwd.struct_passwd) -> Iterator[Service]:
-    """The service with the test images in its store; everything of it is removed at the end."""
+def running(owner: pwd.struct_passwd, registries: str = "") -> Iterator[Service]:
+    """The service with the test images in its store; everything of it is removed at the end.
+
+    ``registries`` is its registries.conf.
+    """
     open_tun()
     service = Service(Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp")), owner)  # sockets need short paths
     try:
-        _prepare(service)
+        _prepare(service, registries)
         process = service.popen(
             "podman", "system", "service", "--time=0", f"unix://{service.socket}", stdin=subprocess.DEVNULL
         )
@@ -105,11 +109,12 @@ def running(owner: pwd.struct_passwd) -> Iterator[Service]:
         _remove(service)
 
 
-def _prepare(service: Service) -> None:
+def _prepare(service: Service, registries: str) -> None:
     for name in ("g", "r", "x", "d", "t"):
         (service.home / name).mkdir(mode=0o700)
     (service.home / "storage.conf").write_text(STORAGE_CONF.format(home=service.home))
     (service.home / "containers.conf").write_text(CONTAINERS_CONF)
+    (service.home / "registries.conf").write_text(registries)
     _busybox_tree(service.home / "tree")
     if os.geteuid() == 0:
         for path in (service.home, *service.home.rglob("*")):
