@@ -56,7 +56,8 @@ def _login(entry: Mapping[str, Any]) -> dict[str, str]:
 
 def doubts(path: Path) -> Iterator[str]:
     """What is hardly meant about a file that can be read: sentences for the log."""
+    logins = read(path)
     if path.stat().st_mode & 0o077:
         yield f"others can read the registry passwords in {path}; make it yours alone: chmod 600 '{path}'"
-    if not read(path):
+    if not logins:
         yield f"{path} holds no login of its own (credential helpers are not asked); registries are asked without one"

@@ -123,15 +123,17 @@ def _handler(refuser: Refuser) -> type[http.server.BaseHTTPRequestHandler]:
                 return
             if "/blobs/" in self.path:
                 time.sleep(refuser.delay_s)
-            connection = http.client.HTTPConnection(refuser.upstream, timeout=10)
-            connection.putrequest(self.command, self.path)
-            for accepted in self.headers.get_all("Accept", []):
-                connection.putheader("Accept", accepted)
-            connection.endheaders()
-            reply = connection.getresponse()
-            headers = [(key, value) for key, value in reply.getheaders() if key.lower() in PASSED_ON]
-            self._answer(reply.status, headers, reply.read())
-            connection.close()
+            self._pass_on()
+
+        def _pass_on(self) -> None:
+            with contextlib.closing(http.client.HTTPConnection(refuser.upstream, timeout=10)) as connection:
+                connection.putrequest(self.command, self.path)
+                for accepted in self.headers.get_all("Accept", []):
+                    connection.putheader("Accept", accepted)
+                connection.endheaders()
+                with connection.getresponse() as reply:
+                    headers = [(key, value) for key, value in reply.getheaders() if key.lower() in PASSED_ON]
+                    self._answer(reply.status, headers, reply.read())
 
         do_HEAD = do_GET
 
@@ -141,7 +143,8 @@ def _handler(refuser: Refuser) -> type[http.server.BaseHTTPRequestHandler]:
                 self.send_header(key, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that was interrupted
+                    self.wfile.write(body)
 
         def log_message(self, *_args: object) -> None:
             """Nothing: pytest's output is read by people."""

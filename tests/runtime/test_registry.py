@@ -27,6 +27,8 @@ from tests.runtime.local_registry import (
     registries_conf,
     registry,
 )
+from tests.runtime.server_process import server_process
+from tests.test_no_leaks import Sampler, shows
 from tests.users import ordinary_user, subordinate_uids
 
 pytestmark = pytest.mark.podman
@@ -190,3 +192,19 @@ def test_a_mirror_stands_in_for_a_registry_that_cannot_be_reached(place: Place, 
     place.push(f"{place.open.name}/cache/folder/mirrored")
     started(api, f"{UNREACHABLE}/folder/mirrored:1", "mirrored")
     assert place.open.requests("manifests", "cache/folder/mirrored") == 1
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_login_shows_in_no_command_line_and_no_log(place: Place, tmp_path: Path, by_environment: bool) -> None:
+    image = place.push(f"{place.closed.name}/secret-{by_environment}".lower())
+    path = auth_file(tmp_path, place.closed.name, PASSWORD)
+    path.chmod(0o644)
+    flags = () if by_environment else ("--registry-auth-file", str(path))
+    variables = {"REGISTRY_AUTH_FILE": str(path)} if by_environment else {}
+    with Sampler() as sampler, server_process(tmp_path, place.podman.socket, "--verbose", *flags, **variables) as api:
+        answer = api.start(image=image)
+        assert answer.status_code == 201, answer.text
+        assert sampler.looks > 2
+    assert sampler.showing(PASSWORD) == []
+    assert shows(api.log().encode(), PASSWORD) == []
+    assert f"others can read the registry passwords in {path}" in api.log()

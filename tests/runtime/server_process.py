@@ -1,0 +1,33 @@
+"""An API server as a process of its own, for the length of a block."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.runtime import local_registry
+from tests.runtime.test_contract import eventually
+from tests.runtime.test_server_process import CHECKOUT, DEADLINE_S, KEY, Server, environment_for
+
+
+@contextlib.contextmanager
+def server_process(folder: Path, podman: Path, *flags: str, **variables: str) -> Iterator[Server]:
+    """The server with its log in ``folder``; it must end in order."""
+    port = local_registry.free_port()
+    argv = [sys.executable, "-m", "slurm_runtime.api_server", "--host", "127.0.0.1", "--port", str(port), *flags]
+    log = folder / "server.log"
+    environment = {**environment_for(podman, KEY), **variables}
+    with log.open("w") as output:
+        process = subprocess.Popen(argv, cwd=CHECKOUT, env=environment, stderr=output, stdout=output, text=True)
+    with process:
+        try:
+            made = Server(process, port, log, KEY)
+            eventually(lambda: made.answers() or process.poll() is not None, DEADLINE_S)
+            yield made
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
