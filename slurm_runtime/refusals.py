@@ -18,7 +18,7 @@ class Meaning(Enum):
 
 
 LIMITED = re.compile(r"too ?many ?requests|rate limit|\b429\b", re.I)
-# What the registry itself says of the image; with a mirror before it, its words come last.
+# What somebody who has been reached says of the image, be it the registry or its mirror.
 DENIED = re.compile(r"unauthorized|authentication required|access denied|resource is denied|denied:", re.I)
 UNKNOWN = re.compile(r"(manifest|name|repository|tag)[ a-z]* (unknown|not known)|not found|\b404\b", re.I)
 PASSING = re.compile(
@@ -27,7 +27,6 @@ PASSING = re.compile(
     r"|internal server error|bad gateway|service unavailable|gateway time-?out",
     re.I,
 )
-MIRRORS_FAILED = "]): "  # Podman's words: (Mirrors also failed: [MIRROR: WORDS]): IMAGE: WORDS
 
 NEXT_STEPS = (
     (
@@ -63,8 +62,7 @@ def meaning(words: str, image: str = "") -> Meaning:
     said = words.replace(image, "") if image else words
     if LIMITED.search(said):
         return Meaning.LIMITED
-    registrys = said.rpartition(MIRRORS_FAILED)[2]
-    if DENIED.search(registrys) or UNKNOWN.search(registrys):
+    if DENIED.search(said) or UNKNOWN.search(said):
         return Meaning.FINAL
     return Meaning.PASSING if PASSING.search(said) else Meaning.FINAL
 
@@ -72,8 +70,7 @@ def meaning(words: str, image: str = "") -> Meaning:
 def next_step(words: str, image: str = "") -> str:
     """What the user can do about it, empty where nothing is known."""
     said = words.replace(image, "") if image else words
-    registrys = said.rpartition(MIRRORS_FAILED)[2]
-    return next((step for sign, step in NEXT_STEPS if sign.search(registrys)), "")
+    return next((step for sign, step in NEXT_STEPS if sign.search(said)), "")
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ FINAL = (
     'Get "https://nonesuch.invalid/v2/": dial tcp: lookup nonesuch.invalid on 127.0.0.53:53: no such host',
     'Get "https://r/v2/": http: server gave HTTP response to HTTPS client',
     "(Mirrors also failed: [m/x/y:1: connect: connection refused]): docker.io/x/y:1: manifest unknown",
+    "(Mirrors also failed: [m/x/y:1: manifest unknown]): upstream/x/y:1: dial tcp: lookup upstream: i/o timeout",
     "something that nobody has seen",
 )
 
@@ -127,7 +128,9 @@ def test_an_images_own_name_is_no_refusal() -> None:
         (FINAL[1], "podman login"),
         (FINAL[3], "REGISTRY_MIRRORS"),
         (FINAL[4], "insecure"),
-        (FINAL[6], ""),
+        (FINAL[5], "check the image's name and tag"),
+        (FINAL[6], "check the image's name and tag"),
+        (FINAL[7], ""),
         (LIMITED[0], "prebuild_images"),
     ],
 )
