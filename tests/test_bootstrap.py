@@ -14,6 +14,7 @@ import pytest
 from slurm.lib import bootstrap
 
 ROOT = Path(__file__).resolve().parent.parent
+JOBS = sorted(path.name for path in (ROOT / "slurm" / "jobs").glob("[!_]*.py"))
 
 
 @pytest.fixture
@@ -115,9 +116,7 @@ def test_the_arguments_and_the_pid_stay(code: Path) -> None:
     assert out == f"{process.pid}\n<a  b><><*><--config>"
 
 
-@pytest.mark.parametrize(
-    "script", ["slurm/lib/common.py", "slurm/jobs/runtime_server.py", "slurm/jobs/verl_training.py"]
-)
+@pytest.mark.parametrize("script", ["slurm/lib/common.py", *(f"slurm/jobs/{job}" for job in JOBS)])
 def test_every_script_restarts_itself(code: Path, script: str) -> None:
     python = good(code / ".venv/bin/python")
     done = start(code, "--help", script=script)
@@ -126,7 +125,7 @@ def test_every_script_restarts_itself(code: Path, script: str) -> None:
     assert "usage:" in done.stdout
 
 
-@pytest.mark.parametrize("job", ["runtime_server.py", "verl_training.py"])
+@pytest.mark.parametrize("job", JOBS)
 def test_a_spooled_job_script_finds_its_code(code: Path, tmp_path: Path, job: str) -> None:
     """Slurm runs a copy, elsewhere: the run's own code is named in the environment, with %j for the job's id."""
     spooled = tmp_path / "spool" / "slurm_script"
@@ -170,13 +169,12 @@ def test_the_numbers_agree_with_those_of_the_suite() -> None:
     )
 
 
-def test_both_job_scripts_find_their_code_in_the_same_way() -> None:
+def test_the_job_scripts_find_their_code_in_the_same_way() -> None:
     """Slurm runs copies of single files, so they cannot share these functions; they must stay equal."""
-    trees = [
-        ast.parse((ROOT / "slurm" / "jobs" / name).read_text()) for name in ("runtime_server.py", "verl_training.py")
-    ]
+    assert JOBS == ["prebuild_images.py", "runtime_server.py", "verl_training.py"]
+    trees = [ast.parse((ROOT / "slurm" / "jobs" / name).read_text()) for name in JOBS]
     functions = [
         {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)} for tree in trees
     ]
     for name in ("has_code", "submitted_from", "find_code"):
-        assert functions[0][name] == functions[1][name]
+        assert len({found[name] for found in functions}) == 1

@@ -63,6 +63,7 @@ VALUES = {
     "frequency": "whole number ≥ 1, or -1",
     "gres_type": "name",
     "memory": "memory",
+    "mirrors": "list of REGISTRY=MIRROR",
     "names": "list of names",
     "node_memory": "memory, or 0",
     "non_negative_int": "whole number ≥ 0",

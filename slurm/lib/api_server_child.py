@@ -20,6 +20,7 @@ from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
 from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.images import archives_folder
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage
@@ -75,6 +76,7 @@ def common_flags(settings: Settings) -> tuple[str, ...]:
 def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple[str, ...]:
     """The flags of our server."""
     settings = job.settings
+    archives = archives_folder(settings)
     flags = [
         ("--fd", str(listener.fileno())),
         ("--api-key-file", str(key_file)),
@@ -96,6 +98,8 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple
             ("--network", settings.network),
             ("--disk-per-worker", settings.disk_per_worker),
             ("--cpu-pinning-method", settings.cpu_pinning_method),
+            ("--image-archives", archives if settings.image_archives or archives.is_dir() else ""),
+            ("--registry-auth-file", settings.registry_auth_file or ""),
         )
         if str(value)
     ]
@@ -177,7 +181,7 @@ def api_server(job: JobContext, storage: PodmanStorage, key: str, stop_s: float)
             listener.close()
         with Child(spec, stop_grace_s=stop_s) as child:
             last_words: deque[bytes] = deque(maxlen=5)
-            _copy_log(child, last_words)
+            copy_log(child, last_words)
             yield ApiServer(child, key, public_host(job.is_local), port, python is None, last_words)
 
 
@@ -214,8 +218,8 @@ def _foreign_spec(job: JobContext, storage: PodmanStorage, port: int, key: str) 
     return ChildSpec((*argv, *listen), environment, "slurm-remote-runtime", cwd=folder, stderr=subprocess.PIPE)
 
 
-def _copy_log(child: Child, last_words: deque[bytes]) -> None:
-    """Everything the server logs to ``.out`` as it happens; warnings and errors to ``.err`` too."""
+def copy_log(child: Child, last_words: deque[bytes]) -> None:
+    """Everything the child logs to ``.out`` as it happens; warnings and errors to ``.err`` too."""
     alarms = AlarmFilter()
     to_out, to_err = write_through(sys.stdout), write_through(sys.stderr)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,8 @@ from slurm.lib.errors import ConfigError, EnvironmentProblem, Problem
 from slurm.lib.secrets import MASK, is_secret_name
 from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, contradictions, doubts
 
+# What is wrong with settings as a whole: the keys involved, the one to change first, and a sentence.
+Check = Callable[[Settings], Iterable[tuple[tuple[str, ...], str]]]
 SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
 
 
@@ -57,8 +59,11 @@ def load_config(
     now: datetime,
     project_root_default: Path,
     cwd: Path | None = None,
+    contradictions: Check = contradictions,
 ) -> LoadedConfig:
     """Read and check a configuration; ``ConfigError`` with all its problems together.
+
+    ``contradictions`` looks for what cannot hold together, and for what a command lacks.
 
     ``config`` is a bare name (``config_folder/NAME.conf``), a path (with a slash, or ending in ``.conf``), or None
     for environment and defaults alone. ``overrides`` are the ``KEY=VALUE`` of --set. Of the environment only known
@@ -71,7 +76,7 @@ def load_config(
     parsed, bad = _parse(said)
     settings = complete(Settings(**parsed), said.keys() - bad.keys(), place)  # type: ignore[arg-type]  # parsed by key
     problems += [*sourced.problems, *_associative_problems(sourced), *bad.values()]
-    problems += _contradiction_problems(settings, said, bad)
+    problems += _contradiction_problems(contradictions(settings), said, bad)
     if problems:
         raise ConfigError(sorted(problems, key=_reading_order))
     return LoadedConfig(
@@ -190,9 +195,9 @@ def _associative_problems(sourced: SourcedConf) -> list[Problem]:
 
 
 def _contradiction_problems(
-    settings: Settings, said: Mapping[str, _Said], bad: Mapping[str, Problem]
+    found: Iterable[tuple[tuple[str, ...], str]], said: Mapping[str, _Said], bad: Mapping[str, Problem]
 ) -> Iterator[Problem]:
-    for keys, sentence in contradictions(settings):
+    for keys, sentence in found:
         if not bad.keys() & set(keys):
             yield Problem(_where_any(keys, said), sentence)
 

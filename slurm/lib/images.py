@@ -18,10 +18,17 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage, image_names, user_image_store
 from slurm.lib.processes import run
+from slurm.lib.settings import Settings
 
+ARCHIVES = "images"  # in the jobs base's .cache: what the prebuild job writes unless IMAGE_ARCHIVES says otherwise
 BUSYBOX_IMAGE = "localhost/skyrl-busybox:latest"
 MAKE_TIMEOUT_S = 180.0
 LOAD_TIMEOUT_S = 900.0  # an archive of many gigabytes from shared storage
+
+
+def archives_folder(settings: Settings) -> Path:
+    """Where the archives of a dataset's images are: IMAGE_ARCHIVES, else a folder that all runs share."""
+    return settings.image_archives or settings.skyrl_jobs_base / ".cache" / ARCHIVES
 
 
 def image_source(image: str, archive: Path | None, store: tuple[Path, str] | None) -> str:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from slurm.lib.config import LoadedConfig, load_config
+from slurm.lib.config import Check, LoadedConfig, load_config
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
 from slurm.lib.errors import EXIT_INTERNAL, EnvironmentProblem, SuiteError
 from slurm.lib.logs import log, setup_job_logging
 from slurm.lib.run_record import join, read_jobs, read_secrets
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.secrets import is_secret_name
-from slurm.lib.settings import Settings
+from slurm.lib.settings import Settings, contradictions
 from slurm.lib.signals import SignalNotes, noted_signals
 
 LOCAL_JOBS_NAME = "SKYRL_LOCAL_JOBS"
@@ -60,11 +60,14 @@ def code_folder() -> Path:
     return Path(__file__).resolve().parent.parent.parent
 
 
-def load_job_config(config: str | None, overrides: Sequence[str], environment: Mapping[str, str]) -> LoadedConfig:
+def load_job_config(
+    config: str | None, overrides: Sequence[str], environment: Mapping[str, str], check: Check = contradictions
+) -> LoadedConfig:
     """The settings of a job: --config and --set where given, else what launch.py put into the environment."""
     code = code_folder()
     checkout = Path(environment.get("SKYRL_CHECKOUT") or code)
-    return load_config(config, overrides, environment, code / "slurm" / "config", datetime.now(), checkout.parent)
+    folder = code / "slurm" / "config"
+    return load_config(config, overrides, environment, folder, datetime.now(), checkout.parent, contradictions=check)
 
 
 def context(

@@ -61,10 +61,17 @@ class PodmanStorage:
     def lock(self) -> Path:
         return self.root / "owner.lock"
 
+    @property
+    def registries(self) -> Path:
+        """registries.conf, where the job has one of its own."""
+        return self.root / "registries.conf"
+
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """``base`` with everything that points Podman at this store and nothing else."""
+        registries = {"CONTAINERS_REGISTRIES_CONF": str(self.registries)} if self.registries.is_file() else {}
         return {
             **base,
+            **registries,
             "XDG_RUNTIME_DIR": str(self.runtime_dir),
             "XDG_DATA_HOME": str(self.root / "data"),
             "TMPDIR": str(self.root / "tmp"),
@@ -194,11 +201,16 @@ def readable_stores(environment: Mapping[str, str]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def podman_storage(scratch: Path, job_id: str, image_stores: Sequence[Path]) -> Iterator[PodmanStorage]:
-    """The store of job ``job_id`` below ``scratch``: made here, and with all its processes gone afterwards."""
+def podman_storage(
+    scratch: Path, job_id: str, image_stores: Sequence[Path], registries: str = ""
+) -> Iterator[PodmanStorage]:
+    """The store of job ``job_id`` below ``scratch``: made here, and with all its processes gone afterwards.
+
+    ``registries`` is the text of its registries.conf, empty for the site's own.
+    """
     sweep(scratch)
     storage = PodmanStorage(_root_of(scratch, job_id))
-    with _made_and_locked(storage, image_stores):
+    with _made_and_locked(storage, image_stores, registries):
         try:
             yield storage
         finally:
@@ -206,7 +218,7 @@ def podman_storage(scratch: Path, job_id: str, image_stores: Sequence[Path]) -> 
 
 
 @contextlib.contextmanager
-def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path]) -> Iterator[None]:
+def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path], registries: str) -> Iterator[None]:
     """Made under another name and locked before it gets its own, so that no sweep takes it for a dead job's."""
     try:
         making = Path(tempfile.mkdtemp(prefix=f".{storage.root.name}.", dir=storage.root.parent))
@@ -215,7 +227,7 @@ def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path]) -> It
             lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now()}))
             lock.flush()
             making.rename(storage.root)
-            _furnish(storage, image_stores)
+            _furnish(storage, image_stores, registries)
             yield
     except OSError as problem:
         if problem.filename is None or not str(problem.filename).startswith(str(storage.root.parent)):
@@ -225,11 +237,13 @@ def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path]) -> It
         ) from None
 
 
-def _furnish(storage: PodmanStorage, image_stores: Sequence[Path]) -> None:
+def _furnish(storage: PodmanStorage, image_stores: Sequence[Path], registries: str = "") -> None:
     for folder in (storage.runtime_dir, storage.root / "tmp", storage.graphroot):
         folder.mkdir(mode=0o700, parents=True)
     (storage.root / "storage.conf").write_text(storage_conf(storage, image_stores))
     (storage.root / "containers.conf").write_text(containers_conf(storage, preferred_runtime()))
+    if registries:
+        storage.registries.write_text(registries)
 
 
 def _namespace(pid: int | str) -> str | None:

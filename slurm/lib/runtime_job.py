@@ -32,6 +32,7 @@ from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.podman_service import PodmanService, podman_service
 from slurm.lib.podman_storage import choose_scratch, podman_storage, readable_stores
+from slurm.lib.registries import registries_conf, site_conf
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import RuntimeClient
 from slurm.lib.scheduler import JobState
@@ -112,7 +113,9 @@ def serve(job: JobContext, notes: SignalNotes) -> Outcome:
     """Bring everything up, publish, wait for the reason to end, and leave in reverse order."""
     budget = StopBudget.within(job.scheduler.kill_wait_s())
     scratch = choose_scratch(scratch_folders(job.settings.local_scratch, job.environment), job.job_id)
-    with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, readable_stores(os.environ)) as storage:
+    registries = registries_conf(job.settings.registry_mirrors, site_conf(os.environ))
+    stores = readable_stores(os.environ)
+    with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, stores, registries) as storage:
         guardian.own_storage(storage.root)
         with api_server(job, storage, api_key(job), budget.server_s) as server:
             guardian.own_session(server.pid)

@@ -245,6 +245,17 @@ def pinning_word(raw: str) -> str:
     return _one_of(raw, "docker_cpuset", "taskset", "none")
 
 
+_MIRROR = re.compile(r"[\w.-]+(:\d{1,5})?(/[\w./-]+)?=(https?://)?[\w.-]+(:\d{1,5})?(/[\w./-]+)?", re.ASCII)
+
+
+def mirrors(raw: Raw) -> tuple[str, ...]:
+    """A bash array, or entries separated by commas or spaces: REGISTRY=MIRROR, http:// before one without TLS."""
+    result = tuple(filter(None, re.split(r"[\s,]+", raw.strip()))) if isinstance(raw, str) else raw
+    if not all(_MIRROR.fullmatch(entry) for entry in result):
+        raise ValueError("must be REGISTRY=MIRROR, like docker.io=mirror.example:5000/cache, separated by commas")
+    return result
+
+
 def _one_of(raw: str, *allowed: str) -> str:
     if raw not in allowed:
         raise ValueError(f"must be {', '.join(allowed[:-1])} or {allowed[-1]}")
@@ -272,7 +283,7 @@ def names(raw: Raw) -> tuple[str, ...]:
 
 # --- the declaration of a key ----------------------------------------------------------------------------------------
 
-_ARRAYS: tuple[Callable[[Any], object], ...] = (words, names)
+_ARRAYS: tuple[Callable[[Any], object], ...] = (words, names, mirrors)
 _INFO = "key"
 
 
@@ -384,6 +395,27 @@ class Settings:
     image_archive: Path | None = setting(
         "IMAGE_ARCHIVE", optional(path), None, "Archive of that image on shared storage, loaded in place of a pull."
     )
+    image_archives: Path | None = setting(
+        "IMAGE_ARCHIVES",
+        optional(path),
+        None,
+        "Folder of image archives, as the prebuild job writes them, looked into before a registry is asked.",
+        default_text="`SKYRL_JOBS_BASE/.cache/images`, where that exists",
+    )
+    registry_auth_file: Path | None = setting(
+        "REGISTRY_AUTH_FILE",
+        optional(path),
+        None,
+        "Logins for registries, on shared storage and readable by you alone: `podman login --authfile FILE REGISTRY`.",
+        default_text="those that Podman finds by itself",
+    )
+    registry_mirrors: tuple[str, ...] = setting(
+        "REGISTRY_MIRRORS",
+        mirrors,
+        (),
+        "Where images come from in place of their registry: `docker.io=mirror.example:5000/cache`, with `http://` "
+        "before a mirror without TLS. `REGISTRY=http://REGISTRY` allows plain HTTP to a registry itself.",
+    )
     local_scratch: Path | None = setting(
         "LOCAL_SCRATCH",
         optional(path),
@@ -441,6 +473,28 @@ class Settings:
     )
     sandbox_remote_runtime_api_url: str = setting(
         "SANDBOX_REMOTE_RUNTIME_API_URL", url, "", "Address of a runtime that runs already, for --skip-runtime."
+    )
+
+    # The prebuild job
+    dataset_path: Path | None = setting(
+        "DATASET_PATH", optional(path), None, "Data set (parquet) whose images the prebuild job fetches."
+    )
+    image_prefix: str = setting(
+        "IMAGE_PREFIX",
+        word,
+        "",
+        "Registry and folder of the data set's sweb.eval images.",
+        default_text="`docker.io/xingyaoww/`",
+    )
+    max_workers: int | None = setting(
+        "MAX_WORKERS", optional(positive_int), None, "Images that it fetches at the same time.", default_text="`2`"
+    )
+    force_rebuild: bool | None = setting(
+        "FORCE_REBUILD",
+        optional(boolean),
+        None,
+        "Whether it fetches images anew that are archived already.",
+        default_text="`false`",
     )
 
     # Waiting
