@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -23,7 +24,8 @@ from tests.conftest import OrdinaryUser
 from tests.runs import Run, launch, until
 from tests.runtime import local_registry, podman_service
 from tests.runtime.commands import SERVE
-from tests.runtime.local_registry import Registry, push_new, registries_conf, registry
+from tests.runtime.local_registry import PASSWORD, USER, Registry, push_new, registries_conf, registry
+from tests.test_no_leaks import shows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -41,9 +43,9 @@ def image(name: str) -> str:
 
 
 @contextlib.contextmanager
-def filled_registry(home: Path, port: int = 0) -> Iterator[Registry]:
+def filled_registry(home: Path, login: bool = False) -> Iterator[Registry]:
     """A registry on the cluster's own network."""
-    with registry(home, test_cluster.LOGIN, port) as served:
+    with registry(home, test_cluster.LOGIN, login=login) as served:
         yield served
 
 
@@ -189,3 +191,23 @@ def test_what_the_registry_lacks_is_69(data: Path, job: MakeJob) -> None:
         begun = job(served)
         assert begun.wait() == 69
     assert begun.report()["counts"] == {"fetched": 2, "here": 0, "failed": 1, "missing": 0}
+
+
+def test_a_login_on_shared_storage_opens_a_registry(data: Path, job: MakeJob, user: OrdinaryUser) -> None:
+    """Both forms of REGISTRY_MIRRORS: the registry as a mirror, and itself by plain HTTP."""
+    logins = user.home / "auth.json"
+    with filled_registry(data, login=True) as served:
+        auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        logins.write_text(json.dumps({"auths": {served.name: {"auth": auth}}}))
+        os.chown(logins, user.uid, user.gid)
+        logins.chmod(0o600)
+        refused = job(served)
+        assert refused.wait() == 69
+        assert "podman login --authfile" in refused.log()
+        opened = job(served, REGISTRY_AUTH_FILE=str(logins))
+        assert opened.wait() == 0, opened.log()
+        itself = {"IMAGE_PREFIX": f"{served.name}/x/", "REGISTRY_MIRRORS": f"{served.name}=http://{served.name}"}
+        direct = job(None, REGISTRY_AUTH_FILE=str(logins), SKYRL_DEBUG="1", **itself)
+        assert direct.wait() == 0, direct.log()
+    logins.unlink()
+    assert not shows((refused.log() + opened.log() + direct.log()).encode(), PASSWORD)
