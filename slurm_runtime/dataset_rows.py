@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ def rows(path: Path) -> Iterator[Mapping[str, Any]]:
         import pyarrow  # type: ignore[import-untyped]  # it brings no types
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
-        raise NoPyarrow("this needs pyarrow: install it with \"pip install 'skyrl-slurm[prebuild]'\"") from None
+        raise NoPyarrow(
+            f"this needs pyarrow, which {sys.executable} lacks: scripts/setup without --minimal brings it, as does "
+            f"'{sys.executable} -m pip install pyarrow'"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _rows(file)
