@@ -355,8 +355,11 @@ def agent_tree(config: ServerConfig) -> AgentTree | None:
     return found
 
 
-def check_image_sources(config: ServerConfig) -> None:
-    """``StartProblem`` for an auth file or a folder of archives that cannot be used; warnings for what is unsafe."""
+def check_image_sources(args: argparse.Namespace, config: ServerConfig) -> None:
+    """``StartProblem`` for an auth file or a folder of archives that cannot be used; warnings for what is unsafe.
+
+    An auth file that only the environment names may be meant for another machine, so it fails no more than pulls.
+    """
     if config.image_archives is not None and not config.image_archives.is_dir():
         raise StartProblem(f"--image-archives {config.image_archives} is no folder on this machine", EXIT_USAGE)
     if config.registry_auth_file is not None:
@@ -364,7 +367,9 @@ def check_image_sources(config: ServerConfig) -> None:
             for doubt in doubts(config.registry_auth_file):
                 log.warning("%s", doubt)
         except (OSError, ValueError) as problem:
-            raise StartProblem(f"--registry-auth-file: {problem}", EXIT_USAGE) from None
+            if args.registry_auth_file is not None:
+                raise StartProblem(f"--registry-auth-file: {problem}", EXIT_USAGE) from None
+            log.warning("REGISTRY_AUTH_FILE: %s; until then no image can be pulled", problem)
 
 
 def labels_for(environment: Mapping[str, str], user: str, extra: Mapping[str, str]) -> dict[str, str]:
@@ -576,7 +581,7 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
             log.info("serving on http://%s:%d, Podman at %s", f"[{host}]" if ":" in host else host, port, podman)
             log.info("%s", slots_sentence)
             config = replace(config_from(args, environment, getpass.getuser()), api_key=key)
-            check_image_sources(config)
+            check_image_sources(args, config)
             tree = None if config.agent_image else agent_tree(config)
             return asyncio.run(serve(args, config, listening, podman, slots, tree))
 

@@ -57,7 +57,15 @@ def build_parser() -> argparse.ArgumentParser:
             "70 a fault of this program; 71 something is missing on this machine; 128+N ended by signal N."
         ),
     )
-    add = parser.add_argument
+    _add_dataset(parser.add_argument_group("which images"))
+    _add_fetching(parser.add_argument_group("how they are fetched"))
+    _add_results(parser.add_argument_group("where they go"))
+    parser.add_argument("--verbose", action="store_true", help="debug lines")
+    return parser
+
+
+def _add_dataset(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--dataset", type=Path, required=True, metavar="FILE", help="parquet file whose rows name images")
     add(
         "--image-prefix",
@@ -65,28 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="registry and folder of sweb.eval images (default: %(default)s); r2e-gym and swe-smith have their own",
     )
+    add("--list", action="store_true", help="print the names of the images and do nothing else")
+
+
+def _add_fetching(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--max-workers", type=_count, default=2, metavar="N", help="images at the same time (default: %(default)s)")
     add("--force-rebuild", action="store_true", help="fetch images anew that are here already")
-    add("--output-json", type=Path, metavar="F", help="what became of each image; written anew after every image")
-    add(
-        "--archives",
-        type=Path,
-        metavar="DIR",
-        help="also write each image into a file below this folder, for --image-archives of API servers",
-    )
-    add("--archive-only", action="store_true", help="with --archives: remove images from Podman's store once archived")
-    add(
-        "--build-with",
-        type=Path,
-        metavar="FILE",
-        help="a Dockerfile that begins with 'ARG BASE_IMAGE' and 'FROM ${BASE_IMAGE}': build it on each image",
-    )
-    add(
-        "--registry-prefix",
-        default="localhost/skyrl",
-        metavar="NAME",
-        help="what the names of built images begin with (default: %(default)s)",
-    )
     add(
         "--registry-auth-file",
         type=Path,
@@ -100,9 +93,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds for which a registry that limits us is asked again for an image (default: %(default)s)",
     )
-    add("--list", action="store_true", help="print the names of the images and do nothing else")
-    add("--verbose", action="store_true", help="debug lines")
-    return parser
+    add(
+        "--build-with",
+        type=Path,
+        metavar="FILE",
+        help="a Dockerfile that begins with 'ARG BASE_IMAGE' and 'FROM ${BASE_IMAGE}': build it on each image",
+    )
+
+
+def _add_results(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--output-json", type=Path, metavar="F", help="what became of each image; written anew after every image")
+    add(
+        "--archives",
+        type=Path,
+        metavar="DIR",
+        help="also write each image into a file of this folder, for --image-archives of API servers",
+    )
+    add("--archive-only", action="store_true", help="with --archives: remove images from Podman's store once archived")
+    add(
+        "--registry-prefix",
+        default="localhost/skyrl",
+        metavar="NAME",
+        help="what the names of built images begin with (default: %(default)s)",
+    )
 
 
 def _count(text: str) -> int:

@@ -99,7 +99,6 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple
             ("--disk-per-worker", settings.disk_per_worker),
             ("--cpu-pinning-method", settings.cpu_pinning_method),
             ("--image-archives", archives if settings.image_archives or archives.is_dir() else ""),
-            ("--registry-auth-file", settings.registry_auth_file or ""),
         )
         if str(value)
     ]
@@ -196,10 +195,11 @@ def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, 
         "--stop-timeout",
         f"{0.8 * stop_s:g}",
     )
-    environment = storage.environment({**job.open_environment, "PYTHONPATH": str(job.code)})
+    logins = job.settings.registry_auth_file
+    own = {"PYTHONPATH": str(job.code), **({"REGISTRY_AUTH_FILE": str(logins)} if logins else {})}
     return ChildSpec(
         argv,
-        environment,
+        storage.environment({**job.open_environment, **own}),
         "the API server",
         stdin_pipe=True,
         stderr=subprocess.PIPE,

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from slurm_runtime import registry_login
 from slurm_runtime.images import Images
-from slurm_runtime.podman import EngineError, PullFailed
+from slurm_runtime.podman import EngineError, Podman, PullFailed
 from slurm_runtime.references import archive_name, full_name, reference_of, registry_of
 from slurm_runtime.refusals import Meaning, Patience, meaning, next_step
 from tests.runtime.fake_podman import FakePodman
+from tests.runtime.server_process import server_process
+from tests.runtime.test_server_process import environment_for, run
 
 NEW = "docker.io/example/new:1"
 HURRIED = Patience(limited_s=5, limited_first_s=0.01, longest_s=0.02, first_s=0.01)
@@ -345,3 +347,25 @@ def test_always_means_the_registry(tmp_path: Path) -> None:
     asyncio.run(Images(engine, tmp_path).need(NEW, "always"))
     assert engine.loads == []
     assert engine.pulls == [NEW]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--registry-auth-file", "/nonesuch"], "--registry-auth-file: /nonesuch cannot be read"),
+        (["--image-archives", "/nonesuch"], "--image-archives /nonesuch is no folder"),
+    ],
+)
+def test_a_server_that_is_told_what_is_not_there_does_not_start(tmp_path: Path, flags: list[str], said: str) -> None:
+    done = run("--host", "127.0.0.1", "--port", "0", *flags, environment=environment_for(tmp_path / "none.sock", "k"))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_logins_that_only_the_environment_names_fail_no_more_than_pulls(tmp_path: Path) -> None:
+    """They may be meant for the machine that the job was submitted from."""
+    with server_process(tmp_path, tmp_path / "none.sock", REGISTRY_AUTH_FILE="/nonesuch") as api:
+        assert "REGISTRY_AUTH_FILE: /nonesuch cannot be read" in api.log()
+    with pytest.raises(PullFailed, match=r"/nonesuch cannot be read: .*podman login"):
+        asyncio.run(Podman(tmp_path / "none.sock", Path("/nonesuch")).pull(NEW, "missing"))
