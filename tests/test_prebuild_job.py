@@ -114,6 +114,20 @@ def job(user: OrdinaryUser, checkout: Path, jobs_base: Path, dataset: Path) -> M
     return make
 
 
+def run_with_a_sandbox(user: OrdinaryUser, checkout: Path, jobs_base: Path, *settings: str) -> Run:
+    """A run in which a sandbox starts from an image of the data set; it is over afterwards."""
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=sleep 300", *settings)
+    until("ready", lambda: run.text("runtime_ready.flag"), 60)
+    headers = {"X-API-Key": run.text("runtime_api_key.txt").strip()}
+    body = {"image": image(NAMES[1]), "command": SERVE, "session_id": "s"}
+    url = f"{run.text('runtime_url.txt').strip()}/start"
+    answer = httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
+    assert answer.status_code == 201, answer.text
+    user.run(["scancel", *run.jobs.values()])
+    run.wait_over(seconds=30)
+    return run
+
+
 def test_archives_of_all_images_and_a_run_without_the_registry(
     user: OrdinaryUser, checkout: Path, jobs_base: Path, data: Path, job: MakeJob
 ) -> None:
@@ -129,15 +143,7 @@ def test_archives_of_all_images_and_a_run_without_the_registry(
         forced = job(served, FORCE_REBUILD="true")
         assert forced.wait() == 0, forced.log()
         assert forced.report()["counts"]["fetched"] == 3
-    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=sleep 300")
-    until("ready", lambda: run.text("runtime_ready.flag"), 60)
-    headers = {"X-API-Key": run.text("runtime_api_key.txt").strip()}
-    body = {"image": image(NAMES[1]), "command": SERVE, "session_id": "s"}
-    url = f"{run.text('runtime_url.txt').strip()}/start"
-    answer = httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
-    assert answer.status_code == 201, answer.text
-    user.run(["scancel", *run.jobs.values()])
-    run.wait_over(seconds=30)
+    run_with_a_sandbox(user, checkout, jobs_base)
 
 
 def test_a_cancelled_job_leaves_nothing_and_the_next_goes_on(data: Path, job: MakeJob, user: OrdinaryUser) -> None:
@@ -193,14 +199,31 @@ def test_what_the_registry_lacks_is_69(data: Path, job: MakeJob) -> None:
     assert begun.report()["counts"] == {"fetched": 2, "here": 0, "failed": 1, "missing": 0}
 
 
+@contextlib.contextmanager
+def logins_for(user: OrdinaryUser, served: Registry) -> Iterator[Path]:
+    """What ``podman login --authfile FILE`` writes."""
+    path = user.home / "auth.json"
+    auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    path.write_text(json.dumps({"auths": {served.name: {"auth": auth}}}))
+    os.chown(path, user.uid, user.gid)
+    path.chmod(0o600)
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+def test_logins_and_mirrors_of_a_run(user: OrdinaryUser, checkout: Path, jobs_base: Path, data: Path) -> None:
+    with filled_registry(data, login=True) as served, logins_for(user, served) as logins:
+        settings = (f"REGISTRY_AUTH_FILE={logins}", f"REGISTRY_MIRRORS={UPSTREAM}=http://{served.name}")
+        run = run_with_a_sandbox(user, checkout, jobs_base, *settings)
+    text = "".join(path.read_text(errors="replace") for path in run.directory.iterdir() if path.is_file())
+    assert not shows(text.encode(), PASSWORD)
+
+
 def test_a_login_on_shared_storage_opens_a_registry(data: Path, job: MakeJob, user: OrdinaryUser) -> None:
     """Both forms of REGISTRY_MIRRORS: the registry as a mirror, and itself by plain HTTP."""
-    logins = user.home / "auth.json"
-    with filled_registry(data, login=True) as served:
-        auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        logins.write_text(json.dumps({"auths": {served.name: {"auth": auth}}}))
-        os.chown(logins, user.uid, user.gid)
-        logins.chmod(0o600)
+    with filled_registry(data, login=True) as served, logins_for(user, served) as logins:
         refused = job(served)
         assert refused.wait() == 69
         assert "podman login --authfile" in refused.log()
@@ -209,5 +232,4 @@ def test_a_login_on_shared_storage_opens_a_registry(data: Path, job: MakeJob, us
         itself = {"IMAGE_PREFIX": f"{served.name}/x/", "REGISTRY_MIRRORS": f"{served.name}=http://{served.name}"}
         direct = job(None, REGISTRY_AUTH_FILE=str(logins), SKYRL_DEBUG="1", **itself)
         assert direct.wait() == 0, direct.log()
-    logins.unlink()
     assert not shows((refused.log() + opened.log() + direct.log()).encode(), PASSWORD)
