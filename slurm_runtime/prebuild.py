@@ -21,7 +21,7 @@ MOST_ERROR = 1000
 
 
 class CannotWrite(Exception):
-    """An archive cannot be written, nor could the next one."""
+    """An archive or the report cannot be written, nor could the next one."""
 
 
 def _say_quietly(line: str) -> None:
@@ -72,7 +72,7 @@ class Prebuild:
                 began = time.monotonic()
                 outcome = await self._outcome(image)
                 outcome = replace(outcome, seconds=round(time.monotonic() - began, 1))
-                self.report.note(image, outcome)
+                self._note(image, outcome)
                 on_done(image, outcome)
 
         tasks = [asyncio.create_task(one(image)) for image in self.report.outcomes]
@@ -83,6 +83,12 @@ class Prebuild:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.images.close()
+
+    def _note(self, image: str, outcome: Outcome) -> None:
+        try:
+            self.report.note(image, outcome)
+        except OSError as problem:
+            raise CannotWrite(f"{self.report.path} cannot be written: {problem.strerror or problem}") from None
 
     async def _outcome(self, image: str) -> Outcome:
         try:

@@ -155,15 +155,15 @@ def build_on(args: argparse.Namespace) -> Iterator[Build | None]:
     if args.build_with is None:
         yield None
         return
-    try:
-        prefix = full_name(f"{args.registry_prefix}/name").removesuffix("/name:latest")
-        with tempfile.TemporaryDirectory(prefix="skyrl-prebuild-") as folder:
-            context = Path(folder) / "context.tar.gz"
+    with tempfile.TemporaryDirectory(prefix="skyrl-prebuild-") as folder:
+        context = Path(folder) / "context.tar.gz"
+        try:
+            prefix = full_name(f"{args.registry_prefix}/name").removesuffix("/name:latest")
             with tarfile.open(context, "w:gz") as tar:
                 tar.add(args.build_with.resolve(), "Dockerfile")
-            yield Build(context, prefix)
-    except (OSError, ValueError) as problem:
-        raise Problem(f"--build-with {args.build_with}: {problem}", EXIT_USAGE) from None
+        except (OSError, ValueError) as problem:
+            raise Problem(f"--build-with {args.build_with}: {problem}", EXIT_USAGE) from None
+        yield Build(context, prefix)
 
 
 def archive_folder(args: argparse.Namespace) -> ArchiveFolder | None:
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
         try:
             return asyncio.run(work(prebuild, podman))
         except (EngineError, CannotWrite) as problem:
-            raise Problem(str(problem), EXIT_ENVIRONMENT) from None
+            raise Problem(f"{problem}; the same command goes on from here", EXIT_ENVIRONMENT) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -18,12 +20,15 @@ import pyarrow  # type: ignore[import-untyped]  # it brings no types
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
+from slurm_runtime import archive_folder
 from slurm_runtime.archive_folder import ArchiveFolder, is_abandoned
 from slurm_runtime.dataset_images import PREFIX, NoImages, images_of
+from slurm_runtime.prebuild import CannotWrite, Prebuild
 from slurm_runtime.prebuild_images import build_parser, line_for, main
 from slurm_runtime.prebuild_report import FAILED, FETCHED, HERE, MISSING, Outcome, Report, read
 from slurm_runtime.references import archive_name
 from tests.runtime import local_registry, podman_service
+from tests.runtime.fake_podman import FakePodman
 from tests.runtime.local_registry import Refuser, Registry, push_new, refuser_before, registries_conf, registry
 from tests.runtime.server_process import server_process
 from tests.runtime.test_server_process import environment_for
@@ -160,6 +165,37 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     kept.touch()
     ArchiveFolder(tmp_path).prepare()
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def full(_path: Path) -> Path:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["archive", "report"])
+def test_a_full_disk_ends_the_work_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    images = [f"docker.io/x/y:{number}" for number in range(5)]
+    engine = FakePodman(registry={*images})
+    report = Report.begun("set", images, tmp_path / "out.json")
+    folder = ArchiveFolder(tmp_path / "archives")
+    folder.prepare()
+    monkeypatch.setattr(*((archive_folder, "_sync", full) if what == "archive" else (Report, "write", full)))
+    with pytest.raises(CannotWrite, match=f"{'archive' if what == 'archive' else 'out.json'} .*No space left"):
+        asyncio.run(Prebuild(engine, report, folder, workers=1).run(lambda _image, _outcome: None))
+    assert len(engine.pulls) <= 2
+    assert not list(folder.folder.glob(".part-*"))
+
+
+def test_images_leave_the_store_once_archived_where_that_is_asked(tmp_path: Path) -> None:
+    images = [f"docker.io/x/y:{number}" for number in range(3)]
+    engine = FakePodman(registry={*images})
+    folder = ArchiveFolder(tmp_path)
+    asyncio.run(
+        Prebuild(engine, Report("set", None, {image: Outcome() for image in images}), folder, archive_only=True).run(
+            lambda _image, _outcome: None
+        )
+    )
+    assert not engine.images & {*images}
+    assert {path.name for path in tmp_path.iterdir()} == {*map(archive_name, images)}
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
