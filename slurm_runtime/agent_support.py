@@ -11,12 +11,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slurm_runtime.agent.tree import QUIET_IMPORT, AgentTree, agent_arguments
+from slurm_runtime.agent.tree import QUIET_DEFAULTS, AgentTree, agent_arguments
 from slurm_runtime.podman import ImageFacts
 from slurm_runtime.sandbox import Mount, Specification
 
 # HOME is what Podman takes from an image's /etc/passwd for root; it is told to images that have no such file too.
-DEFAULTS = {**QUIET_IMPORT, "HOME": "/root"}
+DEFAULTS = {**QUIET_DEFAULTS, "HOME": "/root"}
 
 
 class Start(enum.Enum):

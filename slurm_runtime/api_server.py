@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import getpass
 import os
+import resource
 import signal
 import socket
 import sys
@@ -513,7 +514,6 @@ async def serve(
     if config.agent_image is None:
         agent.provide(tree)
     manager = Manager(config, engine, prober, slots, agent, Warden, prober.idle_s)
-    manager.images.archives = config.image_archives
     app = create_app(manager, config, Heartbeats())
     server = _http_server(app)
     try:
@@ -586,6 +586,13 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
             return asyncio.run(serve(args, config, listening, podman, slots, tree))
 
 
+def allow_many_files() -> None:
+    """Connections and descriptors for each of hundreds of sandboxes are more than the usual soft limit of 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, serve, exit."""
     args = build_parser().parse_args(argv)
@@ -593,6 +600,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         for number in STOPPING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     setup(args.verbose)
+    allow_many_files()
     try:
         code = run(args, os.environ)
     except StartProblem as problem:

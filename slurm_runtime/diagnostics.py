@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import time
 from dataclasses import dataclass
 
 from slurm_runtime.podman import ContainerState, Engine, EngineError
 
 LAST_LINES = 50
 LAST_BYTES = 16384
+SETTLE_S, SETTLE_PAUSE_S = 2.0, 0.02  # until Podman knows what the kernel has told
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,20 @@ def _signal_name(exit_code: int) -> str:
         return ""
 
 
-async def diagnose(engine: Engine, name: str) -> Diagnosis:
-    """What can be learned of a container; a probe that fails says so and hides nothing else."""
+async def _settled(engine: Engine, name: str, has_ended: bool) -> ContainerState:
+    end = time.monotonic() + SETTLE_S
+    while (state := await engine.inspect(name)).running and has_ended and time.monotonic() < end:
+        await asyncio.sleep(SETTLE_PAUSE_S)
+    return state
+
+
+async def diagnose(engine: Engine, name: str, has_ended: bool = False) -> Diagnosis:
+    """What can be learned of a container; a probe that fails says so and hides nothing else.
+
+    ``has_ended`` says that its first process is gone, which Podman learns a moment later.
+    """
     try:
-        sentence = explain(await engine.inspect(name))
+        sentence = explain(await _settled(engine, name, has_ended))
     except EngineError as problem:
         return Diagnosis(f"its container is gone: {problem}", "")
     try:

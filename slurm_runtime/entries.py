@@ -54,8 +54,9 @@ class NeverReady(Exception):
 class Entry:
     """One sandbox with what belongs to it while it lives: its lease, its port, the tasks that work on it.
 
-    ``holder`` is the container's first process. ``forked`` says that its server was forked into it, so that the
-    container does not end with its server; ``server_exit`` is then the server's exit code once it has ended.
+    ``holder`` is the container's first process; ``is_watched`` says that the kernel tells of its end, ``has_ended``
+    that it has told. ``forked`` says that its server was forked into it, so that the container does not end with its
+    server; ``server_exit`` is then the server's exit code once it has ended.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -64,6 +65,8 @@ class Entry:
         self.port: Reservation | None = None
         self.has_container = False
         self.holder = 0
+        self.is_watched = False
+        self.has_ended = False
         self.forked = False
         self.server_exit: int | None = None
         self.offence: str | None = None

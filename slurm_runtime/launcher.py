@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from slurm_runtime.agent_support import AgentSupport, Start, StartPlan, decide
@@ -26,6 +25,7 @@ from slurm_runtime.podman import (
 )
 from slurm_runtime.ports import Ports
 from slurm_runtime.sandbox import sandbox_url
+from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in
 from slurm_runtime.slots import Slots
 from slurm_runtime.steps import StepTimes
 
@@ -46,6 +46,7 @@ class Launcher:
         self.labels = labels
         self.control: Control | None = None
         self.steps = StepTimes()
+        self.holder_profile = ProfileFile()
         self._starters = asyncio.Semaphore(config.starters)
         self._seccomp: Mapping[str, Any] | None = None
         self._knows_seccomp = False
@@ -162,8 +163,10 @@ class Launcher:
     async def _profile(self, state: ContainerState) -> Mapping[str, Any] | None:
         """The seccomp profile that Podman gave the container; all sandboxes have the same, so it is read once."""
         if not self._knows_seccomp:
-            self._seccomp = await asyncio.to_thread(seccomp_of, state.oci_config)
+            self._seccomp = await asyncio.to_thread(profile_in, state.oci_config)
             self._knows_seccomp = True
+            if self._seccomp:
+                self.holder_profile.write(native_only(self._seccomp, os.uname().machine))
         return self._seccomp
 
     async def _watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:
@@ -198,6 +201,8 @@ class Launcher:
             pids=config.pids_limit,
             disk_bytes=round(config.disk_bytes * wish.resource_factor),
             mounts=plan.mounts,
+            # A container that only idles; the server that is forked into it gets the whole profile.
+            seccomp_profile=self.holder_profile.path if plan.start is Start.FORK else "",
         )
 
     def _say_once(self, sentence: str) -> None:
@@ -215,13 +220,3 @@ class Labels:
 
     def of(self, session_id: str) -> dict[str, str]:
         return {**self.common, self.session_label: session_id}
-
-
-def seccomp_of(oci_config: str) -> Mapping[str, Any] | None:
-    """``linux.seccomp`` of a container's runtime configuration; None where it has none or cannot be read."""
-    try:
-        config = json.loads(Path(oci_config).read_text(encoding="utf-8"))
-        profile = (config.get("linux") or {}).get("seccomp")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return profile if isinstance(profile, dict) else None

@@ -22,6 +22,7 @@ from slurm_runtime.agent.take_out import NoTree, remove, take_out
 from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.control import Control, ControlError, OnEvent
+from slurm_runtime.deaths import Deaths
 from slurm_runtime.diagnostics import Diagnosis, diagnose, ended_with
 from slurm_runtime.entries import (
     Entry,
@@ -66,6 +67,7 @@ SESSION_LABEL = "skyrl.session"
 DEAD_KEPT = 1000  # records of dead sandboxes, for clients that still ask
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between probes of a sandbox that is not ready
 LOOK_PERIOD_S = 0.2  # between looks whether such a sandbox still lives
+LISTING_PERIOD_S = 30.0  # between lists of all containers, of which one of 512 takes Podman half a second
 FAILURES_KEPT = 20  # shown to people
 IDLE_LOOK_S = 10.0  # between looks whether a sandbox idles
 
@@ -92,7 +94,7 @@ class Manager:
         self.engine = engine
         self.probe = probe
         self.admission = Admission(slots)
-        self.images = Images(engine)
+        self.images = Images(engine, config.image_archives)
         self.agent = agent or AgentSupport(wants_fork=False)
         self.make_control = make_control
         self.idle_of = idle_of
@@ -111,6 +113,8 @@ class Manager:
         self._host: asyncio.Task[str] | None = None
         self._closing = False
         self._next_idle_look = 0.0
+        self._next_listing = 0.0
+        self._deaths = Deaths()
         self._agent_folder: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -141,6 +145,7 @@ class Manager:
             slots_used=slots.used,
             slots_total=slots.total,
             waiting=self.admission.waiting,
+            pulls=self.images.under_way(),
             failures=tuple(Failure(sandbox, now - at) for at, sandbox in self.failures),
             notes=tuple(self.notes),
             agent=self.agent.described(),
@@ -236,6 +241,7 @@ class Manager:
             with self.launcher.steps.of("slot"):
                 entry.lease = await self.admission.lease(units_for(entry.specification.resource_factor))
             await self.launcher.launch(entry, facts, self.admission.slots, await self.public_host())
+            entry.is_watched = self._deaths.watch(entry.holder, lambda: self._container_ended(entry))
             entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet"))
             with self.launcher.steps.of("answer"):
                 await self._until_ready(entry)
@@ -255,7 +261,7 @@ class Manager:
 
     async def _diagnosis(self, entry: Entry) -> Diagnosis:
         """Why it died. A forked server's exit code is known, its container may still idle."""
-        found = await diagnose(self.engine, entry.name)
+        found = await diagnose(self.engine, entry.name, entry.has_ended)
         if entry.offence:
             return Diagnosis(f"the sandbox was stopped: {entry.offence}", found.last_lines)
         if entry.server_exit is not None:
@@ -267,7 +273,7 @@ class Manager:
         deadline = time.monotonic() + self.config.startup_timeout_s
         pause_s, next_look = FIRST_PAUSE_S, time.monotonic() + LOOK_PERIOD_S
         while not await self.probe(url, entry.specification.dialect):
-            if time.monotonic() > next_look:
+            if entry.has_ended or time.monotonic() > next_look:
                 await self._still_running(entry)
                 next_look = time.monotonic() + LOOK_PERIOD_S
             if time.monotonic() > deadline:
@@ -284,8 +290,16 @@ class Manager:
         )
 
     async def _still_running(self, entry: Entry) -> None:
-        if entry.server_exit is not None or not (await self.engine.inspect(entry.name)).running:
+        if entry.server_exit is not None or entry.has_ended:
             raise SandboxDied
+        if not entry.is_watched and not (await self.engine.inspect(entry.name)).running:
+            raise SandboxDied
+
+    def _container_ended(self, entry: Entry) -> None:
+        """The kernel says so. One that is being started is buried by its start."""
+        entry.has_ended = True
+        if entry.sandbox.state in {State.READY, State.PAUSED}:
+            self._in_background(self._bury(entry))
 
     # Pausing.
 
@@ -374,6 +388,7 @@ class Manager:
 
     async def _clean(self, entry: Entry) -> None:
         """Remove the container, then free the slot; the slot stays taken while the container may still run."""
+        self._deaths.forget(entry.holder)
         if entry.has_container:
             await self._unwatch(entry)
             async with self._removers:
@@ -422,6 +437,7 @@ class Manager:
         await self._end(entry, State.STOPPED, Diagnosis("the server is stopping", ""))
 
     async def _cancel_background(self) -> None:
+        self._deaths.close()
         await self.images.close()
         tasks: list[asyncio.Task[Any]] = [task for task in (self._connecting, self._host) if task is not None]
         tasks += self._tasks
@@ -430,6 +446,7 @@ class Manager:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.control is not None:
             await self.control.close()
+        self.launcher.holder_profile.remove()
         if self._agent_folder is not None:
             await asyncio.to_thread(remove, self._agent_folder)
 
@@ -542,10 +559,13 @@ class Manager:
         return True
 
     async def _look(self) -> None:
-        """Bury every sandbox whose container is dead or gone."""
+        """Bury every sandbox whose container is dead or gone; a second witness where the kernel tells of deaths."""
         living = [entry for entry in self._entries.values() if entry.sandbox.state in {State.READY, State.PAUSED}]
-        if not living:
+        now = time.monotonic()
+        if now < self._next_listing and all(entry.is_watched for entry in living):
+            await self.engine.ping()
             return
+        self._next_listing = now + LISTING_PERIOD_S
         listed = await self.engine.list(f"{SERVER_LABEL}={self.mark}")
         running = {state.name for state, _ in listed if state.running}
         dead = [entry for entry in living if entry.name not in running]

@@ -120,6 +120,7 @@ class ContainerSpec:
     """One container to create.
 
     ``host_port`` 0 lets Podman choose. ``memory_bytes``, ``cpus`` and ``cpuset`` are limits, 0 or empty for none.
+    ``seccomp_profile`` is a file, empty for Podman's own profile.
     """
 
     name: str
@@ -137,6 +138,7 @@ class ContainerSpec:
     pids: int = 0
     disk_bytes: int = 0
     mounts: tuple[Mount, ...] = ()
+    seccomp_profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,10 @@ class Engine(Protocol):
 
     async def facts(self) -> EngineFacts:
         """What this Podman can do; ``EngineUnreachable`` while nobody listens."""
+        ...
+
+    async def ping(self) -> None:
+        """Return if Podman answers; else ``EngineError``."""
         ...
 
     async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
@@ -330,6 +336,8 @@ def create_body(
     # What forwards the published port connects from inside the sandbox. With a source port that the kernel chose it
     # can meet itself on the server's own port before the server listens, which then finds its port taken.
     body["sysctl"] = {"net.ipv4.ip_local_reserved_ports": str(spec.container_port)}
+    if spec.seccomp_profile:
+        body["seccomp_profile_path"] = spec.seccomp_profile
     if spec.mounts:
         body["mounts"] = [_mount(mount) for mount in spec.mounts]
     if spec.disk_bytes and facts.disk_quota:
@@ -513,6 +521,10 @@ class Podman:
                 self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
             self._facts = facts
         return self._facts
+
+    async def ping(self) -> None:
+        async with self._call("GET", "/_ping", QUICK_S) as answer:
+            await answer.read()
 
     async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
         query = f"/images/pull?reference={quote(image, safe='')}&policy={policy}"

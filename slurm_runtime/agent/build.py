@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm_runtime.agent.tree import MANIFEST, MOUNT_POINT, QUIET_IMPORT, SHIM, AgentTree, load
+from slurm_runtime.agent.tree import MANIFEST, MOUNT_POINT, QUIET_DEFAULTS, SHIM, AgentTree, load
 
 DEFAULT_VERSION = "1.19.1"  # its file routes fit clients before and after 1.14
 LEAST_PYTHON = (3, 12)
@@ -246,7 +246,7 @@ def wrapper(base: Base) -> str:
 def shim(tree: AgentTree) -> str:
     """The agent server by the name that clients call it; it is mounted alone, so its paths are absolute."""
     words = " ".join(tree.exec_command(()))
-    settings = " ".join(f'{name}="${{{name}-{value}}}"' for name, value in QUIET_IMPORT.items())
+    settings = " ".join(f'{name}="${{{name}-{value}}}"' for name, value in QUIET_DEFAULTS.items())
     return f'#!/bin/sh\nexport {settings}\nexec {words} "$@"\n'
 
 
@@ -289,7 +289,7 @@ def clean_environment(work: Path) -> dict[str, str]:
     """What the tree's Python gets while it is looked at: nothing of the user's."""
     (work / "home").mkdir(exist_ok=True)
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {"PATH": path, "HOME": str(work / "home"), "TMPDIR": str(work), "LC_ALL": "C.UTF-8", **QUIET_IMPORT}
+    return {"PATH": path, "HOME": str(work / "home"), "TMPDIR": str(work), "LC_ALL": "C.UTF-8", **QUIET_DEFAULTS}
 
 
 def compile_all(base: Base, say: Say) -> None:

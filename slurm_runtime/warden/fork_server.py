@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, "/opt/skyrl-warden")
 
-from slurm_runtime.warden import confinement, seccomp
+from slurm_runtime.warden import confinement, pages, seccomp
 from slurm_runtime.warden.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_MM,
@@ -139,6 +139,7 @@ def import_server(modules: list[str]) -> Imported:
     gc.collect()
     gc.freeze()
     gc.enable()
+    pages.collapse()
     return Imported(main, api, config, environment, noted.names)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+STAT_BYTES = 4096  # a line of some 300
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -31,9 +32,16 @@ def members(namespace: int) -> list[int]:
 
 def stat_of(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name, from the state on; empty where the process has ended."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    return []
+    try:
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+    except OSError:
+        return []
+    try:  # without a file object: it would double the cost of a scan
+        return os.read(descriptor, STAT_BYTES).rpartition(b")")[2].decode("ascii").split()
+    except OSError:
+        return []
+    finally:
+        os.close(descriptor)
 
 
 def proportional_bytes(pid: int) -> int:

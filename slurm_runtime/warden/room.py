@@ -12,6 +12,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from slurm_runtime.agent.tree import QUIET_DEFAULTS
 from slurm_runtime.warden.syscalls import (
     CLONE_NEWNS,
     MNT_DETACH,
@@ -39,8 +40,7 @@ ENVIRONMENT = {
     "HOME": "/root",
     "TERM": "xterm",
     "container": "podman",
-    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    "OPENHANDS_SUPPRESS_BANNER": "1",
+    **QUIET_DEFAULTS,
 }
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from slurm_runtime.warden.proc import Scanner, Usage, namespace_of, private_bytes, proportional_bytes, written_bytes
 
-LEAST_PERIOD_S = 0.25
-SHARE_OF_A_CORE = 0.1  # a scan takes at most this share of the time
+LEAST_PERIOD_S = 0.5
+SHARE_OF_A_CORE = 0.05  # that scanning takes at most
 WALK_TIMEOUT_S = 60.0
 LEAST_WRITTEN = 1 << 20
 
@@ -101,9 +101,9 @@ class Watchdog:
 
     def look(self) -> list[tuple[str, Watched, str]]:
         """Sample all if it is time to; name, sandbox and reason of each that takes more than it may."""
-        began = time.monotonic()
-        if not self.watched or began < self._next:
+        if not self.watched or time.monotonic() < self._next:
             return []
+        began = time.thread_time()
         sampled = self._scanner.scan({one.namespace for one in self.watched.values()})
         offenders = []
         for name, one in self.watched.items():
@@ -112,7 +112,7 @@ class Watchdog:
             if reason:
                 one.stopped = True
                 offenders.append((name, one, reason))
-        spent = time.monotonic() - began
+        spent = time.thread_time() - began
         self._next = time.monotonic() + max(LEAST_PERIOD_S, spent / SHARE_OF_A_CORE)
         return offenders
 

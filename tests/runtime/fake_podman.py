@@ -78,6 +78,9 @@ class FakePodman:
     async def facts(self) -> EngineFacts:
         return EngineFacts("fake", rootless=True, controllers=frozenset({"memory", "cpu", "cpuset"}))
 
+    async def ping(self) -> None:
+        return None
+
     async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
         self.pulls.append(image)
         on_line(f"Trying to pull {image}...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -145,6 +146,22 @@ def test_a_forked_server_is_root_of_its_container_and_nothing_more(agents: MakeA
     assert int(fields["CapBnd"], 16) & 1 << 21 == 0  # SYS_ADMIN
     assert command(sandbox, "id -u; mount -t tmpfs none /mnt 2>&1; unshare -U true 2>&1")["stdout"].startswith("0\n")
     assert command(sandbox, "mount -t tmpfs none /mnt")["exit_code"] != 0
+
+
+def test_a_container_that_idles_has_the_native_profile_and_its_server_the_whole_one(
+    agents: MakeApi, rootless_podman: podman_service.Service
+) -> None:
+    api = agents()
+    first, second = (started(api, session_id=name) for name in ("first", "second"))
+    found = []
+    for sandbox in (first, second):
+        name = f"sandbox-{sandbox['runtime_id']}"
+        config = Path(api.run(api.engine.inspect(name)).oci_config).read_text()
+        found.append(json.loads(config)["linux"]["seccomp"]["architectures"])
+        assert status(server_of(api, sandbox))["Seccomp"] == "2"
+        assert rootless_podman.podman("exec", name, "echo", "entered") == "entered\n"
+    assert len(found[0]) > 1
+    assert found[1] == found[0][:1]
 
 
 def test_17_keys_are_enforced_and_each_sandbox_has_its_own(agents: MakeApi) -> None:

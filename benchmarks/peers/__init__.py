@@ -1,0 +1,1 @@
+"""Other systems that start the same sandbox: installed from PyPI at released versions, driven as published."""

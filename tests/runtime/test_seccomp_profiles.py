@@ -1,0 +1,66 @@
+"""Which profile a container gets: decided on its own, and read from what Podman wrote."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in
+
+PROFILE = {
+    "defaultAction": "SCMP_ACT_ERRNO",
+    "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+    "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "machine", "kept"),
+    [
+        (PROFILE["architectures"], "x86_64", ["SCMP_ARCH_X86_64"]),
+        (["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"], "aarch64", ["SCMP_ARCH_AARCH64"]),
+        (["SCMP_ARCH_X86_64"], "x86_64", None),  # nothing to gain
+        (PROFILE["architectures"], "riscv64", None),
+        (PROFILE["architectures"], "aarch64", None),
+        (None, "x86_64", None),
+    ],
+)
+def test_only_this_machines_architecture_is_kept(
+    architectures: list[str] | None, machine: str, kept: list[str] | None
+) -> None:
+    found = native_only({**PROFILE, "architectures": architectures}, machine)
+    assert (found or {}).get("architectures") == kept
+    assert found is None or found["syscalls"] == PROFILE["syscalls"]
+
+
+def test_the_profile_of_a_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"linux": {"seccomp": PROFILE}}))
+    assert profile_in(str(config)) == PROFILE
+    for text in ("{}", '{"linux": null}', "[]", "no json", '{"linux": {"seccomp": 3}}'):
+        config.write_text(text)
+        assert profile_in(str(config)) is None
+    assert profile_in(str(tmp_path / "nonesuch")) is None
+
+
+def test_the_file_can_be_read_by_podmans_user_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    file = ProfileFile()
+    file.write(None)
+    assert file.path == ""
+    file.write(PROFILE)
+    assert json.loads(Path(file.path).read_text()) == PROFILE
+    assert stat.S_IMODE(Path(file.path).stat().st_mode) == 0o644
+    file.remove()
+    file.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_podmans_own_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nonesuch"))
+    file = ProfileFile()
+    file.write(PROFILE)
+    assert file.path == ""
