@@ -1,12 +1,13 @@
 """Do the documents still say what the code does?
 
-Two tables are made from the code itself; ``python -m tests.test_docs`` writes them anew. The rest is compared: options,
-exit codes, helpers, routes, files of a run, links.
+Some tables are made from the code itself; ``python -m tests.test_docs`` writes them anew. The rest is compared:
+options, exit codes, status codes, fields, metrics, helpers, routes, files of a run, links.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -21,20 +22,28 @@ import pytest
 import shell_rl.errors
 import slurm.lib.errors
 import slurm_runtime
+import slurm_runtime.agent.__main__
 import slurm_runtime.api_server
+import slurm_runtime.prebuild_images
 from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.settings import KEYS, Key, said
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.heartbeats import Heartbeats
+from slurm_runtime.metrics import Traffic, exposition
+from slurm_runtime.models import FIELDS_WITHOUT_EFFECT, RuntimeAnswer, StartRequest
+from slurm_runtime.openapi import MEANINGS
+from slurm_runtime.page import Snapshot
+from slurm_runtime.steps import STEPS, StepTimes
 
 ROOT = Path(__file__).resolve().parent.parent
 README, LAUNCHER = ROOT / "README.md", ROOT / "slurm" / "README.md"
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
-API_SERVER, CHANGELOG = ROOT / "docs" / "api-server.md", ROOT / "CHANGELOG.md"
+API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
-PACKAGES = ("slurm/lib", "slurm_runtime", "shell_rl")
+PACKAGES = ("slurm/lib", "slurm_runtime", "slurm_runtime/agent", "slurm_runtime/warden", "shell_rl")
 UPDATE = "python -m tests.test_docs"
 
 
@@ -160,7 +169,8 @@ def first_cells(path: Path, section: str) -> list[str]:
     _, found, rest = path.read_text(encoding="utf-8").partition(f"# {section}\n")
     assert found, f"{path} has no section {section!r}"
     lines = rest.partition("\n#")[0].splitlines()
-    rows = [line for line in lines if line.startswith("|")][2:]
+    below = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), below))[2:]
     return [re.split(r"(?<!\\)\|", line)[1].strip().replace("`", "").replace("\\|", "|") for line in rows]
 
 
@@ -168,7 +178,10 @@ COMMANDS = {
     ("slurm/launch.py",): (LAUNCHER, "Options"),
     ("slurm/jobs/runtime_server.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/verl_training.py",): (LAUNCHER, "Options of the job files"),
+    ("slurm/jobs/prebuild_images.py",): (LAUNCHER, "The prebuild job"),
     ("-m", "slurm_runtime.api_server"): (API_SERVER, "Flags"),
+    ("-m", "slurm_runtime.agent"): (API_SERVER, "The command for agent trees"),
+    ("-m", "slurm_runtime.prebuild_images"): (IMAGES, "Options of prebuild_images"),
     ("-m", "shell_rl.train"): (LAUNCHER, "The RL loop as a check of a new cluster"),
 }
 
@@ -177,20 +190,27 @@ def options_in(text: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]*", text))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
-def test_the_options_are_those_of_help(command: tuple[str, ...]) -> None:
-    path, section = COMMANDS[command]
+def offered_options(command: tuple[str, ...]) -> set[str]:
+    """The options that ``--help`` of a command and of its verbs explains: those that begin a line."""
     environment = {**os.environ, "COLUMNS": "500"}  # else argparse breaks lines inside of options
     argv = [sys.executable, *command, "--help"]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert options_in("\n".join(first_cells(path, section))) == options_in(done.stdout)
+    found = options_in("\n".join(re.findall(r"^  (-.*?)(?:  |$)", done.stdout, re.MULTILINE)))
+    verbs = re.search(r"^  \{([a-z,]+)\}$", done.stdout, re.MULTILINE)
+    return found.union(*(offered_options((*command, verb)) for verb in verbs[1].split(","))) if verbs else found
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_the_options_are_those_of_help(command: tuple[str, ...]) -> None:
+    path, section = COMMANDS[command]
+    assert options_in("\n".join(first_cells(path, section))) == offered_options(command)
 
 
 def exit_codes(module: ModuleType) -> set[str]:
-    """The codes that a module names, as the documents write them."""
+    """The codes that a module names, as the documents write them; 0 and argparse's 2 need no name."""
     codes = {name: value for name, value in vars(module).items() if name.startswith("EXIT_")}
-    return {"128+N" if name == "EXIT_SIGNAL_BASE" else str(value) for name, value in codes.items()}
+    return {"0", "2"} | {"128+N" if name == "EXIT_SIGNAL_BASE" else str(value) for name, value in codes.items()}
 
 
 @pytest.mark.parametrize(
@@ -198,6 +218,8 @@ def exit_codes(module: ModuleType) -> set[str]:
     [
         (slurm.lib.errors, LAUNCHER, "Exit codes"),
         (slurm_runtime.api_server, API_SERVER, "Exit codes"),
+        (slurm_runtime.agent.__main__, API_SERVER, "Exit codes for agent trees"),
+        (slurm_runtime.prebuild_images, IMAGES, "Exit codes of prebuild_images"),
         (shell_rl.errors, LAUNCHER, "Exit codes of the RL loop"),
     ],
 )
@@ -221,6 +243,31 @@ def test_the_endpoints_are_the_routes() -> None:
     assert set(first_cells(API_SERVER, "Endpoints")) == routes
 
 
+def test_the_status_codes_are_those_of_the_schema() -> None:
+    assert set(first_cells(API_SERVER, "Status codes")) == {str(code) for code in MEANINGS}
+
+
+def test_the_fields_are_those_of_the_wire() -> None:
+    def names(section: str) -> set[str]:
+        return {name for cell in first_cells(API_SERVER, section) for name in cell.split(", ")}
+
+    assert names("Request of /start") == set(StartRequest.model_fields)
+    assert names("Answer") == set(RuntimeAnswer.model_fields)
+    section = prose(API_SERVER).partition("# Request of /start\n")[2].partition("\n#")[0]
+    assert not [name for name in FIELDS_WITHOUT_EFFECT if f"`{name}`" not in section]
+
+
+def test_the_metrics_are_those_of_prometheus() -> None:
+    traffic = Traffic()
+    traffic.note({"method": "GET"}, 200, 0.1)
+    body, _ = exposition(Snapshot, traffic, StepTimes())
+    families = re.findall(r"^# TYPE (\w+) ", body.decode(), re.MULTILINE)
+    ours = {name for name in families if name.startswith("skyrl_") and not name.endswith("_created")}
+    cells = first_cells(API_SERVER, "Operator's view")
+    assert {name for cell in cells for name in cell.split(", ")} - {"process_*"} == ours
+    assert all(f"`{step}`" in API_SERVER.read_text(encoding="utf-8") for step in STEPS)
+
+
 def test_every_file_of_a_run_is_listed() -> None:
     """All that ``CoordinationDir`` names, its methods for logs and heartbeats included."""
     directory = CoordinationDir(Path("DIR"))
@@ -236,7 +283,7 @@ def test_every_file_of_a_run_is_listed() -> None:
 
 def test_the_version_is_the_same_everywhere() -> None:
     project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    newest = re.search(r"^## (\S+)", CHANGELOG.read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\d\S*)", CHANGELOG.read_text(encoding="utf-8"), re.MULTILINE)
     assert project and newest
     assert {project[1], newest[1], slurm_runtime.__version__} == {cli.VERSION}
 
