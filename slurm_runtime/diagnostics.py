@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurm_runtime.podman import ContainerState, Engine, EngineError
 
@@ -20,12 +23,17 @@ class Diagnosis:
 
     sentence: str
     last_lines: str
+    out_of_memory: bool = False
+    exit_code: int = 0
+
+
+OUT_OF_MEMORY = "the sandbox was killed because it used more memory than it may (out of memory)"
 
 
 def explain(state: ContainerState) -> str:
     """A sentence for how a container ended."""
     if state.out_of_memory:
-        return "the sandbox was killed because it used more memory than it may (out of memory)"
+        return OUT_OF_MEMORY
     if state.running:
         return f"its container is {state.status}"
     return ended_with(state.exit_code)
@@ -56,11 +64,32 @@ async def diagnose(engine: Engine, name: str, has_ended: bool = False) -> Diagno
     ``has_ended`` says that its first process is gone, which Podman learns a moment later.
     """
     try:
-        sentence = explain(await _settled(engine, name, has_ended))
+        state = await _settled(engine, name, has_ended)
     except EngineError as problem:
         return Diagnosis(f"its container is gone: {problem}", "")
     try:
         lines = await engine.logs(name, LAST_LINES)
     except EngineError as problem:
         lines = f"(its log cannot be read: {problem})"
-    return Diagnosis(sentence, lines[-LAST_BYTES:].strip())
+    return Diagnosis(explain(state), lines[-LAST_BYTES:].strip(), state.out_of_memory, state.exit_code)
+
+
+def killed_for_memory(pid: int) -> bool:
+    """Whether the kernel has killed a process of this one's cgroup because of its memory limit."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in {"", "memory"} and path != "/":
+                return _kills(controllers, path)
+    return False
+
+
+def _kills(controllers: str, path: str) -> bool:
+    """Both versions of cgroups count them, each in its own place."""
+    base = "/sys/fs/cgroup"
+    places = [f"{base}/memory{path}/memory.oom_control"] if controllers else [f"{base}{path}/memory.events"]
+    for place in places:
+        with contextlib.suppress(OSError):
+            if re.search(r"^oom_kill [1-9]", Path(place).read_text(encoding="utf-8"), re.MULTILINE):
+                return True
+    return False

@@ -23,7 +23,7 @@ from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.control import Control, ControlError, OnEvent
 from slurm_runtime.deaths import Deaths
-from slurm_runtime.diagnostics import Diagnosis, diagnose, ended_with
+from slurm_runtime.diagnostics import OUT_OF_MEMORY, Diagnosis, diagnose, ended_with, killed_for_memory
 from slurm_runtime.entries import (
     Entry,
     NeverFits,
@@ -67,7 +67,8 @@ SESSION_LABEL = "skyrl.session"
 DEAD_KEPT = 1000  # records of dead sandboxes, for clients that still ask
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between probes of a sandbox that is not ready
 LOOK_PERIOD_S = 0.2  # between looks whether such a sandbox still lives
-LISTING_PERIOD_S = 30.0  # between lists of all containers, of which one of 512 takes Podman half a second
+LISTING_PERIOD_S = 300.0  # between lists of all containers: one of 512 keeps Podman busy for a second
+KILLED = 128 + 9  # the exit code of a process that SIGKILL ended
 FAILURES_KEPT = 20  # shown to people
 IDLE_LOOK_S = 10.0  # between looks whether a sandbox idles
 
@@ -264,9 +265,21 @@ class Manager:
         found = await diagnose(self.engine, entry.name, entry.has_ended)
         if entry.offence:
             return Diagnosis(f"the sandbox was stopped: {entry.offence}", found.last_lines)
-        if entry.server_exit is not None:
-            return Diagnosis(ended_with(entry.server_exit), found.last_lines)
-        return found
+        code = found.exit_code if entry.server_exit is None else entry.server_exit
+        if code == KILLED and killed_for_memory(entry.holder):
+            return Diagnosis(OUT_OF_MEMORY, found.last_lines, out_of_memory=True)
+        if code == KILLED and not found.out_of_memory and self._memory_bites:
+            # Podman misses it where an init runs in the container: the kernel kills the init's child.
+            sentence = f"{ended_with(code)}, most likely because it used more memory than it may (out of memory)"
+            return Diagnosis(sentence, found.last_lines, out_of_memory=True)
+        return found if entry.server_exit is None else Diagnosis(ended_with(code), found.last_lines)
+
+    @property
+    def _memory_bites(self) -> bool:
+        """Whether the kernel, not the watchdog, enforces a memory limit."""
+        known = self._connecting is not None and self._connecting.done() and not _failed(self._connecting)
+        controllers = self._connecting.result().controllers if self._connecting and known else frozenset()
+        return self.config.memory_bytes > 0 and "memory" in controllers
 
     async def _until_ready(self, entry: Entry) -> None:
         url = entry.sandbox.url or ""
@@ -371,7 +384,8 @@ class Manager:
     async def _finish(self, entry: Entry, state: State, diagnosis: Diagnosis) -> None:
         """Say that it is dead, then remove what is left of it."""
         if not entry.sandbox.state.is_dead:
-            entry.become(entry.sandbox.changed(state, diagnosis.sentence, last_lines=diagnosis.last_lines))
+            blamed = entry.sandbox.blamed(diagnosis.sentence) if diagnosis.out_of_memory else entry.sandbox
+            entry.become(blamed.changed(state, diagnosis.sentence, last_lines=diagnosis.last_lines))
             speak = log.warning if state is State.FAILED else log.debug
             if state is State.FAILED:
                 self.failures.appendleft((time.monotonic(), entry.sandbox))

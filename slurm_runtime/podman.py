@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 API = "http://podman/v4.0.0/libpod"  # the oldest version with all that is used here
 SOCKET_PATH_LIMIT = 107  # sun_path of Linux, without its NUL
 
+KEY_QUOTA = (
+    "each container takes one of the keys that the kernel grants a user (/proc/sys/kernel/keys/maxkeys, often 200): "
+    "set keyring=false in the section [containers] of containers.conf, as a runtime job does, or run fewer sandboxes"
+)
 # Enough for package managers and for servers that drop their privileges; nothing that reaches beyond the sandbox.
 CAPABILITIES = (
     "CHOWN",
@@ -490,6 +494,8 @@ def error_for(status: int, words: str) -> EngineError:
         return NoSuchContainer(words)
     if "image not known" in words or "no such image" in words:
         return NoSuchImage(words)
+    if "unable to create session key" in words:
+        return EngineError(f"{words}; {KEY_QUOTA}")
     if "address already in use" in words or "port is already allocated" in words:
         return PortTaken(words)
     return EngineError(words)

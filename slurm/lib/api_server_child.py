@@ -102,8 +102,9 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple
         )
         if str(value)
     ]
-    verbose = ("--verbose",) if settings.skyrl_debug else ()
-    return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *verbose)
+    # As the bash suite's call: the legacy clients build what their images lack.
+    switches = ("--enable-image-build", *(("--verbose",) if settings.skyrl_debug else ()))
+    return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *switches)
 
 
 @dataclass

@@ -33,6 +33,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.sshfs", "9p"}
 )
 REMOVE_TIMEOUT_S = 20.0
+SECCOMP_PROFILES = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))  # Podman's order
+KEY_CALLS = frozenset({"add_key", "keyctl", "request_key"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class PodmanStorage:
     @property
     def graphroot(self) -> Path:
         return self.root / "data" / "containers" / "storage"
+
+    @property
+    def seccomp(self) -> Path:
+        return self.root / "seccomp.json"
 
     @property
     def lock(self) -> Path:
@@ -95,8 +101,31 @@ def storage_conf(storage: PodmanStorage, image_stores: Sequence[Path]) -> str:
     )
 
 
-def containers_conf(storage: PodmanStorage, runtime: str | None) -> str:
-    """containers.conf: no systemd, no journal, and locks of its own.
+def profile_without_keys(text: str) -> str:
+    """A seccomp profile in which no program can use the kernel's keyrings: ``ValueError`` if the text is none."""
+    try:
+        profile = json.loads(text)
+        for rule in profile["syscalls"]:
+            rule["names"] = [name for name in rule["names"] if name not in KEY_CALLS]
+        return json.dumps({**profile, "syscalls": [rule for rule in profile["syscalls"] if rule["names"]]})
+    except (KeyError, TypeError) as problem:
+        raise ValueError(f"not a seccomp profile: {problem}") from None
+
+
+def _write_profile(storage: PodmanStorage) -> bool:
+    """Make the store's own seccomp profile from the machine's; False where there is none that can be used."""
+    for source in SECCOMP_PROFILES:
+        with contextlib.suppress(OSError, ValueError):
+            storage.seccomp.write_text(profile_without_keys(source.read_text()))
+            return True
+    return False
+
+
+def containers_conf(storage: PodmanStorage, runtime: str | None, has_profile: bool) -> str:
+    """containers.conf: no systemd, no journal, locks of its own, and no keyring for each container.
+
+    The kernel grants a user 200 keys as a rule (keyrings(7)), and a keyring is one: the 200th sandbox could not start.
+    Without one of its own a container would reach the keyring of whoever started Podman, so the profile forbids it.
 
     Podman's default locks lie in one shared memory segment for all stores of a user, which a new store resets: two
     jobs of one user on a node would share locks.
@@ -105,6 +134,8 @@ def containers_conf(storage: PodmanStorage, runtime: str | None) -> str:
     lines += [f"runtime = {json.dumps(runtime)}"] if runtime else []
     if os.geteuid() == 0:
         lines += [f"tmp_dir = {json.dumps(str(storage.runtime_dir / 'libpod'))}"]
+    if has_profile:
+        lines += ["[containers]", "keyring = false", f"seccomp_profile = {json.dumps(str(storage.seccomp))}"]
     networks = f"network_config_dir = {json.dumps(str(storage.root / 'networks'))}"  # not in the user's home
     return "\n".join([*lines, "[network]", networks, ""])
 
@@ -241,7 +272,8 @@ def _furnish(storage: PodmanStorage, image_stores: Sequence[Path], registries: s
     for folder in (storage.runtime_dir, storage.root / "tmp", storage.graphroot):
         folder.mkdir(mode=0o700, parents=True)
     (storage.root / "storage.conf").write_text(storage_conf(storage, image_stores))
-    (storage.root / "containers.conf").write_text(containers_conf(storage, preferred_runtime()))
+    conf = containers_conf(storage, preferred_runtime(), _write_profile(storage))
+    (storage.root / "containers.conf").write_text(conf)
     if registries:
         storage.registries.write_text(registries)
 

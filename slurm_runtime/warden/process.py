@@ -24,7 +24,7 @@ sys.path.insert(0, sys.argv[3] if len(sys.argv) > 3 else "")
 
 from slurm_runtime.warden import network, room
 from slurm_runtime.warden.proc import members, namespace_of, signal_all
-from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl, setns
+from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, new_session_keyring, prctl, setns
 from slurm_runtime.warden.watchdog import Watchdog, kill
 
 MOUNTED_CODE = "/opt/skyrl-warden/slurm_runtime/warden/fork_server.py"
@@ -352,6 +352,8 @@ def main() -> None:
     except OSError as problem:
         owner.send({"event": "unusable", "reason": f"Podman's namespaces cannot be joined: {problem}"})
         return
+    with contextlib.suppress(OSError):  # no quota left: what is forked may make no call that uses it
+        new_session_keyring()
     owner.send({"event": "ready"})
     Warden(owner, Path(sys.argv[3]) / "slurm_runtime").run()
 

@@ -39,6 +39,9 @@ LOAD, JUMP_EQUAL, JUMP_GREATER, RETURN = 0x20, 0x15, 0x25, 0x06
 NUMBER_AT, ARCHITECTURE_AT = 0, 4
 
 
+KEY_CALLS = ("add_key", "keyctl", "request_key")
+
+
 class Unsupported(Exception):
     """The profile cannot be reproduced here; ``str()`` says why."""
 
@@ -112,9 +115,17 @@ def _add_rules(lib: ctypes.CDLL, context: int, profile: Mapping[str, Any], defau
         for name in rule["names"]:
             number = lib.seccomp_syscall_resolve_name(name.encode())
             newest = max(newest, number)
-            if number != -1 and does != default:
+            if number != -1 and does != default and name not in KEY_CALLS:
                 _add_rule(lib, context, does, number, rule.get("args") or ())
+    _refuse_keys(lib, context, default)
     return newest
+
+
+def _refuse_keys(lib: ctypes.CDLL, context: int, default: int) -> None:
+    """Forked servers share a session keyring; a container of its own keyring would be one key of a user's 200."""
+    refusal = action("SCMP_ACT_ERRNO", errno.ENOSYS)
+    for name in KEY_CALLS if refusal != default else ():
+        _add_rule(lib, context, refusal, lib.seccomp_syscall_resolve_name(name.encode()), ())
 
 
 def _add_rule(lib: ctypes.CDLL, context: int, does: int, number: int, arguments: Any) -> None:

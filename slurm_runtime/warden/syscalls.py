@@ -18,6 +18,8 @@ PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 2, 4
 SECCOMP_MODE_FILTER = 2
 MADV_COLLAPSE = 25
 CAPABILITY_VERSION_3 = 0x20080522
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -65,6 +67,12 @@ def umount(target: str, flags: int = 0) -> None:
 def pivot_root(new: str, old: str) -> None:
     number = SYS_PIVOT_ROOT[os.uname().machine]
     _checked(_libc.syscall(number, new.encode(), old.encode()), "pivot_root")
+
+
+def new_session_keyring() -> None:
+    """Leave the session keyring that was inherited, with whatever tickets and keys it holds, for an empty one."""
+    number = SYS_KEYCTL[os.uname().machine]
+    _checked(_libc.syscall(number, KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
 
 
 class _Header(ctypes.Structure):
