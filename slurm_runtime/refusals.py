@@ -57,8 +57,17 @@ NEXT_STEPS = (
 )
 
 
+LOCAL = "localhost/"  # Podman's own prefix of images that were built or loaded and have no registry
+LOCAL_STEP = (
+    "an image of this name is in no registry: build or load it on this node, or put its archive in the folder of "
+    "--image-archives (IMAGE_ARCHIVES in a .conf)"
+)
+
+
 def meaning(words: str, image: str = "") -> Meaning:
     """What Podman's words about a failed pull mean; the image's own name in them says nothing."""
+    if image.startswith(LOCAL):
+        return Meaning.FINAL
     said = words.replace(image, "") if image else words
     if LIMITED.search(said):
         return Meaning.LIMITED
@@ -69,6 +78,8 @@ def meaning(words: str, image: str = "") -> Meaning:
 
 def next_step(words: str, image: str = "") -> str:
     """What the user can do about it, empty where nothing is known."""
+    if image.startswith(LOCAL):
+        return LOCAL_STEP
     said = words.replace(image, "") if image else words
     return next((step for sign, step in NEXT_STEPS if sign.search(said)), "")
 

@@ -123,6 +123,13 @@ def test_an_images_own_name_is_no_refusal() -> None:
     assert meaning(f"reading {image}: manifest unknown", image) is Meaning.FINAL
 
 
+def test_an_image_of_localhost_is_asked_of_no_registry_again() -> None:
+    words = "pinging container registry localhost: connection refused"
+    assert meaning(words, "localhost/built:1") is Meaning.FINAL
+    assert "in no registry" in next_step(words, "localhost/built:1")
+    assert meaning(words, "localhost:5000/pushed:1") is Meaning.PASSING
+
+
 @pytest.mark.parametrize(
     ("words", "step"),
     [
