@@ -8,7 +8,6 @@ import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 USABLE_DEADLINE_S = 180.0
 LOOK_S = 0.002
@@ -42,25 +41,15 @@ async def timed(work: Awaitable[object]) -> float:
     return time.perf_counter() - began
 
 
-@dataclass(frozen=True)
-class Crowd:
-    """Many at once: the seconds of each, and how many a second were done."""
-
-    seconds: tuple[float, ...]
-    rate: float
-
-
-async def crowd(work: Callable[[], Awaitable[object]], count: int, at_once: int) -> Crowd:
-    """Do ``work`` so often, ``at_once`` of them in flight."""
+async def in_flight(works: Sequence[Callable[[], Awaitable[object]]], at_once: int) -> float:
+    """Do all, ``at_once`` of them at the same time; how many a second were done."""
     turn = asyncio.Semaphore(at_once)
 
-    async def one() -> float:
+    async def one(work: Callable[[], Awaitable[object]]) -> None:
         async with turn:
-            return await timed(work())
+            await work()
 
-    began = time.perf_counter()
-    seconds = await asyncio.gather(*(one() for _ in range(count)))
-    return Crowd(tuple(seconds), count / (time.perf_counter() - began))
+    return len(works) / await timed(asyncio.gather(*(one(work) for work in works)))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -102,7 +102,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(place: Room, slots: int, start: str, *flags: str) -> Iterator[Server]:
-    """The API server with so many slots, ready to start sandboxes by AGENT_START=``start``."""
+    """The API server with so many slots and further ``flags``, ready to start sandboxes by AGENT_START=``start``."""
     folder = Path(tempfile.mkdtemp(prefix="server-", dir=place.storage.root))
     key_file, log_file, key = folder / "key", folder / "log", secrets.token_urlsafe(16)
     key_file.touch(0o600)
@@ -122,7 +122,7 @@ def server(place: Room, slots: int, start: str, *flags: str) -> Iterator[Server]
         )
         with Child(spec, stop_grace_s=60.0) as child:
             found = Server(f"http://127.0.0.1:{port}", key, child.pid, log_file)
-            _await_log(found, child, "fork server: ready" if start == "fork" else "Podman 4", "Podman 5")
+            _await_log(found, child, "fork server: ready" if start == "fork" else " answers (")
             yield found
 
 
@@ -142,9 +142,9 @@ def _flags(place: Room, slots: int, start: str, key_file: Path, listener: socket
     return [*(str(word) for flag in flags.items() for word in flag), "--stop-with-stdin"]
 
 
-def _await_log(found: Server, child: Child, *words: str) -> None:
+def _await_log(found: Server, child: Child, words: str) -> None:
     deadline = time.monotonic() + START_DEADLINE_S
-    while not any(word in found.log.read_text() for word in words):
+    while words not in found.log.read_text():
         if child.exit_code is not None or time.monotonic() > deadline:
             sys.exit(f"the API server did not become ready:\n{found.log.read_text()[-2000:]}")
         time.sleep(0.05)

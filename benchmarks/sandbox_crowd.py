@@ -23,16 +23,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import aiohttp
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from benchmarks.room import AGENT_COMMAND, Room, Server, room, server
+from benchmarks.client import connected, start
+from benchmarks.room import Room, Server, room, server
 from slurm.lib.processes import pids
 
 IN_FLIGHT = 32
-TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured: seconds of the starts, of polls, of health answers, and the weight."""
+    """What was measured: sandboxes started a second, polls, how many answered at the end, and the weight."""
 
     count: int
-    starting_s: float
+    started_per_s: float
     polls: int
     poll_median_ms: float
     poll_p99_ms: float
@@ -88,20 +86,12 @@ class Client:
 
     def __init__(self, found: Server, place: Room, name: str) -> None:
         self.found, self.place, self.name = found, place, name
-        connector = aiohttp.TCPConnector(limit=1)
-        self.session = aiohttp.ClientSession(
-            headers={"X-API-Key": found.key}, connector=connector, timeout=TIMEOUT, trust_env=False
-        )
+        self.session = connected(found)
         self.url = ""
         self.seconds: list[float] = []
 
     async def start(self) -> None:
-        body = {"image": self.place.image, "command": AGENT_COMMAND, "working_dir": "/", "session_id": self.name}
-        async with self.session.post(f"{self.found.url}/start", json=body) as answer:
-            sandbox = await answer.json()
-            if answer.status != 201:
-                raise SystemExit(f"/start answered {answer.status}: {sandbox['detail']}")
-        self.url = sandbox["url"]
+        self.url = (await start(self.session, self.found, self.place, session_id=self.name))["url"]
 
     async def poll(self, until: float, every_s: float) -> None:
         """As a client does that waits, from a random moment on."""
@@ -123,7 +113,7 @@ class Client:
 async def crowd(found: Server, place: Room, arguments: argparse.Namespace) -> Result:
     clients = [Client(found, place, f"crowd-{number}") for number in range(arguments.count)]
     try:
-        starting_s = await measure.timed(in_flight(clients))
+        started_per_s = await measure.in_flight([client.start for client in clients], IN_FLIGHT)
         until = time.monotonic() + arguments.seconds
         await asyncio.gather(*(client.poll(until, arguments.every) for client in clients))
         alive = sum(await asyncio.gather(*(client.is_alive() for client in clients)))
@@ -133,7 +123,7 @@ async def crowd(found: Server, place: Room, arguments: argparse.Namespace) -> Re
     polls = [seconds for client in clients for seconds in client.seconds]
     return Result(
         arguments.count,
-        starting_s,
+        started_per_s,
         len(polls),
         1000 * statistics.median(polls),
         1000 * measure.percentile(polls, 0.99),
@@ -143,23 +133,13 @@ async def crowd(found: Server, place: Room, arguments: argparse.Namespace) -> Re
     )
 
 
-async def in_flight(clients: Sequence[Client]) -> None:
-    turn = asyncio.Semaphore(IN_FLIGHT)
-
-    async def one(client: Client) -> None:
-        async with turn:
-            await client.start()
-
-    await asyncio.gather(*(one(client) for client in clients))
-
-
 def report(result: Result) -> str:
     weight = result.weight
     each = weight.sandboxes_mb / result.count
     rows = [
         ("what", "figure", "bound"),
         ("sandboxes alive, each answering through its URL", f"{result.alive} of {result.count}", ""),
-        ("started in", f"{result.starting_s:.0f} s, {result.count / result.starting_s:.1f}/s", ""),
+        ("started in", f"{result.count / result.started_per_s:.0f} s, {result.started_per_s:.1f}/s", ""),
         ("a poll, median", f"{result.poll_median_ms:.1f} ms of {result.polls} polls", ""),
         ("a poll, p99", f"{result.poll_p99_ms:.1f} ms", "< 50 ms"),
         ("a poll, longest", f"{result.poll_longest_ms:.1f} ms", ""),

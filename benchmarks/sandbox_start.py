@@ -23,14 +23,15 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from benchmarks.client import connected, start
 from benchmarks.peers.install import installed
-from benchmarks.room import AGENT_COMMAND, SANDBOX_PORT, Room, Server, room, server
+from benchmarks.room import SANDBOX_PORT, Room, Server, room, server
+from slurm_runtime.config import ServerConfig
 
 IN_FLIGHT = 32
 WORKERS = (1, 2, 4, 8)
@@ -63,7 +64,7 @@ class Client:
 
     def __init__(self, found: Server, place: Room) -> None:
         self.found, self.place = found, place
-        self.session = aiohttp.ClientSession(headers={"X-API-Key": found.key}, trust_env=False)
+        self.session = connected(found)
         self.alive: list[str] = []
 
     async def __aenter__(self) -> Client:
@@ -74,11 +75,7 @@ class Client:
 
     async def start(self) -> None:
         """From the request until the agent server answers through the sandbox's URL."""
-        body = {"image": self.place.image, "command": AGENT_COMMAND, "working_dir": "/"}
-        async with self.session.post(f"{self.found.url}/start", json=body, timeout=TIMEOUT) as answer:
-            sandbox = await answer.json()
-            if answer.status != 201:
-                raise SystemExit(f"/start answered {answer.status}: {sandbox['detail']}")
+        sandbox = await start(self.session, self.found, self.place)
         self.alive.append(sandbox["runtime_id"])
         await measure.usable(sandbox["url"])
 
@@ -88,20 +85,17 @@ class Client:
 
     async def _stop(self, runtime_id: str) -> None:
         body = {"runtime_id": runtime_id}
-        async with self.session.post(f"{self.found.url}/stop", json=body, timeout=TIMEOUT) as answer:
+        async with self.session.post(f"{self.found.url}/stop", json=body) as answer:
             await answer.read()
 
     async def steps(self) -> dict[str, tuple[float, float]]:
         """Count and seconds of each step of all starts so far."""
-        async with self.session.get(f"{self.found.url}/metrics", timeout=TIMEOUT) as answer:
+        async with self.session.get(f"{self.found.url}/metrics") as answer:
             families = {family.name: family for family in text_string_to_metric_families(await answer.text())}
         found: dict[str, dict[str, float]] = {}
         for sample in families["skyrl_start_step_seconds"].samples:
             found.setdefault(sample.labels["step"], {})[sample.name.rpartition("_")[2]] = sample.value
         return {step: (values["count"], values["sum"]) for step, values in found.items()}
-
-
-TIMEOUT = aiohttp.ClientTimeout(total=300)
 
 
 async def raw(place: Room, pool: Executor | None = None) -> None:
@@ -118,21 +112,31 @@ async def by_hand(place: Room) -> None:
     await measure.usable(f"http://127.0.0.1:{port}", every_s=0.005)
 
 
-async def in_turn(figures: Figures, runs: int, work: Mapping[str, Callable[[], Awaitable[object]]]) -> None:
+async def nothing() -> None:
+    """Between two starts that do not disturb each other."""
+
+
+async def in_turn(
+    figures: Figures,
+    runs: int,
+    work: Mapping[str, Callable[[], Awaitable[object]]],
+    after: Callable[[], Awaitable[None]] = nothing,
+) -> None:
     """Each of ``work`` once and so on, so that all meet the same machine; the first round is not counted."""
     for number in range(runs + 1):
         for what, do in work.items():
             seconds = await measure.timed(do())
             if number:
                 figures.add(what, seconds)
+            await after()
 
 
 async def raw_rate(place: Room, many: int, workers: int) -> float:
     """Raw containers a second, with so many workers."""
     with ThreadPoolExecutor(workers) as pool:
-        found = await measure.crowd(lambda: raw(place, pool), many, workers)
+        rate = await measure.in_flight([lambda: raw(place, pool)] * many, workers)
     place.remove_all()
-    return found.rate
+    return rate
 
 
 async def rates(figures: Figures, place: Room, client: Client, many: int) -> None:
@@ -140,7 +144,7 @@ async def rates(figures: Figures, place: Room, client: Client, many: int) -> Non
     figures.sweep = {workers: await raw_rate(place, many, workers) for workers in WORKERS}
     for _ in range(RATE_ROUNDS):
         figures.raw_rates.append(await raw_rate(place, many, figures.best_workers))
-        figures.fork_rates.append((await measure.crowd(client.start, many, IN_FLIGHT)).rate)
+        figures.fork_rates.append(await measure.in_flight([client.start] * many, IN_FLIGHT))
         await client.stop_all()
 
 
@@ -153,8 +157,8 @@ def breakdown(before: Mapping[str, tuple[float, float]], after: Mapping[str, tup
     return found
 
 
-async def with_fork(figures: Figures, place: Room, runs: int, many: int) -> None:
-    with server(place, 4 * many, "fork") as found:
+async def with_fork(figures: Figures, place: Room, runs: int, many: int, starters: int) -> None:
+    with server(place, 4 * many, "fork", "--starters", str(starters)) as found:
         async with Client(found, place) as client:
             await client.start()
             before = await client.steps()
@@ -168,15 +172,13 @@ async def with_fork(figures: Figures, place: Room, runs: int, many: int) -> None
 async def with_exec(figures: Figures, place: Room, runs: int) -> None:
     with server(place, 4 * runs, "exec") as found:
         async with Client(found, place) as client:
-            work = {"by hand": lambda: by_hand(place), "exec": client.start}
-            for number in range(runs + 1):
-                for what, do in work.items():
-                    seconds = await measure.timed(do())
-                    if number:
-                        figures.add(what, seconds)
-                    # One agent server at a time: each takes 4 s of a CPU and 300 MB.
-                    await client.stop_all()
-                    place.remove_all()
+
+            async def clear() -> None:
+                """One agent server at a time: each takes 4 s of a CPU and 300 MB."""
+                await client.stop_all()
+                place.remove_all()
+
+            await in_turn(figures, runs, {"by hand": lambda: by_hand(place), "exec": client.start}, clear)
 
 
 def with_peers(figures: Figures, place: Room, runs: int, cache: Path) -> None:
@@ -230,6 +232,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=20, help="starts one at a time of the quick kinds")
     parser.add_argument("--slow-runs", type=int, default=5, help="starts of the kinds that take seconds")
     parser.add_argument("--many", type=int, default=96, help=f"starts with {IN_FLIGHT} in flight")
+    parser.add_argument("--starters", type=int, default=ServerConfig.starters, help="containers started at once")
     parser.add_argument("--no-peers", action="store_true", help="leave DockerWorkspace and SWE-ReX out")
     parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
     parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
@@ -243,7 +246,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     arguments, figures = parse(argv), Figures()
     with room(arguments.scratch, arguments.image, arguments.archive) as place:
-        asyncio.run(with_fork(figures, place, arguments.runs, arguments.many))
+        asyncio.run(with_fork(figures, place, arguments.runs, arguments.many, arguments.starters))
         asyncio.run(with_exec(figures, place, arguments.slow_runs))
         if not arguments.no_peers:
             with_peers(figures, place, arguments.slow_runs, arguments.peers_cache)
