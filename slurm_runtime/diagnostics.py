@@ -86,10 +86,6 @@ def killed_for_memory(pid: int) -> bool:
 
 def _kills(controllers: str, path: str) -> bool:
     """Both versions of cgroups count them, each in its own place."""
-    base = "/sys/fs/cgroup"
-    places = [f"{base}/memory{path}/memory.oom_control"] if controllers else [f"{base}{path}/memory.events"]
-    for place in places:
-        with contextlib.suppress(OSError):
-            if re.search(r"^oom_kill [1-9]", Path(place).read_text(encoding="utf-8"), re.MULTILINE):
-                return True
-    return False
+    place = f"/memory{path}/memory.oom_control" if controllers else f"{path}/memory.events"
+    text = Path(f"/sys/fs/cgroup{place}").read_text(encoding="utf-8")
+    return re.search(r"^oom_kill [1-9]", text, re.MULTILINE) is not None

@@ -163,10 +163,10 @@ class Launcher:
     async def _profile(self, state: ContainerState) -> Mapping[str, Any] | None:
         """The seccomp profile that Podman gave the container; all sandboxes have the same, so it is read once."""
         if not self._knows_seccomp:
-            self._seccomp = await asyncio.to_thread(profile_in, state.oci_config)
-            self._knows_seccomp = True
-            if self._seccomp:
-                self.holder_profile.write(native_only(self._seccomp, os.uname().machine))
+            found = await asyncio.to_thread(profile_in, state.oci_config)
+            if not self._knows_seccomp:  # several starts may be the first ones: one file, or the others have no owner
+                self._seccomp, self._knows_seccomp = found, True
+                self.holder_profile.write(native_only(found, os.uname().machine) if found else None)
         return self._seccomp
 
     async def _watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:

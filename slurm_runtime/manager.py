@@ -104,7 +104,7 @@ class Manager:
         ports = Ports(config.publish_ip, config.sandbox_ports)
         self.launcher = Launcher(config, engine, self.images, ports, self.agent, labels)
         self.podman = "connecting"
-        self.podman_version: str | None = None
+        self.facts: EngineFacts | None = None
         self.notes: list[str] = []
         self.failures: deque[tuple[float, Sandbox]] = deque(maxlen=FAILURES_KEPT)
         self._entries: dict[str, Entry] = {}
@@ -150,7 +150,7 @@ class Manager:
             failures=tuple(Failure(sandbox, now - at) for at, sandbox in self.failures),
             notes=tuple(self.notes),
             agent=self.agent.described(),
-            podman=self.podman if self.podman_version is None else f"{self.podman_version}, {self.podman}",
+            podman=self.podman if self.facts is None else f"{self.facts.version}, {self.podman}",
             node=socket.gethostname(),
             version=__version__,
         )
@@ -277,9 +277,7 @@ class Manager:
     @property
     def _memory_bites(self) -> bool:
         """Whether the kernel, not the watchdog, enforces a memory limit."""
-        known = self._connecting is not None and self._connecting.done() and not _failed(self._connecting)
-        controllers = self._connecting.result().controllers if self._connecting and known else frozenset()
-        return self.config.memory_bytes > 0 and "memory" in controllers
+        return self.config.memory_bytes > 0 and self.facts is not None and "memory" in self.facts.controllers
 
     async def _until_ready(self, entry: Entry) -> None:
         url = entry.sandbox.url or ""
@@ -508,7 +506,7 @@ class Manager:
                 await asyncio.sleep(pause_s)
                 pause_s = min(LONGEST_PAUSE_S, pause_s * 1.3)
         self._podman_is("connected")
-        self.podman_version = facts.version
+        self.facts = facts
         sentence, *self.notes = greeting(facts, self.config)
         log.info("%s", sentence)
         for note in self.notes:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NATIVE = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
+from slurm_runtime.warden.seccomp import NATIVE
 
 
 def profile_in(oci_config: str) -> Mapping[str, Any] | None:
@@ -28,7 +28,7 @@ def native_only(profile: Mapping[str, Any], machine: str) -> Mapping[str, Any] |
 
     The runtime compiles a profile for each container and each of its architectures: 12 of 120 ms of processor time.
     """
-    native = NATIVE.get(machine)
+    native, _ = NATIVE.get(machine, ("", 0))
     listed = profile.get("architectures") or ()
     return {**profile, "architectures": [native]} if native in listed and len(listed) > 1 else None
 

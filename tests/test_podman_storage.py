@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import tarfile
@@ -17,7 +18,10 @@ from slurm.lib.api_server_child import AlarmFilter, listening_socket
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.images import has_image, image_source
 from slurm.lib.podman_storage import PodmanStorage
+from slurm_runtime.agent.tree import MOUNT_POINT
 from tests.conftest import OrdinaryUser
+from tests.runtime import agent_tree
+from tests.runtime.agent_tree import ASK_FOR_KEYRING, REFUSED
 
 STORE = "from slurm.lib.podman_storage import podman_storage, processes_of, readable_stores, sweep\n"
 
@@ -183,6 +187,58 @@ def _forget_default_podman(user: OrdinaryUser) -> None:
             os.kill(pid, 9)
     traces = [f"/tmp/containers-user-{user.uid}", f"/tmp/podman-run-{user.uid}", str(user.home / ".local")]
     user.run(["rm", "-rf", *traces, f"/dev/shm/libpod_rootless_lock_{user.uid}"])
+
+
+@pytest.mark.parametrize(
+    ("default", "forbids"), [("SCMP_ACT_ERRNO", []), ("SCMP_ACT_ALLOW", [["add_key", "keyctl", "request_key"]])]
+)
+def test_a_profile_without_keys(default: str, forbids: list[list[str]]) -> None:
+    allowed = {"names": ["read", "keyctl"], "action": "SCMP_ACT_ALLOW"}
+    profile = {"defaultAction": default, "syscalls": [allowed, {**allowed, "names": ["add_key"]}], "archMap": [1]}
+    found = json.loads(ps.profile_without_keys(json.dumps(profile)))
+    assert found["archMap"] == [1]
+    assert [rule["names"] for rule in found["syscalls"]] == [["read"], *forbids]
+    assert [rule["action"] for rule in found["syscalls"][1:]] == ["SCMP_ACT_ERRNO"] * len(forbids)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"syscalls": 3}', '{"defaultAction": "x", "syscalls": [{}]}'])
+def test_what_is_no_profile(text: str) -> None:
+    with pytest.raises(ValueError):
+        ps.profile_without_keys(text)
+
+
+@pytest.mark.podman
+def test_a_container_takes_no_key_of_the_user_and_reaches_no_keyring(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    archive, tree = _tiny_image(user), agent_tree.tests_tree()
+    done = python(
+        user,
+        checkout,
+        f"""
+        import os, re, subprocess
+        from pathlib import Path
+
+        def keys():
+            rows = re.findall(r"^ *{user.uid}: .*? (\\d+)/\\d+ ", Path("/proc/key-users").read_text(), re.M)
+            return rows or ["0"]  # a user without keys has no row
+
+        with podman_storage(Path("/tmp"), "keys", []) as storage:
+            def podman(*words):
+                return subprocess.run(["podman", *words], env=storage.environment(os.environ), check=True,
+                                      capture_output=True, text=True).stdout
+            podman("import", "-q", {str(archive)!r}, "localhost/tiny")
+            limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
+            mounts = ["-v", {f"{tree.root}:{MOUNT_POINT}:ro"!r}]
+            podman("run", "-d", *limits, "localhost/tiny", "/bin/busybox", "sleep", "600")
+            before = keys()
+            podman("run", "-d", *limits, "localhost/tiny", "/bin/busybox", "sleep", "600")
+            print("keys", before == keys())
+            print(podman("run", *limits, *mounts, "localhost/tiny", *{tree.python_command(("-c", ASK_FOR_KEYRING))!r}))
+        """,
+    )
+    assert "keys True" in done.stdout, done.stderr
+    assert REFUSED in done.stdout
 
 
 @pytest.mark.podman

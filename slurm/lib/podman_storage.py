@@ -105,9 +105,11 @@ def profile_without_keys(text: str) -> str:
     """A seccomp profile in which no program can use the kernel's keyrings: ``ValueError`` if the text is none."""
     try:
         profile = json.loads(text)
-        for rule in profile["syscalls"]:
-            rule["names"] = [name for name in rule["names"] if name not in KEY_CALLS]
-        return json.dumps({**profile, "syscalls": [rule for rule in profile["syscalls"] if rule["names"]]})
+        kept = [{**rule, "names": [n for n in rule["names"] if n not in KEY_CALLS]} for rule in profile["syscalls"]]
+        rules = [rule for rule in kept if rule["names"]]
+        if profile["defaultAction"] != "SCMP_ACT_ERRNO":  # one that lists what is forbidden
+            rules.append({"names": sorted(KEY_CALLS), "action": "SCMP_ACT_ERRNO"})
+        return json.dumps({**profile, "syscalls": rules})
     except (KeyError, TypeError) as problem:
         raise ValueError(f"not a seccomp profile: {problem}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import tempfile
 import time
@@ -21,7 +22,7 @@ from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.slots import Slots
 from slurm_runtime.warden.proc import all_pids, members, namespace_of
 from tests.runtime import podman_service
-from tests.runtime.agent_tree import COMMAND
+from tests.runtime.agent_tree import ASK_FOR_KEYRING, COMMAND, REFUSED
 from tests.runtime.commands import IMAGE
 from tests.runtime.conftest import CONFIG, Api, KillablePodman, serving
 from tests.runtime.test_contract import command, eventually, session, started
@@ -162,6 +163,12 @@ def test_a_container_that_idles_has_the_native_profile_and_its_server_the_whole_
         assert rootless_podman.podman("exec", name, "echo", "entered") == "entered\n"
     assert len(found[0]) > 1
     assert found[1] == found[0][:1]
+
+
+def test_no_keyring_of_the_kernel_is_within_reach_of_a_forked_server(agents: MakeApi, agent_tree: AgentTree) -> None:
+    """It would be the one of whoever started the server, with tickets and tokens, and one for all sandboxes."""
+    ask = shlex.join(agent_tree.python_command(("-c", ASK_FOR_KEYRING)))
+    assert command(started(agents()), ask)["stdout"] == REFUSED
 
 
 def test_17_keys_are_enforced_and_each_sandbox_has_its_own(agents: MakeApi) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from slurm_runtime.config import ServerConfig
+from slurm_runtime.launcher import Launcher
+from slurm_runtime.podman import ContainerState
 from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in
 
 PROFILE = {
@@ -64,3 +69,20 @@ def test_a_full_disk_leaves_podmans_own_profile(tmp_path: Path, monkeypatch: pyt
     file = ProfileFile()
     file.write(PROFILE)
     assert file.path == ""
+
+
+def test_starts_that_are_first_together_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config = tmp_path / "temporary", tmp_path / "config.json"
+    folder.mkdir()
+    config.write_text(json.dumps({"linux": {"seccomp": PROFILE}}))
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    nobody: Any = None
+    launcher = Launcher(ServerConfig(), nobody, nobody, nobody, nobody, nobody)
+    state = ContainerState("c", running=True, status="running", exit_code=0, oci_config=str(config))
+
+    async def together() -> None:
+        assert await asyncio.gather(*(launcher._profile(state) for _ in range(4))) == [PROFILE] * 4
+
+    asyncio.run(together())
+    launcher.holder_profile.remove()
+    assert list(folder.iterdir()) == []
