@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, "/opt/skyrl-warden")
 
-from slurm_runtime.warden import confinement, pages, seccomp
+from slurm_runtime.warden import confinement, pages, seccomp, ticks
 from slurm_runtime.warden.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_MM,
@@ -136,6 +136,7 @@ def import_server(modules: list[str]) -> Imported:
             for name in modules:
                 with contextlib.suppress(Exception):  # a module that only some machines can import
                     importlib.import_module(name)
+    ticks.calm(importlib.import_module("uvicorn").Server)
     gc.collect()
     gc.freeze()
     gc.enable()

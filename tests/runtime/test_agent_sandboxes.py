@@ -256,6 +256,27 @@ def test_24_a_server_that_is_killed_fails_its_sandbox_with_exit_code_and_last_li
     eventually(lambda: api.names() == [] and api.manager.admission.slots.used == 0)
 
 
+def test_a_server_that_nobody_asks_wakes_up_once_a_second_and_ends_at_a_signal_at_once(agents: MakeApi) -> None:
+    api = agents("fork")
+    started(api, session_id="idle")
+    server = server_of(api, session(api, "idle"))
+    time.sleep(2)
+    before = wakeups(server)
+    time.sleep(5)
+    assert 1 <= wakeups(server) - before < 25  # uvicorn's own loop: 50
+    os.kill(server, signal.SIGTERM)
+    failed = eventually(lambda: (found := session(api, "idle"))["pod_status"] == "failed" and found)
+    assert "Received signal SIGTERM" in failed["pod_logs"]
+    assert "Finished server process" in failed["pod_logs"]
+
+
+def wakeups(pid: int) -> int:
+    """How often the process has gone to sleep, all threads together."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    lines = [line for task in tasks for line in (task / "status").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+
 def test_a_fork_server_that_dies_is_started_again_and_its_children_live_on(agents: MakeApi) -> None:
     api = agents("fork")
     before = started(api)
