@@ -1,7 +1,7 @@
 """How often does an agent server that nobody asks anything wake up? Once a second, where uvicorn's loop does ten times.
 
-Ten times a second takes 0.1 % of a core: half a core for 512 of them that do nothing. uvicorn looks for three things: the
-date that it puts into answers changes each second, a limit of requests that the agent server does not set, and a
+Ten times a second takes 0.1 % of a core: half a core for 512 of them that do nothing. uvicorn looks for three things:
+the date that it puts into answers changes each second, a limit of requests that the agent server does not set, and a
 signal, which wakes our loop at once. Standard library only.
 """
 
