@@ -94,16 +94,20 @@ class Client:
         self.url = (await start(self.session, self.found, self.place, session_id=self.name))["url"]
 
     async def poll(self, until: float, every_s: float) -> None:
-        """As a client does that waits, from a random moment on."""
-        await asyncio.sleep(random.uniform(0, every_s))
-        while time.monotonic() < until:
-            began = time.perf_counter()
+        """At fixed times from a random moment on; counted from the time at which a poll was due.
+
+        Clients that sleep between two polls would wait for a server that stalls, measure the stall once instead of for
+        each poll that was due, and come together ever after ("coordinated omission").
+        """
+        due = time.monotonic() + random.uniform(0, every_s)
+        while due < until:
+            await asyncio.sleep(due - time.monotonic())
             async with self.session.get(f"{self.found.url}/sessions/{self.name}") as answer:
                 ready = (await answer.json())["pod_status"] == "ready"
-            self.seconds.append(time.perf_counter() - began)
+            self.seconds.append(time.monotonic() - due)
             if not ready:
                 raise SystemExit(f"sandbox {self.name} is not ready any more")
-            await asyncio.sleep(every_s)
+            due += every_s
 
     async def is_alive(self) -> bool:
         await measure.usable(self.url)
