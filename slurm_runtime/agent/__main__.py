@@ -20,7 +20,11 @@ EXIT_ENVIRONMENT = 71
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m slurm_runtime.agent", description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="python -m slurm_runtime.agent",
+        description="Make an agent tree, show the newest one, print its path.",
+        epilog=__doc__.splitlines()[2],
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="{build,show,path}")
     make = verbs.add_parser("build", help="make the tree of a version, if it is not there")
     make.add_argument("--version", default=DEFAULT_VERSION, help="of openhands-agent-server (default: %(default)s)")
@@ -34,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="its manifest as JSON")
     path = verbs.add_parser("path", help="the newest tree's folder, for --agent-dir")
     for verb in (make, show, path):
-        verb.add_argument("--cache", type=Path, default=default_cache(os.environ), metavar="DIR")
+        verb.add_argument(
+            "--cache",
+            type=Path,
+            default=default_cache(os.environ),
+            metavar="DIR",
+            help="folder of the trees (default: $SKYRL_AGENT_CACHE, else %(default)s)",
+        )
     return top
 
 
