@@ -624,8 +624,8 @@ class Settings:
         "VERL_OVERRIDES",
         hydra_overrides,
         (),
-        "Further Hydra overrides, which win: a bash array, lines with one override each, or one line that is split as a "
-        "shell splits it.",
+        "Further Hydra overrides, which win: a bash array, lines with one override each, or one line that is split as "
+        "a shell splits it.",
     )
     vllm_use_v1: bool = setting("VLLM_USE_V1", switch, True, "Whether vLLM uses its V1 engine.")
 
