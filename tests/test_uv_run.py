@@ -70,7 +70,7 @@ class Agent:
 
     @property
     def run(self) -> CoordinationDir:
-        return CoordinationDir(self.root / "run, 1")
+        return CoordinationDir(self.root / "run, 1\\ 2")
 
     def settings(self, *words: str) -> Settings:
         said = [f"SKYRL_PROJECT_ROOT={self.root}", "DATA_DIR=/data", "CHECKPOINT_DIR=/ckpt", "ROLLOUT_DIR=/r", *words]
@@ -110,7 +110,6 @@ def agent(tmp_path: Path) -> Agent:
         "UV_PYTHON": sys.executable,
         "UV_PYTHON_DOWNLOADS": "never",
         "UV_OFFLINE": "1",
-        "UV_NO_CONFIG": "0",
     }
     made = Agent(tmp_path, environment)
     package = made.folder / "skyrl_agent" / "integrations" / "verl"

@@ -214,5 +214,10 @@ def command(
     version: VerlVersion | None = None,
 ) -> tuple[str, ...]:
     """The trainer's command line, to be run in the ``skyrl-agent`` folder."""
-    uv = ("uv", "run", "--frozen", "--extra", "verl", "--env-file", str(env_file), "-m", MODULE)
+    uv = ("uv", "run", "--frozen", "--extra", "verl", "--env-file", _one_of_uvs_files(env_file), "-m", MODULE)
     return (*uv, *overrides(settings, checkpoint_dir, rollout_dir, task_yaml=task_yaml, version=version))
+
+
+def _one_of_uvs_files(path: Path) -> str:
+    """uv takes a space within ``--env-file`` for the end of one file's name, unless a backslash stands before it."""
+    return re.sub(r"([ \\])", r"\\\1", str(path))
