@@ -92,6 +92,7 @@ VALUES = {
     "url": "URL",
     "word": "text without spaces",
     "words": "list",
+    "hydra_overrides": "list",
 }
 
 

@@ -67,7 +67,7 @@ def test_the_folders_that_must_exist() -> None:
 
 
 def test_what_is_missing_is_named_one_by_one(tmp_path: Path) -> None:
-    settings = settings_of(f"SKYRL_PROJECT_ROOT={tmp_path}")
+    settings = settings_of(f"SKYRL_PROJECT_ROOT={tmp_path}", "TASK_YAML=mine.yaml")
     agent = tmp_path / "SkyRL" / "skyrl-agent"
     assert missing_parts(settings)[0].startswith(f"{agent} (skyrl-agent) is missing; set SKYRL_PROJECT_ROOT")
     agent.mkdir(parents=True)
@@ -75,6 +75,8 @@ def test_what_is_missing_is_named_one_by_one(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "uv.lock"):
         (agent / name).touch()
     assert missing_parts(settings) == []
+    automatic = settings_of(f"SKYRL_PROJECT_ROOT={tmp_path}", "TASK_YAML=auto")
+    assert missing_parts(automatic) == [f"{agent}/examples/run_verl/verl_oh.yaml is missing"]
 
 
 # --- what VERL is told ------------------------------------------------------------------------------------------------
@@ -136,12 +138,19 @@ KEYS = [
     ("GPU_MEMORY_UTILIZATION", "0.5", {f"{ROLLOUT}.gpu_memory_utilization": "0.5"}),
     ("ENFORCE_EAGER", "false", {f"{ROLLOUT}.enforce_eager": "False"}),
     ("ENABLE_GRADIENT_CHECKPOINTING", "no", {"actor_rollout_ref.model.enable_gradient_checkpointing": "False"}),
-    ("FSDP_PARAM_OFFLOAD", "0", {f"{ACTOR}.fsdp_config.param_offload": "False"}),
+    (
+        "FSDP_PARAM_OFFLOAD",
+        "0",
+        {
+            f"{ACTOR}.fsdp_config.param_offload": "False",
+            "actor_rollout_ref.ref.fsdp_config.param_offload": "False",
+        },
+    ),
     ("FSDP_OPTIMIZER_OFFLOAD", "0", {f"{ACTOR}.fsdp_config.optimizer_offload": "False"}),
     ("SAVE_FREQ", "-1", {"trainer.save_freq": "-1"}),
     ("TEST_FREQ", "7", {"trainer.test_freq": "7"}),
     ("MAX_CKPT_TO_KEEP", "2", {"trainer.max_actor_ckpt_to_keep": "2"}),
-    ("TASK_YAML", "./a,b.yaml", {"+skyrl_agent.task_yaml": "'./a,b.yaml'"}),
+    ("TASK_YAML", "./a,b.yaml", {"+skyrl_agent.task_yaml": "'/project/SkyRL/skyrl-agent/a,b.yaml'"}),
     ("LOGGERS", "console", {"trainer.logger": "[console]"}),
     ("WANDB_PROJECT", "p", {"trainer.project_name": "p"}),
     ("WANDB_EXPERIMENT", "e", {"trainer.experiment_name": "e"}),
@@ -175,7 +184,12 @@ def test_the_users_overrides_come_last() -> None:
         ("", "''"),
         ("it's", "'it\\'s'"),
         ("a=b,c", "'a=b,c'"),
-        ("${HOME}", "'${HOME}'"),
+        ("${HOME}", r"'\${HOME}'"),
+        ("a\\b", r"'a\b'"),
+        ("a\\", "'a\\\\'"),
+        ("123", "'123'"),
+        ("true", "'true'"),
+        ("-1", "'-1'"),
         ("[x]", "'[x]'"),
         (("a", "b c"), "[a,'b c']"),
         ((), "[]"),

@@ -23,7 +23,7 @@ from slurm.lib.run_record import GitState, git_state, read_jobs
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
-from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts
+from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
 
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -82,7 +82,8 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
         log.warning("%s", warning)
     if config.settings.skyrl_debug:
         setup_command_logging(debug=True)
-    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now)
+    verl = verl_of(config.settings, {**seen, **config.exported})
+    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl)
     if arguments.dry_run:
         return show(plan)
     check_parts(plan)

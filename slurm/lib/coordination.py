@@ -148,6 +148,11 @@ class CoordinationDir:
         return self.path / "training.env"
 
     @property
+    def task_yaml(self) -> Path:
+        """SkyRL-agent's task file, where TASK_YAML=auto had one made."""
+        return self.path / "task.yaml"
+
+    @property
     def code(self) -> Path:
         return self.path / "code"
 

@@ -18,6 +18,7 @@ from slurm.lib.job_environment import without_slurm
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import trainer_of
+from slurm.lib.verl_versions import VerlVersion
 
 RUNTIME_ID = "<runtime job id>"
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
@@ -65,7 +66,8 @@ class LaunchPlan:
     """Everything that a launch will do.
 
     ``environment`` is what both jobs get (secrets taken out), ``secrets`` what reaches them by a 0600 file.
-    ``directory`` is the run's directory, with the id of its first job still open.
+    ``directory`` is the run's directory, with the id of its first job still open. ``verl`` is the VERL that skyrl-agent
+    has, where it is known.
     """
 
     config: LoadedConfig
@@ -77,6 +79,7 @@ class LaunchPlan:
     environment: Mapping[str, str]
     inherited: Mapping[str, str]
     secrets: Mapping[str, str]
+    verl: VerlVersion | None = None
 
     @property
     def settings(self) -> Settings:
@@ -193,6 +196,7 @@ def make_plan(
     checkout: Path,
     python: str,
     now: datetime,
+    verl: VerlVersion | None = None,
 ) -> LaunchPlan:
     """The plan for these settings; pure."""
     settings = config.settings
@@ -214,6 +218,7 @@ def make_plan(
         environment=ours,
         inherited=inherited,
         secrets={**shell_secrets, **own_secrets},
+        verl=verl,
     )
 
 
@@ -312,5 +317,5 @@ def _environment_lines(plan: LaunchPlan) -> list[str]:
 def _trainer_lines(plan: LaunchPlan) -> list[str]:
     if not plan.training:
         return []
-    trainer = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)))
+    trainer = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)), plan.verl)
     return [f"# the trainer, in {trainer.cwd}", _readable(trainer.argv), ""]

@@ -15,6 +15,8 @@ from slurm.lib.coordination import CoordinationDir, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.plan import LaunchPlan
 from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
+from slurm.lib.task_yaml import write_matching
+from slurm.lib.trainer import task_example
 
 SCHEMA = 1
 CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "pyproject.toml")
@@ -74,9 +76,16 @@ def record_text(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python
 
 
 def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], checkout: Path) -> list[Path]:
-    """Fill the run's directory, all but its record: code, .conf copies, secrets. Returns what a joining run added."""
+    """Fill the run's directory, all but its record: code, .conf copies, task file, secrets.
+
+    Returns what a joining run added.
+    """
     copy_code(checkout, directory.code)
     added = copy_confs(directory, plan)
+    example = task_example(plan.settings) if plan.training else None
+    if example:
+        added += [directory.task_yaml] if not directory.task_yaml.exists() else []
+        write_matching(example, directory.task_yaml, plan.settings)
     if plan.secrets:
         path = directory.secrets
         if path.exists():  # of the runtime's launch; what this shell knows goes to this launch's job alone

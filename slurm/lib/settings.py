@@ -272,6 +272,34 @@ def words(raw: Raw) -> tuple[str, ...]:
         raise ValueError(f"cannot be split like a command line: {str(problem).lower()}") from None
 
 
+_OVERRIDE = re.compile(r"(\+{0,2}[^\s=+~'\"][^\s=]*=.*)|(~[^\s=]+(=.*)?)", re.S)
+_QUOTED = re.compile(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"")
+
+
+def hydra_overrides(raw: Raw) -> tuple[str, ...]:
+    """A bash array as it is; several lines, one override in each; or one line, split as a shell splits it.
+
+    In several lines Hydra's own quotes stay, a line that itself begins with a quote is read as a shell reads it, and
+    empty lines and those that begin with # are left out.
+    """
+    found = raw if not isinstance(raw, str) else _override_lines(raw) if "\n" in raw.strip() else words(raw)
+    for override in found:
+        if "\n" in override:
+            raise ValueError("an override must be one line")
+        if not _OVERRIDE.fullmatch(override):
+            raise ValueError(f"{override} is no override, NAME=VALUE, +NAME=VALUE or ~NAME; quote values with spaces")
+    return found
+
+
+def _override_lines(raw: str) -> tuple[str, ...]:
+    lines = [line for line in map(str.strip, raw.split("\n")) if line and not line.startswith("#")]
+    found = [word for line in lines for word in (words(line) if line[0] in "'\"" else (line,))]
+    for line in found:
+        if re.search(r"\s[+~]*[A-Za-z_][\w./@-]*=", _QUOTED.sub("", line)):
+            raise ValueError(f"{line} holds several overrides; write one in each line")
+    return tuple(found)
+
+
 def names(raw: Raw) -> tuple[str, ...]:
     """A bash array, or names separated by commas or spaces, with or without Hydra's brackets and quotes."""
     given = re.split(r"[\s,]+", raw.strip().strip("[]")) if isinstance(raw, str) else raw
@@ -283,7 +311,7 @@ def names(raw: Raw) -> tuple[str, ...]:
 
 # --- the declaration of a key ----------------------------------------------------------------------------------------
 
-_ARRAYS: tuple[Callable[[Any], object], ...] = (words, names, mirrors)
+_ARRAYS: tuple[Callable[[Any], object], ...] = (words, hydra_overrides, names, mirrors)
 _INFO = "key"
 
 
@@ -538,7 +566,12 @@ class Settings:
     )
 
     # What VERL trains
-    model: str = setting("MODEL", text, "Qwen/Qwen3-8B", "Hugging Face id, or folder, of the model.")
+    model: str = setting(
+        "MODEL",
+        text,
+        "Qwen/Qwen3-8B",
+        "Hugging Face id of the model, or its folder: a path that begins with `/`, `./`, `../` or `~`.",
+    )
     tp_size: int = setting("TP_SIZE", positive_int, 2, "GPUs that one copy of the model is spread over for rollouts.")
     sp_size: int = setting("SP_SIZE", positive_int, 2, "GPUs that one sequence is spread over in updates.")
     train_batch_size: int = setting("TRAIN_BATCH_SIZE", positive_int, 64, "Prompts in one step.")
@@ -578,16 +611,21 @@ class Settings:
     test_freq: int = setting("TEST_FREQ", frequency, 20, "A validation every so many steps; -1 is never.", unit="steps")
     max_ckpt_to_keep: int = setting("MAX_CKPT_TO_KEEP", positive_int, 10, "Checkpoints that are kept.")
     task_yaml: str = setting(
-        "TASK_YAML", text, "./examples/run_verl/verl_oh.yaml", "SkyRL-agent's task file, relative to skyrl-agent."
+        "TASK_YAML",
+        text,
+        "./examples/run_verl/verl_oh.yaml",
+        "SkyRL-agent's task file, relative to skyrl-agent; `auto` makes one from the default that fits the other keys, "
+        "in the run directory.",
     )
     loggers: tuple[str, ...] = setting(
         "LOGGERS", names, ("console", "wandb"), "Where metrics go: a bash array, or names with commas between."
     )
     verl_overrides: tuple[str, ...] = setting(
         "VERL_OVERRIDES",
-        words,
+        hydra_overrides,
         (),
-        "Further Hydra overrides, which win: a bash array, or one string split like a shell.",
+        "Further Hydra overrides, which win: a bash array, lines with one override each, or one line that is split as "
+        "a shell splits it.",
     )
     vllm_use_v1: bool = setting("VLLM_USE_V1", switch, True, "Whether vLLM uses its V1 engine.")
 
@@ -696,7 +734,11 @@ def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
 
 def _with_absolute_paths(settings: Settings, place: Place) -> Settings:
     found = {key.attribute: getattr(settings, key.attribute) for key in KEYS.values()}
-    paths = {name: absolute(value, place) for name, value in found.items() if isinstance(value, Path)}
+    paths: dict[str, object] = {n: absolute(value, place) for n, value in found.items() if isinstance(value, Path)}
+    if re.match(r"/|\.\.?(/|$)|~", settings.model):
+        paths["model"] = str(absolute(Path(settings.model), place))
+    if settings.task_yaml.startswith("~"):  # another relative one is relative to skyrl-agent
+        paths["task_yaml"] = str(absolute(Path(settings.task_yaml), place))
     return replace(settings, **paths)  # type: ignore[arg-type]  # only fields that are paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.job_environment import without_proxy
 from slurm.lib.settings import Settings
+from slurm.lib.task_yaml import AUTO, EXAMPLE
 from slurm.lib.verl_command import command
+from slurm.lib.verl_versions import VerlVersion, find_verl
 
 # What SkyRL-agent reads to find its sandboxes.
 KEY_NAME = "ALLHANDS_API_KEY"
@@ -37,14 +40,33 @@ def agent_folder(settings: Settings) -> Path:
     return settings.skyrl_project_root / "SkyRL" / "skyrl-agent"
 
 
-def trainer_of(settings: Settings, directory: CoordinationDir) -> Trainer:
-    """The trainer of a run whose directory is ``directory``."""
+def verl_of(settings: Settings, environment: Mapping[str, str]) -> VerlVersion | None:
+    """The VERL of skyrl-agent, as its files name it; None where they do not, or where another trainer runs."""
+    return None if settings.training_command else find_verl(agent_folder(settings), environment)
+
+
+def task_file(settings: Settings, directory: CoordinationDir) -> Path:
+    """SkyRL-agent's task file as an absolute path; that of TASK_YAML=auto is made in the run's ``directory``."""
+    if settings.task_yaml == AUTO:
+        return directory.task_yaml
+    return Path(os.path.normpath(agent_folder(settings) / settings.task_yaml))
+
+
+def task_example(settings: Settings) -> Path | None:
+    """What the task file of a run with TASK_YAML=auto is made from; None where none is made."""
+    automatic = settings.task_yaml == AUTO and not settings.training_command
+    return agent_folder(settings) / EXAMPLE if automatic else None
+
+
+def trainer_of(settings: Settings, directory: CoordinationDir, version: VerlVersion | None = None) -> Trainer:
+    """The trainer of a run whose directory is ``directory``, for the VERL that skyrl-agent has, where it is known."""
     checkpoints = settings.checkpoint_dir or directory.checkpoints
     rollouts = settings.rollout_dir or directory.rollouts
     if settings.training_command:
         argv: tuple[str, ...] = ("bash", "-c", settings.training_command)
         return Trainer(argv, directory.path, checkpoints, rollouts)
-    argv = command(settings, directory.training_env, checkpoints, rollouts)
+    task_yaml = task_file(settings, directory)
+    argv = command(settings, directory.training_env, checkpoints, rollouts, task_yaml=task_yaml, version=version)
     return Trainer(argv, agent_folder(settings), checkpoints, rollouts)
 
 
@@ -55,7 +77,9 @@ def missing_parts(settings: Settings) -> list[str]:
     folder = agent_folder(settings)
     if not folder.is_dir():
         return [f"{folder} (skyrl-agent) is missing; set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent"]
-    return [f"{folder / name} is missing" for name in ("pyproject.toml", "uv.lock") if not (folder / name).is_file()]
+    example = task_example(settings)
+    needed = [folder / "pyproject.toml", folder / "uv.lock", *([example] if example else [])]
+    return [f"{path} is missing" for path in needed if not path.is_file()]
 
 
 def trainer_environment(

@@ -36,7 +36,18 @@ from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendant
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
-from slurm.lib.trainer import KEY_NAME, URL_NAME, Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
+from slurm.lib.task_yaml import write_matching
+from slurm.lib.trainer import (
+    KEY_NAME,
+    URL_NAME,
+    Trainer,
+    env_file_text,
+    missing_parts,
+    task_example,
+    trainer_environment,
+    trainer_of,
+    verl_of,
+)
 from slurm.lib.waiting import wait_for
 
 LOOK_EVERY_S = 0.2
@@ -125,7 +136,8 @@ class TrainingSession:
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
-        trainer = trainer_of(self.job.settings, self.job.directory)
+        verl = verl_of(self.job.settings, self.job.environment)
+        trainer = trainer_of(self.job.settings, self.job.directory, verl)
         environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
@@ -251,6 +263,9 @@ class TrainingSession:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as problem:
                 raise EnvironmentProblem(f"cannot make {folder}: {problem.strerror}") from None
+        example, task_yaml = task_example(self.job.settings), self.job.directory.task_yaml
+        if example and not is_listed(task_yaml):  # a launch has made it; perhaps the user has edited it since
+            write_matching(example, task_yaml, self.job.settings)
         dot_env = read_dot_env(trainer.cwd / ".env")
         own = {
             URL_NAME: endpoint.url,

@@ -1,0 +1,82 @@
+"""Can the VERL that skyrl-agent would start do what it is told? Known from its version, before it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from slurm.lib import verl_versions
+from slurm.lib.preflight.finding import Finding, Level
+from slurm.lib.settings import Settings
+from slurm.lib.verl_versions import KNOWN, LIKE_LOOP, LOOP, Origin, VerlVersion
+
+CHECK = "verl"
+ESTIMATOR = "algorithm.adv_estimator"
+
+
+def verl_findings(settings: Settings, version: VerlVersion | None) -> list[Finding]:
+    """What is wrong with this VERL for these settings; pure. Nothing where a TRAINING_COMMAND runs in its place."""
+    if settings.training_command:
+        return []
+    if version is None:
+        sentence = "neither uv.lock nor the environment of skyrl-agent names exactly one VERL, so it was not checked"
+        return [Finding(CHECK, Level.WARNING, sentence, f"{_known()}; run `uv lock` in skyrl-agent")]
+    return [*_release(version), *_origin(version), *_estimator(settings, version), *_overrides(settings, version)]
+
+
+def _known() -> str:
+    return f"the suite knows VERL {', '.join(KNOWN)} and SkyRL's fork of 0.5.0"
+
+
+def _release(version: VerlVersion) -> Iterator[Finding]:
+    if not version.known:
+        sentence = f"{version} is a release that the suite does not know: overrides may not exist in it"
+        yield Finding(CHECK, Level.WARNING, sentence, f"{_known()}; what differs can be said by VERL_OVERRIDES")
+
+
+def _origin(version: VerlVersion) -> Iterator[Finding]:
+    """SkyRL-agent's entry point imports `config_dir` from verl.trainer.main_ppo, which no stock release has."""
+    if version.origin is Origin.STOCK:
+        sentence = f"{version}: SkyRL-agent as published needs SkyRL's fork, and fails with another VERL on import"
+        fix = "pin verl to the git repository NovaSky-AI/verl-fork in skyrl-agent, unless yours was changed for it"
+        yield Finding(CHECK, Level.WARNING, sentence, fix)
+
+
+def _estimator(settings: Settings, version: VerlVersion) -> Iterator[Finding]:
+    """Stock VERL ends with a NotImplementedError without any text, after it has read the data."""
+    said = dict(parsed(settings.verl_overrides)).get(ESTIMATOR)
+    if (said or settings.adv_estimator) != LOOP or version.origin is Origin.SKYRL:
+        return
+    key = f"VERL_OVERRIDES: {ESTIMATOR}={LOOP}" if said else f"ADV_ESTIMATOR={LOOP}"
+    fix = f"set ADV_ESTIMATOR={LIKE_LOOP}, which is nearest" if not said else f"say {ESTIMATOR}={LIKE_LOOP}"
+    sure = version.origin is Origin.STOCK
+    where = f"which {version} is not" if sure else f"and {version} may lack it"
+    level = Level.ERROR if sure else Level.WARNING
+    yield Finding(CHECK, level, f"{key}: this estimator exists only in SkyRL's fork of VERL, {where}", fix)
+
+
+def _overrides(settings: Settings, version: VerlVersion) -> Iterator[Finding]:
+    """What the user adds and this release does not have under that name, or does not take. Unknown releases pass."""
+    if not version.known:
+        return
+    for name, value in parsed(settings.verl_overrides):
+        yield from _misnamed(name, version)
+        for row in verl_versions.REFUSED:
+            if (name, value) == (row.name, row.value) and version.release >= row.since:
+                sentence = f"VERL_OVERRIDES: {name}={value} does not run in {version}"
+                yield Finding(CHECK, Level.ERROR, sentence, f"use {name}={row.instead}")
+
+
+def _misnamed(name: str, version: VerlVersion) -> Iterator[Finding]:
+    right = verl_versions.name_in(version.release, name)
+    if right != name:
+        yield Finding(CHECK, Level.ERROR, f"VERL_OVERRIDES: {name} is no part of {version}", f"there it is {right}")
+    elif not verl_versions.exists_in(version.release, name):
+        yield Finding(CHECK, Level.ERROR, f"VERL_OVERRIDES: {name} is not yet a part of {version}", "leave it out")
+
+
+def parsed(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of Hydra overrides; a value in quotes without them, and none for a removal."""
+    for override in overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        yield name.strip(), re.sub(r"^(['\"])(.*)\1$", r"\2", value.strip(), flags=re.DOTALL)
