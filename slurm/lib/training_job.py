@@ -32,11 +32,12 @@ from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
+from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
-from slurm.lib.trainer import KEY_NAME, URL_NAME, Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
+from slurm.lib.trainer import KEY_NAME, URL_NAME, Trainer, env_file_text, trainer_environment, trainer_of
 from slurm.lib.waiting import wait_for
 
 LOOK_EVERY_S = 0.2
@@ -119,9 +120,7 @@ class TrainingSession:
     def train(self) -> Outcome:
         """The steps of the job."""
         self.refuse_ended()
-        parts = missing_parts(self.job.settings)
-        if parts:
-            raise EnvironmentProblem("; ".join(parts))
+        check_training_node(self.job.settings, self.job.environment)
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
