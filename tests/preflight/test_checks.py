@@ -69,7 +69,7 @@ def test_a_runtime_alone_has_no_trainer(world: World) -> None:
 
 # --- what breaks each check -------------------------------------------------------------------------------------------
 
-Break = Callable[[World], None]
+Break = Callable[[World], object]
 
 
 def nothing(world: World) -> None:
@@ -81,7 +81,7 @@ def remove(name: str) -> Break:
 
 
 def unset(name: str) -> Break:
-    return lambda world: world.environment.pop(name) and None
+    return lambda world: world.environment.pop(name)
 
 
 def data(file: str, rows: int, *columns: str) -> Break:
