@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import User, launch, launch_argv
+from tests.conftest import OrdinaryUser
+from tests.runs import launch, launch_argv
 
 pytestmark = pytest.mark.slurm
 TRUE = "TRAINING_COMMAND=true"
 
 
-def check(user: User, checkout: Path, jobs_base: Path, *settings: str) -> tuple[int, list[dict[str, str]]]:
+def check(user: OrdinaryUser, checkout: Path, jobs_base: Path, *settings: str) -> tuple[int, list[dict[str, str]]]:
     """Exit code and findings of ``--check``."""
     base = f"SKYRL_JOBS_BASE={jobs_base}"
     done = user.run(launch_argv(checkout, base, TRUE, *settings, options=("--check", "--json")))
@@ -22,12 +23,12 @@ def check(user: User, checkout: Path, jobs_base: Path, *settings: str) -> tuple[
     return done.returncode, json.loads(done.stdout)["findings"]
 
 
-def test_slurm_says_when_the_jobs_would_start(user: User, checkout: Path, jobs_base: Path) -> None:
+def test_slurm_says_when_the_jobs_would_start(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
     code, found = check(user, checkout, jobs_base)
     assert code == 0
     assert [finding["level"] for finding in found] == ["estimate", "estimate"]
     assert all("job would start about 20" in finding["sentence"] for finding in found)
-    assert not user.run(["squeue", "-h", "-u", "skyrl-test"]).stdout.strip(), "a question queues nothing"
+    assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip(), "a question queues nothing"
     assert list(jobs_base.iterdir()) == []
 
 
@@ -46,7 +47,7 @@ def test_slurm_says_when_the_jobs_would_start(user: User, checkout: Path, jobs_b
         ("RESERVATION=nowhere", "Slurm would not take the training job: "),
     ],
 )
-def test_what_slurm_would_not_do(user: User, checkout: Path, jobs_base: Path, setting: str, said: str) -> None:
+def test_what_slurm_would_not_do(user: OrdinaryUser, checkout: Path, jobs_base: Path, setting: str, said: str) -> None:
     code, found = check(user, checkout, jobs_base, setting)
     assert code == 2
     errors = [finding for finding in found if finding["level"] == "error"]
@@ -54,23 +55,25 @@ def test_what_slurm_would_not_do(user: User, checkout: Path, jobs_base: Path, se
     assert all(finding["check"] == "slurm" and finding["fix"] for finding in errors)
 
 
-def test_an_account_is_nobodys_worry_where_there_is_no_accounting(user: User, checkout: Path, jobs_base: Path) -> None:
+def test_an_account_is_nobodys_worry_where_there_is_no_accounting(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path
+) -> None:
     code, found = check(user, checkout, jobs_base, "ACCOUNT=lab")
     assert code == 0, found
 
 
-def test_a_launch_stops_before_anything_is_queued(user: User, checkout: Path, jobs_base: Path) -> None:
+def test_a_launch_stops_before_anything_is_queued(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
     words = (f"SKYRL_JOBS_BASE={jobs_base}", TRUE, "GPUS_PER_NODE=9")
     done = user.run(launch_argv(checkout, *words))
     assert (done.returncode, done.stdout) == (2, "")
     assert "nothing was queued" in done.stderr
-    assert not user.run(["squeue", "-h", "-u", "skyrl-test"]).stdout.strip()
+    assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip()
     assert list(jobs_base.iterdir()) == []
 
 
 @pytest.mark.podman
 def test_a_node_that_cannot_write_says_so_at_once(
-    user: User, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
 ) -> None:
     """The login node is not asked here: a folder can be writable there and not on the GPU node."""
     run = launch(user, checkout, jobs_base, TRUE, "CHECKPOINT_DIR=/boot/ckpt", options=("--no-check=folders",))
