@@ -19,7 +19,7 @@ from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
-from slurm.lib.preflight.checks import refuse, run_checks, skipped_names
+from slurm.lib.preflight.checks import concerning, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
@@ -97,9 +97,10 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now)
     if arguments.dry_run:
         return show(plan)
-    found = run_checks(Asked(plan, CHECKOUT), skipped)
+    asked = Asked(plan, CHECKOUT)
+    found = run_checks(asked, skipped)
     if arguments.check:
-        return show_findings(found, skipped, arguments.json)
+        return show_findings(found, dict.fromkeys(check.name for check in concerning(asked, skipped)), arguments.json)
     before_submission(found)
     if config.settings.skyrl_backend == "local":
         return local.run(plan, notes, CHECKOUT)
@@ -241,9 +242,9 @@ def refuse_options(arguments: argparse.Namespace) -> None:
         raise UsageError("--json goes with --check")
 
 
-def show_findings(found: Sequence[Finding], skipped: Collection[str], as_json: bool) -> int:
+def show_findings(found: Sequence[Finding], checked: Collection[str], as_json: bool) -> int:
     """Print what the checks found on stdout; returns 2 if there are errors."""
-    text = report_json(found, skipped) if as_json else report_text(found)
+    text = report_json(found, checked) if as_json else report_text(found, checked)
     has_errors = any(finding.level is Level.ERROR for finding in found)
     return (EXIT_USAGE if has_errors else EXIT_OK) if say(text) else EXIT_ENVIRONMENT
 

@@ -278,12 +278,13 @@ def test_all_errors_are_one_message() -> None:
 
 def test_findings_for_people_and_for_scripts() -> None:
     found = [estimate("data", "10 steps"), error("slots", "too few", "more")]
-    assert as_text(found).splitlines() == [
+    assert as_text(found, ["slots", "data"]).splitlines() == [
         "error    slots        too few",
         "                      -> more",
         "estimate data         10 steps",
+        "checked  slots, data",
         "1 error, 0 warnings, 1 estimate",
     ]
-    said = json.loads(as_json(found, {"model"}))
-    assert (said["errors"], said["estimates"], said["skipped"]) == (1, 1, ["model"])
+    said = json.loads(as_json(found, ["model"]))
+    assert (said["errors"], said["estimates"], said["checked"]) == (1, 1, ["model"])
     assert said["findings"][0] == {"check": "slots", "level": "error", "sentence": "too few", "fix": "more"}

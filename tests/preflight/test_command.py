@@ -30,6 +30,7 @@ def test_a_good_configuration_passes_and_nothing_is_queued(world: World) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("0 errors, 0 warnings, ")
     assert "steps in all" in done.stdout
+    assert "checked  parts, slots, batch, " in done.stdout
     assert done.stderr == ""
     assert world.slurm.calls == []
     assert not world.slurm.jobs.exists()
@@ -37,14 +38,12 @@ def test_a_good_configuration_passes_and_nothing_is_queued(world: World) -> None
 
 def test_all_findings_at_once_for_scripts(world: World) -> None:
     (world.data / "train.parquet").unlink()
-    done = launch(world, "--check", "--json", "--set", "TRAIN_BATCH_SIZE=3", "--set", "ROLLOUT_N=3")
+    done = launch(world, "--check", "--json", "--no-check=space", "--set", "TRAIN_BATCH_SIZE=3", "--set", "ROLLOUT_N=3")
     said = json.loads(done.stdout)
+    assert "space" not in said["checked"] and "data" in said["checked"]
     assert done.returncode == 2
-    assert {finding["check"] for finding in said["findings"] if finding["level"] == "error"} == {
-        "data",
-        "batch",
-        "slots",
-    }
+    errors = [finding for finding in said["findings"] if finding["level"] == "error"]
+    assert {finding["check"] for finding in errors} == {"data", "batch"}
     assert said["errors"] == 2
 
 

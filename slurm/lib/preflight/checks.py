@@ -222,6 +222,11 @@ class _Running:
         return self.found
 
 
+def concerning(asked: Asked, skipped: Collection[str] = (), checks: Sequence[Check] = CHECKS) -> list[Check]:
+    """The checks that concern this launch and are not skipped."""
+    return [check for check in checks if check.name not in skipped and check.concerns(asked)]
+
+
 def run_checks(
     asked: Asked,
     skipped: Collection[str] = (),
@@ -229,9 +234,8 @@ def run_checks(
     deadline_s: float = DEADLINE_S,
 ) -> list[Finding]:
     """The findings of all checks that concern this launch and are not skipped, in the order of ``checks``."""
-    wanted = [check for check in checks if check.name not in skipped and check.concerns(asked)]
     end = time.monotonic() + deadline_s
-    running = [_Running(check, asked) for check in wanted]
+    running = [_Running(check, asked) for check in concerning(asked, skipped, checks)]
     found = (finding for check in running for finding in check.result(end, deadline_s))
     return list(dict.fromkeys(found))  # the three that ask Slurm may have the same to say
 
