@@ -10,18 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("sbatch", "scontrol", "scancel", "squeue")
+COMMANDS = ("sbatch", "scontrol", "scancel", "squeue", "sinfo", "sacctmgr")
+# What the checks ask before a submission: questions, which change nothing and count as no call.
+QUESTIONS = frozenset({"sbatch --test-only", "sinfo", "sacctmgr"})
+SINFO = "".join(f"{name}|up|infinite|4|gpu:8\n" for name in ("test", "gpu_test", "shared", "gpu"))
 
 # Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.
 PROGRAM = """
 import json, os, sys, time
-home, name, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+home, name, argv, sinfo = sys.argv[1], sys.argv[2], sys.argv[4:], sys.argv[3]
+name += " --test-only" if "--test-only" in argv else ""
 calls = os.path.join(home, "calls.jsonl")
 with open(calls) as file:
     before = sum(json.loads(line)["name"] == name for line in file)
 with open(os.path.join(home, "answers.json")) as file:
     answers = json.load(file).get(name, [])
-answer = {"stdout": "%d\\n" % (101 + before) if name == "sbatch" else "", **dict(enumerate(answers)).get(before, {})}
+said = {"sbatch": "%d\\n" % (101 + before), "sinfo": sinfo}.get(name, "")
+answer = {"stdout": said, **dict(enumerate(answers)).get(before, {})}
 watched = os.path.join(home, "jobs")
 found = [os.path.join(root, entry) for root, folders, files in os.walk(watched) for entry in folders + files]
 modes = {os.path.relpath(path, watched): os.lstat(path).st_mode & 0o777 for path in found}
@@ -65,7 +70,7 @@ class FakeSlurm:
         program.write_text(PROGRAM)
         self._write()
         for name in COMMANDS:
-            words = [sys.executable, "-IS", str(program), str(self.folder), name]
+            words = [sys.executable, "-IS", str(program), str(self.folder), name, SINFO]
             script = self.bin / name
             script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
             script.chmod(0o755)
@@ -93,6 +98,16 @@ class FakeSlurm:
 
     @property
     def calls(self) -> list[Call]:
+        """All calls but the questions of the checks."""
+        return [call for call in self.everything if call.name not in QUESTIONS]
+
+    @property
+    def questions(self) -> list[Call]:
+        """What the checks asked; ``sbatch --test-only`` has a name of its own."""
+        return [call for call in self.everything if call.name in QUESTIONS]
+
+    @property
+    def everything(self) -> list[Call]:
         lines = (self.folder / "calls.jsonl").read_text().splitlines()
         return [Call(**json.loads(line)) for line in lines]
 

@@ -27,6 +27,7 @@ import slurm_runtime.api_server
 import slurm_runtime.prebuild_images
 from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.preflight.checks import CHECKS
 from slurm.lib.settings import KEYS, Key, said
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
@@ -41,9 +42,17 @@ ROOT = Path(__file__).resolve().parent.parent
 README, LAUNCHER = ROOT / "README.md", ROOT / "slurm" / "README.md"
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
 API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
+PREFLIGHT = ROOT / "docs" / "preflight.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
-PACKAGES = ("slurm/lib", "slurm_runtime", "slurm_runtime/agent", "slurm_runtime/warden", "shell_rl")
+PACKAGES = (
+    "slurm/lib",
+    "slurm/lib/preflight",
+    "slurm_runtime",
+    "slurm_runtime/agent",
+    "slurm_runtime/warden",
+    "shell_rl",
+)
 UPDATE = "python -m tests.test_docs"
 
 
@@ -139,8 +148,17 @@ def module_table(folder: str) -> str:
     return table(("Module", "What it does, or which question it answers", "Uses"), rows())
 
 
+def check_table() -> str:
+    """One row a check, in the order in which they are shown."""
+    rows = (
+        row(f"`{check.name}`", check.question, summary(check.concerns.__doc__)) for check in CHECKS if check.question
+    )
+    return table(("Check", "Question", "Concerns"), rows)
+
+
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     CONFIGURATION: {"keys": key_table},
+    PREFLIGHT: {"checks": check_table},
     ARCHITECTURE: {folder: lambda folder=folder: module_table(folder) for folder in PACKAGES},  # type: ignore[misc]
 }
 

@@ -37,11 +37,11 @@ class Place:
     environment: Mapping[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, *settings: str, terminal: int | None = None) -> Local:
+    def start(self, *settings: str, terminal: int | None = None, options: tuple[str, ...] = ()) -> Local:
         """Start a local run; its streams go to files, or to a terminal that is the run's own."""
         number = len(self.started)
         words = [word for setting in settings for word in ("--set", setting)]
-        argv = [str(self.checkout / "slurm" / "launch.py"), "--config", "local", *words]
+        argv = [str(self.checkout / "slurm" / "launch.py"), "--config", "local", *words, *options]
         out, err = self.base / f"stdout{number}", self.base / f"stderr{number}"
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
@@ -303,7 +303,7 @@ def test_two_at_once(place: Place) -> None:
 
 @one_user
 def test_a_runtime_that_cannot_start(place: Place) -> None:
-    run = place.start("IMAGE_ARCHIVE=/nowhere/image.tar", LONG)
+    run = place.start("IMAGE_ARCHIVE=/nowhere/image.tar", LONG, options=("--no-check=images",))
     assert run.wait(30) == 69
     assert "IMAGE_ARCHIVE=/nowhere/image.tar is not a file" in run.stderr
     assert "Traceback" not in run.stderr

@@ -158,7 +158,8 @@ def test_a_killed_runtime_body_ends_the_training(user: User, checkout: Path, job
 
 
 def test_a_runtime_that_cannot_start_ends_the_training(user: User, checkout: Path, jobs_base: Path) -> None:
-    run = launch(user, checkout, jobs_base, "IMAGE_ARCHIVE=/nowhere/image.tar", TRAIN_LONG)
+    options = ("--no-check=images",)  # as where the login node sees what the CPU node does not
+    run = launch(user, checkout, jobs_base, "IMAGE_ARCHIVE=/nowhere/image.tar", TRAIN_LONG, options=options)
     until("the runtime's end", lambda: run.is_over("runtime"), 30)
     run.wait_over(seconds=15)
     assert "IMAGE_ARCHIVE=/nowhere/image.tar is not a file" in run.log("runtime", "err")
@@ -282,7 +283,8 @@ def test_joining_a_runtime_that_was_launched_alone(user: User, checkout: Path, j
 
 
 def test_a_refused_training_job_takes_the_runtime_back(user: User, checkout: Path, jobs_base: Path) -> None:
-    argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={jobs_base}", "GPU_PARTITION=nonesuch", TRAIN_LONG)
+    words = (f"SKYRL_JOBS_BASE={jobs_base}", "GPU_PARTITION=nonesuch", TRAIN_LONG)
+    argv = launch_argv(checkout, *words, options=("--no-check",))  # which would find that before
     done = user.run(argv)
     assert done.returncode == 73
     assert "invalid partition" in done.stderr

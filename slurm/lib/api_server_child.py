@@ -25,6 +25,7 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage
 from slurm.lib.processes import Child, ChildSpec, write_through
+from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
 BACKLOG = 1024
@@ -66,7 +67,7 @@ def common_flags(settings: Settings) -> tuple[str, ...]:
     """The flags that the bash suite's server has too."""
     flags = [
         ("--container-image", settings.container_image),
-        ("--cpus-per-worker", f"{settings.cpus_per_worker:g}"),
+        ("--cpus-per-worker", f"{sandbox_room(settings, available_cpus(settings)).cpus_each:.10g}"),
         ("--memory-per-worker", settings.memory_per_worker),
         ("--worker-startup-timeout", "600"),
     ]
@@ -85,7 +86,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple
         ("--label", f"job={job.job_id}"),
     ]
     if settings.max_parallel_agents:
-        flags.append(("--max-sandboxes", str(settings.max_parallel_agents)))
+        flags.append(("--max-sandboxes", str(sandbox_room(settings, available_cpus(settings)).slots)))
     if settings.sandbox_port_range:
         ports = settings.sandbox_port_range
         flags.append(("--sandbox-port-range", f"{ports.start}-{ports.stop - 1}"))

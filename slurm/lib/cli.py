@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -15,10 +14,15 @@ from pathlib import Path
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir, FlagReader
-from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USAGE, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
+from slurm.lib.preflight.asked import Asked
+from slurm.lib.preflight.checks import concerning, refuse, run_checks, skipped_names
+from slurm.lib.preflight.finding import Finding, Level
+from slurm.lib.preflight.report import as_json as report_json
+from slurm.lib.preflight.report import as_text as report_text
 from slurm.lib.run_record import GitState, git_state, read_jobs
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
@@ -28,9 +32,10 @@ from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
-exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong;
-69 the partner job is gone; 70 a fault of this suite; 71 something is missing on this machine; 73 Slurm did not take
-the jobs (nothing stays queued); 75 a deadline passed; 128+N ended by signal N.
+exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong,
+or a check found an error (also with --check); 69 the partner job is gone; 70 a fault of this suite; 71 something is
+missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 75 a deadline passed; 128+N ended by
+signal N.
 """
 
 
@@ -44,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="NAME|PATH", help="slurm/config/NAME.conf, or a path (required)")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one key; wins over the file")
+    parser.add_argument("--check", action="store_true", help="run the checks before submission alone; 2: errors found")
+    parser.add_argument("--json", action="store_true", help="with --check: findings as JSON")
+    parser.add_argument(
+        "--no-check", metavar="NAME,…", action="append", nargs="?", const="", help="leave out all checks, or these"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
     parser.add_argument("--runtime-only", action="store_true", help="submit only the runtime job")
     parser.add_argument(
@@ -76,6 +86,8 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     """Plan, then show, submit or run."""
     if arguments.config is None:
         raise UsageError("--config NAME|PATH is required; see --help")
+    skipped = skipped_names(arguments.no_check)
+    refuse_options(arguments)
     now = datetime.now()
     config, seen = read_settings(arguments, environment, now)
     for warning in config.warnings:
@@ -86,7 +98,11 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl)
     if arguments.dry_run:
         return show(plan)
-    check_parts(plan)
+    asked = Asked(plan, CHECKOUT)
+    found = run_checks(asked, skipped)
+    if arguments.check:
+        return show_findings(found, dict.fromkeys(check.name for check in concerning(asked, skipped)), arguments.json)
+    before_submission(found)
     if config.settings.skyrl_backend == "local":
         return local.run(plan, notes, CHECKOUT)
     return submit(plan, notes)
@@ -219,18 +235,27 @@ def say(text: str) -> bool:
     return True
 
 
-def check_parts(plan: LaunchPlan) -> None:
-    """What the run needs on this machine; ``EnvironmentProblem`` names everything that is missing."""
-    missing = missing_parts(plan.settings) if plan.training else []
-    is_local = plan.settings.skyrl_backend == "local"
-    programs = ["podman"] if is_local else ["sbatch", "scontrol", "squeue", "scancel"]
-    path = {**plan.inherited, **plan.environment}.get("PATH")
-    absent = [name for name in programs if not shutil.which(name, path=path)]
-    if absent:
-        hint = f"run {CHECKOUT / 'scripts' / 'setup'}" if is_local else "without Slurm, try --config local"
-        missing.append(f"not on PATH: {', '.join(absent)} ({hint})")
-    if missing:
-        raise EnvironmentProblem("; ".join(missing))
+def refuse_options(arguments: argparse.Namespace) -> None:
+    """``UsageError`` for options of the checks that cannot go together."""
+    if arguments.check and arguments.dry_run:
+        raise UsageError("--check and --dry-run exclude each other")
+    if arguments.json and not arguments.check:
+        raise UsageError("--json goes with --check")
+
+
+def show_findings(found: Sequence[Finding], checked: Collection[str], as_json: bool) -> int:
+    """Print what the checks found on stdout; returns 2 if there are errors."""
+    text = report_json(found, checked) if as_json else report_text(found, checked)
+    has_errors = any(finding.level is Level.ERROR for finding in found)
+    return (EXIT_USAGE if has_errors else EXIT_OK) if say(text) else EXIT_ENVIRONMENT
+
+
+def before_submission(found: Sequence[Finding]) -> None:
+    """Log warnings and estimates, then raise the one error that names all errors."""
+    for finding in found:
+        if finding.level is not Level.ERROR:
+            (log.warning if finding.level is Level.WARNING else log.info)("%s", finding)
+    refuse(found)
 
 
 def submit(plan: LaunchPlan, notes: SignalNotes) -> int:

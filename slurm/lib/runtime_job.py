@@ -27,11 +27,11 @@ from slurm.lib.errors import (
 from slurm.lib.guardian import guarded
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, run_body
-from slurm.lib.job_environment import scratch_folders
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.podman_service import PodmanService, podman_service
-from slurm.lib.podman_storage import choose_scratch, podman_storage, readable_stores
+from slurm.lib.podman_storage import podman_storage, readable_stores
+from slurm.lib.preflight.node import ready_runtime_node
 from slurm.lib.registries import registries_conf, site_conf
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import RuntimeClient
@@ -112,7 +112,7 @@ class StopBudget:
 def serve(job: JobContext, notes: SignalNotes) -> Outcome:
     """Bring everything up, publish, wait for the reason to end, and leave in reverse order."""
     budget = StopBudget.within(job.scheduler.kill_wait_s())
-    scratch = choose_scratch(scratch_folders(job.settings.local_scratch, job.environment), job.job_id)
+    scratch = ready_runtime_node(job.settings, job.environment, job.job_id)
     registries = registries_conf(job.settings.registry_mirrors, site_conf(os.environ))
     stores = readable_stores(os.environ)
     with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, stores, registries) as storage:

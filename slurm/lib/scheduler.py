@@ -18,9 +18,10 @@ from slurm.lib.errors import EnvironmentProblem, SubmissionError, WaitTimeout
 from slurm.lib.processes import Completed, run, start_ticks
 
 ASK_TIMEOUT_S = 10.0  # a busy controller answers squeue within seconds or not for minutes
+QUESTION_TIMEOUT_S = 8.0  # before a submission; a person is waiting, and the launch can go on without the answer
 SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
 # A person's defaults for these commands, such as SQUEUE_PARTITION, would hide living jobs from us.
-FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_")
+FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_")
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 
 
@@ -149,6 +150,19 @@ class Slurm:
         answer = self._ask("scontrol", "show", "job", job_id)
         match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
         return match.group(1).strip() if match else None
+
+    def would_take(self, argv: Sequence[str]) -> Completed:
+        """What Slurm says to ``sbatch --test-only``: nothing is queued."""
+        return self._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
+
+    def partitions(self) -> Completed:
+        """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""
+        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G", timeout_s=QUESTION_TIMEOUT_S)
+
+    def associations(self, user: str) -> Completed:
+        """A line ``account|partition|qos`` for each association of a user; fails where there is no accounting."""
+        question = ("show", "associations", f"user={user}", "format=account,partition,qos")
+        return self._ask("sacctmgr", "--noheader", "--parsable2", *question, timeout_s=QUESTION_TIMEOUT_S)
 
 
 class LocalJobs:

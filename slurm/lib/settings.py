@@ -408,14 +408,20 @@ class Settings:
     runtime_memory: str = setting(
         "RUNTIME_MEMORY", node_memory, "256G", "Memory of the runtime job; 0 is all of the node's.", unit="K, M, G, T"
     )
-    cpus_per_worker: float = setting("CPUS_PER_WORKER", positive_number, 8.0, "CPUs of one sandbox; may be a fraction.")
+    cpus_per_worker: float = setting(
+        "CPUS_PER_WORKER",
+        positive_number,
+        8.0,
+        "CPUs of one sandbox; may be a fraction. Where a step of VERL starts more than fit, they share the CPUs.",
+    )
     memory_per_worker: str = setting("MEMORY_PER_WORKER", memory, "16G", "Memory of one sandbox.", unit="K, M, G, T")
     max_parallel_agents: int | None = setting(
         "MAX_PARALLEL_AGENTS",
         optional(positive_int),
         None,
-        "Sandboxes that may exist at once.",
-        default_text="as many as the CPUs allow",
+        "Sandboxes that may exist at once. A number that only says over again what the CPUs allow, as 4 beside 32 CPUs "
+        "with 8 for each, bounds nothing.",
+        default_text="as many as the CPUs allow, and as a step of VERL starts",
     )
     container_image: str = setting(
         "CONTAINER_IMAGE", word, "ghcr.io/openhands/agent-server", "Image of a sandbox whose request names none."

@@ -32,6 +32,7 @@ from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
+from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
@@ -42,7 +43,6 @@ from slurm.lib.trainer import (
     URL_NAME,
     Trainer,
     env_file_text,
-    missing_parts,
     task_example,
     trainer_environment,
     trainer_of,
@@ -130,9 +130,7 @@ class TrainingSession:
     def train(self) -> Outcome:
         """The steps of the job."""
         self.refuse_ended()
-        parts = missing_parts(self.job.settings)
-        if parts:
-            raise EnvironmentProblem("; ".join(parts))
+        check_training_node(self.job.settings, self.job.environment)
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)

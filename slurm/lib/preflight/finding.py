@@ -26,3 +26,21 @@ class Finding:
     level: Level
     sentence: str
     fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.sentence}" + (f"; {self.fix}" if self.fix else "")
+
+
+def error(check: str, sentence: str, fix: str) -> Finding:
+    """What cannot work."""
+    return Finding(check, Level.ERROR, sentence, fix)
+
+
+def warning(check: str, sentence: str, fix: str) -> Finding:
+    """What may not work, or could not be found out."""
+    return Finding(check, Level.WARNING, sentence, fix)
+
+
+def estimate(check: str, sentence: str, fix: str = "") -> Finding:
+    """What the run will do or need."""
+    return Finding(check, Level.ESTIMATE, sentence, fix)

@@ -1,0 +1,195 @@
+"""Would Slurm take the jobs, and could they ever start: partitions, limits, GPUs, account?
+
+Slurm's own word (``sbatch --test-only``) comes first. It takes jobs that wait for ever, so partitions are compared too;
+``sacctmgr`` is asked only where an account or QOS is named, and need not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from slurm.lib.plan import JobPlan, LaunchPlan
+from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.processes import Completed
+from slurm.lib.scheduler import Slurm
+from slurm.lib.settings import Settings, slurm_seconds
+
+# Options of a real submission that a test has no use for.
+NOT_TESTED = ("--parsable", "--hold", "--dependency=", "--kill-on-invalid-dep=")
+# Words of sbatch that say nothing about the job: the controller did not answer.
+SILENT = ("unable to contact", "connection refused", "timed out", "no answer within", "communication", "not found")
+ELSEWHERE = re.compile(
+    r"-p.*|--partition(=.*)?|-M.*|--clusters?(=.*)?|-t.*|--time(=.*)?|--gres(=.*)?|-N.*|--nodes(=.*)?"
+)
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Equal nodes of one partition, a line of ``sinfo``; ``limit_s`` infinite for none."""
+
+    partition: str
+    up: bool
+    limit_s: float
+    nodes: int
+    gpus: Mapping[str, int]
+
+
+def parse_groups(text: str) -> list[NodeGroup]:
+    """From ``sinfo -o '%R|%a|%l|%D|%G'``; lines in another form are left out."""
+    rows = [line.strip().split("|") for line in text.splitlines()]
+    return [
+        NodeGroup(name, state == "up", _limit_s(limit), int(nodes), parse_gres(gres))
+        for name, state, limit, nodes, gres in (row for row in rows if len(row) == 5 and row[3].isdigit())
+    ]
+
+
+def _limit_s(text: str) -> float:
+    try:
+        return slurm_seconds(text)
+    except ValueError:  # "n/a"
+        return float("inf")
+
+
+def parse_gres(text: str) -> dict[str, int]:
+    """GPUs by type, from ``gpu:a100:4(S:0-1),gpu:2,nic:1``; the type is empty where there is none."""
+    found: dict[str, int] = {}
+    for word in re.sub(r"\([^)]*\)", "", text).split(","):
+        match = re.fullmatch(r"gpu(?::([^:]+))?:(\d+)", word.strip())
+        if match:
+            found[match[1] or ""] = found.get(match[1] or "", 0) + int(match[2])
+    return found
+
+
+def question_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    """A submission's command line as the question whether it would be taken."""
+    kept = [word for word in argv if not word.startswith(NOT_TESTED)]
+    return (kept[0], "--test-only", *kept[1:])
+
+
+def submission_findings(kind: str, answer: Completed) -> list[Finding]:
+    """What Slurm says about one job."""
+    words = answer.complaint
+    if not answer.ok and any(phrase in words.lower() for phrase in SILENT):
+        sentence = f"Slurm does not say whether it would take the {kind} job: {words}"
+        return [warning("slurm", sentence, "see whether sinfo answers")]
+    if not answer.ok:
+        fix = "correct the keys that it names (partition, ACCOUNT, QOS, sizes); sinfo shows what there is"
+        return [error("slurm", f"Slurm would not take the {kind} job: {words}", fix)]
+    start = re.search(r"to start at (\S+)", words)
+    return [estimate("slurm", f"the {kind} job would start about {start[1]}, by Slurm's word now")] if start else []
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """What one job asks of its partition; several partitions, with commas, mean any of them."""
+
+    kind: str
+    key: str
+    partitions: tuple[str, ...]
+    nodes: int
+    gpus: int
+    gpu_type: str
+
+
+def job_shapes(plan: LaunchPlan) -> list[JobShape]:
+    """The jobs whose options stand in keys alone; options in *_SBATCH_ARGS may say otherwise."""
+    settings = plan.settings
+    found = []
+    if plan.runtime and not _says_otherwise(settings.cpu_sbatch_args):
+        found.append(JobShape("runtime", "CPU_PARTITION", tuple(settings.cpu_partition.split(",")), 1, 0, ""))
+    if plan.training and not _says_otherwise(settings.gpu_sbatch_args):
+        names = tuple(settings.gpu_partition.split(","))
+        gpus = settings.gpus_per_node
+        found.append(JobShape("training", "GPU_PARTITION", names, settings.gpu_nodes, gpus, settings.gpu_type))
+    return found
+
+
+def _says_otherwise(words: Sequence[str]) -> bool:
+    return any(ELSEWHERE.fullmatch(word) for word in words)
+
+
+def partition_findings(settings: Settings, job: JobShape, groups: Sequence[NodeGroup]) -> list[Finding]:
+    """A job against its partitions; the reasons why none of them will do."""
+    known = sorted({group.partition for group in groups})
+    name = f"{job.key}={','.join(job.partitions)}"
+    mine = [group for group in groups if group.partition in job.partitions]
+    if not mine:
+        return [error("slurm", f"{name}: there is no such partition", f"there are: {', '.join(known)}")]
+    if not any(group.up for group in mine):
+        return [error("slurm", f"{name} is not up", f"choose another partition ({', '.join(known)}), or wait")]
+    return [*_limit_findings(settings, name, mine), *_gpu_findings(job, name, mine)]
+
+
+def _limit_findings(settings: Settings, name: str, groups: Sequence[NodeGroup]) -> list[Finding]:
+    asked, longest = slurm_seconds(settings.time_limit), max(group.limit_s for group in groups)
+    if asked <= longest:
+        return []
+    sentence = (
+        f"TIME_LIMIT={settings.time_limit} is more than {name} allows ({longest / 3600:g} h): the job never starts"
+    )
+    fix = f"set TIME_LIMIT to at most {longest / 60:g} (minutes)"
+    level = warning if settings.qos or settings.reservation else error  # a QOS can allow more than its partition
+    return [level("slurm", sentence, fix)]
+
+
+def _gpu_findings(job: JobShape, name: str, groups: Sequence[NodeGroup]) -> list[Finding]:
+    def gpus(group: NodeGroup) -> int:
+        return group.gpus.get(job.gpu_type, 0) if job.gpu_type else max(group.gpus.values(), default=0)
+
+    fitting = sum(group.nodes for group in groups if gpus(group) >= job.gpus)
+    if fitting >= job.nodes:
+        return []
+    wanted = f"{job.nodes} nodes" + (
+        f" with {job.gpus} {job.gpu_type} GPUs each".replace("  ", " ") if job.gpus else ""
+    )
+    there = "; ".join(f"{group.nodes} with {_shown(group.gpus)}" for group in groups)
+    sentence = f"the {job.kind} job wants {wanted}, {name} has {fitting} of them (nodes: {there})"
+    keys = "GPU_NODES, GPUS_PER_NODE, GPU_TYPE or GPU_PARTITION" if job.key == "GPU_PARTITION" else job.key
+    return [error("slurm", sentence, f"change {keys}")]
+
+
+def _shown(gpus: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind or 'GPUs'}" for kind, count in gpus.items()) or "no GPU"
+
+
+def account_findings(settings: Settings, answer: Completed, user: str) -> list[Finding]:
+    """ACCOUNT and QOS against the associations that ``sacctmgr`` printed as ``account|partition|qos,qos``."""
+    rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") >= 2]
+    if not answer.ok or not rows:
+        return []  # no accounting here, or it is not told to us: sbatch's word must do
+    accounts = sorted({row[0] for row in rows})
+    if settings.account and settings.account not in accounts:
+        sentence = f"ACCOUNT={settings.account}: {user} has no association with it"
+        return [error("account", sentence, f"choose one of: {', '.join(accounts)}")]
+    mine = [row for row in rows if not settings.account or row[0] == settings.account]
+    qos = sorted({name for row in mine for name in row[2].split(",") if name})
+    if settings.qos and settings.qos not in qos:
+        sentence = f"QOS={settings.qos} is not among those of {user}" + (
+            f" in {settings.account}" if settings.account else ""
+        )
+        return [error("account", sentence, f"choose one of: {', '.join(qos) or '(none)'}")]
+    return []
+
+
+def asked_of(slurm: Slurm, job: JobPlan) -> list[Finding]:
+    """Ask Slurm about one job."""
+    return submission_findings(job.kind, slurm.would_take(question_argv(job.argv)))
+
+
+def partitions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
+    """Ask Slurm for its partitions, and compare both jobs with them."""
+    answer = slurm.partitions()
+    groups = parse_groups(answer.stdout)
+    if not answer.ok or not groups:
+        sentence = f"partitions are not compared: sinfo says {answer.complaint}"
+        return [warning("slurm", sentence, "see whether sinfo answers")]
+    return [finding for job in job_shapes(plan) for finding in partition_findings(plan.settings, job, groups)]
+
+
+def account_asked(slurm: Slurm, settings: Settings, user: str) -> list[Finding]:
+    """Ask for the user's associations, where ACCOUNT or QOS is set."""
+    if not (settings.account or settings.qos):
+        return []
+    return account_findings(settings, slurm.associations(user), user)

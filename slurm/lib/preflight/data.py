@@ -1,0 +1,100 @@
+"""Are the data files there, with the columns and the rows that a training needs? Their footers tell."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.lib.preflight.asked import override
+from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.sandbox_room import sandbox_room
+from slurm.lib.settings import Settings
+
+NEEDED = ("prompt", "data_source")
+EITHER = (("instance",), ("reward_model", "extra_info"))  # as SkyRL-agent's tasks read them
+
+
+@dataclass(frozen=True)
+class Footer:
+    """One file: its columns and rows, or ``problem`` that says why they are not known.
+
+    ``unread`` is true where only the reader is missing.
+    """
+
+    columns: frozenset[str] = frozenset()
+    rows: int = 0
+    problem: str = ""
+    unread: bool = False
+
+
+def read_footer(path: Path | None) -> Footer:
+    """The footer of a parquet file."""
+    if path is None:
+        return Footer(problem="is not set, and neither is DATA_DIR")
+    if not path.is_file():
+        return Footer(problem=f"={path} is not there")
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]  # 0.2 s; brings no types
+    except ImportError:
+        return Footer(problem=f"={path} is not read: {sys.executable} lacks pyarrow", unread=True)
+    try:
+        with parquet.ParquetFile(path) as file:
+            return Footer(frozenset(file.schema_arrow.names), file.metadata.num_rows)
+    except (ArrowException, OSError) as found:
+        return Footer(problem=f"={path} cannot be read: {' '.join(str(found).split())}")
+
+
+def data_findings(settings: Settings, train: Footer, val: Footer) -> list[Finding]:
+    """Columns, and rows against the batch."""
+    found = [*_file_findings("TRAIN_DATA", settings.train_data, train)]
+    if settings.test_freq != -1:
+        found += _file_findings("VAL_DATA", settings.val_data, val)
+    if not train.problem:
+        found += _step_findings(settings, train.rows)
+    if settings.test_freq != -1 and not val.problem:
+        found += _validation_findings(settings, val.rows)
+    return found
+
+
+def _file_findings(key: str, path: Path | None, footer: Footer) -> list[Finding]:
+    if footer.unread:
+        fix = f"scripts/setup without --minimal brings it, as does '{sys.executable} -m pip install pyarrow'"
+        return [warning("data", f"{key}{footer.problem}", fix)]
+    if footer.problem:
+        return [error("data", f"{key}{footer.problem}", f"set DATA_DIR, or {key} itself, to a parquet file")]
+    missing = [name for name in NEEDED if name not in footer.columns]
+    if not any(footer.columns.issuperset(names) for names in EITHER):
+        missing.append("instance (or reward_model and extra_info)")
+    if not missing:
+        return []
+    sentence = f"{key}={path} lacks the columns {', '.join(missing)}; it has {', '.join(sorted(footer.columns))}"
+    return [error("data", sentence, "prepare the data set as SkyRL-agent's examples do")]
+
+
+def _step_findings(settings: Settings, rows: int) -> list[Finding]:
+    batch = settings.train_batch_size
+    if rows < batch:
+        sentence = (
+            f"TRAIN_DATA={settings.train_data} has {rows} rows, fewer than TRAIN_BATCH_SIZE={batch}: not one step"
+        )
+        return [error("data", sentence, "give more rows, or lower TRAIN_BATCH_SIZE")]
+    steps = rows // batch * settings.total_epochs
+    sentence = f"{rows} rows, {rows // batch} steps an epoch, {steps} steps in all (fewer if long prompts are left out)"
+    return [estimate("data", sentence)]
+
+
+def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
+    """VERL validates all rows in one batch, and SkyRL-agent starts a sandbox for each of them first."""
+    if rows == 0:
+        sentence = (
+            f"VAL_DATA={settings.val_data} has no rows: the validation after TEST_FREQ={settings.test_freq} fails"
+        )
+        return [error("data", sentence, "give it rows, or set TEST_FREQ=-1")]
+    slots, given = sandbox_room(settings).slots, override(settings, "data.val_batch_size") or ""
+    batch = min(rows, int(given)) if given.isdigit() else rows
+    if batch <= slots:
+        return []
+    sentence = f"a validation starts a sandbox for each of {batch} rows of VAL_DATA, and the runtime has {slots} slots"
+    fix = f"shorten VAL_DATA to {slots} rows, add data.val_batch_size={slots} to VERL_OVERRIDES, or set TEST_FREQ=-1"
+    return [warning("data", sentence, fix)]

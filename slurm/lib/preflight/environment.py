@@ -1,0 +1,65 @@
+"""Is the trainer's environment there: uv, skyrl-agent's .venv and its packages? By their files; importing takes 9 s."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.lib.preflight.finding import Finding, error, estimate, warning
+
+PACKAGES = ("verl", "ray", "torch", "vllm")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The environment of skyrl-agent.
+
+    ``uv`` is its path, None where it is not on PATH; ``python_works`` whether the interpreter's links lead somewhere;
+    ``versions`` package → version of those of ``PACKAGES`` that are installed.
+    """
+
+    folder: Path
+    exists: bool
+    python_works: bool
+    uv: str | None
+    versions: Mapping[str, str]
+
+
+def look_at_environment(agent_folder: Path, environment: Mapping[str, str]) -> Installed:
+    """By the files of ``uv``'s environment: .venv, or where UV_PROJECT_ENVIRONMENT says."""
+    folder = agent_folder / (environment.get("UV_PROJECT_ENVIRONMENT") or ".venv")
+    found = [path.name.removesuffix(".dist-info") for path in folder.glob("lib/python3*/site-packages/*.dist-info")]
+    versions = {name.lower(): version for name, _, version in (entry.partition("-") for entry in found)}
+    return Installed(
+        folder,
+        folder.is_dir(),
+        os.access(folder / "bin" / "python", os.X_OK),
+        shutil.which("uv", path=environment.get("PATH")),
+        {name: versions[name] for name in PACKAGES if name in versions},
+    )
+
+
+def environment_findings(installed: Installed) -> list[Finding]:
+    """What is missing of it, and the versions of what is there."""
+    sync = f"cd {installed.folder.parent} && uv sync --frozen --extra verl"
+    found = []
+    if installed.uv is None:
+        sentence = "uv, which starts the trainer, is not on PATH here, and the job gets this PATH"
+        found.append(
+            error("environment", sentence, "install uv where the GPU nodes see it, and add its folder to PATH")
+        )
+    if not installed.exists:
+        sentence = f"{installed.folder} is not there: uv would make it in the job, with the GPUs waiting"
+        return [*found, warning("environment", sentence, f"make it now: {sync}")]
+    if not installed.python_works:
+        sentence = f"{installed.folder}/bin/python cannot be started: what it links to is gone"
+        return [*found, error("environment", sentence, f"make it anew: rm -r {installed.folder}; {sync}")]
+    missing = [name for name in PACKAGES if name not in installed.versions]
+    if missing:
+        sentence = f"{installed.folder} lacks {', '.join(missing)}: uv would install them in the job"
+        return [*found, warning("environment", sentence, f"install them now: {sync}")]
+    shown = ", ".join(f"{name} {version}" for name, version in installed.versions.items())
+    return [*found, estimate("environment", f"{shown} in {installed.folder} (by their files; not imported here)")]

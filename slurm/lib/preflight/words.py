@@ -1,0 +1,12 @@
+"""How are amounts written for people?"""
+
+from __future__ import annotations
+
+
+def size(amount: float) -> str:
+    """Bytes with the unit that fits, K = 1024 as everywhere in the suite: ``16G``, ``1.5T``."""
+    for unit in ("", "K", "M", "G"):
+        if abs(amount) < 1000:
+            return f"{amount:.3g}{unit}"
+        amount /= 1024
+    return f"{amount:.3g}T"

@@ -1,0 +1,298 @@
+"""Every check, through the registry that the launcher runs: a world in which it passes, and one thing that breaks it."""
+
+# ruff: noqa: E501  a row of the table is a line
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.errors import EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.plan import Request
+from slurm.lib.preflight.asked import Asked
+from slurm.lib.preflight.checks import CHECKS, Check, Refused, everybody, names, refuse, run_checks, skipped_names
+from slurm.lib.preflight.finding import Finding, Level, error, estimate, warning
+from slurm.lib.preflight.report import as_json, as_text
+from tests.preflight.world import ROOT, World, of, worst, write_parquet
+
+ERROR, WARNING, ESTIMATE = Level.ERROR, Level.WARNING, Level.ESTIMATE
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+# --- the shipped configurations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["dev", "production"])
+def test_as_shipped_they_pass(world: World, config: str) -> None:
+    found = world.check("MAX_CKPT_TO_KEEP=1", config=config)
+    assert not [finding for finding in found if finding.level is ERROR]
+    assert not of(found, "slots", WARNING), "no overcommit"
+    assert of(found, "slots", ESTIMATE)
+
+
+SEED = {
+    "dev": ("CPUS_PER_WORKER=8", "MEMORY_PER_WORKER=16G", "MAX_PARALLEL_AGENTS=4"),
+    "production": ("CPUS_PER_WORKER=8", "MEMORY_PER_WORKER=16G"),
+}
+
+
+@pytest.mark.parametrize(("config", "wanted"), [("dev", 8), ("production", 512)])
+def test_the_seeds_own_numbers_pass_and_the_overcommit_is_named(world: World, config: str, wanted: int) -> None:
+    found = world.check(*SEED[config], config=config)
+    assert not [finding for finding in found if finding.level is ERROR]
+    cpus, memory = of(found, "slots", WARNING)
+    assert cpus.sentence.startswith("overcommit: ") and f"= {wanted} sandboxes at once" in cpus.sentence
+    assert memory.sentence.startswith(f"overcommit: {wanted} sandboxes may take MEMORY_PER_WORKER=16G each")
+
+
+@pytest.mark.parametrize("config", ["check", "local"])
+def test_checks_of_verl_do_not_concern_other_trainers(world: World, config: str) -> None:
+    (world.agent / "uv.lock").unlink()
+    world.environment.pop("WANDB_API_KEY")
+    found = world.check(config=config)
+    assert not [finding for finding in found if finding.level is not ESTIMATE and finding.check != "parts"]
+    assert {finding.check for finding in found} <= {"slurm", "parts"}
+
+
+def test_a_runtime_alone_has_no_trainer(world: World) -> None:
+    found = world.check("MAX_PARALLEL_AGENTS=2", "LOCAL_SCRATCH=/" + "x" * 60, request=Request(training=False))
+    assert {finding.check for finding in found} == {"storage"}
+
+
+# --- what breaks each check -------------------------------------------------------------------------------------------
+
+Break = Callable[[World], object]
+
+
+def nothing(world: World) -> None:
+    """The settings alone break it."""
+
+
+def remove(name: str) -> Break:
+    return lambda world: (world.folder / name).unlink()
+
+
+def unset(name: str) -> Break:
+    return lambda world: world.environment.pop(name)
+
+
+def data(file: str, rows: int, *columns: str) -> Break:
+    return lambda world: write_parquet(world.data / file, rows, columns or ("prompt", "data_source", "instance"))
+
+
+def text(name: str, content: str) -> Break:
+    def write(world: World) -> None:
+        path = world.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    return write
+
+
+def model(**config: object) -> Break:
+    qwen = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 2048, "num_hidden_layers": 28}
+    sizes = {"intermediate_size": 6144, "vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128}
+    return text("model/config.json", json.dumps({**qwen, **sizes, **config}))
+
+
+def say(name: str, *answers: dict[str, object]) -> Break:
+    def answer(world: World) -> None:
+        world.slurm.forget()
+        world.slurm.answer(name, *answers)
+
+    return answer
+
+
+MODEL = "MODEL=@/model"
+STOCK = '[[package]]\nname = "verl"\nversion = "0.5.0"\nsource = { registry = "https://an.index/simple" }\n'
+EXAMPLE = "project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml"
+BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
+    ("parts", remove("project/SkyRL/skyrl-agent/uv.lock"), [], ERROR, "uv.lock is missing"),
+    ("parts", remove("fake/bin/scontrol"), ["PATH=@/fake/bin"], ERROR, "not on PATH: scontrol"),
+    ("slots", nothing, ["MAX_PARALLEL_AGENTS=6"], ERROR, "4 × 2 = 8 sandboxes before the first one runs, and the runtime has 6"),
+    ("slots", nothing, ["CPUS_PER_WORKER=8"], WARNING, "the runtime makes 8 slots that share the CPUs, 4 each"),
+    ("slots", nothing, ["MEMORY_PER_WORKER=9G"], WARNING, "72G together, of RUNTIME_MEMORY=64G"),
+    ("slots", nothing, ["RUNTIME_MEMORY=100M", "MEMORY_PER_WORKER=100M"], ERROR, "12.5M each"),
+    ("batch", nothing, ["TRAIN_BATCH_SIZE=3", "ROLLOUT_N=3"], ERROR, "= 9 trajectories cannot be divided"),
+    ("batch", nothing, ["ROLLOUT_N=1"], WARNING, "no advantage"),
+    ("batch", nothing, ["VERL_OVERRIDES=actor_rollout_ref.actor.ppo_mini_batch_size=5"], ERROR, "is more than TRAIN_BATCH_SIZE=4"),
+    ("batch", nothing, ["VERL_OVERRIDES=actor_rollout_ref.actor.ppo_mini_batch_size=1", "GPUS_PER_NODE=8"], ERROR, "leaves nothing for some of the 8 groups"),
+    ("parallel", nothing, ["TP_SIZE=4", "GPU_NODES=2"], ERROR, "TP_SIZE=4 must divide GPUS_PER_NODE=2"),
+    ("parallel", nothing, ["TRAINING_CPUS=4"], ERROR, "want a CPU each, 5 in all"),
+    ("lengths", nothing, ["MAX_MODEL_LEN=4096"], WARNING, "MAX_MODEL_LEN=4096 is less than"),
+    ("model", nothing, ["MODEL=@/nowhere"], ERROR, "no config.json in this folder"),
+    ("model", text("model/config.json", "{"), [MODEL], WARNING, "cannot read"),
+    ("model", lambda world: world.environment.update(HF_HUB_OFFLINE="1"), [], ERROR, "HF_HUB_OFFLINE forbids"),
+    ("model", model(num_attention_heads=9, num_key_value_heads=3), [MODEL, "TP_SIZE=2"], ERROR, "TP_SIZE=2 does not divide"),
+    ("model", model(num_key_value_heads=3), [MODEL, "SP_SIZE=2"], ERROR, "SP_SIZE=2 does not divide"),
+    ("model", model(max_position_embeddings=8192), [MODEL], ERROR, "was made for 8192"),
+    ("verl", text("project/SkyRL/skyrl-agent/uv.lock", ""), [], WARNING, "names exactly one VERL"),
+    ("verl", text("project/SkyRL/skyrl-agent/uv.lock", STOCK), [], ERROR, "ADV_ESTIMATOR=loop: this estimator exists only in SkyRL's fork"),
+    ("verl", nothing, ["VERL_OVERRIDES=trainer.use_v1=False"], ERROR, "trainer.use_v1 is not yet a part of"),
+    ("task", remove(EXAMPLE), ["TASK_YAML=examples/run_verl/verl_oh.yaml"], ERROR, "cannot read the task file"),
+    ("task", nothing, ["TASK_YAML=examples/run_verl/verl_oh.yaml", "ROLLOUT_N=4"], ERROR, "ROLLOUT_N=4 (--set) is not generator.num_trajectories: 2"),
+    ("task", nothing, ["TASK_YAML=examples/run_verl/verl_oh.yaml", "MAX_RESPONSE_LENGTH=4096"], WARNING, "padded to the longer one"),
+    ("memory", nothing, ["MODEL=big/Big-72B", "GPU_TYPE=a100"], ERROR, "an update takes 536G on each GPU"),
+    ("memory", nothing, ["MODEL=m/M-7B", "GPU_TYPE=a100"], WARNING, "some GPUs of this type have 40G"),
+    ("memory", nothing, ["GPU_TYPE=a100_1g.5gb", "MODEL=m/M-0.5B", "GPU_MEMORY_UTILIZATION=0.1"], ERROR, "weights and one sequence"),
+    ("memory", nothing, ["FSDP_OPTIMIZER_OFFLOAD=false", "GPU_MEMORY_UTILIZATION=0.95", "GPU_TYPE=h100"], ERROR, "rest on each GPU"),
+    ("memory", nothing, ["TRAINING_MEMORY=8G"], ERROR, "what is offloaded takes 19G on each host"),
+    ("memory", nothing, ["MODEL=without/number"], ESTIMATE, "is not known here"),
+    ("resume", text("ckpts/skyrl-dev/mine/latest_checkpointed_iteration.txt", "7"), [], ERROR, "names step 7, and there is no global_step_7"),
+    ("space", model(num_hidden_layers=28_000), [MODEL], ERROR, "not one fits"),
+    ("space", nothing, ["MAX_CKPT_TO_KEEP=1000000"], WARNING, "up to 1000001 of them"),
+    ("data", remove("data/r2e-all/train.parquet"), [], ERROR, "train.parquet is not there"),
+    ("data", text("data/r2e-all/validation.parquet", "no parquet"), [], ERROR, "cannot be read"),
+    ("data", data("train.parquet", 3), [], ERROR, "has 3 rows, fewer than TRAIN_BATCH_SIZE=4"),
+    ("data", data("train.parquet", 9, "prompt", "reward_model"), [], ERROR, "lacks the columns data_source, instance (or"),
+    ("data", data("validation.parquet", 0), [], ERROR, "has no rows"),
+    ("data", data("validation.parquet", 9), [], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots"),
+    ("folders", text("ckpts", "a file"), [], ERROR, "/ckpts is not a folder"),
+    ("dotenv", unset("WANDB_API_KEY"), [], ERROR, "no WANDB_API_KEY, and none in ~/.netrc"),
+    ("dotenv", text("project/SkyRL/skyrl-agent/.env", "OPENAI_API_KEY=<REPLACE>\n"), [], WARNING, "<REPLACE> for OPENAI_API_KEY"),
+    ("environment", remove("fake/bin/uv"), ["PATH=@/fake/bin"], ERROR, "uv, which starts the trainer, is not on PATH"),
+    ("environment", lambda world: world.venv.rename(world.agent / "moved"), [], WARNING, ".venv is not there"),
+    ("environment", remove("project/SkyRL/skyrl-agent/.venv/bin/python"), [], ERROR, "cannot be started"),
+    ("environment", lambda world: next(world.venv.rglob("verl-*")).rmdir(), [], WARNING, "lacks verl"),
+    ("storage", nothing, ["LOCAL_SCRATCH=/" + "x" * 60], WARNING, "too long a path"),
+    ("images", nothing, ["CONTAINER_IMAGE=Upper/Case"], ERROR, "CONTAINER_IMAGE=Upper/Case is not the name"),
+    ("images", nothing, ["IMAGE_ARCHIVE=/nowhere.tar"], ERROR, "IMAGE_ARCHIVE=/nowhere.tar is not there"),
+    ("images", text("auth.json", "{}"), ["REGISTRY_AUTH_FILE=@/auth.json"], WARNING, "can be read by others"),
+    ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "sbatch: error: Batch job submission failed: Invalid qos"}), [], ERROR, "job: sbatch: error: Batch job submission failed: Invalid qos"),
+    ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "Unable to contact slurm controller"}), [], WARNING, "Slurm does not say"),
+    ("slurm", say("sinfo", {"code": 1, "stderr": "slurm_load_partitions: Zero Bytes"}), [], WARNING, "partitions are not compared"),
+    ("slurm", nothing, ["GPU_PARTITION=gpux"], ERROR, "GPU_PARTITION=gpux: there is no such partition"),
+    ("slurm", nothing, ["GPUS_PER_NODE=16", "TRAIN_BATCH_SIZE=8"], ERROR, "wants 1 nodes with 16 GPUs each, GPU_PARTITION=gpu_test has 0"),
+    ("account", say("sacctmgr", {"stdout": "lab|gpu|normal,long\n"}), ["ACCOUNT=other"], ERROR, "ACCOUNT=other"),
+    ("account", say("sacctmgr", {"stdout": "lab|gpu|normal,long\n"}), ["QOS=short"], ERROR, "QOS=short is not among those"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "spoil", "words", "level", "said"), BROKEN, ids=lambda value: str(value)[:40])
+def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str], level: Level, said: str) -> None:
+    """Without the one thing the check has nothing worse than an estimate to say."""
+    before = of(world.check("MAX_CKPT_TO_KEEP=1"), check)
+    assert worst(before) in {None, ESTIMATE}, before
+    spoil(world)
+    given = [word.replace("@", str(world.folder)) for word in words]
+    found = of(world.check("MAX_CKPT_TO_KEEP=1", *given), check)
+    fitting = [finding for finding in found if said in finding.sentence]
+    assert [finding.level for finding in fitting] == [level] * len(fitting) and fitting, found
+    assert level is ESTIMATE or check == "parts" or all(finding.fix for finding in fitting)
+
+
+def test_every_check_is_broken_once() -> None:
+    assert {check.name for check in CHECKS} == {row[0] for row in BROKEN}
+
+
+# --- how they are run -------------------------------------------------------------------------------------------------
+
+
+def asked(world: World) -> Asked:
+    return Asked(world.plan(), ROOT)
+
+
+def of_name(name: str, run: Callable[[Asked], list[Finding]]) -> Check:
+    return Check(name, "?", everybody, run)
+
+
+def test_checks_run_at_the_same_time(world: World) -> None:
+    together = threading.Barrier(3, timeout=10)
+
+    def meet(asked: Asked) -> list[Finding]:
+        together.wait()
+        return []
+
+    assert run_checks(asked(world), checks=[of_name(str(number), meet) for number in range(3)]) == []
+
+
+def test_a_check_that_hangs_is_a_warning(world: World) -> None:
+    release = threading.Event()
+
+    def hang(asked: Asked) -> list[Finding]:
+        release.wait(60)
+        return []
+
+    checks = [of_name("stuck", hang), of_name("quick", lambda asked: [estimate("quick", "done")])]
+    begin = time.monotonic()
+    found = run_checks(asked(world), checks=checks, deadline_s=0.2)
+    release.set()
+    assert time.monotonic() - begin < 5
+    assert [(finding.check, finding.level) for finding in found] == [("stuck", WARNING), ("quick", ESTIMATE)]
+    assert "not answered within 0.2 s" in found[0].sentence
+    assert "--no-check=stuck" in found[0].fix
+
+
+@pytest.mark.parametrize("problem", [OSError("stale file handle"), SuiteError("no answer")])
+def test_what_cannot_be_answered_is_a_warning(world: World, problem: Exception) -> None:
+    def fail(asked: Asked) -> list[Finding]:
+        raise problem
+
+    (found,) = run_checks(asked(world), checks=[of_name("odd", fail)])
+    assert found.level is WARNING
+    assert found.sentence == f"could not be answered: {problem}"
+
+
+def test_a_fault_of_a_check_is_not_hidden(world: World) -> None:
+    def fault(asked: Asked) -> list[Finding]:
+        raise KeyError("a fault")
+
+    with pytest.raises(KeyError, match="a fault"):
+        run_checks(asked(world), checks=[of_name("odd", fault)])
+
+
+@pytest.mark.parametrize(
+    ("given", "skipped"),
+    [
+        (None, set()),
+        ([""], set(names())),
+        (["slots"], {"slots"}),
+        (["slots,data", "model"], {"slots", "data", "model"}),
+        (["slots", ""], set(names())),
+    ],
+)
+def test_what_is_left_out(given: list[str] | None, skipped: set[str]) -> None:
+    assert skipped_names(given) == skipped
+
+
+def test_an_unknown_name_is_met_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"there is no check nonsense; there are: slots, batch, .*account"):
+        skipped_names(["slots,nonsense"])
+    with pytest.raises(UsageError, match="no check parts"):
+        skipped_names(["parts"])
+
+
+def test_skipped_checks_ask_nothing(world: World) -> None:
+    assert run_checks(asked(world), skipped_names([""])) == []
+    assert world.slurm.everything == []
+
+
+def test_all_errors_are_one_message() -> None:
+    found = [error("slots", "too few", "more"), warning("data", "odd", ""), error("batch", "not even", "even")]
+    with pytest.raises(Refused, match=r"(?s)2 errors before submission; nothing was queued:\n  slots: too few; more\n"):
+        refuse(found)
+    with pytest.raises(EnvironmentProblem, match="1 error before"):
+        refuse([error("parts", "no uv.lock", "")])
+    refuse(found[1:2])
+
+
+def test_findings_for_people_and_for_scripts() -> None:
+    found = [estimate("data", "10 steps"), error("slots", "too few", "more")]
+    assert as_text(found, ["slots", "data"]).splitlines() == [
+        "error    slots        too few",
+        "                      -> more",
+        "estimate data         10 steps",
+        "checked  slots, data",
+        "1 error, 0 warnings, 1 estimate",
+    ]
+    said = json.loads(as_json(found, ["model"]))
+    assert (said["errors"], said["estimates"], said["checked"]) == (1, 1, ["model"])
+    assert said["findings"][0] == {"check": "slots", "level": "error", "sentence": "too few", "fix": "more"}

@@ -1,0 +1,109 @@
+"""The checks on the command line: --check, --json, --no-check, and what a launch does with findings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.preflight.world import GOOD, ROOT, World
+
+TRAINER = ("--set", "TRAINING_COMMAND=true")
+ROOMY = ("--set", "MAX_CKPT_TO_KEEP=1")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def launch(world: World, *options: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "--config", "dev", "--set", *GOOD, *options]
+    return subprocess.run(argv, cwd=world.folder, env=world.environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_good_configuration_passes_and_nothing_is_queued(world: World) -> None:
+    done = launch(world, "--check", *ROOMY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("0 errors, 0 warnings, ")
+    assert "steps in all" in done.stdout
+    assert "checked  parts, slots, batch, " in done.stdout
+    assert done.stderr == ""
+    assert world.slurm.calls == []
+    assert not world.slurm.jobs.exists()
+
+
+def test_all_findings_at_once_for_scripts(world: World) -> None:
+    (world.data / "train.parquet").unlink()
+    done = launch(world, "--check", "--json", "--no-check=space", "--set", "TRAIN_BATCH_SIZE=3", "--set", "ROLLOUT_N=3")
+    said = json.loads(done.stdout)
+    assert "space" not in said["checked"] and "data" in said["checked"]
+    assert done.returncode == 2
+    errors = [finding for finding in said["findings"] if finding["level"] == "error"]
+    assert {finding["check"] for finding in errors} == {"data", "batch"}
+    assert said["errors"] == 2
+
+
+def test_errors_stop_a_launch_and_the_rest_is_said(world: World) -> None:
+    (world.data / "train.parquet").unlink()
+    done = launch(world, "--set", "MAX_MODEL_LEN=4096", *ROOMY)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "1 error before submission; nothing was queued:\n  data: TRAIN_DATA=" in done.stderr
+    assert "[WARN] lengths: MAX_MODEL_LEN=4096 is less than" in done.stderr
+    assert "[INFO] slots: a step opens 8 sandboxes" in done.stderr
+    assert world.slurm.calls == []
+    assert not world.slurm.jobs.exists()
+
+
+@pytest.mark.parametrize("option", ["--no-check", "--no-check=data", "--no-check=slots,data"])
+def test_what_is_left_out_does_not_stop_it(world: World, option: str) -> None:
+    (world.data / "train.parquet").unlink()
+    done = launch(world, option)
+    assert done.returncode == 0, done.stderr
+    assert world.slurm.names == ["sbatch", "sbatch", "scontrol release"]
+    assert bool(world.slurm.questions) == (option != "--no-check")
+
+
+def test_without_what_it_cannot_do_without_no_option_helps(world: World) -> None:
+    (world.agent / "uv.lock").unlink()
+    done = launch(world, "--no-check")
+    assert done.returncode == 71
+    assert "uv.lock is missing" in done.stderr
+    assert world.slurm.calls == []
+
+
+def test_each_job_is_asked_about_once(world: World) -> None:
+    assert launch(world, *TRAINER).returncode == 0
+    names = sorted(call.name for call in world.slurm.questions)
+    assert names == ["sbatch --test-only", "sbatch --test-only", "sinfo"]
+    asked = [call for call in world.slurm.questions if call.name != "sinfo"]
+    for call in asked:
+        assert "--parsable" not in call.argv and "a-key-of-wandb" not in "".join(
+            [*call.argv, *call.environment.values()]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--json"], "--json goes with --check"),
+        (["--check", "--dry-run"], "--check and --dry-run exclude each other"),
+        (["--no-check=nonsense"], "there is no check nonsense; there are: slots, batch,"),
+    ],
+)
+def test_what_does_not_go_together(world: World, options: list[str], said: str) -> None:
+    done = launch(world, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert world.slurm.everything == []
+
+
+def test_a_slurm_that_is_silent_is_a_warning(world: World) -> None:
+    silent = {"code": 1, "stderr": "Unable to contact slurm controller (connect failure)"}
+    world.slurm.answer("sbatch --test-only", silent, silent)
+    done = launch(world, "--check", *TRAINER)
+    assert done.returncode == 0
+    assert "Slurm does not say whether it would take the training job" in done.stdout

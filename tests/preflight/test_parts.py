@@ -1,0 +1,458 @@
+"""The checks' pure parts, by tables: models, memory, checkpoints, Slurm's answers, what a node says."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.preflight import checkpoint, cluster, dotenv, memory, model, node, places
+from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
+from slurm.lib.preflight.finding import Finding, Level
+from slurm.lib.preflight.model import ModelFacts
+from slurm.lib.preflight.words import size
+from slurm.lib.processes import Completed
+from slurm.lib.sandbox_room import sandbox_room
+from slurm.lib.settings import Settings
+from tests.preflight.world import World
+
+ERROR, WARNING, ESTIMATE = Level.ERROR, Level.WARNING, Level.ESTIMATE
+G = 1024**3
+
+
+def levels(found: list[Finding]) -> list[Level]:
+    return [finding.level for finding in found]
+
+
+@pytest.mark.parametrize(("amount", "said"), [(0, "0"), (1024, "1K"), (1536 * 1024**2, "1.5G"), (4e12, "3.64T")])
+def test_sizes(amount: float, said: str) -> None:
+    assert size(amount) == said
+
+
+# --- sandboxes --------------------------------------------------------------------------------------------------------
+
+
+def runtime(cpus: int, each: float, wanted: int, most: int | None) -> Settings:
+    return Settings(
+        cpus_for_runtime=cpus, cpus_per_worker=each, train_batch_size=wanted, rollout_n=1, max_parallel_agents=most
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "each", "wanted", "most", "slots", "share"),
+    [
+        (128, 0.25, 512, None, 512, 0.25),
+        (128, 8, 512, None, 512, 0.25),  # CPUs are shared
+        (128, 8, 512, 16, 512, 0.25),  # 16 is what the CPUs allow, said again
+        (128, 8, 512, 15, 15, 8),  # a limit of the user's own
+        (128, 8, 512, 96, 96, 1.333333),  # another one
+        (64, 1, 96, None, 96, 0.666666),  # rounded down: 64 / 0.666667 would be 95 slots
+        (32, 8, 2, None, 4, 8),
+        (32, 8, 2, 4, 4, 8),
+    ],
+)
+def test_the_room(cpus: int, each: float, wanted: int, most: int | None, slots: int, share: float) -> None:
+    room = sandbox_room(runtime(cpus, each, wanted, most))
+    assert (room.slots, room.cpus_each) == (slots, share)
+    assert math.floor(cpus / room.cpus_each + 1e-9) >= slots, "the server makes so many"
+
+
+def test_a_users_command_wants_what_it_wants() -> None:
+    assert sandbox_room(Settings(training_command="true", cpus_for_runtime=32, cpus_per_worker=8)).slots == 4
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+QWEN_05B: dict[str, Any] = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+}
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+}
+MIXTRAL: dict[str, Any] = {**LLAMA_8B, "num_local_experts": 8, "vocab_size": 32000}
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"), [(QWEN_05B, 0.494), (LLAMA_8B, 8.03), (MIXTRAL, 46.7)], ids=["qwen", "llama", "mixtral"]
+)
+def test_parameters_are_counted_from_shapes(config: dict[str, Any], billions: float) -> None:
+    """Against the numbers that the models' own cards give."""
+    assert model.model_of(config).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 32768),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"rope_type": "linear", "factor": 2.0}, 65536),
+        ({"rope_type": "llama3", "factor": 8.0}, 32768),
+        ({"rope_type": "default"}, 32768),
+    ],
+)
+def test_the_context_with_rope_scaling(scaling: dict[str, Any] | None, context: int) -> None:
+    assert model.model_of({**QWEN_05B, "rope_scaling": scaling}).context == context
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen/Qwen3-1.7B", 1.7), ("a/b-32b-instruct", 32), ("Mixtral-8x7B", 56), ("gpt-2", 0), ("x/7Bit", 0)],
+)
+def test_a_name_tells_a_number(name: str, billions: float) -> None:
+    assert model.parameters_by_name(name) == billions * 1e9
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"])
+def test_the_cache_is_found_where_the_hub_keeps_it(tmp_path: Path, variable: str) -> None:
+    below = {"HF_HUB_CACHE": ".", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}
+    hub = tmp_path / below.get(variable, ".cache/huggingface/hub")
+    folder = hub / "models--Qwen--Qwen3-8B"
+    config = folder / "snapshots" / "abc" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+    assert model.config_file("Qwen/Qwen3-8B", {variable: str(tmp_path)}) == config
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("other")
+    assert model.config_file("Qwen/Qwen3-8B", {variable: str(tmp_path)}) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("a100", (40, 80)),
+        ("nvidia_a100_3g.20gb", (20, 20)),
+        ("nvidia-h100-80gb-hbm3", (80, 80)),
+        ("tesla_v100", (16, 32)),
+        ("h200", (141, 141)),
+        ("", None),
+        ("mystery", None),
+    ],
+)
+def test_the_memory_of_a_gpu(kind: str, known: tuple[int, int] | None) -> None:
+    assert memory.gpu_memory(kind) == (known and (known[0] * G, known[1] * G))
+
+
+def test_needs_are_what_the_sizes_give() -> None:
+    facts = ModelFacts(model.model_of(QWEN_05B), folder=True)
+    settings = Settings(gpu_nodes=2, gpus_per_node=2, tp_size=2, max_model_len=1000, fsdp_param_offload=False)
+    need = memory.needs(settings, facts, 1_000_000)
+    cache = 1000 * 24 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, their heads, size of a head, bytes
+    assert (need.update, need.host, need.resting) == (4e6, 4e6, 1e6)
+    assert need.inference == (2e6 + cache) / 2
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+FOUR = Settings(gpu_nodes=1, gpus_per_node=4)
+WHOLE = frozenset(
+    {"data.pt"} | {f"actor/{part}_world_size_4_rank_{n}.pt" for part in checkpoint.PARTS for n in range(4)}
+)
+LESS = frozenset(name.replace("world_size_4", "world_size_2") for name in WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("saved", "found", "said"),
+    [
+        (Saved(None, (), frozenset()), [ESTIMATE], "starts from scratch"),
+        (Saved("5", (4, 5), WHOLE), [ESTIMATE], "resumes from step 5"),
+        (Saved("5", (5,), WHOLE - {"data.pt"}), [ESTIMATE, WARNING], "has no data.pt"),
+        (Saved(None, (4, 5), frozenset()), [ERROR], "has steps 4, 5 and no latest_checkpointed_iteration.txt"),
+        (Saved("five", (5,), frozenset()), [ERROR], "'five', which is no step"),
+        (Saved("6", (5,), frozenset()), [ERROR], "names step 6"),
+        (Saved("5", (5,), LESS), [ERROR], "was saved on 2 GPUs; this run has GPU_NODES × GPUS_PER_NODE = 4"),
+        (Saved("5", (5,), frozenset({"data.pt"})), [ERROR], "has no model files"),
+        (Saved("5", (5,), WHOLE - {"actor/optim_world_size_4_rank_3.pt"}), [ERROR], "lacks 1 of 12 files (actor/optim"),
+    ],
+)
+def test_resuming(saved: Saved, found: list[Level], said: str) -> None:
+    result = resume_findings(FOUR, Path("/ckpt"), saved)
+    assert levels(result) == found
+    assert said in " ".join(finding.sentence for finding in result)
+
+
+def test_starting_over_on_purpose() -> None:
+    settings = Settings(gpu_nodes=1, gpus_per_node=4, verl_overrides=("trainer.resume_mode=disable",))
+    assert levels(resume_findings(settings, Path("/ckpt"), Saved("5", (5,), WHOLE))) == [WARNING]
+
+
+def test_a_checkpoint_folder_is_read_as_verl_writes_it(tmp_path: Path) -> None:
+    for name in WHOLE:
+        path = tmp_path / "global_step_5" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "global_step_4").mkdir()
+    (tmp_path / checkpoint.TRACKER).write_text("5\n")
+    saved = checkpoint.look_at_folder(tmp_path)
+    assert (saved.tracker, saved.steps) == ("5", (4, 5))
+    assert saved.files >= WHOLE
+    assert levels(resume_findings(FOUR, tmp_path, saved)) == [ESTIMATE]
+
+
+@pytest.mark.parametrize(
+    ("keep", "free_gb", "level"), [(1, 3000, ESTIMATE), (10, 3000, WARNING), (1, 500, WARNING)]
+)  # 32e9 × 12 bytes are 384 GB
+def test_room_for_checkpoints(keep: int, free_gb: int, level: Level) -> None:
+    settings = Settings(model="Qwen/Qwen3-32B", max_ckpt_to_keep=keep)
+    (found,) = space_findings(settings, ModelFacts(None, False), Path("/ckpt"), free_gb * 10**9)
+    assert found.level is level
+
+
+def test_no_checkpoints_need_no_room() -> None:
+    settings = Settings(model="Qwen/Qwen3-32B", save_freq=-1)
+    assert space_findings(settings, ModelFacts(None, False), Path("/ckpt"), 0) == []
+
+
+# --- .env -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "netrc", "shell", "loggers", "found"),
+    [
+        ("WANDB_API_KEY=abc\n", "", {}, ("wandb",), []),
+        ('WANDB_API_KEY="<REPLACE>"\n', "", {}, ("wandb",), [ERROR]),
+        ('WANDB_API_KEY="<REPLACE>"\n', "", {"WANDB_API_KEY": "x"}, ("wandb",), []),
+        ('WANDB_API_KEY="<REPLACE>"\n', "", {}, ("console",), []),
+        ("", "machine api.wandb.ai login user password x\n", {}, ("wandb",), []),
+        ("", "machine api.wandb.ai login user password x\n", {"WANDB_BASE_URL": "https://own"}, ("wandb",), [ERROR]),
+        ("", "", {"WANDB_MODE": "offline"}, ("wandb",), []),
+        ("ALLHANDS_API_KEY=<REPLACE>\nSANDBOX_REMOTE_RUNTIME_API_URL=<REPLACE>\n", "", {}, ("console",), []),
+    ],
+)
+def test_dot_env(
+    tmp_path: Path, content: str, netrc: str, shell: dict[str, str], loggers: tuple[str, ...], found: list[Level]
+) -> None:
+    (tmp_path / ".env").write_text(content)
+    (tmp_path / ".netrc").write_text(netrc)
+    read = dotenv.read_dot_env(tmp_path / ".env", tmp_path)
+    assert levels(dotenv.dot_env_findings(Settings(loggers=loggers), shell, read)) == found
+
+
+def test_a_dot_env_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"A=\xff\n")
+    (found,) = dotenv.dot_env_findings(Settings(), {}, dotenv.read_dot_env(tmp_path / ".env", tmp_path))
+    assert found.level is ERROR
+
+
+# --- folders and storage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("is_folder", "writable", "found"), [(True, True, []), (True, False, [ERROR]), (False, True, [ERROR])]
+)
+def test_folders(is_folder: bool, writable: bool, found: list[Level]) -> None:
+    folder = places.Folder("ROLLOUT_DIR", Path("/a/b"), Path("/a"), is_folder, writable)
+    assert levels(places.folder_findings([folder])) == found
+
+
+@pytest.mark.parametrize(
+    ("path", "file_system", "found"),
+    [
+        ("/scratch", "ext4", []),
+        ("/scratch", "", []),
+        ("/scratch", "nfs4", [WARNING]),
+        ("/s" + "x" * 50, "xfs", [WARNING]),
+    ],
+)
+def test_storage(path: str, file_system: str, found: list[Level]) -> None:
+    assert levels(places.scratch_findings(places.Scratch(Path(path), file_system, 1000))) == found
+
+
+@pytest.mark.parametrize(("lacking", "here", "there"), [((), [], []), (("/etc/subuid",), [WARNING], [ERROR])])
+def test_subordinate_ids(lacking: tuple[str, ...], here: list[Level], there: list[Level]) -> None:
+    """On the login node a warning, since a compute node may have other files; there an error."""
+    ids = places.SubordinateIds("me", 1000, lacking)
+    assert (levels(places.id_findings(ids)), levels(node.node_id_findings(ids))) == (here, there)
+
+
+# --- Slurm's answers --------------------------------------------------------------------------------------------------
+
+SINFO = """\
+test|up|12:00:00|2|(null)
+gpu|up|1-00:00:00|3|gpu:a100:4(S:0-1),nic:1
+gpu|up|1-00:00:00|2|gpu:a100:4,gpu:h100:2
+gpux|drain|infinite|1|gpu:8
+a line of a site's own
+"""
+
+
+def test_sinfo_is_read() -> None:
+    groups = cluster.parse_groups(SINFO)
+    assert [(group.partition, group.up, group.nodes) for group in groups] == [
+        ("test", True, 2),
+        ("gpu", True, 3),
+        ("gpu", True, 2),
+        ("gpux", False, 1),
+    ]
+    assert [group.limit_s for group in groups] == [43200, 86400, 86400, math.inf]
+    assert [dict(group.gpus) for group in groups] == [{}, {"a100": 4}, {"a100": 4, "h100": 2}, {"": 8}]
+
+
+def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> cluster.JobShape:
+    return cluster.JobShape("training", "GPU_PARTITION", tuple(partition.split(",")), nodes, gpus, kind)
+
+
+@pytest.mark.parametrize(
+    ("job", "limit", "said"),
+    [
+        (shape("gpu", 5, 4), "12:00:00", ""),
+        (shape("gpu", 5, 4, "a100"), "1-0", ""),
+        (shape("gpu", 2, 2, "h100"), "1-0", ""),
+        (shape("test,gpu"), "1-0", ""),
+        (shape("nope"), "1", "there is no such partition; there are: gpu, gpux, test"),
+        (shape("gpux"), "1", "is not up"),
+        (shape("test"), "12:00:01", "TIME_LIMIT=12:00:01 is more than GPU_PARTITION=test allows (12 h)"),
+        (shape("test"), "UNLIMITED", "never starts"),
+        (shape("gpu", 6), "1", "wants 6 nodes, GPU_PARTITION=gpu has 5"),
+        (shape("gpu", 1, 5), "1", "wants 1 nodes with 5 GPUs each"),
+        (shape("gpu", 3, 2, "h100"), "1", "has 2 of them"),
+        (shape("gpu", 1, 1, "v100"), "1", "3 with 4 a100; 2 with 4 a100, 2 h100"),
+        (shape("test", 1, 1), "1", "2 with no GPU"),
+    ],
+)
+def test_partitions(job: cluster.JobShape, limit: str, said: str) -> None:
+    found = cluster.partition_findings(Settings(time_limit=limit), job, cluster.parse_groups(SINFO))
+    assert levels(found) == ([ERROR] if said else [])
+    assert all(said in f"{finding.sentence}; {finding.fix}" for finding in found)
+
+
+def test_a_qos_may_allow_more_than_its_partition() -> None:
+    settings = Settings(time_limit="2-0", qos="long")
+    assert levels(cluster.partition_findings(settings, shape("gpu"), cluster.parse_groups(SINFO))) == [WARNING]
+
+
+@pytest.mark.parametrize("words", [("-p", "x"), ("--partition=x",), ("--gres=gpu:1",), ("-t5",), ("--clusters=b",)])
+def test_options_that_say_otherwise_leave_the_word_to_sbatch(tmp_path: Path, words: tuple[str, ...]) -> None:
+    world = World(tmp_path)
+    assert [job.kind for job in cluster.job_shapes(world.plan("GPU_SBATCH_ARGS=--comment=x"))] == [
+        "runtime",
+        "training",
+    ]
+    assert [job.kind for job in cluster.job_shapes(world.plan(f"GPU_SBATCH_ARGS={' '.join(words)}"))] == ["runtime"]
+
+
+def test_the_question_is_the_submission(tmp_path: Path) -> None:
+    plan = World(tmp_path).plan()
+    asked = [cluster.question_argv(job.argv) for job in plan.jobs]
+    for words, job in zip(asked, plan.jobs, strict=True):
+        assert words[:2] == ("sbatch", "--test-only")
+        assert not any(word.startswith(("--hold", "--parsable", "--dependency", "--kill-on")) for word in words)
+        assert set(job.argv) >= set(words) - {"--test-only"}
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "found"),
+    [
+        (
+            0,
+            "sbatch: Job 5 to start at 2026-11-25T10:00:00 using 2 processors on nodes cpu-a in partition test",
+            [ESTIMATE],
+        ),
+        (0, "", []),
+        (1, "allocation failure: Invalid partition name specified", [ERROR]),
+        (
+            1,
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            [WARNING],
+        ),
+        (124, "sbatch: no answer within 8 s: sbatch --test-only", [WARNING]),
+    ],
+)
+def test_what_sbatch_says(code: int, words: str, found: list[Level]) -> None:
+    assert levels(cluster.submission_findings("runtime", Completed(("sbatch",), code, "", words))) == found
+
+
+ASSOCIATIONS = "lab|gpu|normal,long\nother|gpu|short\n"
+
+
+@pytest.mark.parametrize(
+    ("account", "qos", "code", "text", "found"),
+    [
+        ("lab", "long", 0, ASSOCIATIONS, []),
+        ("", "short", 0, ASSOCIATIONS, []),
+        ("nobody", "", 0, ASSOCIATIONS, [ERROR]),
+        ("lab", "short", 0, ASSOCIATIONS, [ERROR]),
+        ("nobody", "", 1, "", []),  # no accounting here
+        ("nobody", "", 0, "", []),  # or it is not told
+    ],
+)
+def test_accounts(account: str, qos: str, code: int, text: str, found: list[Level]) -> None:
+    settings = Settings(account=account, qos=qos)
+    assert levels(cluster.account_findings(settings, Completed(("sacctmgr",), code, text, ""), "me")) == found
+
+
+# --- the node's own checks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-aa,MIG-bb"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8),
+        ({}, None),
+    ],
+)
+def test_visible_gpus(environment: dict[str, str], visible: int | None) -> None:
+    assert node.visible_gpus(environment) == visible
+
+
+@pytest.mark.parametrize(("visible", "found"), [(2, []), (1, [ERROR]), (3, [ERROR]), (None, [WARNING])])
+def test_gpus_of_a_node(visible: int | None, found: list[Level]) -> None:
+    assert levels(node.gpu_findings(Settings(gpus_per_node=2), visible)) == found
+
+
+@pytest.mark.parametrize(
+    ("free", "image", "found"),
+    [
+        (20 * G, "ghcr.io/a/b", []),
+        (5 * G, "ghcr.io/a/b", [WARNING]),
+        (5 * G, "localhost/skyrl-busybox:latest", []),
+        (100 * 1024**2, "localhost/skyrl-busybox:latest", [ERROR]),
+    ],
+)
+def test_the_disk_of_a_node(free: int, image: str, found: list[Level]) -> None:
+    assert levels(node.disk_findings(Path("/scratch"), free, image)) == found
+
+
+def test_a_training_node_names_all_that_it_lacks(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    settings = world.settings(f"CHECKPOINT_DIR={world.uv}/x")
+    environment = {**world.environment, "CUDA_VISIBLE_DEVICES": "0,1"}
+    node.check_training_node(world.settings(), environment)
+    (world.agent / "uv.lock").unlink()
+    (world.data / "train.parquet").unlink()
+    with pytest.raises(EnvironmentProblem) as problem:
+        node.check_training_node(settings, {**environment, "CUDA_VISIBLE_DEVICES": "0", "PATH": "/nowhere"})
+    for words in ("uv.lock is missing", "uv is not a folder", "has 1 GPUs", "TRAIN_DATA=", "not on PATH"):
+        assert words in str(problem.value)
+
+
+def test_a_command_of_the_users_needs_no_gpus_and_no_data(tmp_path: Path) -> None:
+    settings = World(tmp_path).settings("TRAINING_COMMAND=true", "DATA_DIR=/nowhere")
+    node.check_training_node(settings, {"PATH": os.environ["PATH"]})
+
+
+def test_a_runtime_node_names_all_that_it_lacks(tmp_path: Path) -> None:
+    settings = Settings(local_scratch=tmp_path / "nowhere", training_command="true")
+    with pytest.raises(EnvironmentProblem, match="not on PATH: podman"):
+        node.ready_runtime_node(settings, {"PATH": str(tmp_path)}, "7")

@@ -1,0 +1,85 @@
+"""What the checks ask a real Slurm, and what a real node answers when a job begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import OrdinaryUser
+from tests.runs import launch, launch_argv
+
+pytestmark = pytest.mark.slurm
+TRUE = "TRAINING_COMMAND=true"
+
+
+def check(user: OrdinaryUser, checkout: Path, jobs_base: Path, *settings: str) -> tuple[int, list[dict[str, str]]]:
+    """Exit code and findings of ``--check``."""
+    base = f"SKYRL_JOBS_BASE={jobs_base}"
+    done = user.run(launch_argv(checkout, base, TRUE, *settings, options=("--check", "--json")))
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)["findings"]
+
+
+def test_slurm_says_when_the_jobs_would_start(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    code, found = check(user, checkout, jobs_base)
+    assert code == 0
+    assert [finding["level"] for finding in found] == ["estimate", "estimate"]
+    assert all("job would start about 20" in finding["sentence"] for finding in found)
+    assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip(), "a question queues nothing"
+    assert list(jobs_base.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("GPU_PARTITION=nowhere", "GPU_PARTITION=nowhere: there is no such partition"),
+        ("CPU_PARTITION=nowhere", "Slurm would not take the runtime job: "),
+        ("TIME_LIMIT=13:00:00", "more than GPU_PARTITION=gpu_test allows (12 h)"),
+        ("GPU_NODES=3", "wants 3 nodes with 1 GPUs each, GPU_PARTITION=gpu_test has 2"),
+        ("GPUS_PER_NODE=9", "wants 1 nodes with 9 GPUs each"),
+        ("GPU_TYPE=h100", "h100 GPUs each, GPU_PARTITION=gpu_test has 0"),
+        ("GPU_PARTITION=test", "the training job wants 1 nodes with 1 GPUs each, GPU_PARTITION=test has 0"),
+        ("CPUS_FOR_RUNTIME=500", "Slurm would not take the runtime job: "),
+        ("TRAINING_MEMORY=9T", "Slurm would not take the training job: "),
+        ("RESERVATION=nowhere", "Slurm would not take the training job: "),
+    ],
+)
+def test_what_slurm_would_not_do(user: OrdinaryUser, checkout: Path, jobs_base: Path, setting: str, said: str) -> None:
+    code, found = check(user, checkout, jobs_base, setting)
+    assert code == 2
+    errors = [finding for finding in found if finding["level"] == "error"]
+    assert any(said in finding["sentence"] for finding in errors), found
+    assert all(finding["check"] == "slurm" and finding["fix"] for finding in errors)
+
+
+def test_an_account_is_nobodys_worry_where_there_is_no_accounting(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path
+) -> None:
+    code, found = check(user, checkout, jobs_base, "ACCOUNT=lab")
+    assert code == 0, found
+
+
+def test_a_launch_stops_before_anything_is_queued(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    words = (f"SKYRL_JOBS_BASE={jobs_base}", TRUE, "GPUS_PER_NODE=9")
+    done = user.run(launch_argv(checkout, *words))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nothing was queued" in done.stderr
+    assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip()
+    assert list(jobs_base.iterdir()) == []
+
+
+@pytest.mark.podman
+def test_a_node_that_cannot_write_says_so_at_once(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
+) -> None:
+    """The login node is not asked here: a folder can be writable there and not on the GPU node."""
+    run = launch(user, checkout, jobs_base, TRUE, "CHECKPOINT_DIR=/boot/ckpt", options=("--no-check=folders",))
+    run.wait_over("runtime", "training", seconds=40)
+    assert run.exit_code("training") == "71"
+    assert "cannot run this job: CHECKPOINT_DIR=/boot/ckpt: /boot cannot be written on gpu-" in run.log(
+        "training", "err"
+    )
+    assert "/boot cannot be written" in run.completion["reason"]
