@@ -280,7 +280,11 @@ def test_every_file_of_a_run_is_listed() -> None:
     names += [directory.heartbeat(job, "ID").name for job in ("runtime", "training")]
     names += [directory.ray_log("ID", "NODE").name, directory.ray_head("ID").name]
     listed = first_cells(LAUNCHER, "The run directory")
-    missing = [name for name in names if not any(name in cell.replace("<id>", "ID").replace("<node>", "NODE") for cell in listed)]
+    missing = [
+        name
+        for name in names
+        if not any(name in cell.replace("<id>", "ID").replace("<node>", "NODE") for cell in listed)
+    ]
     assert not missing, f"the run directory's table lacks {missing}"
 
 
