@@ -307,6 +307,7 @@ def test_a_steps_environment() -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_MEM_PER_NODE": "4096",
         "SRUN_CPUS_PER_TASK": "1",
+        "SKYRL_TRAINER": "7.x",
         "URL": "http://x",
         "PYTHONPATH": "/p",
     }

@@ -37,7 +37,9 @@ def clean(user: User, nothing_left: Callable[[], None]) -> Iterator[None]:
     """Every test here ends with nothing left on any node, its own disk and its ports included."""
     yield
     nothing_left()
-    until("empty disks of the nodes", lambda: not on_disks(), END_S)
+    with contextlib.suppress(AssertionError):
+        until("empty disks of the nodes", lambda: not on_disks(), END_S)
+    assert on_disks() == []
     for name in NODES:
         listening = subprocess.run(in_node(name, "ss", "-Hltn"), capture_output=True, text=True, check=True).stdout
         ports = [int(port) for port in re.findall(r":(\d+)\s", listening)]
@@ -153,7 +155,7 @@ def test_two_runs_on_the_same_nodes_do_not_meet(two_nodes: TwoNodes) -> None:
     assert len(on_disks()) == len(NODES) * len(runs), "a folder for each run on each node"
     two_nodes.user.run(["scancel", runs[0].jobs["training"]])
     runs[0].wait_over(seconds=END_S)
-    assert runs[0].completion["exit_code"] == 143
+    assert runs[0].completion["reason"].startswith("ended by SIGTERM")
     assert not runs[1].is_over("training")
     os.kill(body_pid(runs[1]), signal.SIGKILL)
     runs[1].wait_over(seconds=END_S)

@@ -27,7 +27,7 @@ from slurm.lib.ray_node import Announcement, NodeSpec, parse_announcement
 from slurm.lib.ray_ports import DEFAULT_RANGE
 from slurm.lib.scheduler import Slurm, step_argv
 from slurm.lib.settings import Settings, gpu_gres
-from slurm.lib.trainer import Trainer
+from slurm.lib.trainer import TRAINER_MARKER, Trainer
 from slurm.lib.waiting import wait_for
 
 T = TypeVar("T")
@@ -123,8 +123,12 @@ def shared_environment(base: Mapping[str, str], token: str) -> dict[str, str]:
 
 
 def step_environment(base: Mapping[str, str], code: Path) -> dict[str, str]:
-    """What a step is started with: the trainer's environment, since Ray's workers inherit that of ``ray start``."""
-    kept = {name: value for name, value in base.items() if not name.startswith(CONTRADICTING)}
+    """What a step is started with: the trainer's environment, since Ray's workers inherit that of ``ray start``.
+
+    Not the mark of the trainer's own processes: whoever has it is killed with the body, and a node's part, which ends
+    in order then, would be too.
+    """
+    kept = {name: value for name, value in base.items() if not name.startswith((*CONTRADICTING, TRAINER_MARKER))}
     return {**kept, "PYTHONPATH": f"{code}:{kept['PYTHONPATH']}" if kept.get("PYTHONPATH") else str(code)}
 
 

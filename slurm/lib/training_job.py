@@ -38,7 +38,16 @@ from slurm.lib.ray_cluster import ray_cluster
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
-from slurm.lib.trainer import KEY_NAME, URL_NAME, Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
+from slurm.lib.trainer import (
+    KEY_NAME,
+    TRAINER_MARKER,
+    URL_NAME,
+    Trainer,
+    env_file_text,
+    missing_parts,
+    trainer_environment,
+    trainer_of,
+)
 from slurm.lib.waiting import wait_for
 
 LOOK_EVERY_S = 0.2
@@ -133,9 +142,9 @@ class TrainingSession:
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
         marker = f"{self.job.job_id}.{secrets.token_hex(8)}"
-        environment["SKYRL_TRAINER"] = marker
+        environment[TRAINER_MARKER] = marker
         with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
-            guardian.own_marker("SKYRL_TRAINER", marker)
+            guardian.own_marker(TRAINER_MARKER, marker)
             watch = self.partner_watch(endpoint, heartbeat)
             guardian.await_detached()
             adopt_orphans()
