@@ -168,6 +168,14 @@ class CoordinationDir:
         """The log of ``job`` ("runtime" or "training"), suffix "out" or "err"."""
         return self.path / f"{job}_{job_id}.{suffix}"
 
+    def ray_log(self, job_id: str, node: str) -> Path:
+        """What Ray on a node of the training job ``job_id`` said."""
+        return self.path / f"ray_{job_id}_{node}.log"
+
+    def ray_head(self, job_id: str) -> Path:
+        """Where that job's Ray cluster is joined, as its head says."""
+        return self.path / f"ray_{job_id}_head.json"
+
     def heartbeat(self, job: str, job_id: str) -> Path:
         return self.path / f"heartbeat_{job}_{job_id}.txt"
 

@@ -15,6 +15,7 @@ EXIT_UNAVAILABLE = 69  # the partner job is gone or never became ready (EX_UNAVA
 EXIT_INTERNAL = 70  # a fault of this suite (EX_SOFTWARE)
 EXIT_ENVIRONMENT = 71  # something this machine lacks: an interpreter, Podman, a folder (EX_OSERR)
 EXIT_SUBMISSION = 73  # Slurm refused or did not answer; whatever was submitted has been cancelled (EX_CANTCREAT)
+EXIT_NODE_LOST = 74  # a node of the training job was lost (EX_IOERR)
 EXIT_TIMEOUT = 75  # a deadline of ours passed (EX_TEMPFAIL)
 EXIT_SIGNAL_BASE = 128  # ended by signal N: 128 + N, as shells count
 
@@ -47,6 +48,12 @@ class PartnerGone(SuiteError):
     """The other job of the run has ended, said that it failed, or cannot be reached."""
 
     exit_code = EXIT_UNAVAILABLE
+
+
+class NodeLost(SuiteError):
+    """A node of the training job has left the run's Ray cluster; the message names it."""
+
+    exit_code = EXIT_NODE_LOST
 
 
 class WaitTimeout(SuiteError):

@@ -1,10 +1,10 @@
 """Ends what a job body owned if the body itself is killed with SIGKILL.
 
 The body starts it first and holds the only write end of its stdin, over which it says what it owns: ``storage PATH``,
-``session SID TICKS``, ``marker NAME=VALUE``. When the pipe closes, for whatever reason, the guardian ends what is still
-there of it and goes; after an orderly end that is nothing. It leaves the job's process tree (two forks), so that a
-scheduler that follows parents does not end it before it has done its work; where the scheduler follows cgroups, it
-ends everything itself.
+``session SID TICKS``, ``marker NAME=VALUE``, ``tree PATH``. When the pipe closes, for whatever reason, the guardian
+ends what is still there of it and goes; after an orderly end that is nothing. It leaves the job's process tree (two
+forks), so that a scheduler that follows parents does not end it before it has done its work; where the scheduler
+follows cgroups, it ends everything itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import IO
 
 from slurm.lib.podman_storage import remove_when_ownerless
 from slurm.lib.processes import ignore_stops, living_fields, pids, start_ticks
+from slurm.lib.ray_folder import remove as remove_folder
 
 
 class Guardian:
@@ -40,6 +41,10 @@ class Guardian:
 
     def own_storage(self, root: Path) -> None:
         self._say(f"storage {root}")
+
+    def own_tree(self, root: Path) -> None:
+        """A folder with all that is in it, removed after the processes have ended."""
+        self._say(f"tree {root}")
 
     def own_session(self, sid: int) -> None:
         """``sid`` leads a session of its own; all processes of that session are the guardian's to end."""
@@ -105,6 +110,8 @@ def end(line: str) -> None:
         end_marked(name.encode())
     elif kind == "storage":
         remove_when_ownerless(Path(name))
+    elif kind == "tree":
+        remove_folder(Path(name))
 
 
 def main() -> None:
@@ -113,7 +120,7 @@ def main() -> None:
     ignore_stops()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    for line in sorted(sys.stdin.readlines()):  # markers and sessions first: removing storage takes longest
+    for line in sorted(sys.stdin.readlines()):  # processes first, then what they had on disk
         end(line)
 
 

@@ -16,7 +16,7 @@ from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
-from slurm.lib.settings import Settings
+from slurm.lib.settings import Settings, gpu_gres
 from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_versions import VerlVersion
 
@@ -140,13 +140,12 @@ def runtime_options(settings: Settings) -> tuple[str, ...]:
 
 def training_options(settings: Settings) -> tuple[str, ...]:
     """The resources of the training job."""
-    gpu = f"gpu:{settings.gpu_type}" if settings.gpu_type else "gpu"
     pairs = [
         ("job-name", "skyrl-train"),
         ("partition", settings.gpu_partition),
         ("nodes", settings.gpu_nodes),
         ("ntasks-per-node", 1),
-        ("gres", f"{gpu}:{settings.gpus_per_node}" if settings.gpus_per_node else None),
+        ("gres", gpu_gres(settings)),
         ("cpus-per-task", settings.training_cpus),
         ("mem", settings.training_memory),
     ]

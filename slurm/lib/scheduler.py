@@ -98,6 +98,28 @@ def parse_job_id(answer: Completed) -> str | None:
     return None
 
 
+def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[str]) -> tuple[str, ...]:
+    """The command that runs ``command`` as a job step on one node of the allocation, and ends with it.
+
+    Everything is said: since Slurm 22.05 a step no longer inherits the job's --cpus-per-task, and without --overlap
+    it would wait for the CPUs that another step has. Standard input is the command's.
+    """
+    options = (
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={node}",
+        "--overlap",
+        f"--cpus-per-task={cpus}",
+        f"--gres={gres}",
+        "--mem=0",
+        "--export=ALL",
+        f"--chdir={cwd}",
+        "--unbuffered",
+        "--job-name=skyrl-ray",
+    )
+    return ("srun", *options, *command)
+
+
 class Slurm:
     """Slurm as its commands on PATH; ``environment`` is what they are started with."""
 
@@ -139,6 +161,17 @@ class Slurm:
             return None
         answer = self._ask("scancel", *job_ids, timeout_s=SUBMIT_TIMEOUT_S)
         return None if answer.ok or "Invalid job id" in answer.stderr else answer.complaint
+
+    def hostnames(self, nodelist: str) -> list[str]:
+        """The names in a list as Slurm writes it, such as ``gpu[1-3,7]``; ``EnvironmentProblem`` with Slurm's words."""
+        answer = self._ask("scontrol", "show", "hostnames", nodelist)
+        if not answer.ok or not answer.stdout.split():
+            raise EnvironmentProblem(f"scontrol show hostnames {nodelist}: {answer.complaint}")
+        return answer.stdout.split()
+
+    def node_state(self, node: str) -> str:
+        """Slurm's word for a node's state, such as ``mixed`` or ``down*``; empty while it does not answer."""
+        return " ".join(self._ask("sinfo", "-h", "-n", node, "-o", "%T").stdout.split()[:1])
 
     def kill_wait_s(self) -> float:
         """Seconds between the TERM of a cancellation and the KILL (``KillWait``)."""

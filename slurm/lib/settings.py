@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from slurm.lib.ray_ports import BLOCK_SIZE
+
 T = TypeVar("T")
 Raw = str | tuple[str, ...]  # a bash array is a tuple
 
@@ -256,6 +258,19 @@ def mirrors(raw: Raw) -> tuple[str, ...]:
     return result
 
 
+def ray_word(raw: str) -> str:
+    """auto, on or off."""
+    return _one_of(raw, "auto", "on", "off")
+
+
+def ray_ports(raw: str) -> range:
+    """A-B, both ends included, with room for one block of ports."""
+    ports = port_range(raw)
+    if len(ports) < BLOCK_SIZE:
+        raise ValueError(f"must hold at least {BLOCK_SIZE} ports, which is what one run takes on a node")
+    return ports
+
+
 def _one_of(raw: str, *allowed: str) -> str:
     if raw not in allowed:
         raise ValueError(f"must be {', '.join(allowed[:-1])} or {allowed[-1]}")
@@ -401,6 +416,31 @@ class Settings:
     )
     training_command: str = setting(
         "TRAINING_COMMAND", text, "", "Run by `bash -c` in the training job in place of VERL.", default_text="VERL"
+    )
+
+    # Ray on the nodes of the training job
+    ray_cluster: str = setting(
+        "RAY_CLUSTER",
+        ray_word,
+        "auto",
+        "Whether Ray is started on all nodes of the training job before the trainer; auto: for VERL on several nodes.",
+    )
+    ray_python: tuple[str, ...] = setting(
+        "RAY_PYTHON",
+        words,
+        (),
+        "Command that starts the Python which has Ray, on every node in the trainer's folder.",
+        default_text="VERL: `uv run --frozen --extra verl python`; TRAINING_COMMAND: `python3`",
+    )
+    ray_port_range: range | None = setting(
+        "RAY_PORT_RANGE",
+        optional(ray_ports),
+        None,
+        "Ports that Ray may use on each node: A-B; one run takes 500 of them.",
+        default_text="20000-32499",
+    )
+    ray_ready_timeout: int = setting(
+        "RAY_READY_TIMEOUT", positive_int, 300, "How long the training job waits for Ray on all of its nodes.", unit="s"
     )
 
     # The runtime job and its sandboxes
@@ -726,6 +766,12 @@ def time_limit_s(settings: Settings) -> int:
     return int(min(slurm_seconds(settings.time_limit), LONGEST_S))
 
 
+def gpu_gres(settings: Settings) -> str:
+    """What each node of the training job has of Slurm's generic resources, such as ``gpu:a100:8``; empty for none."""
+    kind = f"gpu:{settings.gpu_type}" if settings.gpu_type else "gpu"
+    return f"{kind}:{settings.gpus_per_node}" if settings.gpus_per_node else ""
+
+
 def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
@@ -763,6 +809,8 @@ def contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _gpu_contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
+    if settings.ray_cluster == "on" and settings.skyrl_backend == "local":
+        return [(("RAY_CLUSTER",), "RAY_CLUSTER=on: Ray is started by Slurm's job steps, which a local run has not")]
     if settings.training_command:
         return []  # VERL does not run, so nothing is spread over GPUs
     if settings.gpus_per_node == 0:

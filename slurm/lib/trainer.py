@@ -18,6 +18,7 @@ from slurm.lib.verl_versions import VerlVersion, find_verl
 # What SkyRL-agent reads to find its sandboxes.
 KEY_NAME = "ALLHANDS_API_KEY"
 URL_NAME = "SANDBOX_REMOTE_RUNTIME_API_URL"
+TRAINER_MARKER = "SKYRL_TRAINER"  # in the environment of everything that the trainer starts
 
 
 @dataclass(frozen=True)

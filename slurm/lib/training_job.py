@@ -24,6 +24,7 @@ from slurm.lib.errors import (
     EXIT_INTERNAL,
     EXIT_SIGNAL_BASE,
     EnvironmentProblem,
+    NodeLost,
     PartnerGone,
     SuiteError,
     UsageError,
@@ -34,12 +35,14 @@ from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
+from slurm.lib.ray_cluster import RayCluster, ray_cluster
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.task_yaml import write_matching
 from slurm.lib.trainer import (
     KEY_NAME,
+    TRAINER_MARKER,
     URL_NAME,
     Trainer,
     env_file_text,
@@ -58,6 +61,7 @@ VERIFY_DEADLINE_S = 20.0
 FOREIGN_SERVERS = frozenset({404, 405})  # a server that is not ours need not have /list
 # How long a trainer may take to stop after its runtime is gone; with SILENT_AFTER_S the GPUs are free within 15 s.
 STOP_GRACE_S = 5.0
+NODE_WORD_S = 3.0  # from the death of a node's Ray, which fails the trainer, to where we see it
 
 
 @dataclass(frozen=True)
@@ -140,21 +144,32 @@ class TrainingSession:
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
         marker = f"{self.job.job_id}.{secrets.token_hex(8)}"
-        environment["SKYRL_TRAINER"] = marker
+        environment[TRAINER_MARKER] = marker
         with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
-            guardian.own_marker("SKYRL_TRAINER", marker)
+            guardian.own_marker(TRAINER_MARKER, marker)
             watch = self.partner_watch(endpoint, heartbeat)
             guardian.await_detached()
             adopt_orphans()
-            with start_canary() as canary, start_trainer(trainer, environment) as child:
+
+            def still_possible() -> None:
+                self.notes.check()
+                if why := watch():
+                    raise PartnerGone(why)
+
+            with (
+                start_canary() as canary,
+                ray_cluster(self.job, trainer, environment, guardian, still_possible, self.notes.sleep) as cluster,
+                start_trainer(trainer, {**environment, **cluster.environment}) as child,
+            ):
                 guardian.own_session(child.pid)
                 self.notes.on_other = child.send
                 try:
-                    return self.supervise(child, watch, canary)
+                    return self.supervise(child, watch, canary, cluster)
                 finally:
                     self.notes.on_other = None
                     child.kill()
-                    kill_descendants(spared={canary.pid})  # daemons that it left, in sessions of their own
+                    # daemons that it left, in sessions of their own
+                    kill_descendants(spared={canary.pid} | cluster.pids)
 
     def others_completion(self) -> Flag | None:
         """The completion flag of another training that this runtime has served."""
@@ -299,19 +314,34 @@ class TrainingSession:
 
         return gone
 
-    def supervise(self, child: Child, partner_gone: Callable[[], str | None], canary: Child) -> Outcome:
-        """Wait for the trainer's end, a signal, or the partner's end."""
+    def supervise(
+        self,
+        child: Child,
+        partner_gone: Callable[[], str | None],
+        canary: Child,
+        cluster: RayCluster,
+    ) -> Outcome:
+        """Wait for the trainer's end, a signal, or the end of the partner or of a node."""
         next_look = 0.0
         while (code := child.exit_code) is None:
             if self.notes.stop_signal is not None:
                 return self._stopped_by_signal(child, self.notes.stop_signal, canary)
             if time.monotonic() >= next_look:
-                why = partner_gone()
-                if why:
-                    return self._stopped_for_partner(child, why)
+                if why := partner_gone():
+                    return self._stopped(child, PartnerGone.exit_code, why)
+                if why := cluster.lost():
+                    return self._stopped(child, NodeLost.exit_code, why)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
-        return Outcome(code, ended(code))
+        why = self._lost_meanwhile(cluster) if code else None
+        return Outcome(NodeLost.exit_code, f"{why}; {ended(code)}") if why else Outcome(code, ended(code))
+
+    def _lost_meanwhile(self, cluster: RayCluster) -> str | None:
+        """Why a node is lost: a trainer that misses it fails sooner than its step ends, and without its name."""
+        end = time.monotonic() + (NODE_WORD_S if cluster.steps else 0.0)
+        while (why := cluster.lost()) is None and self.notes.stop_signal is None and time.monotonic() < end:
+            self.notes.sleep(LOOK_EVERY_S)
+        return None if self.notes.stop_signal else why
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""
@@ -334,10 +364,10 @@ class TrainingSession:
         own = code if code not in {None, 0} else EXIT_SIGNAL_BASE + number
         return Outcome(own or EXIT_SIGNAL_BASE + number, f"ended by {name}; {ended(code or 0)}")
 
-    def _stopped_for_partner(self, child: Child, why: str) -> Outcome:
+    def _stopped(self, child: Child, code: int, why: str) -> Outcome:
         log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
         child.stop(STOP_GRACE_S)
-        return Outcome(PartnerGone.exit_code, why)
+        return Outcome(code, why)
 
 
 def ended(code: int) -> str:
