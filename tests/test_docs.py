@@ -84,6 +84,8 @@ VALUES = {
     "port_range": "A-B",
     "positive_int": "whole number ≥ 1",
     "positive_number": "number > 0",
+    "ray_ports": "A-B",
+    "ray_word": "auto, on, off",
     "secret": "printable ASCII",
     "slurm_time": "Slurm time, or UNLIMITED",
     "start_word": "fork, exec",
@@ -276,8 +278,13 @@ def test_every_file_of_a_run_is_listed() -> None:
     ]
     names += [directory.log(job, "ID", suffix).name for job in ("runtime", "training") for suffix in ("out", "err")]
     names += [directory.heartbeat(job, "ID").name for job in ("runtime", "training")]
+    names += [directory.ray_log("ID", "NODE").name, directory.ray_head("ID").name]
     listed = first_cells(LAUNCHER, "The run directory")
-    missing = [name for name in names if not any(name in cell.replace("<id>", "ID") for cell in listed)]
+    missing = [
+        name
+        for name in names
+        if not any(name in cell.replace("<id>", "ID").replace("<node>", "NODE") for cell in listed)
+    ]
     assert not missing, f"the run directory's table lacks {missing}"
 
 

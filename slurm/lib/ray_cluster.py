@@ -115,8 +115,8 @@ def head_first(names: Sequence[str], own: str) -> list[str]:
 def shared_environment(base: Mapping[str, str], token: str) -> dict[str, str]:
     """What all of the run's Ray has in common: nothing is reported to Ray's makers, and strangers are turned away.
 
-    From 2.52 on Ray can ask whoever connects for a token, by default one from a file in the home directory; older
-    ones ignore it. A user's own choice stays.
+    Newer Ray asks whoever connects for a token, by default (2.60.0) one from a file in the home directory; 2.51.1
+    ignores it. A user's own choice stays.
     """
     own = {} if "RAY_AUTH_MODE" in base else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     return {"RAY_USAGE_STATS_ENABLED": base.get("RAY_USAGE_STATS_ENABLED", "0"), **own}

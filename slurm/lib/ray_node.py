@@ -44,7 +44,7 @@ class NodeSpec:
 
     ``head`` is the head's HOST:PORT and ``folder`` its folder, which is Ray's on every node; both are empty for the
     head itself, which writes its own into the file ``announce``. ``peer`` is another node's name; ``ports`` the range
-    to choose from, both ends included; ``grace_s`` the seconds that Ray has between being asked to end and being killed.
+    to choose from, both ends included; ``grace_s`` the seconds from the question to end to the kill.
     """
 
     job_id: str

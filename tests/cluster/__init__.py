@@ -1,8 +1,9 @@
 """A real Slurm of one login host and four nodes on this one machine, for the tests.
 
 Each node has a network namespace and a host name of its own on a private bridge, so that jobs see distinct hosts and
-reach each other only over the network. Everything lies below ``HOME`` and is found again by pid files; only the logs,
-in ``LOGS``, stay until the next start. Needs root and the Debian packages that ``MISSING_HINT`` names; no systemd.
+reach each other only over the network. GPU nodes have a disk of their own too, at ``LOCAL_DISK``; the rest is shared.
+Everything lies below ``HOME`` and is found again by pid files; only the logs, in ``LOGS``, stay until the next start.
+Needs root and the Debian packages that ``MISSING_HINT`` names; no systemd.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.users import open_tun
 
 HOME = Path("/run/skyrl-test-cluster")
 CONF = HOME / "etc" / "slurm.conf"
+LOCAL_DISK = HOME / "t"  # the same path on each GPU node, another folder; a short one, for Ray's sockets
 LOGS = Path("/var/log/skyrl-test-cluster")
 LOCK = Path("/run/skyrl-test-cluster.lock")
 NODES = {"cpu-a": "10.79.0.11", "cpu-b": "10.79.0.12", "gpu-a": "10.79.0.13", "gpu-b": "10.79.0.14"}
@@ -166,7 +168,15 @@ def _make_folders() -> None:
         device = HOME / "dev" / f"nvidia{number}"
         if not device.exists():
             os.mknod(device, 0o020666, os.makedev(195, number))
+    for folder in (LOCAL_DISK, *map(disk_of, NODES)):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o1777)
     open_tun()
+
+
+def disk_of(node: str) -> Path:
+    """Where a GPU node's own disk is seen from outside of the node."""
+    return HOME / "disks" / node
 
 
 def _outer(number: int) -> str:
@@ -216,8 +226,10 @@ def _start_munge() -> None:
 
 def _start_node(name: str) -> None:
     """nsenter, not ``ip netns exec``: the latter remounts /sys, and slurmd no longer finds the cgroups."""
-    command = f"hostname {name}; exec slurmd -f {CONF} -N {name}"
-    _call("nsenter", f"--net=/var/run/netns/{_inside(name)}", "unshare", "-u", "sh", "-c", command)
+    own_disk = f"mount --bind {disk_of(name)} {LOCAL_DISK} && " if name.startswith("gpu") else ""
+    command = f"hostname {name}; {own_disk}exec slurmd -f {CONF} -N {name}"
+    spaces = ("--uts", "--mount") if own_disk else ("--uts",)
+    _call("nsenter", f"--net=/var/run/netns/{_inside(name)}", "unshare", *spaces, "sh", "-c", command)
 
 
 def down() -> None:
