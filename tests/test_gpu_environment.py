@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,9 @@ from slurm.lib.node_environment import for_trainer, lines
 from slurm.lib.node_facts import Caches, NodeFacts, find_cuda, folder_of_libcuda, joined, load_modules
 from slurm.lib.preflight.finding import Level
 from slurm.lib.preflight.mig import is_mig_type, mig_findings, visible_findings
+from slurm.lib.ray_folder import choose
 from slurm.lib.settings import Settings
+from tests.runs import until
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("/tmp/skyray-0-7t")
@@ -369,6 +372,50 @@ def test_the_runtime_is_reached_past_any_proxy() -> None:
     found = after({"http_proxy": "http://p:1", "no_proxy": "a,b"}, *OTHER)
     assert (found["no_proxy"], found["NO_PROXY"]) == ("a,b,cpu1", "cpu1")
     assert after(found, *OTHER)["no_proxy"] == "a,b,cpu1"
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from slurm.lib.config import load_config
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.guardian import guarded
+from slurm.lib.job_context import JobContext
+from slurm.lib.node_environment import job_folder
+from slurm.lib.scheduler import LocalJobs
+from slurm.lib.settings import Settings
+scratch, code = Path(sys.argv[1]), Path(sys.argv[2])
+job = JobContext("7", CoordinationDir(scratch), Settings(local_scratch=scratch), {}, LocalJobs(scratch), code, True)
+with guarded(code) as guardian, job_folder(job, guardian) as folder:
+    guardian.await_detached()
+    (folder / "ray" / "session").mkdir(parents=True)
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["an orderly end", "kill -9"])
+def test_the_jobs_folder_goes_with_the_job(end: str) -> None:
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short, as Ray needs it; pytest's own folders are not
+    argv = [sys.executable, "-c", OWNER, str(scratch), str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout and owner.stdin
+        folder = Path(owner.stdout.readline().strip())
+        assert folder.parent == scratch
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert len(str(folder / "ray")) <= 43
+        if end == "kill -9":
+            owner.kill()
+    until("the folder's end", lambda: not folder.exists(), 20)
+    scratch.rmdir()  # nothing else was left in it
+
+
+def test_without_room_for_rays_sockets_the_next_folder_is_taken(tmp_path: Path) -> None:
+    name = "skyray-0-7t"
+    assert choose([str(tmp_path / ("x" * 40)), "/tmp"], f"{name}/ray") == Path("/tmp")
+    with pytest.raises(EnvironmentProblem, match=r"path too long for Ray's sockets.*LOCAL_SCRATCH"):
+        choose([f"/{'x' * 40}"], f"{name}/ray")
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
