@@ -18,7 +18,7 @@ import pytest
 
 from slurm.lib.config import load_config
 from slurm.lib.gpu_environment import composed
-from slurm.lib.node_facts import NodeFacts
+from slurm.lib.node_facts import NodeFacts, base_python
 from slurm.lib.trainer import KEY_NAME, URL_NAME, env_file_text, env_file_values, trainer_environment
 from slurm.lib.training_job import read_dot_env
 from tests.ray_environment import ray_python
@@ -151,3 +151,16 @@ def test_rays_workers_see_the_runs_server(tmp_path: Path, uv: str, ray_root: Pat
     assert seen["FI_PROVIDER"] == "tcp"
     assert seen["no_proxy"] == "cpu1"
     assert folder == str(ray_root / "ray")  # the 4 characters that the job's folder leaves room for
+
+
+def test_the_python_that_is_found_does_not_make_uv_start_anew(tmp_path: Path, uv: str) -> None:
+    """UV_PYTHON is the Python under skyrl-agent's environment; with another one uv would replace that environment."""
+    agent = project(tmp_path / "agent", uv)
+    subprocess.run([uv, "venv", "--offline", "--python", sys.executable, str(agent / ".venv")], check=True)
+    (agent / ".venv" / "mine").touch()
+    base, _ = base_python(agent / ".venv")
+    environment = {**clean(tmp_path), "UV_PYTHON": str(base)}
+    argv = [uv, "run", "--frozen", "--extra", "verl", "python", "-c", "import sys; print(sys.prefix)"]
+    done = subprocess.run(argv, cwd=agent, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(agent / ".venv"), done.stderr
+    assert (agent / ".venv" / "mine").exists()
