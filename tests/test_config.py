@@ -186,6 +186,8 @@ BASH_SUITE = {
     "IMAGE_ARCHIVE": None, "TRAINING_COMMAND": "", "VERL_OVERRIDES": (), "SKYRL_COORD_DIR": None,
     "SKYRL_JOBS_BASE": Path("/home/me/.skyrl_jobs"), "SKYRL_PROJECT_ROOT": Path("/project"), "SKYRL_DEBUG": False,
     "SLURM_RUNTIME_DIR": None, "SANDBOX_REMOTE_RUNTIME_API_URL": "", "SKYRL_BACKEND": "slurm",
+    "RAY_CLUSTER": "auto", "RAY_PYTHON": (), "RAY_PORT_RANGE": None, "RAY_READY_TIMEOUT": 300,
+    "NETWORK_INTERFACE": "", "CUDA_MODULES": (), "CACHE_DIR": None,
 }  # fmt: skip
 
 

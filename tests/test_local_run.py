@@ -66,7 +66,8 @@ class Place:
         marks = [os.fsencode(self.base), *(f"-{job_id}".encode() for job_id in ids)]
         launchers = {process.pid for process in self.started if process.poll() is None}
         found = [f"process {pid}: {words!r}" for pid, words in processes(marks) if pid not in launchers]
-        storage = [str(path) for job_id in ids for path in Path("/tmp").glob(f"*skyrl-*{job_id}*")]
+        names = [f"*{name}-*{job_id}*" for job_id in ids for name in ("skyrl", "skyray")]
+        storage = [str(path) for name in names for path in Path("/tmp").glob(name)]
         sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if any(i in line for i in ids)]
         return found + storage + sockets
 
@@ -199,6 +200,17 @@ def test_streams_files_and_the_trainers_exit_code(place: Place) -> None:
         assert stat.S_IMODE((directory / name).stat().st_mode) == 0o600
     record = json.loads((directory / "run.json").read_text())
     assert {kind: job["id"] for kind, job in record["jobs"].items()} == {"runtime": job_id, "training": training}
+
+
+def test_the_trainer_has_a_folder_of_its_own_on_the_node(place: Place) -> None:
+    """Used by the trainer, named in the log with its reason, and gone with the job."""
+    run = place.start('TRAINING_COMMAND=mkdir "$RAY_TMPDIR/ray" && echo "folder=$RAY_TMPDIR $no_proxy $FI_PROVIDER."')
+    assert run.wait() == 0, run.stderr
+    found = re.search(r"folder=(/\S*/skyray-\d+-[\w.]+t) \S+ \.$", run.stderr, re.MULTILINE)
+    assert found, run.stderr
+    assert f"RAY_TMPDIR={found[1]}  # Ray's folder: " in run.stderr
+    assert not Path(found[1]).exists()
+    place.assert_nothing_left()
 
 
 def test_ctrl_c_stops_both(place: Place) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.settings import Settings
-from slurm.lib.trainer import Trainer, env_file_text, missing_parts, trainer_environment, trainer_of
+from slurm.lib.trainer import Trainer, env_file_text, env_file_values, missing_parts, trainer_environment, trainer_of
 from slurm.lib.training_job import read_dot_env
 from slurm.lib.verl_command import hydra_value
 
@@ -207,19 +207,19 @@ URL, KEY = "SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY"
 def test_an_old_env_file_never_beats_the_run() -> None:
     base = {"PATH": "/bin", URL: "of the shell", "WANDB_MODE": "online"}
     dot_env = {URL: "http://old:1", KEY: "old", "WANDB_MODE": "offline", "OTHER": "x"}
-    found = trainer_environment(base, dot_env, {URL: "http://new:2", KEY: "new"}, "new")
+    found = trainer_environment(base, dot_env, {URL: "http://new:2", KEY: "new"})
     assert (found[URL], found[KEY]) == ("http://new:2", "new")
     assert found["WANDB_MODE"] == "offline"
     assert found["OTHER"] == "x"
     assert found["PATH"] == "/bin"
 
 
-def test_the_runtime_is_reached_past_any_proxy() -> None:
-    found = trainer_environment({"http_proxy": "http://p:1", "no_proxy": "a,b"}, {}, {}, "node1")
-    assert found["no_proxy"] == "a,b,node1"
-    assert found["NO_PROXY"] == "node1"
-    again = trainer_environment(found, {}, {}, "node1")
-    assert again["no_proxy"] == "a,b,node1"
+def test_the_env_file_says_what_the_trainer_has() -> None:
+    """What a step took out stays out, what a step changed is changed, and nothing else of the environment is in it."""
+    dot_env = {"FI_PROVIDER": "efa", "HF_HOME": "/old", URL: "http://old:1", "WANDB_MODE": "offline"}
+    environment = {"PATH": "/bin", "HF_HOME": "/new", "WANDB_MODE": "offline", URL: "http://new:2"}
+    found = env_file_values(environment, dot_env, {URL: "http://new:2", KEY: "new"})
+    assert found == {"HF_HOME": "/new", "WANDB_MODE": "offline", URL: "http://new:2", KEY: "new"}
 
 
 def test_what_still_has_to_be_replaced_is_skipped(tmp_path: Path) -> None:

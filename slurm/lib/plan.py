@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
+from slurm.lib.gpu_environment import planned
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings, gpu_gres
@@ -274,6 +275,7 @@ def shown(plan: LaunchPlan) -> str:
         *_command_lines(plan),
         *_environment_lines(plan),
         *_trainer_lines(plan),
+        *_node_lines(plan),
         f"run directory: {plan.directory}",
     ]
     return mask_values("\n".join(sections), plan.secret_values) + "\n"
@@ -318,3 +320,15 @@ def _trainer_lines(plan: LaunchPlan) -> list[str]:
         return []
     trainer = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)), plan.verl)
     return [f"# the trainer, in {trainer.cwd}", _readable(trainer.argv), ""]
+
+
+def _node_lines(plan: LaunchPlan) -> list[str]:
+    """What the training job will set on its node, a comment with the reason before each step."""
+    if not plan.training:
+        return []
+    lines = ["# the trainer's environment: what the training job sets on its node"]
+    for one in planned(plan.settings, {**plan.inherited, **plan.environment}):
+        lines += [f"# {one.step.name}: {one.step.why}"]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in masked(one.set).items()]
+        lines += [f"unset {' '.join(one.unset)}"] if one.unset else []
+    return [*lines, ""]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
+from slurm.lib.gpu_environment import compile_caches
 from slurm.lib.guardian import Guardian, guarded
 from slurm.lib.job_environment import scratch_folders
 from slurm.lib.logs import log, setup_command_logging
@@ -163,7 +164,9 @@ class Node:
         log.info(
             "starting Ray on %s: address %s, ports %s, folder %s", self.spec.node, self.address, block, self.folder
         )
-        spec = ChildSpec(argv, node_environment(os.environ, block, self.marker), "Ray", stderr=sys.stdout.fileno())
+        environment = node_environment(os.environ, block, self.marker)
+        environment |= compile_caches(self.folder, environment)
+        spec = ChildSpec(argv, environment, "Ray", stderr=sys.stdout.fileno())
         with Child(spec) as child:
             self.guardian.own_session(child.pid)
             try:

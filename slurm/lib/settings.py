@@ -494,7 +494,7 @@ class Settings:
         "LOCAL_SCRATCH",
         optional(path),
         None,
-        "Folder on the node's own disk for Podman's storage.",
+        "Folder on the node's own disk for Podman's storage and for Ray.",
         default_text="SLURM_TMPDIR, TMPDIR or /tmp of the node",
     )
     agent_start: str = setting(
@@ -676,9 +676,37 @@ class Settings:
     vllm_use_v1: bool = setting("VLLM_USE_V1", switch, True, "Whether vLLM uses its V1 engine.")
 
     # Network
-    fi_provider: str = setting("FI_PROVIDER", word, "efa", "Provider of libfabric; tcp where there is no EFA.")
+    fi_provider: str = setting(
+        "FI_PROVIDER",
+        word,
+        "efa",
+        "Provider of libfabric; tcp where there is no EFA. efa counts only with SKYRL_LD_LIBRARY_PATH_EXPORT=1.",
+    )
     skyrl_ld_library_path_export: bool = setting(
-        "SKYRL_LD_LIBRARY_PATH_EXPORT", switch, False, "Whether the training job sets up EFA's libraries."
+        "SKYRL_LD_LIBRARY_PATH_EXPORT", switch, False, "Whether the training job sets up EFA and its libraries."
+    )
+    network_interface: str = setting(
+        "NETWORK_INTERFACE",
+        word,
+        "",
+        "Network interface between GPU nodes, such as `ib0`, for NCCL, gloo and Ray.",
+        default_text="each one's own choice",
+    )
+
+    # The GPU node
+    cuda_modules: tuple[str, ...] = setting(
+        "CUDA_MODULES",
+        words,
+        (),
+        "Environment modules that the training job loads: a bash array, or names with spaces between.",
+        default_text="`cuda`, only where no libcuda is found",
+    )
+    cache_dir: Path | None = setting(
+        "CACHE_DIR",
+        optional(path),
+        None,
+        "Folder on shared storage for the caches of Hugging Face and uv.",
+        default_text="`SKYRL_JOBS_BASE/.cache`, unless that is in your home",
     )
 
     # The suite itself
@@ -750,6 +778,8 @@ def complete(settings: Settings, given: Iterable[str], place: Place) -> Settings
         "SKYRL_PROJECT_ROOT": place.project_root,
         "TRAINING_COMPLETE_TIMEOUT": max(43200, time_limit_s(settings)),
     }
+    if not (base := absolute(settings.skyrl_jobs_base, place)).is_relative_to(place.home):
+        dependent["CACHE_DIR"] = base / ".cache"
     if settings.data_dir:
         dependent["TRAIN_DATA"] = settings.data_dir / "train.parquet"
         dependent["VAL_DATA"] = settings.data_dir / "validation.parquet"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
-from slurm.lib.job_environment import without_proxy
 from slurm.lib.settings import Settings
 from slurm.lib.task_yaml import AUTO, EXAMPLE
 from slurm.lib.verl_command import command
@@ -83,14 +82,23 @@ def missing_parts(settings: Settings) -> list[str]:
     return [f"{path} is missing" for path in needed if not path.is_file()]
 
 
-def trainer_environment(
-    base: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str], runtime_host: str
-) -> dict[str, str]:
+def trainer_environment(base: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
     """The trainer's environment: the job's, over it skyrl-agent's ``.env``, over both what this run decided.
 
     A URL or key of an earlier run in ``.env`` never beats the run's own.
     """
-    return without_proxy({**base, **dot_env, **own}, runtime_host)
+    return {**base, **dot_env, **own}
+
+
+def env_file_values(
+    environment: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str]
+) -> dict[str, str]:
+    """What ``training.env`` says: the names of skyrl-agent's ``.env``, with the values that the trainer has.
+
+    uv gives them to each worker that Ray starts, where they count unless Ray's own environment has the name: what a
+    step of ours took out must not come back this way, and no value may differ from the trainer's.
+    """
+    return {**{name: environment[name] for name in dot_env if name in environment}, **own}
 
 
 def env_file_text(values: Mapping[str, str]) -> str:

@@ -32,6 +32,7 @@ from slurm.lib.errors import (
 from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
+from slurm.lib.node_environment import for_trainer, job_folder
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
@@ -45,7 +46,9 @@ from slurm.lib.trainer import (
     TRAINER_MARKER,
     URL_NAME,
     Trainer,
+    agent_folder,
     env_file_text,
+    env_file_values,
     task_example,
     trainer_environment,
     trainer_of,
@@ -140,12 +143,16 @@ class TrainingSession:
         self.verify(endpoint)
         verl = verl_of(self.job.settings, self.job.environment)
         trainer = trainer_of(self.job.settings, self.job.directory, verl)
-        environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
         marker = f"{self.job.job_id}.{secrets.token_hex(8)}"
-        environment[TRAINER_MARKER] = marker
-        with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
+        with (
+            guarded(self.job.code) as guardian,
+            job_folder(self.job, guardian) as folder,
+            Heartbeat(client, f"training-{self.job.job_id}") as heartbeat,
+        ):
+            environment = self.prepare(trainer, endpoint, folder)
+            environment[TRAINER_MARKER] = marker
             guardian.own_marker(TRAINER_MARKER, marker)
             watch = self.partner_watch(endpoint, heartbeat)
             guardian.await_detached()
@@ -269,7 +276,7 @@ class TrainingSession:
             raise PartnerGone(f"the runtime's server at {endpoint.url} is not well: GET /list answered {answer.words}")
         log.info("runtime server at %s answers and takes the key", endpoint.url)
 
-    def prepare(self, trainer: Trainer, endpoint: Endpoint) -> dict[str, str]:
+    def prepare(self, trainer: Trainer, endpoint: Endpoint, node_folder: Path) -> dict[str, str]:
         """Make the trainer's folders and its ``training.env``; returns its environment."""
         for folder in trainer.folders:
             try:
@@ -280,9 +287,9 @@ class TrainingSession:
         if example and not is_listed(task_yaml):  # a launch has made it; perhaps the user has edited it since
             write_matching(example, task_yaml, self.job.settings)
         dot_env = read_dot_env(trainer.cwd / ".env")
+        server = {URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {})}
         own = {
-            URL_NAME: endpoint.url,
-            **({KEY_NAME: endpoint.key} if endpoint.key else {}),
+            **server,
             "SKYRL_COORD_DIR": str(self.job.directory.path),
             "CHECKPOINT_DIR": str(trainer.checkpoint_dir),
             "ROLLOUT_DIR": str(trainer.rollout_dir),
@@ -290,10 +297,12 @@ class TrainingSession:
             "SKYRL_PYTHON": sys.executable,
             "PYTHONPATH": _with_path(self.job.environment.get("PYTHONPATH"), self.job.code),
         }
-        values = {**dot_env, URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {})}
-        write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
+        base = trainer_environment(self.job.environment, dot_env, own)
         host = RuntimeClient(endpoint.url, None).host
-        return trainer_environment(self.job.environment, dot_env, own, host)
+        environment = for_trainer(self.job.settings, base, agent_folder(self.job.settings), node_folder, host)
+        values = env_file_values(environment, dot_env, server)
+        write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
+        return environment
 
     def partner_watch(self, endpoint: Endpoint, heartbeat: Heartbeat) -> Callable[[], str | None]:
         """A function that says why the runtime is gone, or None; asked about once a second.

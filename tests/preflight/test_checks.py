@@ -140,6 +140,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("task", remove(EXAMPLE), ["TASK_YAML=examples/run_verl/verl_oh.yaml"], ERROR, "cannot read the task file"),
     ("task", nothing, ["TASK_YAML=examples/run_verl/verl_oh.yaml", "ROLLOUT_N=4"], ERROR, "ROLLOUT_N=4 (--set) is not generator.num_trajectories: 2"),
     ("task", nothing, ["TASK_YAML=examples/run_verl/verl_oh.yaml", "MAX_RESPONSE_LENGTH=4096"], WARNING, "padded to the longer one"),
+    ("mig", nothing, ["GPU_TYPE=1g.20gb"], WARNING, "= 2 of them are as many ranks"),
     ("memory", nothing, ["MODEL=big/Big-72B", "GPU_TYPE=a100"], ERROR, "an update takes 536G on each GPU"),
     ("memory", nothing, ["MODEL=m/M-7B", "GPU_TYPE=a100"], WARNING, "some GPUs of this type have 40G"),
     ("memory", nothing, ["GPU_TYPE=a100_1g.5gb", "MODEL=m/M-0.5B", "GPU_MEMORY_UTILIZATION=0.1"], ERROR, "weights and one sequence"),
