@@ -33,17 +33,15 @@ from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
-from slurm.lib.run_record import read_jobs
+from slurm.lib.run_record import ensure_task_yaml, read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
-from slurm.lib.task_yaml import write_matching
 from slurm.lib.trainer import (
     KEY_NAME,
     URL_NAME,
     Trainer,
     env_file_text,
     missing_parts,
-    task_example,
     trainer_environment,
     trainer_of,
     verl_of,
@@ -137,6 +135,8 @@ class TrainingSession:
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
         verl = verl_of(self.job.settings, self.job.environment)
+        if verl:
+            log.info("skyrl-agent has %s", verl)
         trainer = trainer_of(self.job.settings, self.job.directory, verl)
         environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
@@ -263,9 +263,7 @@ class TrainingSession:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as problem:
                 raise EnvironmentProblem(f"cannot make {folder}: {problem.strerror}") from None
-        example, task_yaml = task_example(self.job.settings), self.job.directory.task_yaml
-        if example and not is_listed(task_yaml):  # a launch has made it; perhaps the user has edited it since
-            write_matching(example, task_yaml, self.job.settings)
+        ensure_task_yaml(self.job.settings, self.job.directory)
         dot_env = read_dot_env(trainer.cwd / ".env")
         own = {
             URL_NAME: endpoint.url,
