@@ -17,7 +17,7 @@ from slurm.lib.job_environment import without_slurm
 from slurm.lib.plan import Request, make_plan
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.task import task_file_findings, task_findings
-from slurm.lib.run_record import furnish
+from slurm.lib.run_record import ensure_task_yaml, furnish
 from slurm.lib.settings import Settings
 from slurm.lib.task_yaml import EXAMPLE, TaskYaml, matching, read_task_yaml, write_matching
 from slurm.lib.trainer import task_example, task_file
@@ -143,7 +143,7 @@ def test_agents_that_run_in_turns_are_told() -> None:
     assert "512 rollouts, TRAIN_BATCH_SIZE=64 (default) × ROLLOUT_N=8 (default)" in estimate.sentence
 
 
-@pytest.mark.parametrize(("slots", "wanted"), [(16, 96), (95, 96), (96, None), (None, None)])
+@pytest.mark.parametrize(("slots", "wanted"), [(16, 512), (95, 512), (96, None), (None, None)])
 def test_more_agents_than_sandboxes(slots: int | None, wanted: int | None) -> None:
     settings = replace(SETTINGS, max_parallel_agents=slots)
     found = task_findings(settings, replace(FITS, max_parallel_agents=96), SOURCES)
@@ -167,8 +167,16 @@ def test_fewer_rollouts_than_agents_need_no_more_sandboxes() -> None:
 def test_the_file_of_auto_fits_the_shipped_configurations(tmp_path: Path, name: str) -> None:
     settings = loaded(name)
     write_matching(written(tmp_path), tmp_path / "made.yaml", settings)
-    found = task_file_findings(replace(settings, max_parallel_agents=None), tmp_path / "made.yaml", {})
-    assert found == []
+    compared = replace(settings, max_parallel_agents=None, task_yaml="made.yaml")
+    assert task_file_findings(compared, tmp_path / "made.yaml", {}) == []
+    assert task_file_findings(compared, tmp_path / "task.yaml", {}) != []
+    assert task_file_findings(settings, tmp_path / "task.yaml", {}) == []
+
+
+def test_an_example_that_cannot_be_read_is_an_error_too(tmp_path: Path) -> None:
+    (finding,) = task_file_findings(loaded("dev"), tmp_path / "absent.yaml", {"TASK_YAML": "/c/dev.conf:9"})
+    assert finding.level is Level.ERROR
+    assert finding.fix == "correct it or name another one (TASK_YAML, /c/dev.conf:9)"
 
 
 def test_all_else_of_the_example_stays(tmp_path: Path) -> None:
@@ -244,3 +252,18 @@ def test_it_is_there_at_launch(tmp_path: Path, training: bool) -> None:
     assert directory.task_yaml.exists() == training == (directory.task_yaml in added)
     if training:
         assert read_task_yaml(directory.task_yaml).num_trajectories == config.settings.rollout_n
+
+
+def test_a_job_without_a_launch_makes_it_and_leaves_an_edited_one(tmp_path: Path) -> None:
+    agent, directory = tmp_path / "SkyRL" / "skyrl-agent", CoordinationDir(tmp_path / "run")
+    for path in ((agent / EXAMPLE).parent, directory.path):
+        path.mkdir(parents=True)
+    (agent / EXAMPLE).write_text(EXAMPLE_TEXT)
+    settings = loaded("dev", f"SKYRL_PROJECT_ROOT={tmp_path}")
+    ensure_task_yaml(loaded("dev", "TASK_YAML=mine.yaml"), directory)
+    assert not directory.task_yaml.exists()
+    ensure_task_yaml(settings, directory)
+    assert read_task_yaml(directory.task_yaml).num_trajectories == settings.rollout_n
+    directory.task_yaml.write_text("generator: {num_trajectories: 5}")
+    ensure_task_yaml(settings, directory)
+    assert read_task_yaml(directory.task_yaml).num_trajectories == 5

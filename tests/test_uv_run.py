@@ -19,7 +19,7 @@ import pytest
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.settings import Settings
-from slurm.lib.trainer import env_file_text, trainer_environment, trainer_of, verl_of
+from slurm.lib.trainer import env_file_text, trainer_of, verl_of
 from slurm.lib.verl_versions import Origin
 
 CONFIGS = Path(__file__).resolve().parent.parent / "slurm" / "config"
@@ -146,7 +146,7 @@ def test_the_environment_and_its_precedence(agent: Agent) -> None:
     dot_env = {"ONLY_IN_FILE": 'it\'s a "b" \\ #', "IN_BOTH": "file", "SANDBOX_REMOTE_RUNTIME_API_URL": "http://old:1"}
     own = {"SANDBOX_REMOTE_RUNTIME_API_URL": "http://new:2", "ALLHANDS_API_KEY": "new-key"}
     in_file = {**dot_env, **own}
-    environment = trainer_environment({"IN_BOTH": "shell", "ONLY_IN_JOB": "x"}, {}, own)
+    environment = {"IN_BOTH": "shell", "ONLY_IN_JOB": "x", **own}
     env = agent.train(agent.settings(), environment, in_file)["env"]
     names = (*dot_env, *own, "ONLY_IN_JOB")
     assert {name: env[name] for name in names} == {**in_file, "IN_BOTH": "shell", "ONLY_IN_JOB": "x"}

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, is_listed, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.plan import LaunchPlan
 from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
+from slurm.lib.settings import Settings
 from slurm.lib.task_yaml import write_matching
 from slurm.lib.trainer import task_example
 
@@ -93,6 +94,13 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
             added.append(path)
         write_atomically(path, json.dumps(dict(plan.secrets)), 0o600)
     return added
+
+
+def ensure_task_yaml(settings: Settings, directory: CoordinationDir) -> None:
+    """Make the task file of TASK_YAML=auto unless it is there: a launch has made it, perhaps the user edited it."""
+    example = task_example(settings)
+    if example and not is_listed(directory.task_yaml):
+        write_matching(example, directory.task_yaml, settings)
 
 
 def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: GitState) -> None:

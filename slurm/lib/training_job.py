@@ -37,10 +37,9 @@ from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
 from slurm.lib.ray_cluster import RayCluster, ray_cluster
-from slurm.lib.run_record import read_jobs
+from slurm.lib.run_record import ensure_task_yaml, read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
-from slurm.lib.task_yaml import write_matching
 from slurm.lib.trainer import (
     KEY_NAME,
     TRAINER_MARKER,
@@ -49,7 +48,6 @@ from slurm.lib.trainer import (
     agent_folder,
     env_file_text,
     env_file_values,
-    task_example,
     trainer_environment,
     trainer_of,
     verl_of,
@@ -142,6 +140,8 @@ class TrainingSession:
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
         verl = verl_of(self.job.settings, self.job.environment)
+        if verl:
+            log.info("skyrl-agent has %s", verl)
         trainer = trainer_of(self.job.settings, self.job.directory, verl)
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
@@ -283,9 +283,7 @@ class TrainingSession:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as problem:
                 raise EnvironmentProblem(f"cannot make {folder}: {problem.strerror}") from None
-        example, task_yaml = task_example(self.job.settings), self.job.directory.task_yaml
-        if example and not is_listed(task_yaml):  # a launch has made it; perhaps the user has edited it since
-            write_matching(example, task_yaml, self.job.settings)
+        ensure_task_yaml(self.job.settings, self.job.directory)
         dot_env = read_dot_env(trainer.cwd / ".env")
         server = {URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {})}
         own = {

@@ -18,13 +18,16 @@ AUTO_FIX = "or set TASK_YAML=auto, which makes a file that fits"
 def task_file_findings(settings: Settings, path: Path, sources: Mapping[str, str]) -> list[Finding]:
     """The findings on the task file at ``path``, one of them that it cannot be read.
 
-    ``sources`` says where each key's value comes from, as ``LoadedConfig.sources`` does.
+    With TASK_YAML=auto ``path`` is the example that a file is made from, whose numbers do not matter. ``sources`` says
+    where each key's value comes from, as ``LoadedConfig.sources`` does.
     """
+    automatic = settings.task_yaml == task_yaml.AUTO
     try:
-        return task_findings(settings, read_task_yaml(path), sources)
+        task = read_task_yaml(path)
     except EnvironmentProblem as problem:
-        fix = f"correct it, name another one (TASK_YAML, {_from('TASK_YAML', sources)}), {AUTO_FIX}"
-        return [Finding(CHECK, Level.ERROR, str(problem), fix)]
+        fix = f"correct it or name another one (TASK_YAML, {_from('TASK_YAML', sources)})"
+        return [Finding(CHECK, Level.ERROR, str(problem), fix if automatic else f"{fix}, {AUTO_FIX}")]
+    return [] if automatic else task_findings(settings, task, sources)
 
 
 def task_findings(settings: Settings, task: TaskYaml, sources: Mapping[str, str]) -> list[Finding]:
@@ -84,7 +87,7 @@ def _agents(settings: Settings, task: TaskYaml, sources: Mapping[str, str]) -> I
     slots = settings.max_parallel_agents
     if slots is not None and slots < min(agents, rollouts):
         sentence = f"{_key(settings, 'MAX_PARALLEL_AGENTS', sources)} sandboxes are fewer than {place} agents; {step}"
-        fix = f"raise MAX_PARALLEL_AGENTS to {min(agents, rollouts)}, or lower {task_yaml.MAX_PARALLEL_AGENTS}"
+        fix = f"raise MAX_PARALLEL_AGENTS to {rollouts}"
         yield Finding(CHECK, Level.WARNING, sentence, fix)
     if agents < rollouts:
         yield Finding(CHECK, Level.ESTIMATE, f"{place} agents run at once, but {step}: they run in turns")
