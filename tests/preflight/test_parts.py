@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from slurm.lib.api_server_child import common_flags
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.preflight import checkpoint, cluster, dotenv, memory, model, node, places
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
@@ -18,6 +19,7 @@ from slurm.lib.preflight.words import size
 from slurm.lib.processes import Completed
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
+from slurm_runtime.slots import share_out
 from tests.preflight.world import World
 
 ERROR, WARNING, ESTIMATE = Level.ERROR, Level.WARNING, Level.ESTIMATE
@@ -58,7 +60,9 @@ def runtime(cpus: int, each: float, wanted: int, most: int | None) -> Settings:
 def test_the_room(cpus: int, each: float, wanted: int, most: int | None, slots: int, share: float) -> None:
     room = sandbox_room(runtime(cpus, each, wanted, most))
     assert (room.slots, room.cpus_each) == (slots, share)
-    assert math.floor(cpus / room.cpus_each + 1e-9) >= slots, "the server makes so many"
+    flags = common_flags(runtime(cpus, each, wanted, most))
+    told = float(flags[flags.index("--cpus-per-worker") + 1])
+    assert share_out(range(cpus), cpus, 0, told, most and room.slots)[0].total == slots, "the server makes so many"
 
 
 def test_a_users_command_wants_what_it_wants() -> None:

@@ -19,7 +19,7 @@ from slurm.lib.settings import Settings, slurm_seconds
 # Options of a real submission that a test has no use for.
 NOT_TESTED = ("--parsable", "--hold", "--dependency=", "--kill-on-invalid-dep=")
 # Words of sbatch that say nothing about the job: the controller did not answer.
-SILENT = ("unable to contact", "connection refused", "timed out", "no answer within", "communication", "not found")
+SILENT = ("unable to contact", "connection refused", "timed out", "no answer within", "communication", "not found (")
 ELSEWHERE = re.compile(
     r"-p.*|--partition(=.*)?|-M.*|--clusters?(=.*)?|-t.*|--time(=.*)?|--gres(=.*)?|-N.*|--nodes(=.*)?"
 )
