@@ -17,7 +17,7 @@ from slurm.lib.plan import LaunchPlan
 from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
 
 SCHEMA = 1
-CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "pyproject.toml")
+CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.toml")
 
 
 @dataclass(frozen=True)
