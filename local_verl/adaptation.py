@@ -129,6 +129,25 @@ CHANGES: Mapping[str, Change] = {
 }
 
 
+class ChangingLoader(importlib.abc.Loader):
+    """Loads a module as ``loader`` does, then has it changed."""
+
+    def __init__(self, loader: Any, change: Change) -> None:
+        self.loader = loader
+        self.change = change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.change(module)
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Finds the modules of ``changes`` as everyone else would, and has them changed once they are loaded."""
 
@@ -143,14 +162,7 @@ class Finder(importlib.abc.MetaPathFinder):
         spec = _found_by_others(self, fullname)
         if spec is None or spec.loader is None:
             return spec
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            self.changes[fullname](module)
-
-        loader.exec_module = exec_module
+        spec.loader = ChangingLoader(spec.loader, self.changes[fullname])
         return spec
 
 

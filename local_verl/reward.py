@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from local_verl.tasks import reward
+from local_verl.tasks import reward, script
 from shell_rl.errors import SandboxDied
 from shell_rl.sandbox import RuntimeApi
 from shell_rl.sandbox_program import Execution
@@ -38,30 +38,30 @@ def api_of(environment: Mapping[str, str]) -> RuntimeApi:
     return RuntimeApi(*(environment[name] for name in names))
 
 
-def run_once(api: RuntimeApi, script: str) -> Run:
-    """Run a script in a new sandbox, which is stopped afterwards.
+def run_once(api: RuntimeApi, text: str) -> Run:
+    """Run shell text in a new sandbox, which is stopped afterwards.
 
     :raises SandboxesUnavailable: there is none to be had, or it died
     """
     session_id = f"local-verl-{uuid.uuid4()}"
     try:
         sandbox = api.start(session_id, threading.Event())
-        return Run(sandbox.runtime_id, sandbox.run(script))
+        return Run(sandbox.runtime_id, sandbox.run(text))
     finally:
         api.stop(session_id)
 
 
-def run(api: RuntimeApi, script: str) -> Run:
+def run(api: RuntimeApi, text: str) -> Run:
     """The same, in another sandbox where one died.
 
     :raises SandboxesUnavailable: there is none to be had, or ``ATTEMPTS`` of them died
     """
     for _ in range(ATTEMPTS - 1):
         try:
-            return run_once(api, script)
+            return run_once(api, text)
         except SandboxDied as problem:
             print(f"{problem} The answer is tried in another one.", file=sys.stderr, flush=True)
-    return run_once(api, script)
+    return run_once(api, text)
 
 
 def compute_scores(
@@ -77,7 +77,7 @@ def compute_scores(
     """
     begin, api = time.monotonic(), api_of(os.environ)
     with ThreadPoolExecutor(SANDBOXES_AT_ONCE) as threads:
-        runs = list(threads.map(lambda script: run(api, script), solution_strs))
+        runs = list(threads.map(lambda answer: run(api, script(answer)), solution_strs))
     scores = [
         reward(expected, done.execution.exit_code, done.execution.stdout)
         for expected, done in zip(ground_truths, runs, strict=True)
