@@ -28,7 +28,7 @@ from slurm.lib.waiting import wait_for
 
 VERL = "0.5.0"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-PYTHONS = ("python3.11", "python3.12", "python3")
+PYTHONS = (sys.executable, "python3.11", "python3.12", "python3")  # ours can be started by all who share it
 MAKE_DEADLINE_S = 1800.0
 LOCK_DEADLINE_S = MAKE_DEADLINE_S
 PROBE_DEADLINE_S = 20.0
@@ -149,7 +149,7 @@ def base_python(environment: Mapping[str, str], notes: SignalNotes) -> str:
     :raises EnvironmentProblem: there is none
     """
     named = environment.get("SKYRL_VERL_PYTHON")
-    for name in (named,) if named else (*PYTHONS, sys.executable):
+    for name in (named,) if named else PYTHONS:
         with contextlib.suppress(EnvironmentProblem, WaitTimeout):
             if run([name, "-c", IS_SUITABLE], timeout_s=PROBE_DEADLINE_S, check=notes.check).ok:
                 return name

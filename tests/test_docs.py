@@ -43,7 +43,7 @@ CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" 
 API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
-PACKAGES = ("slurm/lib", "slurm_runtime", "slurm_runtime/agent", "slurm_runtime/warden", "shell_rl")
+PACKAGES = ("slurm/lib", "slurm_runtime", "slurm_runtime/agent", "slurm_runtime/warden", "shell_rl", "local_verl")
 UPDATE = "python -m tests.test_docs"
 
 

@@ -34,7 +34,7 @@ from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from tests.conftest import CHECKOUT, OrdinaryUser, _environment_folder, copy_checkout
 from tests.runs import until
-from tests.test_local_run import Local, Place
+from tests.test_local_run import Local, Place, processes
 from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
 from tests.users import open_tun, ordinary_user, subordinate_uids
 
@@ -412,8 +412,7 @@ def rollouts(run: Local) -> list[dict[str, Any]]:
 
 def kill(place: Place, words: bytes) -> None:
     """SIGKILL to the one process of the run with ``words`` in its command line."""
-    assert place.user
-    found = [pid for pid, line in place.user.processes().items() if words.decode() in line]
+    found = [pid for pid, line in processes([os.fsencode(place.base)]) if words in line]
     assert len(found) == 1, found
     os.kill(found[0], signal.SIGKILL)
 
@@ -423,7 +422,7 @@ def assert_all_gone(place: Place) -> None:
     place.assert_nothing_left(NOTHING_LEFT_WITHIN_S)
     assert place.user
     assert list(scratch.BASE.glob(f"skyrl-ray-{place.user.uid}-*")) == []
-    assert not [line for line in place.user.processes().values() if "ray" in line]
+    assert not [line for line in place.user.processes().values() if f"skyrl-ray-{place.user.uid}-" in line]
 
 
 def assert_every_rollout_ran_in_a_sandbox(run: Local, steps_done: int) -> None:
