@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -476,4 +476,27 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     assert notes(place, "loaded")[last] == hashes[last]
     kill(place, b"verl_training.py")
     assert third.wait(60) != 0
+    assert_all_gone(place)
+
+
+def interrupt(place: Place) -> None:
+    """Ctrl-C to the launcher."""
+    place.started[-1].send_signal(signal.SIGINT)
+
+
+def kill_the_trainer(place: Place) -> None:
+    kill(place, b"local_verl.train")
+
+
+@pytest.mark.podman
+@pytest.mark.verl
+@pytest.mark.parametrize(("end", "code"), [(interrupt, 143), (kill_the_trainer, 137)])
+def test_nothing_is_left_of_one_that_is_stopped_as_its_workers_start(
+    place: Place, end: Callable[[Place], None], code: int
+) -> None:
+    run = start(place, epochs=1)
+    run.wait_for("TaskRunner pid=", 120)
+    end(place)
+    assert run.wait(60) == code, run.stderr
+    assert "Traceback" not in "".join(line for line in run.stderr.splitlines() if "local_verl" in line)
     assert_all_gone(place)
