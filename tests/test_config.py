@@ -413,7 +413,7 @@ def test_without_a_home_or_a_folder_it_says_so(load: Loader, tmp_path: Path, mon
 
 
 def test_an_unknown_name_lists_the_names(load: Loader) -> None:
-    with pytest.raises(ConfigError, match="there are: check, dev, local, production"):
+    with pytest.raises(ConfigError, match="there are: check, dev, local, local-verl, production"):
         load.named("prod")
 
 
@@ -436,7 +436,7 @@ def _picked(settings: Settings, *names: str) -> list[object]:
     return [getattr(settings, KEYS[name].attribute) for name in names]
 
 
-@pytest.mark.parametrize("name", ["dev", "production", "local"])
+@pytest.mark.parametrize("name", ["dev", "production", "local", "local-verl"])
 @pytest.mark.parametrize("environment", [{}, {"SCRATCH": "/scratch"}])
 def test_shipped_files_load_without_a_word(load: Loader, name: str, environment: dict[str, str]) -> None:
     loaded = load.named(name, **environment)
@@ -444,7 +444,7 @@ def test_shipped_files_load_without_a_word(load: Loader, name: str, environment:
     assert loaded.files == (SHIPPED / f"{name}.conf",)
 
 
-@pytest.mark.parametrize("name", ["dev", "production", "local"])
+@pytest.mark.parametrize("name", ["dev", "production", "local", "local-verl"])
 def test_the_comments_count_sandboxes_right(load: Loader, name: str) -> None:
     (claim,) = re.findall(r"CPUS_PER_WORKER=.*: (\d+) at once", (SHIPPED / f"{name}.conf").read_text())
     settings = load.named(name, CPUS_FOR_RUNTIME="2").settings

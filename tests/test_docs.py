@@ -52,6 +52,7 @@ PACKAGES = (
     "slurm_runtime/agent",
     "slurm_runtime/warden",
     "shell_rl",
+    "local_verl",
 )
 UPDATE = "python -m tests.test_docs"
 

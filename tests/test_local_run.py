@@ -37,11 +37,17 @@ class Place:
     environment: Mapping[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, *settings: str, terminal: int | None = None, options: tuple[str, ...] = ()) -> Local:
+    def start(
+        self,
+        *settings: str,
+        terminal: int | None = None,
+        options: tuple[str, ...] = (),
+        config: str = "local",
+    ) -> Local:
         """Start a local run; its streams go to files, or to a terminal that is the run's own."""
         number = len(self.started)
         words = [word for setting in settings for word in ("--set", setting)]
-        argv = [str(self.checkout / "slurm" / "launch.py"), "--config", "local", *words, *options]
+        argv = [str(self.checkout / "slurm" / "launch.py"), "--config", config, *words, *options]
         out, err = self.base / f"stdout{number}", self.base / f"stderr{number}"
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(

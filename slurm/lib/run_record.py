@@ -20,7 +20,7 @@ from slurm.lib.task_yaml import write_matching
 from slurm.lib.trainer import task_example
 
 SCHEMA = 1
-CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "pyproject.toml")
+CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.toml")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,502 @@
+"""Does the real VERL train here: parts of it with nothing else, and a whole run, killed and resumed, in real sandboxes.
+
+The run is that of ``--config local-verl`` by an ordinary user. Its environment (1.8 GB) is made once and kept below
+``/var/tmp/skyrl-tests``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from local_verl import environment, reward, scratch, tasks, tiny, train
+from local_verl.adaptation import install
+from shell_rl.errors import SandboxDied
+from shell_rl.sandbox import RuntimeApi, Sandbox
+from slurm.lib.config import load_config
+from slurm.lib.errors import EnvironmentProblem, UsageError
+from slurm.lib.processes import start_ticks
+from slurm.lib.settings import Settings
+from slurm.lib.signals import Interrupted, SignalNotes
+from tests.conftest import CHECKOUT, OrdinaryUser, _environment_folder, copy_checkout
+from tests.runs import until
+from tests.test_local_run import Local, Place, processes
+from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
+from tests.users import open_tun, ordinary_user, subordinate_uids
+
+# --- what is asked, and how an answer is judged ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stdout", "worth"),
+    [
+        (0, "1\n2\n3\n", 1.0),
+        (0, "1\n2\n", 2 / 3),
+        (0, "1\n2\n3\n4\n5\n6\n", 1 / 2),
+        (0, "3\n2\n1\n", 1 / 3),
+        (0, "", 0.0),
+        (1, "1\n2\n3\n", 0.0),
+    ],
+)
+def test_reward(exit_code: int, stdout: str, worth: float) -> None:
+    assert tasks.reward(tasks.expected_output(3), exit_code, stdout) == pytest.approx(worth)
+
+
+def test_every_prompt_and_every_right_answer_is_in_the_models_words() -> None:
+    for row in tiny.rows():
+        prompt: Any = row["prompt"]
+        assert set(prompt[0]["content"].split()) <= set(tasks.WORDS)
+    assert {str(number) for number in range(2, tasks.HIGHEST + 1)} <= set(tasks.WORDS)
+    assert len(tiny.rows()) == tiny.ROWS
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    """An API server of these tests, whose sandboxes are real processes, named as the training job names its own."""
+    (tmp_path / "sandboxes").mkdir()
+    with serving(FakeApi(tmp_path / "sandboxes")) as fake:
+        values = (fake.url, KEY, "localhost/any:latest")
+        for name, value in zip(train.NEEDED, values, strict=False):
+            monkeypatch.setenv(name, value)
+        yield fake
+
+
+@needs_busybox
+def test_each_answer_has_a_sandbox_of_its_own(api: FakeApi) -> None:
+    answers = ["3", "2", "", "6", "3 ; exit 7"]
+    wanted = [tasks.expected_output(3)] * len(answers)
+    scores = reward.compute_scores(["count"] * len(answers), answers, wanted, [None] * len(answers))
+    assert [score["score"] for score in scores] == pytest.approx([1, 2 / 3, 0, 1 / 2, 0])
+    assert [score["exit_code"] for score in scores] == [0, 0, 1, 0, 7]
+    assert scores[1]["stdout"] == "1\n2\n"
+    assert api.started == len({score["runtime_id"] for score in scores}) == len(answers)
+    assert api.alive() == []
+
+
+def test_an_answer_is_tried_in_other_sandboxes_and_then_given_up(api: FakeApi) -> None:
+    api.constant = b""
+    with pytest.raises(SandboxDied):
+        reward.run(MuteApi(api.url, KEY, "localhost/any:latest"), "seq 1")
+    assert api.started == reward.ATTEMPTS
+    assert api.alive() == []
+
+
+class MuteApi(RuntimeApi):
+    """Its sandboxes are gone as soon as they were ready."""
+
+    def start(self, session_id: str, closing: threading.Event) -> Sandbox:
+        sandbox = super().start(session_id, closing)
+        self.stop(session_id)
+        return sandbox
+
+
+# --- VERL is told what the launcher tells any VERL --------------------------------------------------------------------
+
+
+def settings(*given: str) -> Settings:
+    shell = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    folder = CHECKOUT / "slurm" / "config"
+    loaded = load_config("local-verl", given, shell, folder, datetime(2026, 1, 1), CHECKOUT.parent)
+    assert loaded.warnings == ()
+    return loaded.settings
+
+
+def told(*given: str) -> dict[str, str]:
+    """What VERL is told last of each name."""
+    found = settings("CHECKPOINT_DIR=/c", "ROLLOUT_DIR=/r", *given)
+    words = train.verl_overrides(found, Path("/run/local-verl"), Path("/run/code"))
+    return dict(word.split("=", 1) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ("TRAIN_BATCH_SIZE=2", "data.train_batch_size", "2"),
+        ("ROLLOUT_N=8", "actor_rollout_ref.rollout.n", "8"),
+        ("SAVE_FREQ=7", "trainer.save_freq", "7"),
+        ("TOTAL_EPOCHS=3", "trainer.total_epochs", "3"),
+        ("WANDB_EXPERIMENT=mine", "trainer.default_local_dir", "/c/mine"),
+        ("VERL_OVERRIDES=trainer.total_training_steps=1", "trainer.total_training_steps", "1"),
+    ],
+)
+def test_the_launchers_keys_reach_verl(given: str, name: str, value: str) -> None:
+    assert told(given)[name] == value
+
+
+def test_model_data_and_reward_are_those_of_the_run() -> None:
+    found = told()
+    assert found["actor_rollout_ref.model.path"] == "/run/local-verl/model"
+    assert found["data.train_files"] == "/run/local-verl/rows.parquet"
+    assert found["custom_reward_function.path"] == "/run/code/local_verl/reward.py"
+    assert found["actor_rollout_ref.rollout.name"] == "hf"
+
+
+def test_without_the_training_jobs_folders_it_says_so() -> None:
+    with pytest.raises(UsageError, match="CHECKPOINT_DIR and ROLLOUT_DIR"):
+        train.verl_overrides(settings(), Path("/run"), Path("/code"))
+
+
+def test_started_by_hand_it_says_how_to_start_it() -> None:
+    argv = [sys.executable, "-m", "local_verl.train"]
+    done = subprocess.run(argv, cwd=CHECKOUT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "launch.py --config local-verl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ray_is_the_runs_own_whatever_the_shell_says() -> None:
+    shell = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_TMPDIR": "/shared", "KEPT": "yes"}
+    made = train.verl_processes_environment(shell, Path("/code"), Path("/tmp/r"), Path("/run"))
+    assert "RAY_ADDRESS" not in made
+    assert (made["RAY_TMPDIR"], made["KEPT"]) == ("/tmp/r", "yes")
+    assert made["PYTHONPATH"].split(os.pathsep) == ["/code/local_verl/shim", "/code"]
+
+
+# --- the adaptation changes modules, not files ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of modules, one of which is changed when it is imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def change(module: ModuleType) -> None:
+        module.__dict__["word"] = "changed"
+
+    finder = install({"adapted_for_test": change})
+    yield tmp_path
+    sys.meta_path.remove(finder)
+    for name in ("adapted_for_test", "not_adapted_for_test"):
+        sys.modules.pop(name, None)
+
+
+def test_a_module_is_changed_once_it_is_there(adapted: Path) -> None:
+    for name in ("adapted_for_test", "not_adapted_for_test"):
+        (adapted / f"{name}.py").write_text("word = 'as written'\nkept = 1\n")
+    module = importlib.import_module("adapted_for_test")
+    assert (module.word, module.kept) == ("changed", 1)
+    assert importlib.import_module("not_adapted_for_test").word == "as written"
+    assert (adapted / "adapted_for_test.py").read_text().startswith("word = 'as written'")
+
+
+def test_a_module_that_is_absent_stays_absent(adapted: Path) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("adapted_for_test")
+
+
+# --- Ray's folder goes with its owner ---------------------------------------------------------------------------------
+
+
+def test_rays_folder_is_short_enough_for_its_sockets() -> None:
+    name = scratch.own_name(4_294_967_294, 4_194_304, 99_999_999)
+    assert len(str(scratch.BASE / name)) <= 43
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("skyrl-ray-1000-17-123", (1000, 17, 123)),
+        ("skyrl-ray-1000-17", None),
+        ("skyrl-ray-1000-17-123-old", None),
+        ("ray", None),
+    ],
+)
+def test_whose_folder_it_is(name: str, found: tuple[int, int, int] | None) -> None:
+    assert scratch.owner(name) == found
+
+
+def test_only_folders_without_an_owner_are_removed(tmp_path: Path) -> None:
+    own, pid = os.getuid(), os.getpid()
+    kept = [f"skyrl-ray-{own}-{pid}-{start_ticks(pid)}", f"skyrl-ray-{own}-notes", "skyrl-ray-1", "other"]
+    gone = [f"skyrl-ray-{own}-{pid}-1", f"skyrl-ray-{own}-4194305-7"]
+    for name in (*kept, *gone):
+        (tmp_path / name / "session").mkdir(parents=True)
+    scratch.remove_ownerless(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_rays_folder_goes_when_its_owner_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os, time\nfrom local_verl.scratch import ray_folder\n"
+        "with ray_folder() as (folder, _):\n"
+        "    (folder / 'file').touch()\n    print(folder, flush=True)\n    time.sleep(300)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout
+        folder = Path(owner.stdout.readline().strip())
+        assert (folder / "file").exists()
+        owner.kill()
+    until("the folder's end", lambda: not folder.exists(), 10)
+
+
+# --- VERL's environment: made once ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shell", "folder"),
+    [
+        ({"SKYRL_VERL_CACHE": "/big/verl"}, "/big/verl"),
+        ({"SKYRL_VERL_CACHE": ""}, str(Path.home() / ".cache/skyrl/verl-0.5.0")),
+        ({}, str(Path.home() / ".cache/skyrl/verl-0.5.0")),
+    ],
+)
+def test_where_the_environment_lies(shell: Mapping[str, str], folder: str) -> None:
+    assert str(environment.cache_folder(shell)) == folder
+
+
+def test_other_requirements_have_another_environment() -> None:
+    one = environment.fingerprint("verl==0.5.0\ntorch==2.13.0\n")
+    assert environment.fingerprint("# a word on it\nverl==0.5.0\n\ntorch==2.13.0") == one
+    assert environment.fingerprint("verl==0.5.0\ntorch==2.14.0\n") != one
+
+
+def test_everything_is_pinned() -> None:
+    lines = [line for line in environment.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    assert f"verl=={environment.VERL}" in lines
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+
+
+def pretended(cache: Path) -> Path:
+    """What counts as a complete environment."""
+    venv = environment.venv_folder(cache)
+    environment.python_of(venv).parent.mkdir(parents=True)
+    environment.python_of(venv).symlink_to(sys.executable)
+    environment.stamp(venv).touch()
+    return venv
+
+
+def test_one_that_is_complete_is_used_as_it_is(tmp_path: Path) -> None:
+    venv = pretended(tmp_path)
+    made = environment.ready({"SKYRL_VERL_CACHE": str(tmp_path)}, SignalNotes())
+    assert made == environment.python_of(venv)
+    assert [path.name for path in tmp_path.iterdir()] == [venv.name]  # no lock: it may be another user's
+
+
+def test_an_unfinished_one_is_made_anew_and_a_failure_is_told(tmp_path: Path) -> None:
+    venv = pretended(tmp_path)
+    environment.stamp(venv).unlink()
+    shell = {"PATH": os.environ["PATH"], "SKYRL_VERL_CACHE": str(tmp_path), "SKYRL_VERL_PYTHON": "/bin/false"}
+    with pytest.raises(EnvironmentProblem, match=r"Python 3.11 or 3.12.*/bin/false is not one.*SKYRL_VERL_PYTHON"):
+        environment.ready(shell, SignalNotes())
+
+
+def test_a_step_that_fails_shows_the_end_of_what_it_said(tmp_path: Path) -> None:
+    argv = ["sh", "-c", "echo no such package; exit 3"]
+    with pytest.raises(EnvironmentProblem, match=r"(?s)exit code 3.*no such package"):
+        environment.step(argv, tmp_path / "venv", {"PATH": os.environ["PATH"]}, SignalNotes())
+
+
+def test_a_signal_ends_a_step(tmp_path: Path) -> None:
+    notes = SignalNotes()
+    notes.note(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        environment.step(["sleep", "300"], tmp_path / "venv", {"PATH": os.environ["PATH"]}, notes)
+
+
+def test_two_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    notes = SignalNotes()
+    with environment.locked(tmp_path, SignalNotes()):
+        notes.note(signal.SIGTERM)
+        with pytest.raises(Interrupted), environment.locked(tmp_path, notes):
+            raise AssertionError("both hold the lock")
+    with environment.locked(tmp_path, SignalNotes()):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(EnvironmentProblem, match="SKYRL_VERL_CACHE"),
+        environment.locked(tmp_path / "file" / "cache", SignalNotes()),
+    ):
+        pass
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------------
+
+CACHE = Path("/var/tmp/skyrl-tests/verl-0.5.0")
+BATCH, EPOCH_STEPS, SAVE_FREQ = 16, 4, 3  # prompts × rollouts, steps of an epoch (the configuration), and ours
+NOTHING_LEFT_WITHIN_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def verl_python() -> Path:
+    """The interpreter of VERL's environment, made where it is missing (one to three minutes)."""
+    shell = {**os.environ, "SKYRL_VERL_CACHE": str(CACHE)}
+    argv = [sys.executable, "-m", "local_verl.environment"]
+    done = subprocess.run(argv, cwd=CHECKOUT, env=shell, capture_output=True, text=True, timeout=1200)
+    if done.returncode == EnvironmentProblem.exit_code:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture
+def place(verl_python: Path) -> Iterator[Place]:
+    """An ordinary user's own checkout; no Slurm is needed."""
+    if os.geteuid() != 0 or shutil.which("podman") is None:
+        pytest.skip("needs root, to become an ordinary user, and Podman")
+    open_tun()
+    entry = ordinary_user()
+    home = Path(entry.pw_dir)
+    user = OrdinaryUser(entry.pw_name, entry.pw_uid, entry.pw_gid, home, subordinate_uids(entry.pw_name), {})
+    home.chmod(0o755)
+    base = home / "jobs" / "local_verl"
+    copy = base / "SkyRL"
+    shutil.rmtree(base, ignore_errors=True)
+    copy_checkout(copy)
+    (copy / ".venv").symlink_to(_environment_folder(user, copy))
+    subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(home / "jobs")], check=True)
+    made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(CACHE)})
+    try:
+        yield made
+        made.assert_nothing_left()
+    finally:
+        for process in made.started:
+            process.kill()
+            process.wait()
+
+
+def start(place: Place, epochs: int) -> Local:
+    """Launch, or go on with what an earlier launch left."""
+    words = (f"CHECKPOINT_DIR={place.base}/checkpoints", f"TOTAL_EPOCHS={epochs}", f"SAVE_FREQ={SAVE_FREQ}")
+    return place.start(*words, "SKYRL_DEBUG=1", config="local-verl")
+
+
+def steps(run: Local) -> list[int]:
+    """The steps that VERL has told of."""
+    return [int(number) for number in re.findall(r" step:(\d+) - ", run.stderr)]
+
+
+def checkpoints(place: Place) -> Path:
+    return place.base / "checkpoints" / "local-verl"
+
+
+def saved_step(place: Place) -> int:
+    """The step that VERL will resume from."""
+    return int((checkpoints(place) / "latest_checkpointed_iteration.txt").read_text())
+
+
+def notes(place: Place, event: str) -> dict[int, str]:
+    """Step → hash of the weights, as they were after each save or load."""
+    lines = [json.loads(line) for line in (checkpoints(place) / "weights.jsonl").read_text().splitlines()]
+    return {int(n["checkpoint"].rpartition("_")[2]): n["sha256"] for n in lines if n["event"] == event}
+
+
+def sandboxes(run: Local) -> set[str]:
+    """The sandboxes that the API server's log says were ready."""
+    log = "".join(path.read_text() for path in run.directory.glob("runtime_*.out"))
+    log += "".join(path.read_text() for path in run.directory.glob("runtime_*.err"))
+    return set(re.findall(r"sandbox (\S+) of session local-verl-\S+ is ready", log))
+
+
+def rollouts(run: Local) -> list[dict[str, Any]]:
+    """What VERL wrote down of each rollout."""
+    files = sorted((run.directory / "rollouts" / "train").glob("*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
+def kill(place: Place, words: bytes) -> None:
+    """SIGKILL to the one process of the run with ``words`` in its command line."""
+    found = [pid for pid, line in processes([os.fsencode(place.base)]) if words in line]
+    assert len(found) == 1, found
+    os.kill(found[0], signal.SIGKILL)
+
+
+def assert_all_gone(place: Place) -> None:
+    """No process, container, socket or storage of the runs, and no folder of Ray's."""
+    place.assert_nothing_left(NOTHING_LEFT_WITHIN_S)
+    assert place.user
+    assert list(scratch.BASE.glob(f"skyrl-ray-{place.user.uid}-*")) == []
+    assert not [line for line in place.user.processes().values() if f"skyrl-ray-{place.user.uid}-" in line]
+
+
+def assert_every_rollout_ran_in_a_sandbox(run: Local, steps_done: int) -> None:
+    found = rollouts(run)
+    assert len(found) == BATCH * steps_done
+    ids = {rollout["runtime_id"] for rollout in found}
+    assert len(ids) == len(found)
+    assert ids <= sandboxes(run)  # the API server's own log
+    for rollout in found:
+        wanted = tasks.expected_output(int(rollout["input"].split()[-1]))
+        assert rollout["score"] == pytest.approx(tasks.reward(wanted, rollout["exit_code"], rollout["stdout"]))
+    assert len({rollout["score"] for rollout in found}) > 1
+
+
+@pytest.mark.podman
+@pytest.mark.verl
+def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> None:
+    # VERL's driver is killed in the fifth step: the fourth is lost, the checkpoint is that of the third.
+    first = start(place, epochs=3)
+    first.wait_for(" step:4 - ", 180)
+    kill(place, b"local_verl.driver")
+    assert first.wait(60) == 128 + signal.SIGKILL, first.stderr
+    assert steps(first)[:4] == [1, 2, 3, 4]
+    at = saved_step(place)
+    assert at % SAVE_FREQ == 0
+    assert at < max(steps(first))
+    assert len(sandboxes(first)) >= BATCH * len(steps(first))
+    assert any(float(norm) > 0 for norm in re.findall(r"actor/grad_norm:(\d[\d.e-]*)", first.stderr))
+    assert_all_gone(place)
+
+    # The same launch goes on from there, with the weights that were saved, to its end.
+    last = 3 * EPOCH_STEPS
+    second = start(place, epochs=3)
+    assert second.wait(300) == 0, second.stderr
+    assert notes(place, "loaded") == {at: notes(place, "saved")[at]}
+    assert steps(second) == list(range(at + 1, last + 1))
+    assert saved_step(place) == last
+    assert len(sandboxes(second)) >= BATCH * (last - at)
+    assert_every_rollout_ran_in_a_sandbox(second, last - at)
+    hashes = notes(place, "saved")
+    assert len(set(hashes.values())) == len(hashes)  # every save has weights of its own: they were trained
+    file = checkpoints(place) / f"global_step_{last}" / "actor" / "model_world_size_1_rank_0.pt"
+    argv = [str(verl_python), "-m", "local_verl.weights", str(file)]
+    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == hashes[last], done.stderr
+    assert_all_gone(place)
+
+    # With more epochs it goes on once more; now the training job itself is killed.
+    third = start(place, epochs=20)
+    third.wait_for(f" step:{last + 1} - ", 180)
+    assert notes(place, "loaded")[last] == hashes[last]
+    kill(place, b"verl_training.py")
+    assert third.wait(60) != 0
+    assert_all_gone(place)
+
+
+def interrupt(place: Place) -> None:
+    """Ctrl-C to the launcher."""
+    place.started[-1].send_signal(signal.SIGINT)
+
+
+def kill_the_trainer(place: Place) -> None:
+    kill(place, b"local_verl.train")
+
+
+@pytest.mark.podman
+@pytest.mark.verl
+@pytest.mark.parametrize(("end", "code"), [(interrupt, 143), (kill_the_trainer, 137)])
+def test_nothing_is_left_of_one_that_is_stopped_as_its_workers_start(
+    place: Place, end: Callable[[Place], None], code: int
+) -> None:
+    run = start(place, epochs=1)
+    run.wait_for("TaskRunner pid=", 120)
+    end(place)
+    assert run.wait(60) == code, run.stderr
+    assert "Traceback" not in "".join(line for line in run.stderr.splitlines() if "local_verl" in line)
+    assert_all_gone(place)
