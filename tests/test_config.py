@@ -186,6 +186,7 @@ BASH_SUITE = {
     "IMAGE_ARCHIVE": None, "TRAINING_COMMAND": "", "VERL_OVERRIDES": (), "SKYRL_COORD_DIR": None,
     "SKYRL_JOBS_BASE": Path("/home/me/.skyrl_jobs"), "SKYRL_PROJECT_ROOT": Path("/project"), "SKYRL_DEBUG": False,
     "SLURM_RUNTIME_DIR": None, "SANDBOX_REMOTE_RUNTIME_API_URL": "", "SKYRL_BACKEND": "slurm",
+    "RESTARTS": 0, "RESTART_LEAD": 900, "MIN_RUN_TIME": 0,
 }  # fmt: skip
 
 

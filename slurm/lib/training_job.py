@@ -19,10 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
 from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, is_listed, read_if_there, write_atomically
+from slurm.lib.deadlines import Deadline, announce, deadline_of, told_variables
+from slurm.lib.early_stop import GRACE_S, EarlyStop
 from slurm.lib.errors import (
     EXIT_INTERNAL,
     EXIT_SIGNAL_BASE,
+    EXIT_TIMEOUT,
     EnvironmentProblem,
     PartnerGone,
     SuiteError,
@@ -33,6 +37,7 @@ from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
+from slurm.lib.restarts import Ended
 from slurm.lib.run_record import read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -64,6 +69,7 @@ class Outcome:
 
     exit_code: int
     reason: str
+    ended: Ended = Ended.FAILED
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,16 +80,22 @@ def main(argv: Sequence[str]) -> int:
 def run(job: JobContext, notes: SignalNotes) -> int:
     """Train, and leave the completion flag behind on every path."""
     log.info("training job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    refusal = refused(job, "training", notes)
+    if refusal is not None:
+        return refusal
     session = TrainingSession(job, notes)
     outcome = Outcome(EXIT_INTERNAL, "an internal error; see the traceback in the training job's .err")
     try:
         outcome = session.train()
     except Interrupted as stop:
-        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop} before the trainer started")
+        cause = why_ended(job, "training", session.deadline.at)
+        reason = f"ended by {stop} before the trainer started"
+        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, reason, cause.ended)
     except SuiteError as problem:
         outcome = Outcome(problem.exit_code, str(problem))
     finally:
         session.record(outcome)
+        session.chain.conclude(outcome.ended)
     return outcome.exit_code
 
 
@@ -95,6 +107,8 @@ class TrainingSession:
         self.notes = notes
         self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID") or read_jobs(job.directory).get("runtime", "")
         self.kill_wait_s = 0.0
+        self.chain = Chain(job)
+        self.deadline = Deadline()
         self._health = Answer(0, "not asked yet")
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
         if not job.own_dir:
@@ -110,7 +124,7 @@ class TrainingSession:
         )
         if self.others_completion():
             return  # the result of that training stays
-        flag = Flag.of_this_host(self.job.job_id, self.runtime_job_id, outcome.exit_code, outcome.reason)
+        flag = Flag.of_this_host(self.job.job_id, self.runtime_job_id, outcome.exit_code, outcome.reason, outcome.ended)
         try:
             self.job.directory.publish(self.job.directory.training_complete, flag)
         except EnvironmentProblem as problem:
@@ -125,12 +139,16 @@ class TrainingSession:
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
+        own, runtime = self.job.job_id, endpoint.runtime_job_id
+        self.deadline = deadline_of(own, runtime, self.job.environment, self.job.scheduler)
+        announce(self.deadline, self.job.settings, time.time())
         trainer = trainer_of(self.job.settings, self.job.directory)
         environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
         self.kill_wait_s = self.job.scheduler.kill_wait_s()
         marker = f"{self.job.job_id}.{secrets.token_hex(8)}"
         environment["SKYRL_TRAINER"] = marker
+        self.chain.begin(endpoint.runtime_job_id, self.notes)
         with guarded(self.job.code) as guardian, Heartbeat(client, f"training-{self.job.job_id}") as heartbeat:
             guardian.own_marker("SKYRL_TRAINER", marker)
             watch = self.partner_watch(endpoint, heartbeat)
@@ -138,9 +156,10 @@ class TrainingSession:
             adopt_orphans()
             with start_canary() as canary, start_trainer(trainer, environment) as child:
                 guardian.own_session(child.pid)
-                self.notes.on_other = child.send
+                early = self.early_stop(child)
+                self.notes.on_other = early.signalled
                 try:
-                    return self.supervise(child, watch, canary)
+                    return self.supervise(child, watch, canary, early)
                 finally:
                     self.notes.on_other = None
                     child.kill()
@@ -262,7 +281,11 @@ class TrainingSession:
             "SKYRL_PYTHON": sys.executable,
             "PYTHONPATH": _with_path(self.job.environment.get("PYTHONPATH"), self.job.code),
         }
-        values = {**dot_env, URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {})}
+        told = told_variables(
+            self.deadline, self.job.settings, self.job.directory.path.name, {**self.job.environment, **dot_env}
+        )
+        own |= told
+        values = {**dot_env, URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {}), **told}
         write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
         host = RuntimeClient(endpoint.url, None).host
         return trainer_environment(self.job.environment, dot_env, own, host)
@@ -286,8 +309,16 @@ class TrainingSession:
 
         return gone
 
-    def supervise(self, child: Child, partner_gone: Callable[[], str | None], canary: Child) -> Outcome:
-        """Wait for the trainer's end, a signal, or the partner's end."""
+    def early_stop(self, child: Child) -> EarlyStop:
+        """What is done with this trainer when the time limit is near."""
+        settings = self.job.settings
+        checkpoints = checkpoints_of(settings, self.job.directory)
+        return EarlyStop(settings, self.deadline, checkpoints, bool(self.chain.successor), child.send)
+
+    def supervise(
+        self, child: Child, partner_gone: Callable[[], str | None], canary: Child, early: EarlyStop
+    ) -> Outcome:
+        """Wait for the trainer's end, a signal, the partner's end, or the checkpoint before the time limit."""
         next_look = 0.0
         while (code := child.exit_code) is None:
             if self.notes.stop_signal is not None:
@@ -296,9 +327,18 @@ class TrainingSession:
                 why = partner_gone()
                 if why:
                     return self._stopped_for_partner(child, why)
+                checkpoint = early.saved()
+                if checkpoint:
+                    return self._stopped_to_go_on(child, checkpoint)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
-        return Outcome(code, ended(code))
+        if self.chain.successor:
+            self.notes.sleep(CANARY_S)  # where Slurm signals every process, the trainer may have ended first
+        if self.notes.stop_signal is not None:
+            return self._stopped_by_signal(child, self.notes.stop_signal, canary)
+        if early.killed_by_it(code):
+            return Outcome(code, f"{ended(code)}, which announced the time limit", Ended.INTERRUPTED)
+        return Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""
@@ -315,16 +355,27 @@ class TrainingSession:
         log.warning("received %s; stopping the trainer", name)
         if not canary.wait(CANARY_S):
             child.send(number)
-        child.wait(max(1.0, self.kill_wait_s - 2.5))
+        end = time.monotonic() + max(1.0, self.kill_wait_s - 2.5)
+        cause = why_ended(self.job, "training", self.deadline.at)
+        child.wait(max(0.0, end - time.monotonic()))
         child.kill()
         code = child.exit_code
         own = code if code not in {None, 0} else EXIT_SIGNAL_BASE + number
-        return Outcome(own or EXIT_SIGNAL_BASE + number, f"ended by {name}; {ended(code or 0)}")
+        reason = f"ended by {name} ({cause.value}); {ended(code or 0)}"
+        return Outcome(own or EXIT_SIGNAL_BASE + number, reason, cause.ended)
+
+    def _stopped_to_go_on(self, child: Child, checkpoint: str) -> Outcome:
+        log.warning("the trainer has saved (%s); stopping it, to go on in the next job", checkpoint)
+        child.stop(GRACE_S)
+        reason = f"stopped at its checkpoint ({checkpoint}) before the time limit"
+        return Outcome(EXIT_TIMEOUT, reason, Ended.INTERRUPTED)
 
     def _stopped_for_partner(self, child: Child, why: str) -> Outcome:
         log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
         child.stop(STOP_GRACE_S)
-        return Outcome(PartnerGone.exit_code, why)
+        flag = self.failed.read()
+        by_hand = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
+        return Outcome(PartnerGone.exit_code, why, Ended.CANCELLED if by_hand else Ended.INTERRUPTED)
 
 
 def ended(code: int) -> str:
