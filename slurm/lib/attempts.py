@@ -136,6 +136,7 @@ def queue_next(job: JobContext, number: int, notes: SignalNotes) -> dict[str, st
 
 
 def plan_checkout(job: JobContext) -> Path:
+    """The checkout that the run was launched from."""
     return Path(job.environment.get("SKYRL_CHECKOUT") or job.code)
 
 

@@ -90,7 +90,9 @@ def tell_training(job: JobContext, outcome: Outcome) -> None:
 
 
 def how_ended(job: JobContext, outcome: Outcome) -> str:
-    """Whether a person ended this job, or something that nobody wanted: after that a training may be restarted."""
+    """Whether a person ended this job, or something that nobody wanted, after which a training may be restarted."""
+    if not job.settings.restarts:
+        return ""
     signalled = outcome.exit_code > EXIT_SIGNAL_BASE
     return why_ended(job, "runtime", None).ended if signalled else Ended.INTERRUPTED
 

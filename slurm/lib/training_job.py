@@ -139,9 +139,7 @@ class TrainingSession:
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
-        own, runtime = self.job.job_id, endpoint.runtime_job_id
-        self.deadline = deadline_of(own, runtime, self.job.environment, self.job.scheduler)
-        announce(self.deadline, self.job.settings, time.time())
+        self.know_deadline()
         trainer = trainer_of(self.job.settings, self.job.directory)
         environment = self.prepare(trainer, endpoint)
         client = RuntimeClient(endpoint.url, endpoint.key)
@@ -164,6 +162,12 @@ class TrainingSession:
                     self.notes.on_other = None
                     child.kill()
                     kill_descendants(spared={canary.pid})  # daemons that it left, in sessions of their own
+
+    def know_deadline(self) -> None:
+        """Find out until when both jobs may run, and say it; ``TooLate`` where that is too little."""
+        job = self.job
+        self.deadline = deadline_of(job.job_id, self.runtime_job_id, job.environment, job.scheduler)
+        announce(self.deadline, job.settings, time.time())
 
     def others_completion(self) -> Flag | None:
         """The completion flag of another training that this runtime has served."""
@@ -338,7 +342,16 @@ class TrainingSession:
             return self._stopped_by_signal(child, self.notes.stop_signal, canary)
         if early.killed_by_it(code):
             return Outcome(code, f"{ended(code)}, which announced the time limit", Ended.INTERRUPTED)
-        return Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
+        lost = self._lost_runtime() if code and self.chain.successor else None
+        return lost or Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
+
+    def _lost_runtime(self) -> Outcome | None:
+        """The outcome where a trainer has failed because its sandboxes were gone, which it notices before this job."""
+        flag, url = self.failed.read(), self.job.directory.read_url()
+        if flag is None and url is not None and RuntimeClient(url, None).health().ok:
+            return None
+        why = f"the runtime job {self.runtime_job_id} failed: {flag.reason}" if flag else "the runtime does not answer"
+        return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", _without_runtime(flag, why))
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""
@@ -373,9 +386,13 @@ class TrainingSession:
     def _stopped_for_partner(self, child: Child, why: str) -> Outcome:
         log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
         child.stop(STOP_GRACE_S)
-        flag = self.failed.read()
-        by_hand = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
-        return Outcome(PartnerGone.exit_code, why, Ended.CANCELLED if by_hand else Ended.INTERRUPTED)
+        return Outcome(PartnerGone.exit_code, why, _without_runtime(self.failed.read(), why))
+
+
+def _without_runtime(flag: Flag | None, why: str) -> Ended:
+    """What a training's end for want of its runtime is: a person's word if it was that of the runtime's end."""
+    by_hand = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
+    return Ended.CANCELLED if by_hand else Ended.INTERRUPTED
 
 
 def ended(code: int) -> str:
