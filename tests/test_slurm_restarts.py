@@ -83,7 +83,16 @@ class Story:
 
     def preempt(self, node: str) -> None:
         """Run a job that needs all GPUs of a node, in the partition whose jobs go first."""
-        options = ["-p", "urgent", f"--nodelist={node}", "--gres=gpu:8", "-W", "--wrap=sleep 1", "--output=/dev/null"]
+        options = [
+            "-p",
+            "urgent",
+            f"--nodelist={node}",
+            "--gres=gpu:8",
+            "--mem=1G",
+            "-W",
+            "--wrap=sleep 1",
+            "--output=/dev/null",
+        ]
         done = self.user.run(["sbatch", *options])
         assert done.returncode == 0, done.stderr
 
