@@ -81,6 +81,7 @@ VALUES = {
     "fraction": "number between 0 and 1",
     "frequency": "whole number ≥ 1, or -1",
     "gres_type": "name",
+    "lead_seconds": "whole number 1 to 65535",
     "memory": "memory",
     "mirrors": "list of REGISTRY=MIRROR",
     "names": "list of names",

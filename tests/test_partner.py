@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slurm.lib.partner import PartnerWatch
-from slurm.lib.scheduler import JobState, JobStatus
+from slurm.lib.scheduler import JobFacts, JobState, JobStatus
 
 
 class FakeScheduler:
@@ -23,6 +23,9 @@ class FakeScheduler:
 
     def kill_wait_s(self) -> float:
         return 5
+
+    def facts(self, job_id: str, timeout_s: float = 0.0) -> JobFacts:
+        return JobFacts()
 
 
 class World:

@@ -70,8 +70,8 @@ class Flag:
     """One job's statement to the other.
 
     ``job_id`` wrote it on ``host``; ``runtime_job_id`` is the attempt it belongs to (the runtime job that the run is
-    about); ``exit_code`` and ``reason`` say how the writer ended, where it has ended. ``by_hand`` marks an empty flag
-    that a person touched.
+    about); ``exit_code`` and ``reason`` say how the writer ended, where it has ended, and ``ended`` the same in a word
+    of ``restarts.Ended`` (empty where that is not known). ``by_hand`` marks an empty flag that a person touched.
     """
 
     job_id: str = ""
@@ -81,10 +81,13 @@ class Flag:
     exit_code: int | None = None
     reason: str = ""
     by_hand: bool = False
+    ended: str = ""
 
     @staticmethod
-    def of_this_host(job_id: str, runtime_job_id: str, exit_code: int | None = None, reason: str = "") -> Flag:
-        return Flag(job_id, runtime_job_id, socket.gethostname(), utc_now(), exit_code, reason)
+    def of_this_host(
+        job_id: str, runtime_job_id: str, exit_code: int | None = None, reason: str = "", ended: str = ""
+    ) -> Flag:
+        return Flag(job_id, runtime_job_id, socket.gethostname(), utc_now(), exit_code, reason, ended=ended)
 
     def to_text(self) -> str:
         return json.dumps({"schema": 1, **{k: v for k, v in asdict(self).items() if k != "by_hand"}}) + "\n"
@@ -175,6 +178,10 @@ class CoordinationDir:
     def ray_head(self, job_id: str) -> Path:
         """Where that job's Ray cluster is joined, as its head says."""
         return self.path / f"ray_{job_id}_head.json"
+
+    def attempt(self, number: int) -> Path:
+        """What is known of the run's attempt ``number``, where it can be restarted."""
+        return self.path / f"attempt_{number}.json"
 
     def heartbeat(self, job: str, job_id: str) -> Path:
         return self.path / f"heartbeat_{job}_{job_id}.txt"

@@ -16,7 +16,8 @@ EXIT_INTERNAL = 70  # a fault of this suite (EX_SOFTWARE)
 EXIT_ENVIRONMENT = 71  # something this machine lacks: an interpreter, Podman, a folder (EX_OSERR)
 EXIT_SUBMISSION = 73  # Slurm refused or did not answer; whatever was submitted has been cancelled (EX_CANTCREAT)
 EXIT_NODE_LOST = 74  # a node of the training job was lost (EX_IOERR)
-EXIT_TIMEOUT = 75  # a deadline of ours passed (EX_TEMPFAIL)
+EXIT_TIMEOUT = 75  # a deadline of ours passed, or a training was stopped to go on in another job (EX_TEMPFAIL)
+EXIT_NO_PROGRESS = 76  # a restart did not begin: the attempt before it was interrupted and had saved nothing new
 EXIT_SIGNAL_BASE = 128  # ended by signal N: 128 + N, as shells count
 
 
@@ -58,6 +59,12 @@ class NodeLost(SuiteError):
 
 class WaitTimeout(SuiteError):
     """A wait reached its deadline; the message says for what, how long, and what was seen last."""
+
+    exit_code = EXIT_TIMEOUT
+
+
+class TooLate(SuiteError):
+    """So little time is left to a job that the training does not begin."""
 
     exit_code = EXIT_TIMEOUT
 

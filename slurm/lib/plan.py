@@ -22,7 +22,17 @@ from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_versions import VerlVersion
 
 RUNTIME_ID = "<runtime job id>"
+ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
+OF_ONE_JOB = frozenset({ATTEMPT, AFTER, "SKYRL_RUNTIME_JOB_ID"})  # not for the jobs that a job of ours submits
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A further attempt at a run: its number (the launch's own is 1), and the training job whose end it waits for."""
+
+    attempt: int
+    after: str
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,8 @@ class Request:
 
     ``attach_dir`` is the directory of a running runtime job to join and ``attach_id`` that job's id;
     ``runtime_url`` is the address of any other server. ``settings_words`` are the options that named the settings of a
-    runtime launched alone, for the line that says how to join it.
+    runtime launched alone, for the line that says how to join it. ``restart`` is set for a pair that goes on with the
+    run in ``attach_dir``.
     """
 
     runtime: bool = True
@@ -40,6 +51,7 @@ class Request:
     attach_id: str = ""
     settings_words: tuple[str, ...] = ()
     runtime_url: str | None = None
+    restart: Restart | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,8 @@ def _site_options(settings: Settings) -> tuple[str, ...]:
             ("reservation", settings.reservation),
             ("exclude", settings.exclude_nodes),
             ("time", settings.time_limit),
+            # To the job's own process alone; Slurm may send it up to a minute early (sbatch(1)).
+            ("signal", f"B:USR1@{settings.restart_lead}" if settings.restarts else None),
         ]
     )
 
@@ -203,7 +217,7 @@ def make_plan(
     stamp = now.strftime(STAMP_FORMAT)
     shell, said = without_slurm(environment), {**config.exported, **settings.as_environment()}
     values = secret_values(shell) | secret_values(said)
-    overruled = said.keys() | config.unset
+    overruled = said.keys() | config.unset | OF_ONE_JOB
     passed_on = {name: value for name, value in shell.items() if name not in overruled}
     inherited, shell_secrets = split_environment(passed_on, values)
     ours, own_secrets = split_environment(said, values)
@@ -243,15 +257,28 @@ class _Builder:
         return f"{self.base}/{self.directory_of(job_id)}"
 
     def script(self, name: str) -> Path:
-        return self.checkout / "slurm" / "jobs" / name
+        """In the checkout; of a restart in the run's own copy of the code, since the checkout may have changed."""
+        attach = self.request.attach_dir
+        code = CoordinationDir(attach).code if attach and self.request.restart else self.checkout
+        return code / "slurm" / "jobs" / name
+
+    def attempt(self) -> dict[str, str]:
+        """For a pair of jobs that may be restarted or is a restart: which attempt it is, and after which job."""
+        pair = self.request.runtime and self.request.training and self.settings.skyrl_backend == "slurm"
+        if not pair or not self.settings.restarts:
+            return {}
+        restart = self.request.restart
+        return {ATTEMPT: str(restart.attempt), AFTER: restart.after} if restart else {ATTEMPT: "1"}
 
     def runtime(self) -> JobPlan:
         directory = self.directory_of(OWN_ID)
         script = self.script("runtime_server.py")
+        restart = self.request.restart
+        first = ("--hold", f"--dependency=afterany:{restart.after}") if restart else ("--hold",)
         options = runtime_options(self.settings) + _logs("runtime", self.base, directory)
-        environment = _job_environment("runtime", self.base, directory, self.checkout, self.python)
+        environment = _job_environment("runtime", self.base, directory, self.checkout, self.python) | self.attempt()
         return JobPlan(
-            "runtime", (*SBATCH, "--hold", *options, str(script)), script, f"{self.base}/{directory}", environment
+            "runtime", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
         )
 
     def training(self) -> JobPlan:
@@ -259,11 +286,14 @@ class _Builder:
         paired = self.request.runtime
         directory = self.directory_of(RUNTIME_ID if paired else OWN_ID)
         script = self.script("verl_training.py")
-        first = (f"--dependency=after:{RUNTIME_ID}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
+        restart = self.request.restart
+        # A restart's runtime job may be cancelled while it is queued, which fulfils `after` (Slurm 22.05).
+        both = f"after:{RUNTIME_ID},afterany:{restart.after}" if restart else f"after:{RUNTIME_ID}"
+        first = (f"--dependency={both}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
         options = training_options(self.settings) + _logs("training", self.base, directory)
         environment = _job_environment("training", self.base, directory, self.checkout, self.python)
         partner = RUNTIME_ID if paired else self.request.attach_id
-        environment |= {"SKYRL_RUNTIME_JOB_ID": partner} if partner else {}
+        environment |= self.attempt() | ({"SKYRL_RUNTIME_JOB_ID": partner} if partner else {})
         return JobPlan(
             "training", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
         )

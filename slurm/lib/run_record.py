@@ -83,11 +83,12 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
     """
     copy_code(checkout, directory.code)
     added = copy_confs(directory, plan)
-    example = task_example(plan.settings) if plan.training else None
+    restarted = plan.request.restart is not None  # its jobs find the rest where the first attempt's did
+    example = task_example(plan.settings) if plan.training and not restarted else None
     if example:
         added += [directory.task_yaml] if not directory.task_yaml.exists() else []
         write_matching(example, directory.task_yaml, plan.settings)
-    if plan.secrets:
+    if plan.secrets and not restarted:
         path = directory.secrets
         if path.exists():  # of the runtime's launch; what this shell knows goes to this launch's job alone
             path = _secrets_of(directory, next(iter(jobs.values())))
@@ -172,10 +173,37 @@ def read_jobs(directory: CoordinationDir) -> dict[str, str]:
     """The ids of a run's jobs by kind; of several that joined the last one. Empty where there is no record."""
     jobs: dict[str, str] = {}
     for path in record_paths(directory):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            jobs |= {kind: str(job["id"]) for kind, job in data["jobs"].items()}
+        jobs |= _jobs_in(path)
     return jobs
+
+
+def partner_of(directory: CoordinationDir, kind: str, job_id: str) -> str | None:
+    """The id of the other job of the pair that a runtime or training job belongs to; None while there is none.
+
+    The one that was recorded with it, else the last that was recorded alone. Other attempts at the run are other pairs.
+    """
+    other = {"runtime": "training", "training": "runtime"}[kind]
+    found = None
+    for jobs in map(_jobs_in, record_paths(directory)):
+        if other in jobs and jobs.get(kind) == job_id:
+            return jobs[other]
+        found = jobs[other] if other in jobs and kind not in jobs else found
+    return found
+
+
+def _jobs_in(path: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {kind: str(job["id"]) for kind, job in data["jobs"].items()}
+    return {}
+
+
+def recorded_git(directory: CoordinationDir) -> GitState:
+    """The commit that the run was launched from, as its record has it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        git = json.loads(directory.run_record.read_text(encoding="utf-8"))["git"]
+        return GitState(git["commit"], git["dirty"])
+    return GitState(None, None)
 
 
 def join(directory: CoordinationDir, kind: str, job_id: str) -> None:

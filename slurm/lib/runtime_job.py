@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slurm.lib.api_server_child import ApiServer, api_server
+from slurm.lib.attempts import refused, why_ended
 from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
 from slurm.lib.errors import (
     EXIT_OK,
@@ -33,7 +34,8 @@ from slurm.lib.podman_service import PodmanService, podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
 from slurm.lib.registries import registries_conf, site_conf
-from slurm.lib.run_record import read_jobs
+from slurm.lib.restarts import Ended
+from slurm.lib.run_record import partner_of
 from slurm.lib.runtime_client import RuntimeClient
 from slurm.lib.scheduler import JobState
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -61,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
 def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    refusal = refused(job, "runtime", notes)
+    if refusal is not None:
+        return refusal
     try:
         outcome = serve(job, notes)
     except Interrupted as stop:
@@ -77,16 +82,24 @@ def run(job: JobContext, notes: SignalNotes) -> int:
 
 def tell_training(job: JobContext, outcome: Outcome) -> None:
     """Say why this job ends before the training does."""
-    flag = Flag.of_this_host(job.job_id, job.job_id, outcome.exit_code, outcome.reason)
+    flag = Flag.of_this_host(job.job_id, job.job_id, outcome.exit_code, outcome.reason, how_ended(job, outcome))
     try:
         job.directory.publish(job.directory.runtime_failed, flag)
     except EnvironmentProblem as problem:
         log.error("%s; the training job will notice that this job has ended", problem)
 
 
+def how_ended(job: JobContext, outcome: Outcome) -> str:
+    """Whether a person ended this job, or something that nobody wanted, after which a training may be restarted."""
+    if not job.settings.restarts:
+        return ""
+    signalled = outcome.exit_code > EXIT_SIGNAL_BASE
+    return why_ended(job, "runtime", None).ended if signalled else Ended.INTERRUPTED
+
+
 def withdraw_training(job: JobContext) -> None:
     """Take a training job that has not started out of the queue: it could only fail."""
-    training = read_jobs(job.directory).get("training")
+    training = partner_of(job.directory, "runtime", job.job_id)
     if training and job.scheduler.status(training).state is JobState.PENDING:
         complaint = job.scheduler.cancel([training])
         log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")
@@ -244,7 +257,7 @@ class TrainingWatcher:
         return outcome_of(late) if late else Outcome(EXIT_UNAVAILABLE, f"{why}, without a completion flag")
 
     def _find_partner(self, server: ApiServer) -> PartnerWatch | None:
-        training = read_jobs(self.job.directory).get("training")
+        training = partner_of(self.job.directory, "runtime", self.job.job_id)
         if training is None:
             return None
         watch = CounterWatch(self.job.directory.heartbeat("training", training))

@@ -7,15 +7,18 @@ without ``--json`` and without accounting.
 from __future__ import annotations
 
 import enum
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, WaitTimeout
 from slurm.lib.processes import Completed, run, start_ticks
+from slurm.lib.settings import slurm_seconds
 
 ASK_TIMEOUT_S = 10.0  # a busy controller answers squeue within seconds or not for minutes
 QUESTION_TIMEOUT_S = 8.0  # before a submission; a person is waiting, and the launch can go on without the answer
@@ -64,6 +67,18 @@ class JobStatus:
         return f"{self.state.value} ({self.words})" if self.words else self.state.value
 
 
+@dataclass(frozen=True)
+class JobFacts:
+    """What Slurm says about the time of a job that runs or is being ended.
+
+    ``ends_at`` is its time limit in epoch seconds, None where it has none or Slurm does not say. ``preempted`` is true
+    once Slurm has begun to take its nodes away for another job.
+    """
+
+    ends_at: float | None = None
+    preempted: bool = False
+
+
 class Scheduler(Protocol):
     """What a job body asks of whoever runs the jobs."""
 
@@ -72,6 +87,36 @@ class Scheduler(Protocol):
     def cancel(self, job_ids: Sequence[str]) -> str | None: ...
 
     def kill_wait_s(self) -> float: ...
+
+    def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts: ...
+
+
+def parse_facts(text: str) -> JobFacts:
+    """The facts in the output of ``scontrol show job``; times as epoch seconds or as Slurm's standard format has them.
+
+    EndTime is the limit while a job runs, later the time of its end: then it is StartTime and TimeLimit.
+    """
+    found = dict(re.findall(r"(\w+)=(\S*)", text))
+    preempted = found.get("JobState") == "PREEMPTED" or _epoch(found.get("PreemptTime", "")) is not None
+    try:
+        limit_s = slurm_seconds(found.get("TimeLimit", ""))
+    except ValueError:
+        limit_s = math.inf
+    if math.isinf(limit_s):
+        return JobFacts(None, preempted)
+    start, end = _epoch(found.get("StartTime", "")), _epoch(found.get("EndTime", ""))
+    running = found.get("JobState") in {"RUNNING", "SUSPENDED"} or start is None
+    return JobFacts(end if running or start is None else start + limit_s, preempted)
+
+
+def _epoch(stamp: str) -> float | None:
+    """Epoch seconds of a time that Slurm printed; None for Unknown, None and N/A."""
+    if stamp.isdigit():
+        return float(stamp) or None
+    try:
+        return datetime.fromisoformat(stamp).timestamp()
+    except ValueError:
+        return None
 
 
 def parse_status(answer: Completed) -> JobStatus:
@@ -178,6 +223,11 @@ class Slurm:
         match = re.search(r"^KillWait\s*=\s*(\d+)", self._ask("scontrol", "show", "config").stdout, re.MULTILINE)
         return float(match.group(1)) if match else DEFAULT_KILL_WAIT_S
 
+    def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts:
+        """What Slurm says about the job's time; nothing is known where it does not answer in time."""
+        asking = Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})  # a person's own format could not be read back
+        return parse_facts(asking._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s).stdout)
+
     def detail(self, job_id: str, field: str) -> str | None:
         """One field of ``scontrol show job`` whose value reaches to the end of its line, such as ``StdOut``."""
         answer = self._ask("scontrol", "show", "job", job_id)
@@ -232,3 +282,7 @@ class LocalJobs:
 
     def kill_wait_s(self) -> float:
         return self.KILL_WAIT_S
+
+    def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts:
+        """A process of this machine has no time limit."""
+        return JobFacts()

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -66,6 +66,14 @@ def non_negative_int(raw: str) -> int:
     number = integer(raw)
     if number < 0:
         raise ValueError("must be at least 0")
+    return number
+
+
+def lead_seconds(raw: str) -> int:
+    """Seconds before a time limit, as many as sbatch's ``--signal`` takes."""
+    number = integer(raw)
+    if not 1 <= number <= 65535:
+        raise ValueError("must be 1 to 65535, as sbatch's --signal takes it")
     return number
 
 
@@ -399,6 +407,27 @@ class Settings:
     time_limit: str = setting(
         "TIME_LIMIT", slurm_time, "12:00:00", "Time limit of both jobs, in one of Slurm's formats.", unit="Slurm time"
     )
+    restarts: int = setting(
+        "RESTARTS",
+        non_negative_int,
+        0,
+        "How often a training that is interrupted (time limit, preemption, node failure) goes on in new jobs; see "
+        "[restarts.md](restarts.md).",
+    )
+    restart_lead: int = setting(
+        "RESTART_LEAD",
+        lead_seconds,
+        900,
+        "With RESTARTS: how long before the time limit the training is to save. Slurm may say so a minute early.",
+        unit="s",
+    )
+    min_run_time: int = setting(
+        "MIN_RUN_TIME",
+        non_negative_int,
+        0,
+        "Time that either job must have left for a training to begin; 0 is no such condition.",
+        unit="s",
+    )
 
     # The training job
     gpu_nodes: int = setting("GPU_NODES", positive_int, 1, "Nodes of the training job.")
@@ -608,7 +637,7 @@ class Settings:
         experiment,
         "skyrl",
         "Name of the run there, and of its checkpoint folder; set it to resume on another day.",
-        default_text="skyrl-YYYYMMDD-HHMMSS",
+        default_text="skyrl-YYYYMMDD-HHMMSS; with RESTARTS it is skyrl",
     )
 
     # What VERL trains
@@ -774,7 +803,7 @@ def complete(settings: Settings, given: Iterable[str], place: Place) -> Settings
     """Fill in the defaults that depend on other keys, for keys that are not ``given``, and make paths absolute."""
     dependent: dict[str, object] = {
         "MAX_MODEL_LEN": settings.max_prompt_length + settings.max_response_length,
-        "WANDB_EXPERIMENT": f"skyrl-{place.now:%Y%m%d-%H%M%S}",
+        "WANDB_EXPERIMENT": "skyrl" if settings.restarts else f"skyrl-{place.now:%Y%m%d-%H%M%S}",
         "SKYRL_PROJECT_ROOT": place.project_root,
         "TRAINING_COMPLETE_TIMEOUT": max(43200, time_limit_s(settings)),
     }
@@ -805,6 +834,8 @@ def gpu_gres(settings: Settings) -> str:
 def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
+    if settings.skyrl_backend == "local" and settings.restarts:
+        return [(("RESTARTS",), f"RESTARTS={settings.restarts} has no effect: a local run has no time limit")]
     if settings.skyrl_backend == "local" or waits >= limit:
         return []
     sentence = (
@@ -835,7 +866,41 @@ def absolute(value: Path, place: Place) -> Path:
 
 def contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     """What cannot hold together: the keys involved, the one to change first, and a sentence."""
-    return [*_gpu_contradictions(settings), *_runtime_contradictions(settings)]
+    return [
+        *_gpu_contradictions(settings),
+        *_runtime_contradictions(settings),
+        *_time_contradictions(settings),
+        *_restart_contradictions(settings),
+    ]
+
+
+def _time_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    limit = slurm_seconds(settings.time_limit)
+    shown = f"TIME_LIMIT={settings.time_limit}"
+    if settings.restarts and settings.restart_lead >= limit:
+        sentence = f"RESTART_LEAD={settings.restart_lead} must be less than {shown} ({limit:g} s)"
+        yield ("RESTART_LEAD", "TIME_LIMIT", "RESTARTS"), sentence
+    if settings.min_run_time >= limit:
+        sentence = f"MIN_RUN_TIME={settings.min_run_time} must be less than {shown} ({limit:g} s): nothing would begin"
+        yield ("MIN_RUN_TIME", "TIME_LIMIT"), sentence
+
+
+# With one of these a new attempt would not find what the last one saved.
+HIDING = ("trainer.resume_mode", "trainer.default_local_dir")
+
+
+def _restart_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of VERL alone: how a TRAINING_COMMAND saves is its own affair."""
+    if not settings.restarts or settings.training_command:
+        return
+    if settings.save_freq == -1:
+        sentence = f"RESTARTS={settings.restarts} with SAVE_FREQ=-1: without checkpoints there is nothing to go on from"
+        yield ("SAVE_FREQ", "RESTARTS"), sentence
+    for override in settings.verl_overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        if name in HIDING and value != "auto":
+            sentence = f"VERL_OVERRIDES: {override}, but with RESTARTS the suite decides {name}"
+            yield ("VERL_OVERRIDES", "RESTARTS"), f"{sentence}; use CHECKPOINT_DIR and WANDB_EXPERIMENT"
 
 
 def _gpu_contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:

@@ -19,10 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
 from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, is_listed, read_if_there, write_atomically
+from slurm.lib.deadlines import Deadline, announce, deadline_of, told_variables
+from slurm.lib.early_stop import GRACE_S, EarlyStop
 from slurm.lib.errors import (
     EXIT_INTERNAL,
     EXIT_SIGNAL_BASE,
+    EXIT_TIMEOUT,
     EnvironmentProblem,
     NodeLost,
     PartnerGone,
@@ -37,6 +41,7 @@ from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
 from slurm.lib.ray_cluster import RayCluster, ray_cluster
+from slurm.lib.restarts import Ended
 from slurm.lib.run_record import ensure_task_yaml, read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -80,6 +85,7 @@ class Outcome:
 
     exit_code: int
     reason: str
+    ended: Ended = Ended.FAILED
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,16 +96,22 @@ def main(argv: Sequence[str]) -> int:
 def run(job: JobContext, notes: SignalNotes) -> int:
     """Train, and leave the completion flag behind on every path."""
     log.info("training job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    refusal = refused(job, "training", notes)
+    if refusal is not None:
+        return refusal
     session = TrainingSession(job, notes)
     outcome = Outcome(EXIT_INTERNAL, "an internal error; see the traceback in the training job's .err")
     try:
         outcome = session.train()
     except Interrupted as stop:
-        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop} before the trainer started")
+        cause = why_ended(job, "training", session.deadline.at)
+        reason = f"ended by {stop} before the trainer started"
+        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, reason, cause.ended)
     except SuiteError as problem:
         outcome = Outcome(problem.exit_code, str(problem))
     finally:
         session.record(outcome)
+        session.chain.conclude(outcome.ended)
     return outcome.exit_code
 
 
@@ -111,6 +123,8 @@ class TrainingSession:
         self.notes = notes
         self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID") or read_jobs(job.directory).get("runtime", "")
         self.kill_wait_s = 0.0
+        self.chain = Chain(job)
+        self.deadline = Deadline()
         self._health = Answer(0, "not asked yet")
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
         if not job.own_dir:
@@ -126,7 +140,7 @@ class TrainingSession:
         )
         if self.others_completion():
             return  # the result of that training stays
-        flag = Flag.of_this_host(self.job.job_id, self.runtime_job_id, outcome.exit_code, outcome.reason)
+        flag = Flag.of_this_host(self.job.job_id, self.runtime_job_id, outcome.exit_code, outcome.reason, outcome.ended)
         try:
             self.job.directory.publish(self.job.directory.training_complete, flag)
         except EnvironmentProblem as problem:
@@ -139,6 +153,7 @@ class TrainingSession:
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
+        self.know_deadline()
         verl = verl_of(self.job.settings, self.job.environment)
         if verl:
             log.info("skyrl-agent has %s", verl)
@@ -154,6 +169,7 @@ class TrainingSession:
             environment = self.prepare(trainer, endpoint, folder)
             environment[TRAINER_MARKER] = marker
             guardian.own_marker(TRAINER_MARKER, marker)
+            self.chain.begin(endpoint.runtime_job_id, self.notes)
             watch = self.partner_watch(endpoint, heartbeat)
             guardian.await_detached()
             adopt_orphans()
@@ -169,14 +185,21 @@ class TrainingSession:
                 start_trainer(trainer, {**environment, **cluster.environment}) as child,
             ):
                 guardian.own_session(child.pid)
-                self.notes.on_other = child.send
+                early = self.early_stop(child)
+                self.notes.on_other = early.signalled
                 try:
-                    return self.supervise(child, watch, canary, cluster)
+                    return self.supervise(child, watch, canary, cluster, early)
                 finally:
                     self.notes.on_other = None
                     child.kill()
                     # daemons that it left, in sessions of their own
                     kill_descendants(spared={canary.pid} | cluster.pids)
+
+    def know_deadline(self) -> None:
+        """Find out until when both jobs may run, and say it; ``TooLate`` where that is too little."""
+        job = self.job
+        self.deadline = deadline_of(job.job_id, self.runtime_job_id, job.environment, job.scheduler)
+        announce(self.deadline, job.settings, time.time())
 
     def others_completion(self) -> Flag | None:
         """The completion flag of another training that this runtime has served."""
@@ -295,10 +318,14 @@ class TrainingSession:
             "SKYRL_PYTHON": sys.executable,
             "PYTHONPATH": _with_path(self.job.environment.get("PYTHONPATH"), self.job.code),
         }
+        told = told_variables(
+            self.deadline, self.job.settings, self.job.directory.path.name, {**self.job.environment, **dot_env}
+        )
+        own |= told
         base = trainer_environment(self.job.environment, dot_env, own)
         host = RuntimeClient(endpoint.url, None).host
         environment = for_trainer(self.job.settings, base, agent_folder(self.job.settings), node_folder, host)
-        values = env_file_values(environment, dot_env, server)
+        values = env_file_values(environment, dot_env, {**server, **told})
         write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
         return environment
 
@@ -321,34 +348,59 @@ class TrainingSession:
 
         return gone
 
+    def early_stop(self, child: Child) -> EarlyStop:
+        """What is done with this trainer when the time limit is near."""
+        settings = self.job.settings
+        checkpoints = checkpoints_of(settings, self.job.directory)
+        return EarlyStop(settings, self.deadline, checkpoints, bool(self.chain.successor), child.send)
+
     def supervise(
         self,
         child: Child,
         partner_gone: Callable[[], str | None],
         canary: Child,
         cluster: RayCluster,
+        early: EarlyStop,
     ) -> Outcome:
-        """Wait for the trainer's end, a signal, or the end of the partner or of a node."""
+        """Wait for the trainer's end, a signal, the end of the partner or of a node, or the last checkpoint in time."""
         next_look = 0.0
         while (code := child.exit_code) is None:
             if self.notes.stop_signal is not None:
                 return self._stopped_by_signal(child, self.notes.stop_signal, canary)
             if time.monotonic() >= next_look:
                 if why := partner_gone():
-                    return self._stopped(child, PartnerGone.exit_code, why)
+                    return self._stopped(child, PartnerGone.exit_code, why, _without_runtime(self.failed.read(), why))
                 if why := cluster.lost():
-                    return self._stopped(child, NodeLost.exit_code, why)
+                    return self._stopped(child, NodeLost.exit_code, why, Ended.INTERRUPTED)
+                if checkpoint := early.saved():
+                    return self._stopped_to_go_on(child, checkpoint)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
-        why = self._lost_meanwhile(cluster) if code else None
-        return Outcome(NodeLost.exit_code, f"{why}; {ended(code)}") if why else Outcome(code, ended(code))
+        if self.chain.successor:
+            self.notes.sleep(CANARY_S)  # where Slurm signals every process, the trainer may have ended first
+        if self.notes.stop_signal is not None:
+            return self._stopped_by_signal(child, self.notes.stop_signal, canary)
+        if early.killed_by_it(code):
+            return Outcome(code, f"{ended(code)}, which announced the time limit", Ended.INTERRUPTED)
+        lost = self._lost_meanwhile(code, cluster) if code else None
+        return lost or Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
 
-    def _lost_meanwhile(self, cluster: RayCluster) -> str | None:
-        """Why a node is lost: a trainer that misses it fails sooner than its step ends, and without its name."""
+    def _lost_meanwhile(self, code: int, cluster: RayCluster) -> Outcome | None:
+        """The outcome where a trainer has failed for want of a node or of its runtime, which it notices before us."""
         end = time.monotonic() + (NODE_WORD_S if cluster.steps else 0.0)
         while (why := cluster.lost()) is None and self.notes.stop_signal is None and time.monotonic() < end:
             self.notes.sleep(LOOK_EVERY_S)
-        return None if self.notes.stop_signal else why
+        if why and self.notes.stop_signal is None:
+            return Outcome(NodeLost.exit_code, f"{why}; {ended(code)}", Ended.INTERRUPTED)
+        return self._lost_runtime() if self.chain.successor else None
+
+    def _lost_runtime(self) -> Outcome | None:
+        """The outcome where a trainer has failed because its sandboxes were gone."""
+        flag, url = self.failed.read(), self.job.directory.read_url()
+        if flag is None and url is not None and RuntimeClient(url, None).health().ok:
+            return None
+        why = f"the runtime job {self.runtime_job_id} failed: {flag.reason}" if flag else "the runtime does not answer"
+        return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", _without_runtime(flag, why))
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""
@@ -365,16 +417,31 @@ class TrainingSession:
         log.warning("received %s; stopping the trainer", name)
         if not canary.wait(CANARY_S):
             child.send(number)
-        child.wait(max(1.0, self.kill_wait_s - 2.5))
+        end = time.monotonic() + max(1.0, self.kill_wait_s - 2.5)
+        cause = why_ended(self.job, "training", self.deadline.at)
+        child.wait(max(0.0, end - time.monotonic()))
         child.kill()
         code = child.exit_code
         own = code if code not in {None, 0} else EXIT_SIGNAL_BASE + number
-        return Outcome(own or EXIT_SIGNAL_BASE + number, f"ended by {name}; {ended(code or 0)}")
+        reason = f"ended by {name} ({cause.value}); {ended(code or 0)}"
+        return Outcome(own or EXIT_SIGNAL_BASE + number, reason, cause.ended)
 
-    def _stopped(self, child: Child, code: int, why: str) -> Outcome:
+    def _stopped_to_go_on(self, child: Child, checkpoint: str) -> Outcome:
+        log.warning("the trainer has saved (%s); stopping it, to go on in the next job", checkpoint)
+        child.stop(GRACE_S)
+        reason = f"stopped at its checkpoint ({checkpoint}) before the time limit"
+        return Outcome(EXIT_TIMEOUT, reason, Ended.INTERRUPTED)
+
+    def _stopped(self, child: Child, code: int, why: str, how: Ended) -> Outcome:
         log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
         child.stop(STOP_GRACE_S)
-        return Outcome(code, why)
+        return Outcome(code, why, how)
+
+
+def _without_runtime(flag: Flag | None, why: str) -> Ended:
+    """What a training's end for want of its runtime is: a person's word if it was that of the runtime's end."""
+    by_hand = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
+    return Ended.CANCELLED if by_hand else Ended.INTERRUPTED
 
 
 def ended(code: int) -> str:

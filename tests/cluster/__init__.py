@@ -67,6 +67,8 @@ JobCompLoc={logs}/jobcomp.txt
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
 KillWait=5
 MinJobAge=600
 SlurmdTimeout=20
@@ -76,6 +78,7 @@ NodeName=gpu-a NodeAddr=10.79.0.13 CPUs=128 RealMemory=1100000 Gres=gpu:{gpus} S
 NodeName=gpu-b NodeAddr=10.79.0.14 CPUs=128 RealMemory=1100000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=test Nodes=cpu-a,cpu-b Default=YES MaxTime=12:00:00 State=UP
 PartitionName=gpu_test Nodes=gpu-a,gpu-b MaxTime=12:00:00 State=UP
+PartitionName=urgent Nodes=gpu-a,gpu-b MaxTime=12:00:00 PriorityTier=10 State=UP
 """
 
 
@@ -230,6 +233,20 @@ def _start_node(name: str) -> None:
     command = f"hostname {name}; {own_disk}exec slurmd -f {CONF} -N {name}"
     spaces = ("--uts", "--mount") if own_disk else ("--uts",)
     _call("nsenter", f"--net=/var/run/netns/{_inside(name)}", "unshare", *spaces, "sh", "-c", command)
+
+
+def power_off(name: str) -> None:
+    """What a node's power going off is to Slurm: all its processes are gone, and it is found to be down."""
+    _stop(HOME / f"slurmd-{name}.pid")
+    _empty_node(name)
+    _call("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
+
+
+def power_on(name: str) -> None:
+    """Start a node that is off, and wait until Slurm can use it."""
+    if _alive(HOME / f"slurmd-{name}.pid") is None:
+        _start_node(name)
+    _await(f"{name} to be idle", lambda: name in _idle_or_busy(), LOGS / f"slurmd-{name}.log")
 
 
 def down() -> None:

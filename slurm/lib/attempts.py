@@ -1,0 +1,223 @@
+"""The attempts at one training: each records itself, queues the next one while it runs, and takes it back if need be.
+
+All attempts share the run's directory. ``attempt_<n>.json`` says who they were and where their checkpoints stood when
+they began. The next pair waits in the queue for this training job's end, however that comes about, and then decides by
+``restarts`` whether it begins; where this job knows that nothing is to follow, it cancels the pair itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+from slurm.lib.checkpoints import Checkpoints
+from slurm.lib.config import LoadedConfig
+from slurm.lib.coordination import CoordinationDir, FlagReader, read_if_there, write_atomically
+from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.job_context import JobContext
+from slurm.lib.logs import log
+from slurm.lib.plan import AFTER, ATTEMPT, LaunchPlan, Request, Restart, make_plan
+from slurm.lib.restarts import Cause, Ended, Verdict, cause_of, verdict
+from slurm.lib.run_record import partner_of, recorded_git
+from slurm.lib.scheduler import JobState, JobStatus
+from slurm.lib.settings import Settings
+from slurm.lib.signals import Interrupted, SignalNotes
+from slurm.lib.submission import submit
+from slurm.lib.trainer import trainer_of
+from slurm.lib.waiting import wait_for
+
+SCHEMA = 1
+FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw before (nfs(5): acdirmax)
+ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
+STDERR_TAIL = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What ``attempt_<n>.json`` holds: its number, its jobs, its checkpoints at its start, and the jobs that follow."""
+
+    attempt: int
+    jobs: Mapping[str, str]
+    checkpoint: str
+    successor: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, directory: CoordinationDir) -> None:
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
+        write_atomically(directory.attempt(self.attempt), text + "\n")
+
+
+def checkpoint_at_start(directory: CoordinationDir, number: int) -> str:
+    """Where the checkpoints stood when the attempt began; empty where it did not say."""
+    try:
+        data = json.loads(read_if_there(directory.attempt(number)) or "{}")
+    except ValueError:
+        return ""
+    return str(data.get("checkpoint", "")) if isinstance(data, dict) else ""
+
+
+def checkpoints_of(settings: Settings, directory: CoordinationDir) -> Checkpoints:
+    """Where the run saves."""
+    folder = trainer_of(settings, directory).checkpoint_dir
+    return Checkpoints(folder, settings.wandb_experiment, tracked=not settings.training_command)
+
+
+def number_of(environment: Mapping[str, str]) -> int:
+    """Which attempt this job belongs to, from 1; 0 for one that cannot be restarted."""
+    said = environment.get(ATTEMPT, "")
+    return int(said) if said.isdigit() else 0
+
+
+# --- before a restart begins -----------------------------------------------------------------------------------------
+
+
+def refused(job: JobContext, kind: str, notes: SignalNotes) -> int | None:
+    """For both jobs of a restart: the exit code to end with at once, or None where the attempt begins."""
+    after = job.environment.get(AFTER)
+    if not after:
+        return None
+    try:
+        decided = judge(job, after, notes)
+    except Interrupted as stop:
+        log.error("ended by %s before it began", stop)
+        return EXIT_SIGNAL_BASE + stop.number
+    number = number_of(job.environment)
+    if decided.goes_on:
+        log.info("attempt %d: %s", number, decided.reason)
+        return None
+    (log.error if decided.exit_code else log.info)("attempt %d does not begin: %s", number, decided.reason)
+    if kind == "runtime":
+        _withdraw(job)
+    return decided.exit_code
+
+
+def judge(job: JobContext, after: str, notes: SignalNotes) -> Verdict:
+    """The verdict about going on after the training job ``after``."""
+    reader = FlagReader.of_new_directory(job.directory.training_complete, lambda flag: flag.job_id == after)
+    status = job.scheduler.status(after)
+    if reader.read() is None and _ended_in_order(status):
+        _await_flag(reader, after, notes)
+    before = checkpoint_at_start(job.directory, number_of(job.environment) - 1)
+    return verdict(after, reader.read(), status, before, checkpoints_of(job.settings, job.directory).mark())
+
+
+def _ended_in_order(status: JobStatus) -> bool:
+    """Whether the job's process ended by itself as far as Slurm knows: then there should be a flag."""
+    return status.words.partition(",")[0] in {"COMPLETED", "FAILED"}
+
+
+def _await_flag(reader: FlagReader, after: str, notes: SignalNotes) -> None:
+    what = f"the completion flag of job {after}"
+    try:
+        wait_for(what, reader.read, FLAG_DEADLINE_S, still_possible=notes.check, sleep=notes.sleep)
+    except WaitTimeout as problem:
+        log.warning("%s", problem)
+
+
+def _withdraw(job: JobContext) -> None:
+    """Take this attempt's training job out of the queue; one that runs already sees for itself that it is over."""
+    training = partner_of(job.directory, "runtime", job.job_id)
+    if training and job.scheduler.status(training).state is not JobState.RUNNING:
+        complaint = job.scheduler.cancel([training])
+        log.info("cancelled the training job %s%s", training, f" ({complaint})" if complaint else "")
+
+
+# --- while an attempt runs -------------------------------------------------------------------------------------------
+
+
+def queue_next(job: JobContext, number: int, notes: SignalNotes) -> dict[str, str]:
+    """Queue the attempt after this job, number ``number``; its jobs' ids by kind. ``SubmissionError`` says why not."""
+    plan = next_plan(job, number)
+    return submit(plan, notes, lambda: recorded_git(job.directory), plan_checkout(job)).jobs
+
+
+def plan_checkout(job: JobContext) -> Path:
+    """The checkout that the run was launched from."""
+    return Path(job.environment.get("SKYRL_CHECKOUT") or job.code)
+
+
+def next_plan(job: JobContext, number: int) -> LaunchPlan:
+    """What a launch of this attempt would do: with this job's settings and environment, in this run's directory."""
+    config = LoadedConfig(job.settings, exported={}, sources={}, files=(), warnings=())
+    request = Request(attach_dir=job.directory.path, restart=Restart(number, job.job_id))
+    python = job.environment["SKYRL_PYTHON"]
+    return make_plan(config, request, job.environment, plan_checkout(job), python, datetime.now())
+
+
+class Chain:
+    """This attempt among the others, for its training job.
+
+    ``successor``: the jobs of the next attempt by kind, empty where none is queued.
+    """
+
+    def __init__(self, job: JobContext) -> None:
+        self.job = job
+        self.number = number_of(job.environment)
+        self.successor: dict[str, str] = {}
+
+    def begin(self, runtime_job_id: str, notes: SignalNotes) -> None:
+        """Record the attempt and queue the next one, where RESTARTS allows one. A refusal of Slurm's is a warning."""
+        restarts = self.job.settings.restarts
+        if not restarts:
+            return
+        if not self.number:
+            log.warning("RESTARTS=%d has no effect: this job is not one of a pair that was launched together", restarts)
+            return
+        jobs = {"runtime": runtime_job_id, "training": self.job.job_id}
+        attempt = Attempt(self.number, jobs, checkpoints_of(self.job.settings, self.job.directory).mark())
+        self._record(attempt)
+        log.info("attempt %d of at most %d, from %s", self.number, restarts + 1, attempt.checkpoint or "the beginning")
+        if self.number > restarts:
+            return
+        self._queue_next(notes)
+        self._record(replace(attempt, successor=self.successor))
+
+    def _record(self, attempt: Attempt) -> None:
+        try:
+            attempt.write(self.job.directory)
+        except EnvironmentProblem as problem:
+            log.warning("%s; without it a restart counts every checkpoint as a new one", problem)
+
+    def _queue_next(self, notes: SignalNotes) -> None:
+        try:
+            self.successor = queue_next(self.job, self.number + 1, notes)
+        except SubmissionError as problem:
+            log.warning("there will be no restart: %s. %s", problem, self._by_hand())
+            return
+        log.info("if it is interrupted it goes on in the jobs %s", ", ".join(self.successor.values()))
+
+    def _by_hand(self) -> str:
+        found = checkpoints_of(self.job.settings, self.job.directory)
+        pairs = {"CHECKPOINT_DIR": found.folder, "WANDB_EXPERIMENT": found.experiment}
+        words = shlex.join(word for name, value in pairs.items() for word in ("--set", f"{name}={value}"))
+        return f"To go on from its checkpoints, launch it again with: {words}"
+
+    def conclude(self, ended: Ended) -> None:
+        """At the end of this attempt: leave the next one in the queue, or take it out."""
+        if ended is Ended.INTERRUPTED and self.successor:
+            log.info("it goes on in the jobs %s", ", ".join(self.successor.values()))
+        elif ended is Ended.INTERRUPTED and self.job.settings.restarts:
+            log.warning("no further attempt is queued. %s", self._by_hand())
+        elif self.successor:
+            complaint = self.job.scheduler.cancel([self.successor["training"], self.successor["runtime"]])
+            log.info("cancelled the next attempt, which is not needed%s", f" ({complaint})" if complaint else "")
+
+
+def why_ended(job: JobContext, kind: str, known_end: float | None) -> Cause:
+    """Why Slurm, or a person, sends SIGTERM to this job of ``kind``; takes at most about two seconds."""
+    facts = job.scheduler.facts(job.job_id, ASK_AT_END_S)
+    stderr = _tail(job.directory.log(kind, job.job_id, "err"))
+    return cause_of(facts, known_end, stderr, job.job_id, time.time())
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - STDERR_TAIL))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""

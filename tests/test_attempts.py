@@ -1,0 +1,242 @@
+"""The attempts at one training: what one leaves for the next, what Slurm is asked, and which of them begin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.attempts import Chain, checkpoint_at_start, refused
+from slurm.lib.checkpoints import TRACKER
+from slurm.lib.config import load_config
+from slurm.lib.coordination import CoordinationDir, Flag
+from slurm.lib.job_context import JobContext
+from slurm.lib.job_environment import without_slurm
+from slurm.lib.plan import Request, make_plan
+from slurm.lib.restarts import Ended
+from slurm.lib.run_record import GitState, partner_of, read_jobs
+from slurm.lib.scheduler import Slurm
+from slurm.lib.signals import SignalNotes
+from slurm.lib.submission import submit
+from tests.fake_slurm import FakeSlurm
+
+ROOT = Path(__file__).resolve().parent.parent
+NOW = datetime(2026, 3, 4, 5, 6, 7)
+TOKEN = "wandb-token-of-somebody"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "fake")
+
+
+def launched(slurm: FakeSlurm, *overrides: str) -> CoordinationDir:
+    """The directory of a run with the jobs 101 and 102."""
+    seen = {"PATH": slurm.path, "HOME": str(slurm.folder), "WANDB_API_KEY": TOKEN}
+    words = [f"SKYRL_JOBS_BASE={slurm.jobs}", "TRAINING_COMMAND=true", "CHECKPOINT_DIR=", "RESTARTS=2", *overrides]
+    config = load_config("dev", words, without_slurm(seen), ROOT / "slurm" / "config", NOW, ROOT.parent)
+    done = submit(make_plan(config, Request(), seen, ROOT, sys.executable, NOW), SignalNotes(), git, ROOT)
+    return done.directory
+
+
+def git() -> GitState:
+    return GitState("c0ffee", False)
+
+
+def body(slurm: FakeSlurm, directory: CoordinationDir, job_id: str, which: int, more: Mapping[str, str]) -> JobContext:
+    """The context of a job as its body has it, in the environment that the ``which``th sbatch gave it."""
+    given = slurm.of("sbatch")[which].environment
+    secrets = json.loads(directory.secrets.read_text())
+    settings = load_config(None, [], given, ROOT / "slurm" / "config", NOW, ROOT.parent).settings
+    # The fake commands record the environment that they get, and Python adds this to its own.
+    environment = {name: value for name, value in {**given, **more, **secrets}.items() if name != "LC_CTYPE"}
+    return JobContext(job_id, directory, settings, environment, Slurm(environment), directory.code, own_dir=True)
+
+
+INSIDE = {"SLURM_JOB_ID": "102", "SLURM_CPUS_PER_TASK": "3", "CUDA_VISIBLE_DEVICES": "0", "SLURM_CONF": "/x/slurm.conf"}
+
+
+def first(slurm: FakeSlurm, directory: CoordinationDir) -> JobContext:
+    """The first attempt's training job."""
+    return body(slurm, directory, "102", 1, INSIDE | {"SKYRL_COORD_DIR": str(directory.path)})
+
+
+def begun(slurm: FakeSlurm, *overrides: str) -> tuple[JobContext, Chain]:
+    job = first(slurm, launched(slurm, *overrides))
+    chain = Chain(job)
+    chain.begin("101", SignalNotes())
+    return job, chain
+
+
+def save(directory: CoordinationDir, step: int) -> None:
+    path = directory.checkpoints / "skyrl" / TRACKER
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(step))
+
+
+def test_the_next_pair_is_queued_like_the_first_one(slurm: FakeSlurm) -> None:
+    job, chain = begun(slurm)
+    assert chain.successor == {"runtime": "103", "training": "104"}
+    runtime, training = slurm.of("sbatch")[2:]
+    assert slurm.names[-3:] == ["sbatch", "sbatch", "scontrol release"]
+    assert slurm.of("scontrol")[-1].argv == ["release", "103"]
+    assert {"--hold", "--dependency=afterany:102", "--signal=B:USR1@900"} <= set(runtime.argv)
+    assert {"--dependency=after:103,afterany:102", "--kill-on-invalid-dep=yes"} <= set(training.argv)
+    before_runtime, before_training = slurm.of("sbatch")[:2]
+    run = job.directory.path
+    for call, before in ((runtime, before_runtime), (training, before_training)):
+        mine = {**call.environment}
+        assert mine.pop("SKYRL_AFTER_JOB_ID") == "102"
+        assert mine.pop("SKYRL_ATTEMPT") == "2"
+        assert call.argv[-1] == f"{run}/code/slurm/jobs/{Path(before.argv[-1]).name}"
+        same = {**before.environment, "SKYRL_COORD_DIR": str(run), "SKYRL_CODE_DIR": f"{run}/code"}
+        assert mine.pop("SLURM_CONF") == "/x/slurm.conf"
+        expected = {
+            name: value for name, value in same.items() if name not in {"SKYRL_ATTEMPT", "SKYRL_RUNTIME_JOB_ID"}
+        }
+        assert mine.pop("SKYRL_RUNTIME_JOB_ID", "103") == "103"
+        assert mine == expected
+
+
+def test_no_secret_leaves_its_file(slurm: FakeSlurm) -> None:
+    job, _ = begun(slurm)
+    assert job.environment["WANDB_API_KEY"] == TOKEN
+    for call in slurm.calls:
+        assert TOKEN not in json.dumps([call.argv, call.environment]), call.name
+    holders = [path.name for path in job.directory.path.rglob("*") if path.is_file() and TOKEN in path.read_text()]
+    assert holders == ["secrets.json"]
+
+
+def test_the_records(slurm: FakeSlurm) -> None:
+    directory = launched(slurm)
+    save(directory, 3)
+    Chain(first(slurm, directory)).begin("101", SignalNotes())
+    record = json.loads(directory.attempt(1).read_text())
+    assert record == {
+        "schema": 1,
+        "attempt": 1,
+        "jobs": {"runtime": "101", "training": "102"},
+        "checkpoint": "step 3",
+        "successor": {"runtime": "103", "training": "104"},
+    }
+    assert checkpoint_at_start(directory, 1) == "step 3"
+    assert checkpoint_at_start(directory, 2) == ""
+    assert json.loads((directory.path / "run_103.json").read_text())["git"]["commit"] == "c0ffee"
+    assert read_jobs(directory) == {"runtime": "103", "training": "104"}, "the cleanup keeps the directory for them"
+    assert partner_of(directory, "runtime", "101") == "102"
+    assert partner_of(directory, "runtime", "103") == "104"
+    assert partner_of(directory, "runtime", "999") is None
+
+
+def test_the_last_attempt_queues_none(slurm: FakeSlurm) -> None:
+    directory = launched(slurm)
+    job = body(slurm, directory, "106", 1, {"SKYRL_ATTEMPT": "3"})
+    before = len(slurm.calls)
+    chain = Chain(job)
+    chain.begin("105", SignalNotes())
+    assert not chain.successor
+    assert len(slurm.calls) == before
+    assert json.loads(directory.attempt(3).read_text())["successor"] == {}
+
+
+def test_a_refusal_of_slurms_does_not_end_the_training(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.lib.logs.log.propagate", True)
+    directory = launched(slurm)
+    job = first(slurm, directory)
+    words = "sbatch: error: Batch job submission failed: Access/permission denied"
+    slurm.answer("sbatch", {}, {}, {"code": 1, "stdout": "", "stderr": words})
+    chain = Chain(job)
+    chain.begin("101", SignalNotes())
+    assert not chain.successor
+    assert "there will be no restart: Slurm did not take the job" in caplog.text
+    by_hand = f"launch it again with: --set CHECKPOINT_DIR={directory.checkpoints} --set WANDB_EXPERIMENT=skyrl"
+    assert by_hand in caplog.text
+    chain.conclude(Ended.INTERRUPTED)
+    assert caplog.text.count(by_hand) == 2
+
+
+@pytest.mark.parametrize("ended", Ended)
+def test_what_follows_the_end(slurm: FakeSlurm, ended: Ended) -> None:
+    _, chain = begun(slurm)
+    chain.conclude(ended)
+    cancelled = [call.argv for call in slurm.of("scancel")]
+    assert cancelled == ([] if ended is Ended.INTERRUPTED else [["104", "103"]])
+
+
+def test_without_restarts_slurm_is_asked_nothing(slurm: FakeSlurm) -> None:
+    directory = launched(slurm, "RESTARTS=0")
+    before = len(slurm.calls)
+    chain = Chain(first(slurm, directory))
+    chain.begin("101", SignalNotes())
+    chain.conclude(Ended.INTERRUPTED)
+    assert len(slurm.calls) == before
+    assert not directory.attempt(1).exists()
+
+
+# --- the next attempt's first act ------------------------------------------------------------------------------------
+
+
+def second(slurm: FakeSlurm, directory: CoordinationDir, kind: str) -> JobContext:
+    which = {"runtime": 2, "training": 3}[kind]
+    return body(slurm, directory, str(101 + which), which, {"SKYRL_COORD_DIR": str(directory.path)})
+
+
+def ended_as(directory: CoordinationDir, ended: Ended, code: int = 1) -> None:
+    directory.publish(directory.training_complete, Flag.of_this_host("102", "101", code, "a reason", ended.value))
+
+
+@pytest.mark.parametrize("kind", ["runtime", "training"])
+@pytest.mark.parametrize(
+    ("ended", "step", "code"),
+    [
+        (Ended.INTERRUPTED, 5, None),
+        (Ended.INTERRUPTED, 3, 76),
+        (Ended.COMPLETED, 5, 0),
+        (Ended.FAILED, 5, 0),
+        (Ended.CANCELLED, 5, 0),
+    ],
+)
+def test_both_jobs_of_the_next_attempt_decide_alike(
+    slurm: FakeSlurm, kind: str, ended: Ended, step: int, code: int | None
+) -> None:
+    directory = launched(slurm)
+    save(directory, 3)
+    Chain(first(slurm, directory)).begin("101", SignalNotes())
+    save(directory, step)
+    ended_as(directory, ended)
+    slurm.answer("squeue", {"stdout": "TIMEOUT|TimeLimit|gpu1\n"}, {"stdout": "PENDING|Resources|\n"})
+    assert refused(second(slurm, directory, kind), kind, SignalNotes()) == code
+    withdrawn = kind == "runtime" and code is not None
+    assert [call.argv for call in slurm.of("scancel")] == ([["104"]] if withdrawn else [])
+    assert json.loads(directory.training_complete.read_text())["job_id"] == "102", "the result stays"
+
+
+def test_a_training_job_that_runs_already_sees_for_itself(slurm: FakeSlurm) -> None:
+    job, _ = begun(slurm)
+    ended_as(job.directory, Ended.COMPLETED, 0)
+    slurm.answer("squeue", {"stdout": "COMPLETED|None|gpu1\n"}, {"stdout": "RUNNING|None|gpu1\n"})
+    assert refused(second(slurm, job.directory, "runtime"), "runtime", SignalNotes()) == 0
+    assert not slurm.of("scancel")
+
+
+def test_without_a_flag_slurms_word_counts(slurm: FakeSlurm) -> None:
+    job, _ = begun(slurm)
+    save(job.directory, 1)
+    slurm.answer("squeue", {"stdout": "NODE_FAIL|NodeDown|gpu1\n"})
+    assert refused(second(slurm, job.directory, "runtime"), "runtime", SignalNotes()) is None
+    assert refused(first(slurm, job.directory), "training", SignalNotes()) is None, "the launch's own begins anyway"
+
+
+def test_a_signal_while_it_decides(slurm: FakeSlurm) -> None:
+    """A job that ended in order has a flag, which a file system may show late; the wait for it can be ended."""
+    job, _ = begun(slurm)
+    slurm.answer("squeue", {"stdout": "FAILED|NonZeroExitCode|gpu1\n"})
+    notes = SignalNotes()
+    notes.note(15)
+    assert refused(second(slurm, job.directory, "runtime"), "runtime", notes) == 143
