@@ -27,7 +27,7 @@ from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, swe
 from slurm.lib.ray_node import Announcement, NodeSpec, node_environment, parse_announcement, start_argv
 from slurm.lib.ray_ports import BLOCK_SIZE, DEFAULT_RANGE, PortBlock, blocks, held, taken_port
 from slurm.lib.scheduler import step_argv
-from slurm.lib.settings import Settings, contradictions, gpu_gres
+from slurm.lib.settings import Settings, contradictions, gpu_gres, ray_ports
 
 SPEC = NodeSpec(job_id="7", node="gpu-a", rank=0, python=("uv", "run", "python"), cpus=48, gpus=8)
 
@@ -325,3 +325,10 @@ def test_a_steps_environment() -> None:
 )
 def test_gres_of_a_node(settings: Settings, gres: str) -> None:
     assert gpu_gres(settings) == gres
+
+
+@pytest.mark.parametrize("raw", ["20000-20498", "20000", "21000-20000"])
+def test_a_range_without_room_for_a_block_is_refused(raw: str) -> None:
+    with pytest.raises(ValueError, match="must"):
+        ray_ports(raw)
+    assert ray_ports("20000-20499") == range(20000, 20500)

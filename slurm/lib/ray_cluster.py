@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import subprocess
 import time
@@ -339,7 +340,7 @@ class _Starter:
             raise WaitTimeout(f"{problem}: {', '.join(lacks)}{words}") from None
 
     def wait(self, what: str, probe: Callable[[], T | None]) -> T:
-        left = max(0.0, self.deadline - time.monotonic())
+        left = float(math.ceil(max(0.0, self.deadline - time.monotonic())))
         return wait_for(what, probe, left, still_possible=self.check, sleep=self.sleep)
 
     def check(self) -> None:
