@@ -28,7 +28,7 @@ from slurm.lib.verl_command import hydra_value, overrides
 
 NEEDED = ("SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY", "CONTAINER_IMAGE", "SKYRL_COORD_DIR")
 TINY_DEADLINE_S = 300.0
-# The training job leaves its trainer five seconds, and VERL saves nothing on a SIGTERM: no checkpoint is lost by a KILL.
+# The training job leaves its trainer five seconds, and VERL saves nothing on a SIGTERM: a KILL loses no checkpoint.
 STOP_GRACE_S = 2.5
 REST_GRACE_S = 1.0  # for what it left; Ray's gcs_server often hangs after a SIGTERM and has to be killed
 
