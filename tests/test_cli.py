@@ -185,7 +185,7 @@ def test_an_unknown_name_is_met_with_the_known_ones(launch: Launcher) -> None:
     done = launch("--config", "prodution")
     assert done.code == 2
     assert "--config prodution: there is no configuration of this name" in done.err
-    assert "there are: check, dev, local, production" in done.err
+    assert "there are: check, dev, local, local-verl, production" in done.err
 
 
 @pytest.mark.parametrize("words", [["--conf", "dev"], ["--config", "dev", "--dry"], ["--config", "dev", "--runtime"]])
