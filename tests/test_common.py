@@ -162,7 +162,7 @@ BAD = [
     (["cleanup-old-coordination-dirs", "-1"], 2, "'-1' is not a number of at least 0"),
     (["cleanup-old-coordination-dirs", "7", "8"], 2, "cleanup-old-coordination-dirs takes: [DAYS]"),
     (["load-env-file", "/nowhere/.env"], 71, "environment file not found: /nowhere/.env"),
-    (["load-config", "nonesuch"], 2, "there are: check, dev, local, production"),
+    (["load-config", "nonesuch"], 2, "there are: check, dev, local, local-verl, production"),
     (["get-first-node", "x"], 2, "get-first-node takes: nothing"),
 ]
 
