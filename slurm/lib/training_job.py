@@ -135,7 +135,8 @@ class TrainingSession:
 
     def record(self, outcome: Outcome) -> None:
         """Write the completion flag; the runtime job ends when it sees it."""
-        (log.info if outcome.exit_code == 0 else log.error)(
+        goes_on = outcome.ended is Ended.INTERRUPTED and self.chain.successor
+        (log.info if outcome.exit_code == 0 else log.warning if goes_on else log.error)(
             "training job %s ends with exit code %s: %s", self.job.job_id, outcome.exit_code, outcome.reason
         )
         if self.others_completion():
