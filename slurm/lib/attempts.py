@@ -28,7 +28,6 @@ from slurm.lib.scheduler import JobState, JobStatus
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
-from slurm.lib.trainer import trainer_of
 from slurm.lib.waiting import wait_for
 
 SCHEMA = 1
@@ -62,7 +61,7 @@ def checkpoint_at_start(directory: CoordinationDir, number: int) -> str:
 
 def checkpoints_of(settings: Settings, directory: CoordinationDir) -> Checkpoints:
     """Where the run saves."""
-    folder = trainer_of(settings, directory).checkpoint_dir
+    folder = settings.checkpoint_dir or directory.checkpoints
     return Checkpoints(folder, settings.wandb_experiment, tracked=not settings.training_command)
 
 
