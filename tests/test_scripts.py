@@ -118,7 +118,7 @@ def test_setup_installs_once_and_then_does_nothing(copy: Copy) -> None:
 
 def test_setup_sees_changed_requirements_and_wider_options(copy: Copy) -> None:
     copy.run("scripts/setup", "--minimal")
-    assert copy.calls("install")[0].endswith(".[server]")
+    assert copy.calls("install")[0].endswith(".[server,prebuild]")
     copy.run("scripts/setup")
     assert copy.calls("install")[0].endswith(".[server,demo,dev]")
     copy.run("scripts/setup", "--minimal")

@@ -23,6 +23,8 @@ from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, c
 # What is wrong with settings as a whole: the keys involved, the one to change first, and a sentence.
 Check = Callable[[Settings], Iterable[tuple[tuple[str, ...], str]]]
 SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
+# Variables of the programs that a run starts: given on as anybody expects, and a typo of ours only if very much alike.
+FOREIGN = ("_", "WANDB_", "HF_", "HUGGING", "NCCL_", "VLLM_", "VERL_", "TORCH", "CUDA_", "OPENAI_", "GLOO_", "FI_", "UV_")
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,9 @@ def _reading_order(problem: Problem) -> tuple[str, int]:
 def _override_warnings(set_values: Mapping[str, str], sourced: SourcedConf) -> Iterator[str]:
     used = _names_used(sourced.files)
     for name in set_values:
-        if name not in KEYS and name not in used:
-            yield f"--set {name}: {_unknown([name], _nearest(name, POSSIBLY))}"
+        nearest = _nearest(name, SURELY if name.startswith(FOREIGN) else POSSIBLY)
+        if name not in KEYS and name not in used and (nearest or not name.startswith(FOREIGN)):
+            yield f"--set {name}: {_unknown([name], nearest)}"
         if is_secret_name(name):
             yield f"--set {name}: everyone on this host can read it in the process list; write it into a file"
 
@@ -253,10 +256,11 @@ def _file_warnings(
     others: dict[str, list[str]] = {}
     unknown = [name for name in sourced.values if name not in KEYS and name not in set_values]
     for name in sorted(unknown, key=lambda name: (str(sourced.lines[name][0]), sourced.lines[name][1], name)):
-        nearest = _nearest(name, SURELY if name in expected or name.startswith("_") else POSSIBLY)
+        foreign = name in expected or name.startswith(FOREIGN)
+        nearest = _nearest(name, SURELY if foreign else POSSIBLY)
         if nearest:
             yield f"{_place_of(name, sourced)}: {_unknown([name], nearest)}"
-        elif name not in expected and not name.startswith("_"):
+        elif not foreign:
             others.setdefault(_place_of(name, sourced), []).append(name)
     yield from (f"{place}: {_unknown(names, None)}" for place, names in others.items())
 
