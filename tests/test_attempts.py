@@ -169,6 +169,14 @@ def test_what_follows_the_end(slurm: FakeSlurm, ended: Ended) -> None:
     assert cancelled == ([] if ended is Ended.INTERRUPTED else [["104", "103"]])
 
 
+@pytest.mark.parametrize(("word", "waits"), [("PENDING", True), ("", False), ("CANCELLED", False)])
+def test_a_person_may_take_the_next_pair_out_of_the_queue(slurm: FakeSlurm, word: str, waits: bool) -> None:
+    _, chain = begun(slurm)
+    slurm.answer("squeue", {"stdout": f"{word}|Dependency|\n" if word else ""})
+    assert chain.waits() is waits
+    assert bool(chain.successor) is waits
+
+
 def test_without_restarts_slurm_is_asked_nothing(slurm: FakeSlurm) -> None:
     directory = launched(slurm, "RESTARTS=0")
     before = len(slurm.calls)

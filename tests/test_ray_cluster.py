@@ -23,7 +23,7 @@ from slurm.lib.ray_cluster import (
     step_environment,
     wanted,
 )
-from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, sweep
+from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, sweep
 from slurm.lib.ray_node import Announcement, NodeSpec, node_environment, parse_announcement, start_argv
 from slurm.lib.ray_ports import BLOCK_SIZE, DEFAULT_RANGE, PortBlock, blocks, held, taken_port
 from slurm.lib.scheduler import step_argv
@@ -123,6 +123,17 @@ def test_a_sweep_removes_what_dead_runs_left_and_no_other(tmp_path: Path) -> Non
     with ray_folder(alive):
         sweep(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, alive.name}
+
+
+def test_a_folder_keeps_its_lock_while_anything_of_it_is_left(tmp_path: Path) -> None:
+    """Without the lock no later run could tell whose the rest is. Files are removed beside it first."""
+    root = tmp_path / "skyray"
+    (root / "session" / "logs").mkdir(parents=True)
+    (root / LOCK_NAME).write_text("{}")
+    (root / "link").symlink_to(tmp_path)
+    remove(root)
+    assert not root.exists()
+    assert tmp_path.is_dir()
 
 
 # --- address ---------------------------------------------------------------------------------------------------------

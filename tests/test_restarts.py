@@ -111,6 +111,7 @@ STEPD = "slurmstepd: error: *** JOB {} ON gpu1 CANCELLED AT 2026-03-04T05:06:07{
         (JobFacts(1000), None, "", Cause.TIME_LIMIT),
         (JobFacts(1020), None, "", Cause.TIME_LIMIT),
         (JobFacts(None), 990, "", Cause.TIME_LIMIT),
+        (JobFacts(5000), 990, "", Cause.PERSON),  # an administrator had given it more time
         (JobFacts(2000), None, STEPD.format(8, " DUE TO TIME LIMIT"), Cause.TIME_LIMIT),
         (JobFacts(2000, preempted=True), 990, "", Cause.PREEMPTION),
         (JobFacts(2000), None, STEPD.format(8, " DUE TO PREEMPTION"), Cause.PREEMPTION),

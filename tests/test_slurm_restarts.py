@@ -111,12 +111,14 @@ def tell(story: Story) -> None:
     story.end("preempted", 60)
     story.end("preempted too early", 60)
     test_cluster.power_on("gpu-b")
-    for name in ("cancelled", "cancelled by its runtime"):
+    for name in ("cancelled", "cancelled by its runtime", "ended by hand"):
         story.begin(name, NO_GPU, SAVES_AT_ONCE)
     story.begin("failed", NO_GPU, FAILS)
-    story.started("cancelled", "cancelled by its runtime", "failed")
+    story.started("cancelled", "cancelled by its runtime", "ended by hand", "failed")
     story.scancel(story.runs["cancelled"].jobs["training"])
     story.scancel(story.runs["cancelled by its runtime"].jobs["runtime"])
+    flag = story.runs["ended by hand"].directory / "training_complete.flag"
+    assert story.user.run(["touch", str(flag)]).returncode == 0
     for name in story.runs:
         story.end(name, 150)
 
@@ -216,6 +218,11 @@ def test_a_cancelled_runtime_does_too(told: Story) -> None:
     run = ended_there(told, "cancelled by its runtime")
     assert run.completion["ended"] == "cancelled"
     assert run.completion["exit_code"] == 69
+
+
+def test_a_completion_flag_made_by_hand_does_too(told: Story) -> None:
+    run = ended_there(told, "ended by hand")
+    assert run.completion["ended"] == "cancelled"
 
 
 def test_an_error_of_the_trainers_own_is_not_tried_again(told: Story) -> None:

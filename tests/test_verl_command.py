@@ -150,6 +150,7 @@ def test_what_a_known_verl_is_told_besides() -> None:
     assert told("0.6.1") == {"ray_kwargs.ray_init.num_cpus=48"}
     assert told("0.9.1") == {"ray_kwargs.ray_init.num_cpus=48", "trainer.use_v1=False"}
     assert told("0.5.0", "GPU_NODES=2") == set()  # VERL joins a Ray that has been told
+    assert told("0.5.0", "RAY_CLUSTER=on") == set()
     assert told("7.0") == set()
 
 

@@ -195,6 +195,13 @@ class Chain:
         words = shlex.join(word for name, value in pairs.items() for word in ("--set", f"{name}={value}"))
         return f"To go on from its checkpoints, launch it again with: {words}"
 
+    def waits(self) -> bool:
+        """Whether the next attempt is still in the queue; a person may have taken it out."""
+        if self.successor and self.job.scheduler.status(self.successor["training"]).state.is_final:
+            log.warning("the next attempt was taken out of the queue; this one goes on to its end")
+            self.successor = {}
+        return bool(self.successor)
+
     def conclude(self, ended: Ended) -> None:
         """At the end of this attempt: leave the next one in the queue, or take it out."""
         if ended is Ended.INTERRUPTED and self.successor:

@@ -23,8 +23,22 @@ from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, c
 # What is wrong with settings as a whole: the keys involved, the one to change first, and a sentence.
 Check = Callable[[Settings], Iterable[tuple[tuple[str, ...], str]]]
 SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
-# Variables of the programs that a run starts: given on as anybody expects, and a typo of ours only if very much alike.
-FOREIGN = ("_", "WANDB_", "HF_", "HUGGING", "NCCL_", "VLLM_", "VERL_", "TORCH", "CUDA_", "OPENAI_", "GLOO_", "FI_", "UV_")
+# Variables of the programs that a run starts: given on as anybody expects; a typo of ours only if very much alike.
+FOREIGN = (
+    "_",
+    "WANDB_",
+    "HF_",
+    "HUGGING",
+    "NCCL_",
+    "VLLM_",
+    "VERL_",
+    "TORCH",
+    "CUDA_",
+    "OPENAI_",
+    "GLOO_",
+    "FI_",
+    "UV_",
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def own_address(interface: str, peer: str) -> str:
     """This node's IPv4 address: of ``interface``, else the one from which it would speak to the host ``peer``.
 
     Without a peer it is the way to the internet, which is Ray's own choice; on clusters that is often the slow network.
-    ``EnvironmentProblem`` says what cannot be found out.
+    A host without such a way has the address of its name. ``EnvironmentProblem`` says what cannot be found out.
     """
     if interface:
         return address_of(interface)
@@ -26,10 +26,19 @@ def own_address(interface: str, peer: str) -> str:
             towards.connect((peer or INTERNET, ANY_PORT))
             return str(towards.getsockname()[0])
     except OSError as problem:
+        if not peer:
+            return _address_of_own_name()
         raise EnvironmentProblem(
-            f"{socket.gethostname()} knows no way to {peer or 'the internet'}: {problem.strerror}; set "
+            f"{socket.gethostname()} knows no way to {peer}: {problem.strerror}; set "
             "NETWORK_INTERFACE to the network interface that the nodes share (ip -brief address shows them)"
         ) from None
+
+
+def _address_of_own_name() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
 
 
 def address_of(interface: str) -> str:

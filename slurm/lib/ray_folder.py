@@ -101,10 +101,21 @@ def remove(root: Path) -> None:
     """Remove it; a process that was just killed may still hold on to it for a moment."""
     end = time.monotonic() + REMOVE_DEADLINE_S
     while root.exists() and time.monotonic() < end:
-        shutil.rmtree(root, ignore_errors=True)
+        for entry in _contents(root):  # the lock last: without it nobody would know that a rest is a dead run's
+            entry.unlink(missing_ok=True) if not entry.is_dir() or entry.is_symlink() else shutil.rmtree(entry, True)
+        if not _contents(root):
+            shutil.rmtree(root, ignore_errors=True)
         time.sleep(0.02)
     if root.exists():
         log.warning("could not remove all of %s; the next run of yours on this node will try again", root)
+
+
+def _contents(root: Path) -> list[Path]:
+    """What is in it beside the lock."""
+    try:
+        return [entry for entry in root.iterdir() if entry.name != LOCK_NAME]
+    except OSError:  # gone meanwhile
+        return []
 
 
 def sweep(scratch: Path) -> None:

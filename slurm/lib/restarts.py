@@ -55,8 +55,8 @@ def cause_of(facts: JobFacts, known_end: float | None, stderr: str, job_id: str,
     for words, cause in LAST_WORDS.items():
         if said and said[-1].startswith(words):
             return cause
-    ends = [end for end in (facts.ends_at, known_end) if end is not None]
-    return Cause.TIME_LIMIT if ends and now >= min(ends) - CLOCKS_DIFFER_S else Cause.PERSON
+    end = known_end if facts.ends_at is None else facts.ends_at  # an administrator may have given it more time
+    return Cause.TIME_LIMIT if end is not None and now >= end - CLOCKS_DIFFER_S else Cause.PERSON
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
@@ -129,12 +129,18 @@ class TrainingSession:
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
         if not job.own_dir:
             self.failed = FlagReader.from_now(job.directory.runtime_failed, self._of_our_runtime)
+        reader = FlagReader.of_new_directory if job.own_dir else FlagReader.from_now
+        self.by_hand = reader(job.directory.training_complete, lambda flag: False)  # only a person's empty one counts
+        self._recorded = False
 
     def _of_our_runtime(self, flag: Flag) -> bool:
         return not self.runtime_job_id or flag.runtime_job_id == self.runtime_job_id
 
     def record(self, outcome: Outcome) -> None:
-        """Write the completion flag; the runtime job ends when it sees it."""
+        """Write the completion flag, once; the runtime job ends when it sees it."""
+        if self._recorded:
+            return
+        self._recorded = True
         goes_on = outcome.ended is Ended.INTERRUPTED and self.chain.successor
         (log.info if outcome.exit_code == 0 else log.warning if goes_on else log.error)(
             "training job %s ends with exit code %s: %s", self.job.job_id, outcome.exit_code, outcome.reason
@@ -189,12 +195,14 @@ class TrainingSession:
                 early = self.early_stop(child)
                 self.notes.on_other = early.signalled
                 try:
-                    return self.supervise(child, watch, canary, cluster, early)
+                    outcome = self.supervise(child, watch, canary, cluster, early)
                 finally:
                     self.notes.on_other = None
                     child.kill()
                     # daemons that it left, in sessions of their own
                     kill_descendants(spared={canary.pid} | cluster.pids)
+                self.record(outcome)  # now: what is still to be removed may outlast Slurm's KillWait
+                return outcome
 
     def know_deadline(self) -> None:
         """Find out until when both jobs may run, and say it; ``TooLate`` where that is too little."""
@@ -370,11 +378,14 @@ class TrainingSession:
                 return self._stopped_by_signal(child, self.notes.stop_signal, canary)
             if time.monotonic() >= next_look:
                 if why := partner_gone():
-                    return self._stopped(child, PartnerGone.exit_code, why, _without_runtime(self.failed.read(), why))
+                    how = self._without_runtime(self.failed.read(), why)
+                    return self._stopped(child, PartnerGone.exit_code, why, how)
                 if why := cluster.lost():
                     return self._stopped(child, NodeLost.exit_code, why, Ended.INTERRUPTED)
                 if checkpoint := early.saved():
-                    return self._stopped_to_go_on(child, checkpoint)
+                    early.goes_on = self.chain.waits()
+                    if early.goes_on:
+                        return self._stopped_to_go_on(child, checkpoint)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
         if self.chain.successor:
@@ -401,7 +412,7 @@ class TrainingSession:
         if flag is None and url is not None and RuntimeClient(url, None).health().ok:
             return None
         why = f"the runtime job {self.runtime_job_id} failed: {flag.reason}" if flag else "the runtime does not answer"
-        return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", _without_runtime(flag, why))
+        return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", self._without_runtime(flag, why))
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""
@@ -431,18 +442,24 @@ class TrainingSession:
         log.warning("the trainer has saved (%s); stopping it, to go on in the next job", checkpoint)
         child.stop(GRACE_S)
         reason = f"stopped at its checkpoint ({checkpoint}) before the time limit"
-        return Outcome(EXIT_TIMEOUT, reason, Ended.INTERRUPTED)
+        return self._as_signalled(Outcome(EXIT_TIMEOUT, reason, Ended.INTERRUPTED))
 
     def _stopped(self, child: Child, code: int, why: str, how: Ended) -> Outcome:
         log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
         child.stop(STOP_GRACE_S)
-        return Outcome(code, why, how)
+        return self._as_signalled(Outcome(code, why, how))
 
+    def _as_signalled(self, outcome: Outcome) -> Outcome:
+        """The same, or what a signal means that came in the meantime: scancel may end another node's part first."""
+        if self.notes.stop_signal is None:
+            return outcome
+        cause = why_ended(self.job, "training", self.deadline.at)
+        return replace(outcome, reason=f"{outcome.reason}; meanwhile ended by {cause.value}", ended=cause.ended)
 
-def _without_runtime(flag: Flag | None, why: str) -> Ended:
-    """What a training's end for want of its runtime is: a person's word if it was that of the runtime's end."""
-    by_hand = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
-    return Ended.CANCELLED if by_hand else Ended.INTERRUPTED
+    def _without_runtime(self, flag: Flag | None, why: str) -> Ended:
+        """What a training's end for want of its runtime is: a person's word if it was that of the runtime's end."""
+        said = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
+        return Ended.CANCELLED if said or self.by_hand.read() else Ended.INTERRUPTED
 
 
 def ended(code: int) -> str:

@@ -108,12 +108,11 @@ ROWS: tuple[Row, ...] = (
     Row(("ROLLOUT_DIR",), "trainer.validation_data_dir", lambda t: t.rollout_dir / "val"),
     Row(("TASK_YAML",), "+skyrl_agent.task_yaml", lambda t: t.task_yaml),
     Row(("ROLLOUT_N",), "+skyrl_agent.num_trajectories", lambda t: t.settings.rollout_n),
-    # Ray counts the machine's CPUs, not the job's. On several nodes our own `ray start` says how many, and VERL, which
-    # joins, must not.
+    # Ray counts the machine's CPUs, not the job's. Where our own `ray start` says how many VERL, which joins, must not.
     Row(
-        ("TRAINING_CPUS", "GPU_NODES"),
+        ("TRAINING_CPUS", "GPU_NODES", "RAY_CLUSTER"),
         "ray_kwargs.ray_init.num_cpus",
-        lambda t: t.settings.training_cpus if t.settings.gpu_nodes == 1 else None,
+        lambda t: t.settings.training_cpus if t.settings.gpu_nodes == 1 and t.settings.ray_cluster != "on" else None,
         "read in SkyRL-agent's entry point; VERL issue 523",
         known_only=True,
     ),
