@@ -1,4 +1,7 @@
-"""What the checks ask a real Slurm, and what a real node answers when a job begins."""
+"""What the checks ask a real Slurm, and what a real node answers when a job begins.
+
+Not in tests/preflight, which comes before tests/runtime: a cluster that is up does not survive the fork bombs there.
+"""
 
 from __future__ import annotations
 
