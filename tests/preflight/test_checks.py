@@ -145,6 +145,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("memory", nothing, ["MODEL=m/M-7B", "GPU_TYPE=a100"], WARNING, "some GPUs of this type have 40G"),
     ("memory", nothing, ["GPU_TYPE=a100_1g.5gb", "MODEL=m/M-0.5B", "GPU_MEMORY_UTILIZATION=0.1"], ERROR, "weights and one sequence"),
     ("memory", nothing, ["FSDP_OPTIMIZER_OFFLOAD=false", "GPU_MEMORY_UTILIZATION=0.95", "GPU_TYPE=h100"], ERROR, "rest on each GPU"),
+    ("memory", nothing, ["GPU_TYPE=a100_1g.10gb", "GPUS_PER_NODE=1"], ERROR, "without activations, GPU_TYPE has 10G; choose a smaller MODEL, such as Qwen/Qwen2.5-Coder-0.5B-Instruct, or larger"),
     ("memory", nothing, ["TRAINING_MEMORY=8G"], ERROR, "what is offloaded takes 19G on each host"),
     ("memory", nothing, ["MODEL=without/number"], ESTIMATE, "is not known here"),
     ("resume", text("ckpts/skyrl-dev/mine/latest_checkpointed_iteration.txt", "7"), [], ERROR, "names step 7, and there is no global_step_7"),
@@ -171,7 +172,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "Unable to contact slurm controller"}), [], WARNING, "Slurm does not say"),
     ("slurm", say("sinfo", {"code": 1, "stderr": "slurm_load_partitions: Zero Bytes"}), [], WARNING, "partitions are not compared"),
     ("slurm", nothing, ["GPU_PARTITION=gpux"], ERROR, "GPU_PARTITION=gpux: there is no such partition"),
-    ("slurm", nothing, ["GPUS_PER_NODE=16", "TRAIN_BATCH_SIZE=8"], ERROR, "wants 1 nodes with 16 GPUs each, GPU_PARTITION=gpu_test has 0"),
+    ("slurm", nothing, ["GPUS_PER_NODE=16", "TRAIN_BATCH_SIZE=8"], ERROR, "wants 1 node with 16 GPUs each, GPU_PARTITION=gpu_test has 0"),
     ("account", say("sacctmgr", {"stdout": "lab|gpu|normal,long\n"}), ["ACCOUNT=other"], ERROR, "ACCOUNT=other"),
     ("account", say("sacctmgr", {"stdout": "lab|gpu|normal,long\n"}), ["QOS=short"], ERROR, "QOS=short is not among those"),
 ]  # fmt: skip
@@ -185,7 +186,7 @@ def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str]
     spoil(world)
     given = [word.replace("@", str(world.folder)) for word in words]
     found = of(world.check("MAX_CKPT_TO_KEEP=1", *given), check)
-    fitting = [finding for finding in found if said in finding.sentence]
+    fitting = [finding for finding in found if said in str(finding)]
     assert [finding.level for finding in fitting] == [level] * len(fitting) and fitting, found
     assert level is ESTIMATE or check == "parts" or all(finding.fix for finding in fitting)
 

@@ -11,11 +11,11 @@ import pytest
 
 from slurm.lib.api_server_child import common_flags
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.preflight import checkpoint, cluster, dotenv, memory, model, node, places
+from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, model, node, places
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.model import ModelFacts
-from slurm.lib.preflight.words import size
+from slurm.lib.preflight.words import number_of, size
 from slurm.lib.processes import Completed
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
@@ -28,6 +28,11 @@ G = 1024**3
 
 def levels(found: list[Finding]) -> list[Level]:
     return [finding.level for finding in found]
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 nodes"), (1, "1 node"), (2, "2 nodes")])
+def test_numbers_of_things(number: int, said: str) -> None:
+    assert number_of(number, "node") == said
 
 
 @pytest.mark.parametrize(("amount", "said"), [(0, "0"), (1024, "1K"), (1536 * 1024**2, "1.5G"), (4e12, "3.64T")])
@@ -161,6 +166,34 @@ def test_needs_are_what_the_sizes_give() -> None:
     cache = 1000 * 24 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, their heads, size of a head, bytes
     assert (need.update, need.host, need.resting) == (4e6, 4e6, 1e6)
     assert need.inference == (2e6 + cache) / 2
+
+
+@pytest.mark.parametrize("kind", ["1g.10gb", "a100_2g.10gb"])
+def test_more_slices_are_no_help(kind: str) -> None:
+    settings = Settings(
+        model="m/M-7B", gpu_type=kind, gpus_per_node=1, training_memory="1G", fsdp_optimizer_offload=True
+    )
+    found = [one for one in memory.memory_findings(settings, ModelFacts(None, False)) if one.level is ERROR]
+    assert found
+    assert all(memory.SMALL_MODEL in one.fix and "GPU_NODES" not in one.fix for one in found), found
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "overrides", "steps"),
+    [
+        (9, 2, (), 4),
+        (3, 2, (), 0),
+        (9, 2, ("trainer.total_training_steps=3",), 3),
+        (9, 2, ("+trainer.total_training_steps=30",), 4),
+        (9, 2, ("trainer.total_training_steps=null",), 4),
+    ],
+)
+def test_the_steps_in_all(rows: int, epochs: int, overrides: tuple[str, ...], steps: int) -> None:
+    settings = Settings(train_batch_size=4, total_epochs=epochs, verl_overrides=overrides)
+    assert data.total_steps(settings, rows) == steps
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -325,7 +358,7 @@ def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> clus
         (shape("test"), "12:00:01", "TIME_LIMIT=12:00:01 is more than GPU_PARTITION=test allows (12 h)"),
         (shape("test"), "UNLIMITED", "never starts"),
         (shape("gpu", 6), "1", "wants 6 nodes, GPU_PARTITION=gpu has 5"),
-        (shape("gpu", 1, 5), "1", "wants 1 nodes with 5 GPUs each"),
+        (shape("gpu", 1, 5), "1", "wants 1 node with 5 GPUs each"),
         (shape("gpu", 3, 2, "h100"), "1", "has 2 of them"),
         (shape("gpu", 1, 1, "v100"), "1", "3 with 4 a100; 2 with 4 a100, 2 h100"),
         (shape("test", 1, 1), "1", "2 with no GPU"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.words import number_of
 from slurm.lib.processes import Completed
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings, slurm_seconds
@@ -141,9 +142,8 @@ def _gpu_findings(job: JobShape, name: str, groups: Sequence[NodeGroup]) -> list
     fitting = sum(group.nodes for group in groups if gpus(group) >= job.gpus)
     if fitting >= job.nodes:
         return []
-    wanted = f"{job.nodes} nodes" + (
-        f" with {job.gpus} {job.gpu_type} GPUs each".replace("  ", " ") if job.gpus else ""
-    )
+    each = number_of(job.gpus, f"{job.gpu_type} GPU".strip())
+    wanted = number_of(job.nodes, "node") + (f" with {each} each" if job.gpus else "")
     there = "; ".join(f"{group.nodes} with {_shown(group.gpus)}" for group in groups)
     sentence = f"the {job.kind} job wants {wanted}, {name} has {fitting} of them (nodes: {there})"
     keys = "GPU_NODES, GPUS_PER_NODE, GPU_TYPE or GPU_PARTITION" if job.key == "GPU_PARTITION" else job.key

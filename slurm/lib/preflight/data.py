@@ -8,9 +8,11 @@ from pathlib import Path
 
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.words import number_of
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
+MOST_STEPS = "trainer.total_training_steps"
 NEEDED = ("prompt", "data_source")
 EITHER = (("instance",), ("reward_model", "extra_info"))  # as SkyRL-agent's tasks read them
 
@@ -79,9 +81,16 @@ def _step_findings(settings: Settings, rows: int) -> list[Finding]:
             f"TRAIN_DATA={settings.train_data} has {rows} rows, fewer than TRAIN_BATCH_SIZE={batch}: not one step"
         )
         return [error("data", sentence, "give more rows, or lower TRAIN_BATCH_SIZE")]
-    steps = rows // batch * settings.total_epochs
-    sentence = f"{rows} rows, {rows // batch} steps an epoch, {steps} steps in all (fewer if long prompts are left out)"
+    steps = number_of(total_steps(settings, rows), "step")
+    epoch = number_of(rows // batch, "step")
+    sentence = f"{rows} rows, {epoch} an epoch, {steps} in all (fewer if long prompts are left out)"
     return [estimate("data", sentence)]
+
+
+def total_steps(settings: Settings, rows: int) -> int:
+    """The steps that a training on so many rows has at most; VERL ends at ``trainer.total_training_steps`` before."""
+    steps, most = rows // settings.train_batch_size * settings.total_epochs, override(settings, MOST_STEPS) or ""
+    return min(steps, int(most)) if most.isdigit() else steps
 
 
 def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
