@@ -120,10 +120,11 @@ def _release(asked: Asked) -> list[Finding]:
 
 
 def _task(asked: Asked) -> list[Finding]:
-    """A file that is made for the run fits; the one that it is made from is missed by another check."""
-    if task_example(asked.settings):
+    """``parts`` misses an example that is not there."""
+    example = task_example(asked.settings)
+    if example and not example.is_file():
         return []
-    file = task_file(asked.settings, CoordinationDir(Path(asked.plan.directory)))
+    file = example or task_file(asked.settings, CoordinationDir(Path(asked.plan.directory)))
     return task.task_file_findings(asked.settings, file, asked.plan.config.sources)
 
 

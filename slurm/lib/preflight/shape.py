@@ -24,8 +24,9 @@ def slot_findings(settings: Settings) -> list[Finding]:
     room = sandbox_room(settings)
     opened = f"TRAIN_BATCH_SIZE × ROLLOUT_N = {settings.train_batch_size} × {settings.rollout_n} = {room.wanted}"
     if room.slots < room.wanted:
+        slots = number_of(room.slots, "slot")
         sentence = (
-            f"a step starts {opened} sandboxes before the first one runs, and the runtime has {number_of(room.slots, 'slot')} "
+            f"a step starts {opened} sandboxes before the first one runs, and the runtime has {slots} "
             f"(MAX_PARALLEL_AGENTS={settings.max_parallel_agents}): the rest would wait for one until they are given up"
         )
         fix = f"set MAX_PARALLEL_AGENTS={room.wanted} or leave it unset, or make the batch smaller"
