@@ -143,6 +143,57 @@ def test_the_cache_is_found_where_the_hub_keeps_it(tmp_path: Path, variable: str
     assert model.config_file("Qwen/Qwen3-8B", {variable: str(tmp_path)}) is None
 
 
+def cached(hub: Path, name: str) -> None:
+    config = hub / f"models--{name.replace('/', '--')}" / "snapshots" / "abc" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("moved", "home", "environment", "is_there", "names"),
+    [
+        ((), (), {}, False, True),
+        (("m/M",), (), {}, True, True),
+        (("m/M",), ("m/M",), {}, True, True),
+        ((), ("m/M",), {}, True, False),
+        ((), ("o/Other",), {}, False, False),
+        (("m/M",), ("o/Other",), {}, True, True),
+        (("m/M",), (), {"HF_HOME": "/nowhere"}, False, False),
+    ],
+)
+def test_models_are_looked_for_where_the_node_will(
+    tmp_path: Path,
+    moved: tuple[str, ...],
+    home: tuple[str, ...],
+    environment: dict[str, str],
+    is_there: bool,
+    names: bool,
+) -> None:
+    for folder, models in (("cache/huggingface/hub", moved), (".cache/huggingface/hub", home)):
+        for name in models:
+            cached(tmp_path / folder, name)
+    settings = Settings(model="m/M", cache_dir=tmp_path / "cache")
+    facts = model.look_at_model(settings, {"HOME": str(tmp_path), **environment})
+    assert (facts.model is not None, facts.moved) == (is_there, tmp_path / "cache/huggingface" if names else None)
+    said = " ".join(finding.fix for finding in model.model_findings(settings, facts))
+    assert (f"HF_HOME={tmp_path}/cache/huggingface hf download m/M" in said) == (names and not is_there)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("models/Q17", "write ./models/Q17"), ("https://huggingface.co/Org/Name", "write Org/Name"), ("./models/Q17", "")],
+)
+def test_a_model_by_a_name_that_verl_takes_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "Q17").mkdir(parents=True)
+    (tmp_path / "models" / "Q17" / "config.json").write_text("{}")
+    settings = Settings(model=name, skyrl_project_root=tmp_path / "project")
+    found = model.model_findings(settings, model.look_at_model(settings, {}))
+    assert [(finding.level, finding.fix) for finding in found] == ([(ERROR, fix)] if fix else [])
+
+
 @pytest.mark.parametrize(
     ("kind", "known"),
     [
@@ -268,7 +319,11 @@ def test_no_checkpoints_need_no_room() -> None:
         ('WANDB_API_KEY="<REPLACE>"\n', "", {"WANDB_API_KEY": "x"}, ("wandb",), []),
         ('WANDB_API_KEY="<REPLACE>"\n', "", {}, ("console",), []),
         ("", "machine api.wandb.ai login user password x\n", {}, ("wandb",), []),
-        ("", "machine api.wandb.ai login user password x\n", {"WANDB_BASE_URL": "https://own"}, ("wandb",), [ERROR]),
+        ("", "machine api.wandb.ai login user password x\n", {"WANDB_BASE_URL": "https://own"}, ("wandb",), [WARNING]),
+        ("", "machine own login user password x\n", {"WANDB_BASE_URL": "https://own:8080/"}, ("wandb",), []),
+        ("", "machine own:8080 login user password x\n", {"WANDB_BASE_URL": "https://own:8080"}, ("wandb",), []),
+        ("", "machine own login user password x\n", {"WANDB_BASE_URL": "https://api.wandb.ai"}, ("wandb",), [ERROR]),
+        ("WANDB_BASE_URL=http://own\n", "machine own login user password x\n", {}, ("wandb",), []),
         ("", "", {"WANDB_MODE": "offline"}, ("wandb",), []),
         ("ALLHANDS_API_KEY=<REPLACE>\nSANDBOX_REMOTE_RUNTIME_API_URL=<REPLACE>\n", "", {}, ("console",), []),
     ],
@@ -278,13 +333,30 @@ def test_dot_env(
 ) -> None:
     (tmp_path / ".env").write_text(content)
     (tmp_path / ".netrc").write_text(netrc)
-    read = dotenv.read_dot_env(tmp_path / ".env", tmp_path)
+    read = dotenv.read_dot_env(tmp_path / ".env", {"HOME": str(tmp_path)})
     assert levels(dotenv.dot_env_findings(Settings(loggers=loggers), shell, read)) == found
+
+
+@pytest.mark.parametrize(("login", "found"), [("own", []), ("api.wandb.ai", [WARNING])])
+def test_a_login_where_wandb_is_told_to_look(tmp_path: Path, login: str, found: list[Level]) -> None:
+    settings = tmp_path / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://own:8080\n")
+    (tmp_path / "mine").write_text(f"machine {login} login user password x\n")
+    read = dotenv.read_dot_env(tmp_path / ".env", {"HOME": str(tmp_path), "NETRC": "~/mine"})
+    assert levels(dotenv.dot_env_findings(Settings(loggers=("wandb",)), {}, read)) == found
+
+
+@pytest.mark.parametrize("text", ["no section", "[default]\nentity = me\n", "[default]\nbase_url=%(x)s\n"])
+def test_wandbs_settings_without_a_server(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings").write_text(text)
+    read = dotenv.read_dot_env(tmp_path / ".env", {"WANDB_CONFIG_DIR": str(tmp_path)})
+    assert read.base_url in {"", "%(x)s"}
 
 
 def test_a_dot_env_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"A=\xff\n")
-    (found,) = dotenv.dot_env_findings(Settings(), {}, dotenv.read_dot_env(tmp_path / ".env", tmp_path))
+    (found,) = dotenv.dot_env_findings(Settings(), {}, dotenv.read_dot_env(tmp_path / ".env", {}))
     assert found.level is ERROR
 
 

@@ -79,12 +79,18 @@ def _parts(asked: Asked) -> list[Finding]:
     return [error(ALWAYS, sentence, "") for sentence in places.missing_here(asked.plan, asked.checkout)]
 
 
+def _facts(asked: Asked) -> model.ModelFacts:
+    """With skyrl-agent's .env, as the node sees it."""
+    read = dotenv.read_dot_env(asked.agent_folder / ".env", asked.environment)
+    return model.look_at_model(asked.settings, {**asked.environment, **read.given})
+
+
 def _model(asked: Asked) -> list[Finding]:
-    return model.model_findings(asked.settings, model.look_at_model(asked.settings, asked.environment))
+    return model.model_findings(asked.settings, _facts(asked))
 
 
 def _memory(asked: Asked) -> list[Finding]:
-    return memory.memory_findings(asked.settings, model.look_at_model(asked.settings, asked.environment))
+    return memory.memory_findings(asked.settings, _facts(asked))
 
 
 def _resume(asked: Asked) -> list[Finding]:
@@ -96,7 +102,7 @@ def _resume(asked: Asked) -> list[Finding]:
 
 def _space(asked: Asked) -> list[Finding]:
     folder = asked.settings.checkpoint_dir or asked.settings.skyrl_jobs_base
-    facts = model.look_at_model(asked.settings, asked.environment)
+    facts = _facts(asked)
     return checkpoint.space_findings(asked.settings, facts, *checkpoint.free_space(folder))
 
 
@@ -129,7 +135,7 @@ def _task(asked: Asked) -> list[Finding]:
 
 
 def _dot_env(asked: Asked) -> list[Finding]:
-    read = dotenv.read_dot_env(asked.agent_folder / ".env", asked.home)
+    read = dotenv.read_dot_env(asked.agent_folder / ".env", asked.environment)
     return dotenv.dot_env_findings(asked.settings, asked.environment, read)
 
 
