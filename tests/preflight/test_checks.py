@@ -174,7 +174,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("images", nothing, ["IMAGE_ARCHIVE=/nowhere.tar"], ERROR, "IMAGE_ARCHIVE=/nowhere.tar is not there"),
     ("images", text("auth.json", "{}"), ["REGISTRY_AUTH_FILE=@/auth.json"], WARNING, "can be read by others"),
     ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "sbatch: error: Batch job submission failed: Invalid qos"}), [], ERROR, "job: sbatch: error: Batch job submission failed: Invalid qos"),
-    ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "Unable to contact slurm controller"}), [], WARNING, "Slurm does not say"),
+    ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "Unable to contact slurm controller"}), [], WARNING, "Slurm does not answer"),
     ("slurm", say("sinfo", {"code": 1, "stderr": "slurm_load_partitions: Zero Bytes"}), [], WARNING, "partitions are not compared"),
     ("slurm", nothing, ["GPU_PARTITION=gpux"], ERROR, "GPU_PARTITION=gpux: there is no such partition"),
     ("slurm", nothing, ["GPUS_PER_NODE=16", "TRAIN_BATCH_SIZE=8"], ERROR, "wants 1 node with 16 GPUs each, GPU_PARTITION=gpu_test has 0"),

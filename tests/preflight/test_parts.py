@@ -397,6 +397,7 @@ SINFO = """\
 test|up|12:00:00|2|(null)
 gpu|up|1-00:00:00|3|gpu:a100:4(S:0-1),nic:1
 gpu|up|1-00:00:00|2|gpu:a100:4,gpu:h100:2
+plain|up|infinite|1|gpu:8
 gpux|drain|infinite|1|gpu:8
 a line of a site's own
 """
@@ -408,10 +409,11 @@ def test_sinfo_is_read() -> None:
         ("test", True, 2),
         ("gpu", True, 3),
         ("gpu", True, 2),
+        ("plain", True, 1),
         ("gpux", False, 1),
     ]
-    assert [group.limit_s for group in groups] == [43200, 86400, 86400, math.inf]
-    assert [dict(group.gpus) for group in groups] == [{}, {"a100": 4}, {"a100": 4, "h100": 2}, {"": 8}]
+    assert [group.limit_s for group in groups] == [43200, 86400, 86400, math.inf, math.inf]
+    assert [dict(group.gpus) for group in groups] == [{}, {"a100": 4}, {"a100": 4, "h100": 2}, {"": 8}, {"": 8}]
 
 
 def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> cluster.JobShape:
@@ -425,14 +427,16 @@ def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> clus
         (shape("gpu", 5, 4, "a100"), "1-0", ""),
         (shape("gpu", 2, 2, "h100"), "1-0", ""),
         (shape("test,gpu"), "1-0", ""),
-        (shape("nope"), "1", "there is no such partition; there are: gpu, gpux, test"),
+        (shape("nope"), "1", "there is no such partition; there are: gpu, gpux, plain, test"),
         (shape("gpux"), "1", "is not up"),
         (shape("test"), "12:00:01", "TIME_LIMIT=12:00:01 is more than GPU_PARTITION=test allows (12 h)"),
         (shape("test"), "UNLIMITED", "never starts"),
         (shape("gpu", 6), "1", "wants 6 nodes, GPU_PARTITION=gpu has 5"),
         (shape("gpu", 1, 5), "1", "wants 1 node with 5 GPUs each"),
         (shape("gpu", 3, 2, "h100"), "1", "has 2 of them"),
-        (shape("gpu", 1, 1, "v100"), "1", "3 with 4 a100; 2 with 4 a100, 2 h100"),
+        (shape("gpu", 1, 1, "v100"), "1", "; GPU_TYPE can be a100, h100 there"),
+        (shape("gpu", 1, 5, "a100"), "1", "; change GPU_NODES, GPUS_PER_NODE, GPU_TYPE"),
+        (shape("plain", 1, 1, "a100"), "1", "; leave GPU_TYPE unset"),
         (shape("test", 1, 1), "1", "2 with no GPU"),
     ],
 )
@@ -488,6 +492,35 @@ def test_what_sbatch_says(code: int, words: str, found: list[Level]) -> None:
     assert levels(cluster.submission_findings("runtime", Completed(("sbatch",), code, "", words))) == found
 
 
+LOST = (
+    "{0}: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n{0}: error: fetch_config: DNS SRV lookup "
+    "failed\n{0}: fatal: Could not establish a configuration source\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "sinfo", "said"),
+    [
+        (LOST.format("sbatch"), LOST.format("sinfo"), "Could not establish a configuration source"),
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "slurm_load_partitions: Unable to contact slurm controller (connect failure)",
+            "Unable to contact slurm controller (connect failure)",
+        ),
+        ("no answer within 8 s: sbatch --test-only x", "no answer within 8 s: sinfo", "no answer within 8 s"),
+    ],
+    ids=["no configuration", "no controller", "no answer"],
+)
+def test_a_silent_slurm_is_said_once(tmp_path: Path, sbatch: str, sinfo: str, said: str) -> None:
+    world = World(tmp_path)
+    world.slurm.forget()
+    world.slurm.answer("sbatch --test-only", *[{"code": 1, "stderr": sbatch}] * 2)
+    world.slurm.answer("sinfo", {"code": 1, "stderr": sinfo})
+    (found,) = [finding for finding in world.check() if finding.check == "slurm"]
+    assert (found.level, found.fix) == (WARNING, "is SLURM_CONF set? does `sinfo` answer?")
+    assert found.sentence.endswith(f"compared: {said}")
+
+
 ASSOCIATIONS = "lab|gpu|normal,long\nother|gpu|short\n"
 
 
@@ -498,6 +531,8 @@ ASSOCIATIONS = "lab|gpu|normal,long\nother|gpu|short\n"
         ("", "short", 0, ASSOCIATIONS, []),
         ("nobody", "", 0, ASSOCIATIONS, [ERROR]),
         ("lab", "short", 0, ASSOCIATIONS, [ERROR]),
+        ("Lab", "LONG", 0, ASSOCIATIONS, []),
+        ("lab", "long", 0, "Lab||\n", []),  # no QOS is listed, which says nothing
         ("nobody", "", 1, "", []),  # no accounting here
         ("nobody", "", 0, "", []),  # or it is not told
     ],
