@@ -139,6 +139,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("verl", text("project/SkyRL/skyrl-agent/uv.lock", ""), [], WARNING, "names exactly one VERL"),
     ("verl", text("project/SkyRL/skyrl-agent/uv.lock", STOCK), [], ERROR, "ADV_ESTIMATOR=loop: this estimator exists only in SkyRL's fork"),
     ("verl", nothing, ["VERL_OVERRIDES=trainer.use_v1=False"], ERROR, "trainer.use_v1 is not yet a part of"),
+    ("verl", nothing, ["VERL_OVERRIDES=data.train_batch_size=16"], WARNING, "set TRAIN_BATCH_SIZE instead: slots, batch and memory are checked"),
     ("task", remove(EXAMPLE), ["TASK_YAML=examples/run_verl/verl_oh.yaml"], ERROR, "cannot read the task file"),
     ("task", nothing, ["TASK_YAML=examples/run_verl/verl_oh.yaml", "ROLLOUT_N=4"], ERROR, "ROLLOUT_N=4 (--set) is not generator.num_trajectories: 2"),
     ("task", nothing, ["TASK_YAML=examples/run_verl/verl_oh.yaml", "MAX_RESPONSE_LENGTH=4096"], WARNING, "padded to the longer one"),

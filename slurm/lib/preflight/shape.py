@@ -11,6 +11,7 @@ from slurm.lib.settings import Settings, memory_bytes
 # An idle sandbox with a forked agent server and all that belongs to it, 9.9 GB for 512 (docs/benchmarks.md).
 SMALLEST_SANDBOX = 20 * 1024**2
 COMPARING = frozenset({"loop", "rloo", "grpo", "grpo_passk", "opo"})  # advantages relative to a prompt's other rollouts
+ESTIMATOR = "algorithm.adv_estimator"
 MINI_BATCH = "actor_rollout_ref.actor.ppo_mini_batch_size"
 
 
@@ -92,8 +93,9 @@ def batch_findings(settings: Settings) -> list[Finding]:
         )
         found.append(error("batch", sentence, f"make the product a multiple of {gpus}"))
     found += _mini_batch_findings(settings, gpus)
-    if settings.rollout_n == 1 and settings.adv_estimator in COMPARING:
-        sentence = f"ROLLOUT_N=1: {settings.adv_estimator} compares a prompt's rollouts, and there is one: no advantage"
+    estimator = override(settings, ESTIMATOR) or settings.adv_estimator
+    if settings.rollout_n == 1 and estimator in COMPARING:
+        sentence = f"ROLLOUT_N=1: {estimator} compares a prompt's rollouts, and there is one: no advantage"
         found.append(warning("batch", sentence, "set ROLLOUT_N to 2 or more, or another ADV_ESTIMATOR"))
     return found
 
