@@ -67,7 +67,9 @@ def _list(numbers: tuple[int, ...]) -> str:
 
 
 def _tracked(settings: Settings, folder: Path, saved: Saved, tracker: str) -> list[Finding]:
-    fix = f"write the number of a whole step into it ({_list(saved.steps)} are there), or set another WANDB_EXPERIMENT"
+    fix = f"write the number of a whole step into it (there: {_list(saved.steps)}), or set another WANDB_EXPERIMENT"
+    if not saved.steps:
+        fix = f"remove {TRACKER}, or set WANDB_EXPERIMENT"
     if not tracker.isdigit():
         return [error("resume", f"{folder / TRACKER} says {tracker[:40]!r}, which is no step", fix)]
     if int(tracker) not in saved.steps:

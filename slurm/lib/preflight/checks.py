@@ -65,6 +65,11 @@ def verl(asked: Asked) -> bool:
     return asked.trains_with_verl
 
 
+def verl_there(asked: Asked) -> bool:
+    """Launches that train with VERL, where skyrl-agent is there; ``parts`` says where it is not."""
+    return asked.trains_with_verl and asked.agent_folder.is_dir()
+
+
 def verl_with_runtime(asked: Asked) -> bool:
     """Launches that train with VERL and bring its runtime."""
     return asked.trains_with_verl and asked.brings_runtime
@@ -76,7 +81,7 @@ def on_slurm(asked: Asked) -> bool:
 
 
 def _parts(asked: Asked) -> list[Finding]:
-    return [error(ALWAYS, sentence, "") for sentence in places.missing_here(asked.plan, asked.checkout)]
+    return [error(ALWAYS, part.sentence, part.fix) for part in places.missing_here(asked.plan, asked.checkout)]
 
 
 def _facts(asked: Asked) -> model.ModelFacts:
@@ -185,8 +190,8 @@ CHECKS: tuple[Check, ...] = (
           lambda asked: shape.length_findings(asked.settings)),
     Check("model", "Do the model's heads and context fit TP_SIZE, SP_SIZE and the lengths (config.json at hand)?", verl,
           _model),
-    Check("verl", "Can the VERL that skyrl-agent has do what it is told?", verl, _release),
-    Check("task", "Does SkyRL-agent's task file say the same rollouts, lengths and agents?", verl, _task),
+    Check("verl", "Can the VERL that skyrl-agent has do what it is told?", verl_there, _release),
+    Check("task", "Does SkyRL-agent's task file say the same rollouts, lengths and agents?", verl_there, _task),
     Check("mig", "Would several MIG slices of one card be as many ranks?", verl,
           lambda asked: mig.mig_findings(asked.settings)),
     Check("memory", "Is there enough memory on GPUs and hosts for model, optimizer and one sequence's cache?", verl,

@@ -13,6 +13,7 @@ from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
 MOST_STEPS = "trainer.total_training_steps"
+MAKE = "`data/swe_data.py --output DATA_DIR` in skyrl-agent makes one"  # read in SkyRL, commit eea40bc
 NEEDED = ("prompt", "data_source")
 EITHER = (("instance",), ("reward_model", "extra_info"))  # as SkyRL-agent's tasks read them
 
@@ -34,6 +35,8 @@ def read_footer(path: Path | None) -> Footer:
     """The footer of a parquet file."""
     if path is None:
         return Footer(problem="is not set, and neither is DATA_DIR")
+    if path.is_dir():
+        return Footer(problem=f"={path} is a folder")
     if not path.is_file():
         return Footer(problem=f"={path} is not there")
     try:
@@ -64,14 +67,15 @@ def _file_findings(key: str, path: Path | None, footer: Footer) -> list[Finding]
         fix = f"scripts/setup without --minimal brings it, as does '{sys.executable} -m pip install pyarrow'"
         return [warning("data", f"{key}{footer.problem}", fix)]
     if footer.problem:
-        return [error("data", f"{key}{footer.problem}", f"set DATA_DIR, or {key} itself, to a parquet file")]
+        fix = f"set DATA_DIR to a data set's folder ({MAKE}), or {key} itself to a parquet file"
+        return [error("data", f"{key}{footer.problem}", fix)]
     missing = [name for name in NEEDED if name not in footer.columns]
     if not any(footer.columns.issuperset(names) for names in EITHER):
         missing.append("instance (or reward_model and extra_info)")
     if not missing:
         return []
     sentence = f"{key}={path} lacks the columns {', '.join(missing)}; it has {', '.join(sorted(footer.columns))}"
-    return [error("data", sentence, "prepare the data set as SkyRL-agent's examples do")]
+    return [error("data", sentence, f"prepare it as SkyRL-agent's examples do: {MAKE}")]
 
 
 def _step_findings(settings: Settings, rows: int) -> list[Finding]:
