@@ -14,6 +14,7 @@ import pytest
 from slurm.lib.errors import EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.plan import Request
 from slurm.lib.preflight.asked import Asked
+from slurm.lib.preflight.checkpoint import PARTS, TRACKER
 from slurm.lib.preflight.checks import CHECKS, Check, Refused, everybody, names, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level, error, estimate, warning
 from slurm.lib.preflight.report import as_json, as_text
@@ -111,6 +112,22 @@ def say(name: str, *answers: dict[str, object]) -> Break:
     return answer
 
 
+def saved(step: int) -> Break:
+    """A whole step of a model of 24 layers; the model of 28 layers is at hand too."""
+
+    def write(world: World) -> None:
+        model()(world)
+        actor = world.checkpoints / f"global_step_{step}" / "actor"
+        (actor / "huggingface").mkdir(parents=True)
+        (actor / "huggingface" / "config.json").write_text(json.dumps({"hidden_size": 896, "num_hidden_layers": 24}))
+        for name in (f"{part}_world_size_2_rank_{rank}.pt" for part in PARTS for rank in range(2)):
+            (actor / name).touch()
+        (actor.parent / "data.pt").touch()
+        (world.checkpoints / TRACKER).write_text(str(step))
+
+    return write
+
+
 MODEL = "MODEL=@/model"
 STOCK = '[[package]]\nname = "verl"\nversion = "0.5.0"\nsource = { registry = "https://an.index/simple" }\n'
 EXAMPLE = "project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml"
@@ -155,6 +172,8 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("memory", nothing, ["TRAINING_MEMORY=8G"], ERROR, "what is offloaded takes 19G on each host"),
     ("memory", nothing, ["MODEL=without/number"], ESTIMATE, "is not known here"),
     ("resume", text("ckpts/skyrl-dev/mine/latest_checkpointed_iteration.txt", "7"), [], ERROR, "VERL would start over; remove latest_checkpointed_iteration.txt, or set WANDB_EXPERIMENT"),
+    ("resume", saved(25), ["TOTAL_EPOCHS=1"], ERROR, "is at step 25 of at most 25: this training is complete"),
+    ("resume", saved(1), [MODEL], ERROR, "was saved from a model of 24 layers with hidden_size 896"),
     ("space", model(num_hidden_layers=28_000), [MODEL], ERROR, "not one fits"),
     ("space", nothing, ["MAX_CKPT_TO_KEEP=1000000"], WARNING, "up to 1000001 of them"),
     ("data", remove("data/r2e-all/train.parquet"), [], ERROR, "train.parquet is not there"),

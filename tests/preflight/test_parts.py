@@ -276,6 +276,29 @@ def test_resuming(saved: Saved, found: list[Level], said: str) -> None:
     assert said in " ".join(finding.sentence for finding in result)
 
 
+SMALL, OTHER = model.model_of(QWEN_05B), model.model_of(LLAMA_8B)
+
+
+@pytest.mark.parametrize(
+    ("saved", "steps", "wanted", "said"),
+    [
+        (SMALL, 6, SMALL, ""),
+        (SMALL, None, None, ""),
+        (SMALL, None, model.model_of({}), ""),
+        (None, None, SMALL, ""),
+        (None, 5, None, "is at step 5 of at most 5: this training is complete"),
+        (None, 4, None, "of at most 4: this training is complete"),
+        (SMALL, 6, OTHER, "a model of 24 layers with hidden_size 896, MODEL=Qwen/Qwen3-8B has 32 with 4096"),
+    ],
+)
+def test_resuming_what_is_another_or_complete(
+    saved: model.Model | None, steps: int | None, wanted: model.Model | None, said: str
+) -> None:
+    found = resume_findings(FOUR, Path("/ckpt"), Saved("5", (5,), WHOLE, saved), checkpoint.Wanted(steps, wanted))
+    assert levels(found) == [ERROR if said else ESTIMATE]
+    assert said in found[0].sentence
+
+
 def test_starting_over_on_purpose() -> None:
     settings = Settings(gpu_nodes=1, gpus_per_node=4, verl_overrides=("trainer.resume_mode=disable",))
     assert levels(resume_findings(settings, Path("/ckpt"), Saved("5", (5,), WHOLE))) == [WARNING]

@@ -102,7 +102,12 @@ def _resume(asked: Asked) -> list[Finding]:
     base = asked.settings.checkpoint_dir
     folder = base / asked.settings.wandb_experiment if base else None
     saved = checkpoint.look_at_folder(folder) if folder else checkpoint.Saved(None, (), frozenset())
-    return checkpoint.resume_findings(asked.settings, folder, saved)
+    if saved.tracker is None:
+        return checkpoint.resume_findings(asked.settings, folder, saved)
+    footer = data.read_footer(asked.settings.train_data)
+    steps = None if footer.problem else data.total_steps(asked.settings, footer.rows)
+    wanted = checkpoint.Wanted(steps, _facts(asked).model)
+    return checkpoint.resume_findings(asked.settings, folder, saved, wanted)
 
 
 def _space(asked: Asked) -> list[Finding]:

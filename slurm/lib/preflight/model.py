@@ -30,6 +30,7 @@ class Model:
     kv_heads: int
     head_dim: int
     context: int
+    hidden: int
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -78,7 +79,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     layer = attention + _feed_forward(config, hidden)
     embeddings = int(config.get("vocab_size", 0)) * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return Model(layers * layer + embeddings, layers, heads, kv_heads, head_dim, _context(config))
+    return Model(layers * layer + embeddings, layers, heads, kv_heads, head_dim, _context(config), hidden)
 
 
 def _feed_forward(config: Mapping[str, Any], hidden: int) -> int:
