@@ -163,7 +163,7 @@ def test_without_slurm_there_is_a_hint(launch: Launcher, slurm: FakeSlurm, monke
     monkeypatch.setenv("PATH", str(slurm.bin))
     done = launch("--config", "dev", *TRAINER)
     assert done.code == 71
-    assert "not on PATH: sbatch, scontrol (without Slurm, try --config local)" in done.err
+    assert "not on PATH: sbatch, scontrol; without Slurm, try --config local" in done.err
     assert not slurm.jobs.exists()
 
 

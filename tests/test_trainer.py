@@ -69,14 +69,17 @@ def test_the_folders_that_must_exist() -> None:
 def test_what_is_missing_is_named_one_by_one(tmp_path: Path) -> None:
     settings = settings_of(f"SKYRL_PROJECT_ROOT={tmp_path}", "TASK_YAML=mine.yaml")
     agent = tmp_path / "SkyRL" / "skyrl-agent"
-    assert missing_parts(settings)[0].startswith(f"{agent} (skyrl-agent) is missing; set SKYRL_PROJECT_ROOT")
+    assert str(missing_parts(settings)[0]).startswith(f"{agent} (skyrl-agent) is missing; set SKYRL_PROJECT_ROOT")
     agent.mkdir(parents=True)
-    assert missing_parts(settings) == [f"{agent}/pyproject.toml is missing", f"{agent}/uv.lock is missing"]
+    found = missing_parts(settings)
+    assert [part.sentence for part in found] == [f"{agent}/pyproject.toml is missing", f"{agent}/uv.lock is missing"]
+    assert found[1].fix == f"make it: cd {agent} && uv lock"
     for name in ("pyproject.toml", "uv.lock"):
         (agent / name).touch()
     assert missing_parts(settings) == []
     automatic = settings_of(f"SKYRL_PROJECT_ROOT={tmp_path}", "TASK_YAML=auto")
-    assert missing_parts(automatic) == [f"{agent}/examples/run_verl/verl_oh.yaml is missing"]
+    (example,) = missing_parts(automatic)
+    assert example.sentence == f"{agent}/examples/run_verl/verl_oh.yaml is missing"
 
 
 # --- what VERL is told ------------------------------------------------------------------------------------------------

@@ -187,5 +187,23 @@ def test_overrides_that_a_release_has(version: str, override: str) -> None:
     assert errors(verl(version), override) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (("data.train_batch_size=16", "actor_rollout_ref.rollout.n=4"), ["TRAIN_BATCH_SIZE", "ROLLOUT_N"]),
+        (("trainer.n_gpus_per_node=1", "trainer.nnodes=2"), ["GPUS_PER_NODE", "GPU_NODES"]),
+        (("trainer.logger=[console]", "~data.train_files"), ["LOGGERS", "TRAIN_DATA or DATA_DIR"]),
+        (("+skyrl_agent.num_trajectories=2", "ray_init.num_cpus=8"), ["ROLLOUT_N", "TRAINING_CPUS or GPU_NODES"]),
+        (("trainer.nnodes=2", "trainer.nnodes=3"), ["GPU_NODES"]),
+        (("actor_rollout_ref.actor.ppo_mini_batch_size=2", "algorithm.adv_estimator=grpo"), []),
+        (("trainer.total_training_steps=9", "data.truncation=left", "trainer.use_v1=False"), []),
+    ],
+)
+def test_overrides_of_what_a_key_says(overrides: tuple[str, ...], keys: list[str]) -> None:
+    said = [one.fix for one in found(SKYRL, *overrides) if one.level is Level.WARNING]
+    assert said == [f"set {key} instead: slots, batch and memory are checked against the key" for key in keys]
+    assert len(found(None, *overrides)) == 1 + len(keys) - ("ray_init.num_cpus=8" in overrides)
+
+
 def test_another_trainer_needs_no_verl() -> None:
     assert verl_findings(replace(Settings(), training_command="true"), None) == []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.lib.job_environment import without_proxy
-from slurm.lib.node_facts import NodeFacts
+from slurm.lib.node_facts import Caches, NodeFacts
 from slurm.lib.preflight.mig import SEVERAL_RANKS_A_CARD, slices
 from slurm.lib.settings import Settings
 
@@ -213,7 +213,11 @@ def _ray_address(_settings: Settings, _facts: NodeFacts, _environment: Environme
 
 
 def _hugging_face(settings: Settings, facts: NodeFacts, environment: Environment) -> Changes:
-    caches = facts.caches
+    return hugging_face(settings, facts.caches, environment)
+
+
+def hugging_face(settings: Settings, caches: Caches, environment: Environment) -> Changes:
+    """Where models are looked for, and downloaded to, if CACHE_DIR is set; nothing where that is left as it is."""
     stays = caches.home_has_models and not caches.moved_has_model
     if stays or "HF_HOME" in environment or "HF_HUB_CACHE" in environment:
         return {}

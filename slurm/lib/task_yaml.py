@@ -119,8 +119,13 @@ def _with(data: Mapping[str, Any] | None, names: list[str], value: int) -> dict[
 
 def write_matching(example: Path, target: Path, settings: Settings) -> None:
     """Make the task file of TASK_YAML=auto; ``EnvironmentProblem`` where the example cannot be read."""
+    write_atomically(target, matching_text(example, settings))
+
+
+def matching_text(example: Path, settings: Settings) -> str:
+    """What ``write_matching`` writes."""
     import yaml
 
     text = yaml.safe_dump(matching(load_task(example), settings, example), sort_keys=False, allow_unicode=True)
     head = f"# Made from {example}, with the numbers of this run's settings (TASK_YAML=auto).\n"
-    write_atomically(target, head.replace("\r", " ") + text)
+    return head.replace("\r", " ") + text

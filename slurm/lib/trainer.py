@@ -82,16 +82,32 @@ def timed_overrides(settings: Settings) -> tuple[str, ...]:
     return (f"trainer.esi_redundant_time={settings.restart_lead}", "trainer.resume_mode=auto")
 
 
-def missing_parts(settings: Settings) -> list[str]:
-    """What the VERL trainer needs below SKYRL_PROJECT_ROOT and does not find, a sentence each."""
+@dataclass(frozen=True)
+class Missing:
+    """Something that a run needs and that is not there, and what to do about it."""
+
+    sentence: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.sentence}; {self.fix}"
+
+
+def missing_parts(settings: Settings) -> list[Missing]:
+    """What the VERL trainer needs below SKYRL_PROJECT_ROOT and does not find."""
     if settings.training_command:
         return []
     folder = agent_folder(settings)
     if not folder.is_dir():
-        return [f"{folder} (skyrl-agent) is missing; set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent"]
+        fix = "set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent"
+        return [Missing(f"{folder} (skyrl-agent) is missing", fix)]
     example = task_example(settings)
-    needed = [folder / "pyproject.toml", folder / "uv.lock", *([example] if example else [])]
-    return [f"{path} is missing" for path in needed if not path.is_file()]
+    needed = {
+        folder / "pyproject.toml": "set SKYRL_PROJECT_ROOT to the folder whose SkyRL/skyrl-agent is whole",
+        folder / "uv.lock": f"make it: cd {folder} && uv lock",
+        **({example: "restore it from SkyRL's repository, or name a task file of yours: TASK_YAML"} if example else {}),
+    }
+    return [Missing(f"{path} is missing", fix) for path, fix in needed.items() if not path.is_file()]
 
 
 def trainer_environment(base: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:

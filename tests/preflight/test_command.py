@@ -106,4 +106,4 @@ def test_a_slurm_that_is_silent_is_a_warning(world: World) -> None:
     world.slurm.answer("sbatch --test-only", silent, silent)
     done = launch(world, "--check", *TRAINER)
     assert done.returncode == 0
-    assert "Slurm does not say whether it would take the training job" in done.stdout
+    assert "Slurm does not answer, so neither the jobs" in done.stdout

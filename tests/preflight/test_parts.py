@@ -11,11 +11,11 @@ import pytest
 
 from slurm.lib.api_server_child import common_flags
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.preflight import checkpoint, cluster, dotenv, memory, model, node, places
+from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, model, node, places
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.model import ModelFacts
-from slurm.lib.preflight.words import size
+from slurm.lib.preflight.words import number_of, size
 from slurm.lib.processes import Completed
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
@@ -28,6 +28,11 @@ G = 1024**3
 
 def levels(found: list[Finding]) -> list[Level]:
     return [finding.level for finding in found]
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 nodes"), (1, "1 node"), (2, "2 nodes")])
+def test_numbers_of_things(number: int, said: str) -> None:
+    assert number_of(number, "node") == said
 
 
 @pytest.mark.parametrize(("amount", "said"), [(0, "0"), (1024, "1K"), (1536 * 1024**2, "1.5G"), (4e12, "3.64T")])
@@ -138,6 +143,57 @@ def test_the_cache_is_found_where_the_hub_keeps_it(tmp_path: Path, variable: str
     assert model.config_file("Qwen/Qwen3-8B", {variable: str(tmp_path)}) is None
 
 
+def cached(hub: Path, name: str) -> None:
+    config = hub / f"models--{name.replace('/', '--')}" / "snapshots" / "abc" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("moved", "home", "environment", "is_there", "names"),
+    [
+        ((), (), {}, False, True),
+        (("m/M",), (), {}, True, True),
+        (("m/M",), ("m/M",), {}, True, True),
+        ((), ("m/M",), {}, True, False),
+        ((), ("o/Other",), {}, False, False),
+        (("m/M",), ("o/Other",), {}, True, True),
+        (("m/M",), (), {"HF_HOME": "/nowhere"}, False, False),
+    ],
+)
+def test_models_are_looked_for_where_the_node_will(
+    tmp_path: Path,
+    moved: tuple[str, ...],
+    home: tuple[str, ...],
+    environment: dict[str, str],
+    is_there: bool,
+    names: bool,
+) -> None:
+    for folder, models in (("cache/huggingface/hub", moved), (".cache/huggingface/hub", home)):
+        for name in models:
+            cached(tmp_path / folder, name)
+    settings = Settings(model="m/M", cache_dir=tmp_path / "cache")
+    facts = model.look_at_model(settings, {"HOME": str(tmp_path), **environment})
+    assert (facts.model is not None, facts.moved) == (is_there, tmp_path / "cache/huggingface" if names else None)
+    said = " ".join(finding.fix for finding in model.model_findings(settings, facts))
+    assert (f"HF_HOME={tmp_path}/cache/huggingface hf download m/M" in said) == (names and not is_there)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("models/Q17", "write ./models/Q17"), ("https://huggingface.co/Org/Name", "write Org/Name"), ("./models/Q17", "")],
+)
+def test_a_model_by_a_name_that_verl_takes_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "Q17").mkdir(parents=True)
+    (tmp_path / "models" / "Q17" / "config.json").write_text("{}")
+    settings = Settings(model=name, skyrl_project_root=tmp_path / "project")
+    found = model.model_findings(settings, model.look_at_model(settings, {}))
+    assert [(finding.level, finding.fix) for finding in found] == ([(ERROR, fix)] if fix else [])
+
+
 @pytest.mark.parametrize(
     ("kind", "known"),
     [
@@ -161,6 +217,34 @@ def test_needs_are_what_the_sizes_give() -> None:
     cache = 1000 * 24 * 2 * 2 * 64 * 2  # tokens, layers, keys and values, their heads, size of a head, bytes
     assert (need.update, need.host, need.resting) == (4e6, 4e6, 1e6)
     assert need.inference == (2e6 + cache) / 2
+
+
+@pytest.mark.parametrize("kind", ["1g.10gb", "a100_2g.10gb"])
+def test_more_slices_are_no_help(kind: str) -> None:
+    settings = Settings(
+        model="m/M-7B", gpu_type=kind, gpus_per_node=1, training_memory="1G", fsdp_optimizer_offload=True
+    )
+    found = [one for one in memory.memory_findings(settings, ModelFacts(None, False)) if one.level is ERROR]
+    assert found
+    assert all(memory.SMALL_MODEL in one.fix and "GPU_NODES" not in one.fix for one in found), found
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "overrides", "steps"),
+    [
+        (9, 2, (), 4),
+        (3, 2, (), 0),
+        (9, 2, ("trainer.total_training_steps=3",), 3),
+        (9, 2, ("+trainer.total_training_steps=30",), 4),
+        (9, 2, ("trainer.total_training_steps=null",), 4),
+    ],
+)
+def test_the_steps_in_all(rows: int, epochs: int, overrides: tuple[str, ...], steps: int) -> None:
+    settings = Settings(train_batch_size=4, total_epochs=epochs, verl_overrides=overrides)
+    assert data.total_steps(settings, rows) == steps
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -190,6 +274,29 @@ def test_resuming(saved: Saved, found: list[Level], said: str) -> None:
     result = resume_findings(FOUR, Path("/ckpt"), saved)
     assert levels(result) == found
     assert said in " ".join(finding.sentence for finding in result)
+
+
+SMALL, OTHER = model.model_of(QWEN_05B), model.model_of(LLAMA_8B)
+
+
+@pytest.mark.parametrize(
+    ("saved", "steps", "wanted", "said"),
+    [
+        (SMALL, 6, SMALL, ""),
+        (SMALL, None, None, ""),
+        (SMALL, None, model.model_of({}), ""),
+        (None, None, SMALL, ""),
+        (None, 5, None, "is at step 5 of at most 5: this training is complete"),
+        (None, 4, None, "of at most 4: this training is complete"),
+        (SMALL, 6, OTHER, "a model of 24 layers with hidden_size 896, MODEL=Qwen/Qwen3-8B has 32 with 4096"),
+    ],
+)
+def test_resuming_what_is_another_or_complete(
+    saved: model.Model | None, steps: int | None, wanted: model.Model | None, said: str
+) -> None:
+    found = resume_findings(FOUR, Path("/ckpt"), Saved("5", (5,), WHOLE, saved), checkpoint.Wanted(steps, wanted))
+    assert levels(found) == [ERROR if said else ESTIMATE]
+    assert said in found[0].sentence
 
 
 def test_starting_over_on_purpose() -> None:
@@ -235,7 +342,11 @@ def test_no_checkpoints_need_no_room() -> None:
         ('WANDB_API_KEY="<REPLACE>"\n', "", {"WANDB_API_KEY": "x"}, ("wandb",), []),
         ('WANDB_API_KEY="<REPLACE>"\n', "", {}, ("console",), []),
         ("", "machine api.wandb.ai login user password x\n", {}, ("wandb",), []),
-        ("", "machine api.wandb.ai login user password x\n", {"WANDB_BASE_URL": "https://own"}, ("wandb",), [ERROR]),
+        ("", "machine api.wandb.ai login user password x\n", {"WANDB_BASE_URL": "https://own"}, ("wandb",), [WARNING]),
+        ("", "machine own login user password x\n", {"WANDB_BASE_URL": "https://own:8080/"}, ("wandb",), []),
+        ("", "machine own:8080 login user password x\n", {"WANDB_BASE_URL": "https://own:8080"}, ("wandb",), []),
+        ("", "machine own login user password x\n", {"WANDB_BASE_URL": "https://api.wandb.ai"}, ("wandb",), [ERROR]),
+        ("WANDB_BASE_URL=http://own\n", "machine own login user password x\n", {}, ("wandb",), []),
         ("", "", {"WANDB_MODE": "offline"}, ("wandb",), []),
         ("ALLHANDS_API_KEY=<REPLACE>\nSANDBOX_REMOTE_RUNTIME_API_URL=<REPLACE>\n", "", {}, ("console",), []),
     ],
@@ -245,13 +356,30 @@ def test_dot_env(
 ) -> None:
     (tmp_path / ".env").write_text(content)
     (tmp_path / ".netrc").write_text(netrc)
-    read = dotenv.read_dot_env(tmp_path / ".env", tmp_path)
+    read = dotenv.read_dot_env(tmp_path / ".env", {"HOME": str(tmp_path)})
     assert levels(dotenv.dot_env_findings(Settings(loggers=loggers), shell, read)) == found
+
+
+@pytest.mark.parametrize(("login", "found"), [("own", []), ("api.wandb.ai", [WARNING])])
+def test_a_login_where_wandb_is_told_to_look(tmp_path: Path, login: str, found: list[Level]) -> None:
+    settings = tmp_path / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://own:8080\n")
+    (tmp_path / "mine").write_text(f"machine {login} login user password x\n")
+    read = dotenv.read_dot_env(tmp_path / ".env", {"HOME": str(tmp_path), "NETRC": "~/mine"})
+    assert levels(dotenv.dot_env_findings(Settings(loggers=("wandb",)), {}, read)) == found
+
+
+@pytest.mark.parametrize("text", ["no section", "[default]\nentity = me\n", "[default]\nbase_url=%(x)s\n"])
+def test_wandbs_settings_without_a_server(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings").write_text(text)
+    read = dotenv.read_dot_env(tmp_path / ".env", {"WANDB_CONFIG_DIR": str(tmp_path)})
+    assert read.base_url in {"", "%(x)s"}
 
 
 def test_a_dot_env_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"A=\xff\n")
-    (found,) = dotenv.dot_env_findings(Settings(), {}, dotenv.read_dot_env(tmp_path / ".env", tmp_path))
+    (found,) = dotenv.dot_env_findings(Settings(), {}, dotenv.read_dot_env(tmp_path / ".env", {}))
     assert found.level is ERROR
 
 
@@ -292,6 +420,7 @@ SINFO = """\
 test|up|12:00:00|2|(null)
 gpu|up|1-00:00:00|3|gpu:a100:4(S:0-1),nic:1
 gpu|up|1-00:00:00|2|gpu:a100:4,gpu:h100:2
+plain|up|infinite|1|gpu:8
 gpux|drain|infinite|1|gpu:8
 a line of a site's own
 """
@@ -303,10 +432,11 @@ def test_sinfo_is_read() -> None:
         ("test", True, 2),
         ("gpu", True, 3),
         ("gpu", True, 2),
+        ("plain", True, 1),
         ("gpux", False, 1),
     ]
-    assert [group.limit_s for group in groups] == [43200, 86400, 86400, math.inf]
-    assert [dict(group.gpus) for group in groups] == [{}, {"a100": 4}, {"a100": 4, "h100": 2}, {"": 8}]
+    assert [group.limit_s for group in groups] == [43200, 86400, 86400, math.inf, math.inf]
+    assert [dict(group.gpus) for group in groups] == [{}, {"a100": 4}, {"a100": 4, "h100": 2}, {"": 8}, {"": 8}]
 
 
 def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> cluster.JobShape:
@@ -320,14 +450,16 @@ def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> clus
         (shape("gpu", 5, 4, "a100"), "1-0", ""),
         (shape("gpu", 2, 2, "h100"), "1-0", ""),
         (shape("test,gpu"), "1-0", ""),
-        (shape("nope"), "1", "there is no such partition; there are: gpu, gpux, test"),
+        (shape("nope"), "1", "there is no such partition; there are: gpu, gpux, plain, test"),
         (shape("gpux"), "1", "is not up"),
         (shape("test"), "12:00:01", "TIME_LIMIT=12:00:01 is more than GPU_PARTITION=test allows (12 h)"),
         (shape("test"), "UNLIMITED", "never starts"),
         (shape("gpu", 6), "1", "wants 6 nodes, GPU_PARTITION=gpu has 5"),
-        (shape("gpu", 1, 5), "1", "wants 1 nodes with 5 GPUs each"),
+        (shape("gpu", 1, 5), "1", "wants 1 node with 5 GPUs each"),
         (shape("gpu", 3, 2, "h100"), "1", "has 2 of them"),
-        (shape("gpu", 1, 1, "v100"), "1", "3 with 4 a100; 2 with 4 a100, 2 h100"),
+        (shape("gpu", 1, 1, "v100"), "1", "; GPU_TYPE can be a100, h100 there"),
+        (shape("gpu", 1, 5, "a100"), "1", "; change GPU_NODES, GPUS_PER_NODE, GPU_TYPE"),
+        (shape("plain", 1, 1, "a100"), "1", "; leave GPU_TYPE unset"),
         (shape("test", 1, 1), "1", "2 with no GPU"),
     ],
 )
@@ -383,6 +515,35 @@ def test_what_sbatch_says(code: int, words: str, found: list[Level]) -> None:
     assert levels(cluster.submission_findings("runtime", Completed(("sbatch",), code, "", words))) == found
 
 
+LOST = (
+    "{0}: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n{0}: error: fetch_config: DNS SRV lookup "
+    "failed\n{0}: fatal: Could not establish a configuration source\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "sinfo", "said"),
+    [
+        (LOST.format("sbatch"), LOST.format("sinfo"), "Could not establish a configuration source"),
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            "slurm_load_partitions: Unable to contact slurm controller (connect failure)",
+            "Unable to contact slurm controller (connect failure)",
+        ),
+        ("no answer within 8 s: sbatch --test-only x", "no answer within 8 s: sinfo", "no answer within 8 s"),
+    ],
+    ids=["no configuration", "no controller", "no answer"],
+)
+def test_a_silent_slurm_is_said_once(tmp_path: Path, sbatch: str, sinfo: str, said: str) -> None:
+    world = World(tmp_path)
+    world.slurm.forget()
+    world.slurm.answer("sbatch --test-only", *[{"code": 1, "stderr": sbatch}] * 2)
+    world.slurm.answer("sinfo", {"code": 1, "stderr": sinfo})
+    (found,) = [finding for finding in world.check() if finding.check == "slurm"]
+    assert (found.level, found.fix) == (WARNING, "is SLURM_CONF set? does `sinfo` answer?")
+    assert found.sentence.endswith(f"compared: {said}")
+
+
 ASSOCIATIONS = "lab|gpu|normal,long\nother|gpu|short\n"
 
 
@@ -393,6 +554,8 @@ ASSOCIATIONS = "lab|gpu|normal,long\nother|gpu|short\n"
         ("", "short", 0, ASSOCIATIONS, []),
         ("nobody", "", 0, ASSOCIATIONS, [ERROR]),
         ("lab", "short", 0, ASSOCIATIONS, [ERROR]),
+        ("Lab", "LONG", 0, ASSOCIATIONS, []),
+        ("lab", "long", 0, "Lab||\n", []),  # no QOS is listed, which says nothing
         ("nobody", "", 1, "", []),  # no accounting here
         ("nobody", "", 0, "", []),  # or it is not told
     ],

@@ -14,7 +14,7 @@ from pathlib import Path
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
 from slurm.lib.preflight.memory import parameters
-from slurm.lib.preflight.model import ModelFacts
+from slurm.lib.preflight.model import Model, ModelFacts, read_model
 from slurm.lib.preflight.places import nearest
 from slurm.lib.preflight.shape import world_size
 from slurm.lib.preflight.words import size
@@ -30,12 +30,21 @@ class Saved:
     """What lies in a checkpoint folder.
 
     ``tracker`` is the tracker file's text, None where there is none; ``steps`` the folders that there are; ``files``
-    the names in the tracker's step, ``actor/`` in front of those there.
+    the names in the tracker's step, ``actor/`` in front of those there; ``model`` what its config.json describes.
     """
 
     tracker: str | None
     steps: tuple[int, ...]
     files: frozenset[str]
+    model: Model | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the training is to do: ``steps`` in all at most, of ``model``; None where it is not known here."""
+
+    steps: int | None = None
+    model: Model | None = None
 
 
 def look_at_folder(folder: Path) -> Saved:
@@ -46,10 +55,18 @@ def look_at_folder(folder: Path) -> Saved:
     steps = tuple(sorted(int(name) for name in names if name.isdigit()))
     step = folder / f"global_step_{text}"
     inside = [*step.glob("*"), *step.glob("actor/*")] if text and text.isdigit() else []
-    return Saved(text, steps, frozenset(str(path.relative_to(step)) for path in inside))
+    files = frozenset(str(path.relative_to(step)) for path in inside)
+    return Saved(text, steps, files, _model_in(step / "actor" / "huggingface" / "config.json") if files else None)
 
 
-def resume_findings(settings: Settings, folder: Path | None, saved: Saved) -> list[Finding]:
+def _model_in(config: Path) -> Model | None:
+    try:
+        return read_model(config)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def resume_findings(settings: Settings, folder: Path | None, saved: Saved, wanted: Wanted = Wanted()) -> list[Finding]:
     """Whether it starts from scratch or goes on, and what speaks against going on. ``folder`` None: a new one."""
     if folder is None or (saved.tracker is None and not saved.steps):
         where = "" if folder is None else f": no checkpoint in {folder}"
@@ -59,15 +76,17 @@ def resume_findings(settings: Settings, folder: Path | None, saved: Saved) -> li
     if saved.tracker is None:
         sentence = f"{folder} has steps {_list(saved.steps)} and no {TRACKER}: VERL would start from scratch over them"
         return [error("resume", sentence, f"write {saved.steps[-1]} into {TRACKER}, or set another WANDB_EXPERIMENT")]
-    return _tracked(settings, folder, saved, saved.tracker)
+    return _tracked(settings, folder, saved, saved.tracker, wanted)
 
 
 def _list(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers)) or "none"
 
 
-def _tracked(settings: Settings, folder: Path, saved: Saved, tracker: str) -> list[Finding]:
-    fix = f"write the number of a whole step into it ({_list(saved.steps)} are there), or set another WANDB_EXPERIMENT"
+def _tracked(settings: Settings, folder: Path, saved: Saved, tracker: str, wanted: Wanted) -> list[Finding]:
+    fix = f"write the number of a whole step into it (there: {_list(saved.steps)}), or set another WANDB_EXPERIMENT"
+    if not saved.steps:
+        fix = f"remove {TRACKER}, or set WANDB_EXPERIMENT"
     if not tracker.isdigit():
         return [error("resume", f"{folder / TRACKER} says {tracker[:40]!r}, which is no step", fix)]
     if int(tracker) not in saved.steps:
@@ -75,7 +94,11 @@ def _tracked(settings: Settings, folder: Path, saved: Saved, tracker: str) -> li
             f"{folder / TRACKER} names step {tracker}, and there is no global_step_{tracker}: VERL would start over"
         )
         return [error("resume", sentence, fix)]
-    problems = _rank_findings(settings, folder / f"global_step_{tracker}", saved.files)
+    step = folder / f"global_step_{tracker}"
+    problems = [*_rank_findings(settings, step, saved.files), *_other_findings(settings, step, saved.model, wanted)]
+    if wanted.steps and int(tracker) >= wanted.steps:
+        sentence = f"{folder} is at step {tracker} of at most {wanted.steps}: this training is complete"
+        problems.append(error("resume", sentence, "raise TOTAL_EPOCHS, or set WANDB_EXPERIMENT to another name"))
     if problems:
         return problems
     found = [estimate("resume", f"resumes from step {tracker} of {folder}")]
@@ -101,6 +124,19 @@ def _rank_findings(settings: Settings, step: Path, files: frozenset[str]) -> lis
     shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
     sentence = f"{step} lacks {len(missing)} of {len(wanted)} files ({shown})"
     return [error("resume", sentence, f"write the number of a whole step into {TRACKER}")]
+
+
+def _other_findings(settings: Settings, step: Path, saved: Model | None, wanted: Wanted) -> list[Finding]:
+    model = wanted.model
+    if saved is None or model is None or not (saved.hidden and model.hidden):
+        return []
+    if (saved.hidden, saved.layers) == (model.hidden, model.layers):
+        return []
+    sentence = (
+        f"{step} was saved from a model of {saved.layers} layers with hidden_size {saved.hidden}, "
+        f"MODEL={settings.model} has {model.layers} with {model.hidden}"
+    )
+    return [error("resume", sentence, "name the MODEL of then, or set WANDB_EXPERIMENT to another name")]
 
 
 def space_findings(settings: Settings, facts: ModelFacts, place: Path, free: int) -> list[Finding]:

@@ -65,6 +65,11 @@ def verl(asked: Asked) -> bool:
     return asked.trains_with_verl
 
 
+def verl_there(asked: Asked) -> bool:
+    """Launches that train with VERL, where skyrl-agent is there; ``parts`` says where it is not."""
+    return asked.trains_with_verl and asked.agent_folder.is_dir()
+
+
 def verl_with_runtime(asked: Asked) -> bool:
     """Launches that train with VERL and bring its runtime."""
     return asked.trains_with_verl and asked.brings_runtime
@@ -76,27 +81,38 @@ def on_slurm(asked: Asked) -> bool:
 
 
 def _parts(asked: Asked) -> list[Finding]:
-    return [error(ALWAYS, sentence, "") for sentence in places.missing_here(asked.plan, asked.checkout)]
+    return [error(ALWAYS, part.sentence, part.fix) for part in places.missing_here(asked.plan, asked.checkout)]
+
+
+def _facts(asked: Asked) -> model.ModelFacts:
+    """With skyrl-agent's .env, as the node sees it."""
+    read = dotenv.read_dot_env(asked.agent_folder / ".env", asked.environment)
+    return model.look_at_model(asked.settings, {**asked.environment, **read.given})
 
 
 def _model(asked: Asked) -> list[Finding]:
-    return model.model_findings(asked.settings, model.look_at_model(asked.settings, asked.environment))
+    return model.model_findings(asked.settings, _facts(asked))
 
 
 def _memory(asked: Asked) -> list[Finding]:
-    return memory.memory_findings(asked.settings, model.look_at_model(asked.settings, asked.environment))
+    return memory.memory_findings(asked.settings, _facts(asked))
 
 
 def _resume(asked: Asked) -> list[Finding]:
     base = asked.settings.checkpoint_dir
     folder = base / asked.settings.wandb_experiment if base else None
     saved = checkpoint.look_at_folder(folder) if folder else checkpoint.Saved(None, (), frozenset())
-    return checkpoint.resume_findings(asked.settings, folder, saved)
+    if saved.tracker is None:
+        return checkpoint.resume_findings(asked.settings, folder, saved)
+    footer = data.read_footer(asked.settings.train_data)
+    steps = None if footer.problem else data.total_steps(asked.settings, footer.rows)
+    wanted = checkpoint.Wanted(steps, _facts(asked).model)
+    return checkpoint.resume_findings(asked.settings, folder, saved, wanted)
 
 
 def _space(asked: Asked) -> list[Finding]:
     folder = asked.settings.checkpoint_dir or asked.settings.skyrl_jobs_base
-    facts = model.look_at_model(asked.settings, asked.environment)
+    facts = _facts(asked)
     return checkpoint.space_findings(asked.settings, facts, *checkpoint.free_space(folder))
 
 
@@ -120,15 +136,16 @@ def _release(asked: Asked) -> list[Finding]:
 
 
 def _task(asked: Asked) -> list[Finding]:
-    """A file that is made for the run fits; the one that it is made from is missed by another check."""
-    if task_example(asked.settings):
+    """``parts`` misses an example that is not there."""
+    example = task_example(asked.settings)
+    if example and not example.is_file():
         return []
-    file = task_file(asked.settings, CoordinationDir(Path(asked.plan.directory)))
+    file = example or task_file(asked.settings, CoordinationDir(Path(asked.plan.directory)))
     return task.task_file_findings(asked.settings, file, asked.plan.config.sources)
 
 
 def _dot_env(asked: Asked) -> list[Finding]:
-    read = dotenv.read_dot_env(asked.agent_folder / ".env", asked.home)
+    read = dotenv.read_dot_env(asked.agent_folder / ".env", asked.environment)
     return dotenv.dot_env_findings(asked.settings, asked.environment, read)
 
 
@@ -178,8 +195,8 @@ CHECKS: tuple[Check, ...] = (
           lambda asked: shape.length_findings(asked.settings)),
     Check("model", "Do the model's heads and context fit TP_SIZE, SP_SIZE and the lengths (config.json at hand)?", verl,
           _model),
-    Check("verl", "Can the VERL that skyrl-agent has do what it is told?", verl, _release),
-    Check("task", "Does SkyRL-agent's task file say the same rollouts, lengths and agents?", verl, _task),
+    Check("verl", "Can the VERL that skyrl-agent has do what it is told?", verl_there, _release),
+    Check("task", "Does SkyRL-agent's task file say the same rollouts, lengths and agents?", verl_there, _task),
     Check("mig", "Would several MIG slices of one card be as many ranks?", verl,
           lambda asked: mig.mig_findings(asked.settings)),
     Check("memory", "Is there enough memory on GPUs and hosts for model, optimizer and one sequence's cache?", verl,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.words import number_of
 from slurm.lib.processes import Completed
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings, slurm_seconds
@@ -19,7 +20,17 @@ from slurm.lib.settings import Settings, slurm_seconds
 # Options of a real submission that a test has no use for.
 NOT_TESTED = ("--parsable", "--hold", "--dependency=", "--kill-on-invalid-dep=")
 # Words of sbatch that say nothing about the job: the controller did not answer.
-SILENT = ("unable to contact", "connection refused", "timed out", "no answer within", "communication", "not found (")
+SILENT = (
+    "unable to contact",
+    "connection refused",
+    "timed out",
+    "no answer within",
+    "communication",
+    "not found (",
+    "could not establish a configuration source",
+    "resolve_ctls",
+    "fetch_config",
+)
 ELSEWHERE = re.compile(
     r"-p.*|--partition(=.*)?|-M.*|--clusters?(=.*)?|-t.*|--time(=.*)?|--gres(=.*)?|-N.*|--nodes(=.*)?"
 )
@@ -71,14 +82,26 @@ def question_argv(argv: Sequence[str]) -> tuple[str, ...]:
 def submission_findings(kind: str, answer: Completed) -> list[Finding]:
     """What Slurm says about one job."""
     words = answer.complaint
-    if not answer.ok and any(phrase in words.lower() for phrase in SILENT):
-        sentence = f"Slurm does not say whether it would take the {kind} job: {words}"
-        return [warning("slurm", sentence, "see whether sinfo answers")]
+    if is_silent(answer):
+        return [_silence(answer)]
     if not answer.ok:
         fix = "correct the keys that it names (partition, ACCOUNT, QOS, sizes); sinfo shows what there is"
         return [error("slurm", f"Slurm would not take the {kind} job: {words}", fix)]
     start = re.search(r"to start at (\S+)", words)
     return [estimate("slurm", f"the {kind} job would start about {start[1]}, by Slurm's word now")] if start else []
+
+
+def is_silent(answer: Completed) -> bool:
+    """Whether a command of Slurm's failed because nobody answered it, whatever it was asked."""
+    return not answer.ok and any(phrase in answer.complaint.lower() for phrase in SILENT)
+
+
+def _silence(answer: Completed) -> Finding:
+    """The same words for every question, so that they are said once: the last of them, less who says them."""
+    words = re.sub(r"^(\w+: )*(Batch job submission failed: )?", "", answer.complaint.rpartition("; ")[2])
+    words = re.sub(r"(no answer within [\d.]+ s): .*", r"\1", words)
+    sentence = f"Slurm does not answer, so neither the jobs nor their partitions are compared: {words}"
+    return warning("slurm", sentence, "is SLURM_CONF set? does `sinfo` answer?")
 
 
 @dataclass(frozen=True)
@@ -141,13 +164,21 @@ def _gpu_findings(job: JobShape, name: str, groups: Sequence[NodeGroup]) -> list
     fitting = sum(group.nodes for group in groups if gpus(group) >= job.gpus)
     if fitting >= job.nodes:
         return []
-    wanted = f"{job.nodes} nodes" + (
-        f" with {job.gpus} {job.gpu_type} GPUs each".replace("  ", " ") if job.gpus else ""
-    )
+    each = number_of(job.gpus, f"{job.gpu_type} GPU".strip())
+    wanted = number_of(job.nodes, "node") + (f" with {each} each" if job.gpus else "")
     there = "; ".join(f"{group.nodes} with {_shown(group.gpus)}" for group in groups)
     sentence = f"the {job.kind} job wants {wanted}, {name} has {fitting} of them (nodes: {there})"
     keys = "GPU_NODES, GPUS_PER_NODE, GPU_TYPE or GPU_PARTITION" if job.key == "GPU_PARTITION" else job.key
-    return [error("slurm", sentence, f"change {keys}")]
+    return [error("slurm", sentence, _type_fix(job, groups) or f"change {keys}")]
+
+
+def _type_fix(job: JobShape, groups: Sequence[NodeGroup]) -> str:
+    """Empty unless the partition has GPUs, and none of the type that is asked for."""
+    types = {kind for group in groups for kind in group.gpus}
+    if not job.gpu_type or not types or job.gpu_type in types:
+        return ""
+    named = sorted(types - {""})
+    return f"GPU_TYPE can be {', '.join(named)} there" if named else "leave GPU_TYPE unset: its GPUs have no type there"
 
 
 def _shown(gpus: Mapping[str, int]) -> str:
@@ -160,16 +191,17 @@ def account_findings(settings: Settings, answer: Completed, user: str) -> list[F
     if not answer.ok or not rows:
         return []  # no accounting here, or it is not told to us: sbatch's word must do
     accounts = sorted({row[0] for row in rows})
-    if settings.account and settings.account not in accounts:
+    account, wanted = settings.account.casefold(), settings.qos.casefold()  # Slurm keeps both in lower case
+    if account and account not in map(str.casefold, accounts):
         sentence = f"ACCOUNT={settings.account}: {user} has no association with it"
         return [error("account", sentence, f"choose one of: {', '.join(accounts)}")]
-    mine = [row for row in rows if not settings.account or row[0] == settings.account]
+    mine = [row for row in rows if not account or row[0].casefold() == account]
     qos = sorted({name for row in mine for name in row[2].split(",") if name})
-    if settings.qos and settings.qos not in qos:
+    if wanted and qos and wanted not in map(str.casefold, qos):  # an empty list says nothing
         sentence = f"QOS={settings.qos} is not among those of {user}" + (
             f" in {settings.account}" if settings.account else ""
         )
-        return [error("account", sentence, f"choose one of: {', '.join(qos) or '(none)'}")]
+        return [error("account", sentence, f"choose one of: {', '.join(qos)}")]
     return []
 
 
@@ -182,9 +214,11 @@ def partitions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
     """Ask Slurm for its partitions, and compare both jobs with them."""
     answer = slurm.partitions()
     groups = parse_groups(answer.stdout)
+    if is_silent(answer):
+        return [_silence(answer)]
     if not answer.ok or not groups:
         sentence = f"partitions are not compared: sinfo says {answer.complaint}"
-        return [warning("slurm", sentence, "see whether sinfo answers")]
+        return [warning("slurm", sentence, "is SLURM_CONF set? does `sinfo` answer?")]
     return [finding for job in job_shapes(plan) for finding in partition_findings(plan.settings, job, groups)]
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.words import number_of
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
+MOST_STEPS = "trainer.total_training_steps"
+MAKE = "`data/swe_data.py --output DATA_DIR` in skyrl-agent makes one"  # read in SkyRL, commit eea40bc
 NEEDED = ("prompt", "data_source")
 EITHER = (("instance",), ("reward_model", "extra_info"))  # as SkyRL-agent's tasks read them
 
@@ -32,6 +35,8 @@ def read_footer(path: Path | None) -> Footer:
     """The footer of a parquet file."""
     if path is None:
         return Footer(problem="is not set, and neither is DATA_DIR")
+    if path.is_dir():
+        return Footer(problem=f"={path} is a folder")
     if not path.is_file():
         return Footer(problem=f"={path} is not there")
     try:
@@ -62,14 +67,15 @@ def _file_findings(key: str, path: Path | None, footer: Footer) -> list[Finding]
         fix = f"scripts/setup without --minimal brings it, as does '{sys.executable} -m pip install pyarrow'"
         return [warning("data", f"{key}{footer.problem}", fix)]
     if footer.problem:
-        return [error("data", f"{key}{footer.problem}", f"set DATA_DIR, or {key} itself, to a parquet file")]
+        fix = f"set DATA_DIR to a data set's folder ({MAKE}), or {key} itself to a parquet file"
+        return [error("data", f"{key}{footer.problem}", fix)]
     missing = [name for name in NEEDED if name not in footer.columns]
     if not any(footer.columns.issuperset(names) for names in EITHER):
         missing.append("instance (or reward_model and extra_info)")
     if not missing:
         return []
     sentence = f"{key}={path} lacks the columns {', '.join(missing)}; it has {', '.join(sorted(footer.columns))}"
-    return [error("data", sentence, "prepare the data set as SkyRL-agent's examples do")]
+    return [error("data", sentence, f"prepare it as SkyRL-agent's examples do: {MAKE}")]
 
 
 def _step_findings(settings: Settings, rows: int) -> list[Finding]:
@@ -79,9 +85,16 @@ def _step_findings(settings: Settings, rows: int) -> list[Finding]:
             f"TRAIN_DATA={settings.train_data} has {rows} rows, fewer than TRAIN_BATCH_SIZE={batch}: not one step"
         )
         return [error("data", sentence, "give more rows, or lower TRAIN_BATCH_SIZE")]
-    steps = rows // batch * settings.total_epochs
-    sentence = f"{rows} rows, {rows // batch} steps an epoch, {steps} steps in all (fewer if long prompts are left out)"
+    steps = number_of(total_steps(settings, rows), "step")
+    epoch = number_of(rows // batch, "step")
+    sentence = f"{rows} rows, {epoch} an epoch, {steps} in all (fewer if long prompts are left out)"
     return [estimate("data", sentence)]
+
+
+def total_steps(settings: Settings, rows: int) -> int:
+    """The steps that a training on so many rows has at most; VERL ends at ``trainer.total_training_steps`` before."""
+    steps, most = rows // settings.train_batch_size * settings.total_epochs, override(settings, MOST_STEPS) or ""
+    return min(steps, int(most)) if most.isdigit() else steps
 
 
 def _validation_findings(settings: Settings, rows: int) -> list[Finding]:

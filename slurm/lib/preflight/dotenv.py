@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from slurm.lib.preflight.finding import Finding, error, warning
 from slurm.lib.settings import Settings
@@ -12,32 +15,61 @@ from slurm.lib.trainer import KEY_NAME, URL_NAME
 
 PLACEHOLDER = "<REPLACE>"
 DECIDED = frozenset({KEY_NAME, URL_NAME})  # the run's own values stand in for these, whatever the file says
+CLOUD = "https://api.wandb.ai"  # what wandb talks to unless it is told otherwise
 UNASKED = frozenset({"offline", "disabled", "dryrun"})  # WANDB_MODE in which no login is needed
 
 
 @dataclass(frozen=True)
 class DotEnv:
-    """The file's values, or ``problem`` that says why there are none; ``netrc`` is the text of ~/.netrc."""
+    """The file's values, or ``problem`` that says why there are none.
+
+    ``netrc_path`` is where wandb keeps its login, ``netrc`` the text of that file; ``base_url`` what wandb's own
+    settings name.
+    """
 
     path: Path
     values: Mapping[str, str]
+    netrc_path: Path = Path("~/.netrc")
     netrc: str = ""
+    base_url: str = ""
     problem: str = ""
 
+    @property
+    def given(self) -> dict[str, str]:
+        """The values that are no placeholders."""
+        return {name: value for name, value in self.values.items() if PLACEHOLDER not in value}
 
-def read_dot_env(path: Path, home: Path) -> DotEnv:
+
+def read_dot_env(path: Path, environment: Mapping[str, str]) -> DotEnv:
     """The file as the trainer's readers understand it, placeholders included; empty where there is none."""
-    netrc = home / ".netrc"
+    home = Path(environment.get("HOME") or "/nonexistent")
+    netrc = _in_home(environment.get("NETRC") or "~/.netrc", home)
     text = netrc.read_text(errors="replace") if netrc.is_file() else ""
+    folder = _in_home(environment.get("WANDB_CONFIG_DIR") or "~/.config/wandb", home)
+    found = DotEnv(path, {}, netrc, text, _base_url(folder / "settings"))
     if not path.is_file():
-        return DotEnv(path, {}, text)
+        return found
     from dotenv import dotenv_values  # 30 ms
 
     try:
         values = dotenv_values(path, interpolate=False)
     except (OSError, UnicodeDecodeError) as problem:
-        return DotEnv(path, {}, text, str(problem))
-    return DotEnv(path, {name: value for name, value in values.items() if value is not None}, text)
+        return replace(found, problem=str(problem))
+    return replace(found, values={name: value for name, value in values.items() if value is not None})
+
+
+def _in_home(name: str, home: Path) -> Path:
+    return home / name[2:] if name.startswith("~/") else Path(name)
+
+
+def _base_url(path: Path) -> str:
+    """``base_url`` in wandb's settings; empty where that file is absent or says none."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return ""
+    return parser.get("default", "base_url", fallback="")
 
 
 def dot_env_findings(settings: Settings, environment: Mapping[str, str], dot_env: DotEnv) -> list[Finding]:
@@ -59,10 +91,20 @@ def dot_env_findings(settings: Settings, environment: Mapping[str, str], dot_env
 
 
 def _wandb_findings(settings: Settings, said: Mapping[str, str], dot_env: DotEnv, left: set[str]) -> list[Finding]:
-    host = (said.get("WANDB_BASE_URL") or "https://api.wandb.ai").partition("://")[2].split("/")[0]
-    if said.get("WANDB_API_KEY") or said.get("WANDB_MODE") in UNASKED or host in dot_env.netrc.split():
+    host = _host(said.get("WANDB_BASE_URL") or dot_env.base_url or CLOUD)
+    hosts = {host, re.sub(r":\d*$", "", host)}  # a .netrc may name it without its port
+    if said.get("WANDB_API_KEY") or said.get("WANDB_MODE") in UNASKED or hosts & set(dot_env.netrc.split()):
         return []
     where = f"{dot_env.path} says {PLACEHOLDER} for WANDB_API_KEY" if "WANDB_API_KEY" in left else "no WANDB_API_KEY"
-    sentence = f"LOGGERS={','.join(settings.loggers)} needs a login for wandb: {where}, and none in ~/.netrc"
-    fix = f"write WANDB_API_KEY into {dot_env.path}, or set WANDB_MODE=offline, or LOGGERS=console"
-    return [error("dotenv", sentence, fix)]
+    sentence = (
+        f"LOGGERS={','.join(settings.loggers)} needs a login for wandb: {where}, and none for {host} in "
+        f"{dot_env.netrc_path}"
+    )
+    fix = "export WANDB_API_KEY=… , or `wandb login`, or export WANDB_MODE=offline before the launch"
+    level = error if host == _host(CLOUD) else warning  # a server of one's own may ask for no login
+    return [level("dotenv", sentence, fix)]
+
+
+def _host(address: str) -> str:
+    """The host of a URL with its port, and without a user's name."""
+    return urlsplit(address if "://" in address else f"//{address}").netloc.rpartition("@")[2].lower()

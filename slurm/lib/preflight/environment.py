@@ -17,10 +17,12 @@ PACKAGES = ("verl", "ray", "torch", "vllm")
 class Installed:
     """The environment of skyrl-agent.
 
-    ``uv`` is its path, None where it is not on PATH; ``python_works`` whether the interpreter's links lead somewhere;
-    ``versions`` package → version of those of ``PACKAGES`` that are installed.
+    ``agent`` is skyrl-agent's folder, None where there is none; ``uv`` its path, None where it is not on PATH;
+    ``python_works`` whether the interpreter's links lead somewhere; ``versions`` package → version of those of
+    ``PACKAGES`` that are installed.
     """
 
+    agent: Path | None
     folder: Path
     exists: bool
     python_works: bool
@@ -34,6 +36,7 @@ def look_at_environment(agent_folder: Path, environment: Mapping[str, str]) -> I
     found = [path.name.removesuffix(".dist-info") for path in folder.glob("lib/python3*/site-packages/*.dist-info")]
     versions = {name.lower(): version for name, _, version in (entry.partition("-") for entry in found)}
     return Installed(
+        agent_folder if agent_folder.is_dir() else None,
         folder,
         folder.is_dir(),
         os.access(folder / "bin" / "python", os.X_OK),
@@ -44,13 +47,15 @@ def look_at_environment(agent_folder: Path, environment: Mapping[str, str]) -> I
 
 def environment_findings(installed: Installed) -> list[Finding]:
     """What is missing of it, and the versions of what is there."""
-    sync = f"cd {installed.folder.parent} && uv sync --frozen --extra verl"
     found = []
     if installed.uv is None:
         sentence = "uv, which starts the trainer, is not on PATH here, and the job gets this PATH"
         found.append(
             error("environment", sentence, "install uv where the GPU nodes see it, and add its folder to PATH")
         )
+    if installed.agent is None:
+        return found  # which ``parts`` says
+    sync = f"cd {installed.agent} && uv sync --frozen --extra verl"
     if not installed.exists:
         sentence = f"{installed.folder} is not there: uv would make it in the job, with the GPUs waiting"
         return [*found, warning("environment", sentence, f"make it now: {sync}")]

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.mig import is_mig_type
 from slurm.lib.preflight.model import ModelFacts, parameters_by_name
 from slurm.lib.preflight.shape import world_size
 from slurm.lib.preflight.words import size
@@ -18,6 +19,7 @@ from slurm.lib.settings import Settings, memory_bytes
 
 G = 1024**3
 UPDATE_BYTES, OFFLOADED_BYTES, WEIGHT_BYTES = 16, 12, 2  # a parameter
+SMALL_MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # Memory of GPUs by what Slurm calls them, in G, smallest and largest of the name (the vendor's data sheets).
 GPUS = {
     "v100": (16, 32),
@@ -107,7 +109,13 @@ def _host_findings(settings: Settings, need: Need) -> list[Finding]:
     sentence = (
         f"what is offloaded takes {size(need.host)} on each host, TRAINING_MEMORY={settings.training_memory} is less"
     )
-    return [error("memory", sentence, "raise TRAINING_MEMORY or GPU_NODES, or choose a smaller MODEL")]
+    fix = f"raise TRAINING_MEMORY, or {_less()}" if is_mig_type(settings.gpu_type) else ""
+    return [error("memory", sentence, fix or "raise TRAINING_MEMORY or GPU_NODES, or choose a smaller MODEL")]
+
+
+def _less() -> str:
+    """For MIG slices, of which more are no help: several are ranks that NCCL may refuse (``mig``)."""
+    return f"choose a smaller MODEL, such as {SMALL_MODEL}"
 
 
 def _gpu_findings(settings: Settings, need: Need) -> list[Finding]:
@@ -127,7 +135,7 @@ def _weighed(needed: float, known: tuple[int, int], sentence: str, fix: str) -> 
 
 
 def _update_findings(settings: Settings, need: Need, known: tuple[int, int]) -> list[Finding]:
-    fix = "use more GPUs, or a smaller MODEL"
+    fix = f"{_less()}, or larger slices" if is_mig_type(settings.gpu_type) else "use more GPUs, or a smaller MODEL"
     sentence = f"an update takes {size(need.update)} on each GPU, without activations"
     share = settings.gpu_memory_utilization
     offload = "set FSDP_PARAM_OFFLOAD=true and FSDP_OPTIMIZER_OFFLOAD=true, or lower GPU_MEMORY_UTILIZATION"
@@ -141,4 +149,5 @@ def _inference_findings(settings: Settings, need: Need, known: tuple[int, int]) 
         f"weights and one sequence of MAX_MODEL_LEN={settings.max_model_len} take {size(need.inference)} on each GPU, "
         f"which GPU_MEMORY_UTILIZATION={share:g} makes {size(need.inference / share)}"
     )
-    return _weighed(need.inference / share, known, sentence, "raise TP_SIZE, or lower MAX_MODEL_LEN")
+    other = _less() if is_mig_type(settings.gpu_type) else "raise TP_SIZE"
+    return _weighed(need.inference / share, known, sentence, f"{other}, or lower MAX_MODEL_LEN")

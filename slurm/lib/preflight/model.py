@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slurm.lib.gpu_environment import changed, hugging_face
+from slurm.lib.node_facts import look_at_caches
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
 from slurm.lib.settings import Settings
+from slurm.lib.trainer import agent_folder
 
 ANSWERS = frozenset({"1", "true", "yes", "on"})
 
@@ -26,6 +30,7 @@ class Model:
     kv_heads: int
     head_dim: int
     context: int
+    hidden: int
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -74,7 +79,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     layer = attention + _feed_forward(config, hidden)
     embeddings = int(config.get("vocab_size", 0)) * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return Model(layers * layer + embeddings, layers, heads, kv_heads, head_dim, _context(config))
+    return Model(layers * layer + embeddings, layers, heads, kv_heads, head_dim, _context(config), hidden)
 
 
 def _feed_forward(config: Mapping[str, Any], hidden: int) -> int:
@@ -107,29 +112,45 @@ class ModelFacts:
     """What is known about MODEL here: its description, or why there is none.
 
     ``unread`` says what is wrong with the config.json that there is; ``offline`` that nothing can be downloaded.
+    ``moved`` is the HF_HOME that the suite sets on the node, None where it leaves that alone. ``here_alone`` says that
+    MODEL is a folder only as seen from where the launch is started.
     """
 
     model: Model | None
     folder: bool
     unread: str = ""
     offline: bool = False
+    moved: Path | None = None
+    here_alone: bool = False
 
 
 def look_at_model(settings: Settings, environment: Mapping[str, str]) -> ModelFacts:
-    """Read the config.json at hand."""
+    """Read the config.json at hand, from the cache that the node will use."""
+    changes = hugging_face(settings, look_at_caches(settings, environment), environment) if settings.cache_dir else {}
+    environment, home = changed(environment, changes), changes.get("HF_HOME")
     offline = any(environment.get(name, "").lower() in ANSWERS for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     folder = is_folder(settings.model)
+    facts = ModelFacts(None, folder, "", offline, Path(home) if home else None, _here_alone(settings))
     path = config_file(os.path.expanduser(settings.model) if folder else settings.model, environment)  # noqa: PTH111
     if path is None:
-        return ModelFacts(None, folder, offline=offline)
+        return facts
     try:
-        return ModelFacts(read_model(path), folder, offline=offline)
+        return replace(facts, model=read_model(path))
     except (ValueError, TypeError, AttributeError) as problem:
-        return ModelFacts(None, folder, f"{path}: {problem}", offline)
+        return replace(facts, unread=f"{path}: {problem}")
+
+
+def _here_alone(settings: Settings) -> bool:
+    """Not absolute, since it does not begin like a path, and not below skyrl-agent, where the trainer starts."""
+    name = Path(settings.model)
+    return not re.match(r"[/.~]", settings.model) and name.is_dir() and not (agent_folder(settings) / name).is_dir()
 
 
 def model_findings(settings: Settings, facts: ModelFacts) -> list[Finding]:
     """Heads and context against TP_SIZE, SP_SIZE and lengths, or why they cannot be compared."""
+    if facts.here_alone:
+        sentence = f"MODEL={settings.model} is a folder here, but VERL would take it for a name of the hub"
+        return [error("model", sentence, f"write ./{settings.model}")]
     if facts.model is None:
         return [_unknown(settings, facts)]
     return [*_head_findings(settings, facts.model), *_context_findings(settings, facts.model)]
@@ -137,11 +158,15 @@ def model_findings(settings: Settings, facts: ModelFacts) -> list[Finding]:
 
 def _unknown(settings: Settings, facts: ModelFacts) -> Finding:
     name = f"MODEL={settings.model}"
+    if settings.model.startswith(("https://", "http://")):
+        address = settings.model.partition("://")[2].partition("/")[2]
+        return error("model", f"{name} is no name of a model", f"write {'/'.join(address.split('/')[:2])}")
     if facts.unread:
         return warning("model", f"{name}: cannot read {facts.unread}", "look at that file; download the model anew")
     if facts.folder:
         return error("model", f"{name}: no config.json in this folder", "name the folder that holds config.json")
-    fix = f"have it before the GPUs are waiting: hf download {settings.model}"
+    home = f"HF_HOME={shlex.quote(str(facts.moved))} " if facts.moved else ""
+    fix = f"have it before the GPUs are waiting: {home}hf download {settings.model}"
     if facts.offline:
         return error("model", f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to download it", fix)
     return estimate("model", f"{name} is not in the cache here, so heads and context are not compared", fix)

@@ -72,7 +72,7 @@ def disk_findings(scratch: Path, free: int, image: str) -> list[Finding]:
 
 def check_training_node(settings: Settings, environment: Mapping[str, str]) -> None:
     """``EnvironmentProblem`` names everything that this node lacks for the trainer."""
-    found = [error("parts", part, "") for part in missing_parts(settings)]
+    found = [error("parts", part.sentence, part.fix) for part in missing_parts(settings)]
     results = [folder for folder in look_at_folders(settings) if folder.key != "SKYRL_JOBS_BASE"]  # the job is in it
     found += folder_findings(results, f"on {socket.gethostname()}")
     if not settings.training_command:

@@ -15,23 +15,23 @@ from slurm.lib.podman_storage import LONGEST_ROOT, NETWORK_FILE_SYSTEMS, PREFIX,
 from slurm.lib.preflight.finding import Finding, error, warning
 from slurm.lib.processes import run
 from slurm.lib.settings import Settings
-from slurm.lib.trainer import missing_parts
+from slurm.lib.trainer import Missing, missing_parts
 
 LONGEST_JOB_ID = "4294967295"  # MaxJobId of slurm.conf(5) can be no larger
 SUBID_FILES = (Path("/etc/subuid"), Path("/etc/subgid"))
 GETSUBIDS_TIMEOUT_S = 3.0
 
 
-def missing_here(plan: LaunchPlan, checkout: Path) -> list[str]:
-    """What the run cannot do without on this machine, and does not find, a sentence each."""
+def missing_here(plan: LaunchPlan, checkout: Path) -> list[Missing]:
+    """What the run cannot do without on this machine, and does not find."""
     missing = missing_parts(plan.settings) if plan.training else []
     is_local = plan.settings.skyrl_backend == "local"
     programs = ["podman"] if is_local else ["sbatch", "scontrol", "squeue", "scancel"]
     path = {**plan.inherited, **plan.environment}.get("PATH")
     absent = [name for name in programs if not shutil.which(name, path=path)]
     if absent:
-        hint = f"run {checkout / 'scripts' / 'setup'}" if is_local else "without Slurm, try --config local"
-        missing.append(f"not on PATH: {', '.join(absent)} ({hint})")
+        fix = f"run {checkout / 'scripts' / 'setup'}" if is_local else "without Slurm, try --config local"
+        missing.append(Missing(f"not on PATH: {', '.join(absent)}", fix))
     return missing
 
 

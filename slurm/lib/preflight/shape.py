@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
-from slurm.lib.preflight.words import size
+from slurm.lib.preflight.words import number_of, size
 from slurm.lib.sandbox_room import SandboxRoom, memory_promised, sandbox_room
 from slurm.lib.settings import Settings, memory_bytes
 
 # An idle sandbox with a forked agent server and all that belongs to it, 9.9 GB for 512 (docs/benchmarks.md).
 SMALLEST_SANDBOX = 20 * 1024**2
 COMPARING = frozenset({"loop", "rloo", "grpo", "grpo_passk", "opo"})  # advantages relative to a prompt's other rollouts
+ESTIMATOR = "algorithm.adv_estimator"
 MINI_BATCH = "actor_rollout_ref.actor.ppo_mini_batch_size"
 
 
@@ -24,8 +25,9 @@ def slot_findings(settings: Settings) -> list[Finding]:
     room = sandbox_room(settings)
     opened = f"TRAIN_BATCH_SIZE × ROLLOUT_N = {settings.train_batch_size} × {settings.rollout_n} = {room.wanted}"
     if room.slots < room.wanted:
+        slots = number_of(room.slots, "slot")
         sentence = (
-            f"a step starts {opened} sandboxes before the first one runs, and the runtime has {room.slots} slots "
+            f"a step starts {opened} sandboxes before the first one runs, and the runtime has {slots} "
             f"(MAX_PARALLEL_AGENTS={settings.max_parallel_agents}): the rest would wait for one until they are given up"
         )
         fix = f"set MAX_PARALLEL_AGENTS={room.wanted} or leave it unset, or make the batch smaller"
@@ -34,14 +36,14 @@ def slot_findings(settings: Settings) -> list[Finding]:
 
 
 def _opened(settings: Settings, room: SandboxRoom) -> Finding:
-    upstream = "an evaluation that takes a second sandbox a trajectory, as upstream's SkyRL-agent does, waits for those"
     sentence = (
         f"a step opens {room.wanted} sandboxes at once, {room.slots} fit, each with up to {room.cpus_each:.3g} CPUs "
         f"and {settings.memory_per_worker} of memory; "
     )
     if room.slots >= 2 * room.wanted:
         return estimate("slots", sentence + "a second one each for an evaluation fits too")
-    return estimate("slots", sentence + f"{upstream} to end beyond {room.slots}")
+    second = "each trajectory's evaluation may need a second sandbox; "
+    return estimate("slots", sentence + second + f"only {room.slots} can exist at once")
 
 
 def _cpu_findings(settings: Settings, room: SandboxRoom, opened: str) -> list[Finding]:
@@ -91,8 +93,9 @@ def batch_findings(settings: Settings) -> list[Finding]:
         )
         found.append(error("batch", sentence, f"make the product a multiple of {gpus}"))
     found += _mini_batch_findings(settings, gpus)
-    if settings.rollout_n == 1 and settings.adv_estimator in COMPARING:
-        sentence = f"ROLLOUT_N=1: {settings.adv_estimator} compares a prompt's rollouts, and there is one: no advantage"
+    estimator = override(settings, ESTIMATOR) or settings.adv_estimator
+    if settings.rollout_n == 1 and estimator in COMPARING:
+        sentence = f"ROLLOUT_N=1: {estimator} compares a prompt's rollouts, and there is one: no advantage"
         found.append(warning("batch", sentence, "set ROLLOUT_N to 2 or more, or another ADV_ESTIMATOR"))
     return found
 

@@ -18,16 +18,19 @@ AUTO_FIX = "or set TASK_YAML=auto, which makes a file that fits"
 def task_file_findings(settings: Settings, path: Path, sources: Mapping[str, str]) -> list[Finding]:
     """The findings on the task file at ``path``, one of them that it cannot be read.
 
-    With TASK_YAML=auto ``path`` is the example that a file is made from, whose numbers do not matter. ``sources`` says
-    where each key's value comes from, as ``LoadedConfig.sources`` does.
+    With TASK_YAML=auto ``path`` is the example that a file is made from, whose numbers do not matter: one is made here
+    too, in memory, since the launch makes it when the jobs are queued already. ``sources`` says where each key's value
+    comes from, as ``LoadedConfig.sources`` does.
     """
     automatic = settings.task_yaml == task_yaml.AUTO
     try:
-        task = read_task_yaml(path)
+        if automatic:
+            task_yaml.matching_text(path, settings)
+            return []
+        return task_findings(settings, read_task_yaml(path), sources)
     except EnvironmentProblem as problem:
         fix = f"correct it or name another one (TASK_YAML, {_from('TASK_YAML', sources)})"
         return [Finding(CHECK, Level.ERROR, str(problem), fix if automatic else f"{fix}, {AUTO_FIX}")]
-    return [] if automatic else task_findings(settings, task, sources)
 
 
 def task_findings(settings: Settings, task: TaskYaml, sources: Mapping[str, str]) -> list[Finding]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from slurm.lib import verl_versions
-from slurm.lib.preflight.finding import Finding, Level
+from slurm.lib.preflight.finding import Finding, Level, warning
+from slurm.lib.preflight.shape import ESTIMATOR, MINI_BATCH
 from slurm.lib.settings import Settings
+from slurm.lib.verl_command import ROWS, row_name
 from slurm.lib.verl_versions import KNOWN, LIKE_LOOP, LOOP, Origin, VerlVersion
 
 CHECK = "verl"
-ESTIMATOR = "algorithm.adv_estimator"
+READ = frozenset({ESTIMATOR, MINI_BATCH})  # what checks take from VERL_OVERRIDES before they look at the key
 
 
 def verl_findings(settings: Settings, version: VerlVersion | None) -> list[Finding]:
@@ -20,8 +23,10 @@ def verl_findings(settings: Settings, version: VerlVersion | None) -> list[Findi
         return []
     if version is None:
         sentence = "neither uv.lock nor the environment of skyrl-agent names exactly one VERL, so it was not checked"
-        return [Finding(CHECK, Level.WARNING, sentence, f"{_known()}; run `uv lock` in skyrl-agent")]
-    return [*_release(version), *_origin(version), *_estimator(settings, version), *_overrides(settings, version)]
+        unknown = warning(CHECK, sentence, f"{_known()}; run `uv lock` in skyrl-agent")
+        return [unknown, *_said_twice(settings, None)]
+    of_version = (_release(version), _origin(version), _estimator(settings, version), _overrides(settings, version))
+    return [*chain.from_iterable(of_version), *_said_twice(settings, version)]
 
 
 def _known() -> str:
@@ -73,6 +78,17 @@ def _misnamed(name: str, version: VerlVersion) -> Iterator[Finding]:
         yield Finding(CHECK, Level.ERROR, f"VERL_OVERRIDES: {name} is no part of {version}", f"there it is {right}")
     elif not verl_versions.exists_in(version.release, name):
         yield Finding(CHECK, Level.ERROR, f"VERL_OVERRIDES: {name} is not yet a part of {version}", "leave it out")
+
+
+def _said_twice(settings: Settings, version: VerlVersion | None) -> Iterator[Finding]:
+    """Overrides of what a key says: they win in VERL, and no other check knows of them."""
+    release = version.release if version and version.known else None
+    keys = {(row_name(row, release) or row.name).lstrip("+"): row.keys for row in ROWS if row.keys}
+    for name, value in dict(parsed(settings.verl_overrides)).items():
+        if name in keys and name not in READ:
+            sentence = f"VERL_OVERRIDES: {name}={value} wins over {' and '.join(keys[name])}"
+            fix = f"set {' or '.join(keys[name])} instead: slots, batch and memory are checked against the key"
+            yield warning(CHECK, sentence, fix)
 
 
 def parsed(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def number_of(number: int, what: str) -> str:
+    """A number of things: ``1 node``, ``2 nodes``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def size(amount: float) -> str:
     """Bytes with the unit that fits, K = 1024 as everywhere in the suite: ``16G``, ``1.5T``."""
     for unit in ("", "K", "M", "G"):
