@@ -152,7 +152,7 @@ KEYS = [
     ("FSDP_OPTIMIZER_OFFLOAD", "0", {f"{ACTOR}.fsdp_config.optimizer_offload": "False"}),
     ("SAVE_FREQ", "-1", {"trainer.save_freq": "-1"}),
     ("TEST_FREQ", "7", {"trainer.test_freq": "7"}),
-    ("MAX_CKPT_TO_KEEP", "2", {"trainer.max_actor_ckpt_to_keep": "2"}),
+    ("MAX_CKPT_TO_KEEP", "3", {"trainer.max_actor_ckpt_to_keep": "3"}),
     ("TASK_YAML", "./a,b.yaml", {"+skyrl_agent.task_yaml": "'/project/SkyRL/skyrl-agent/a,b.yaml'"}),
     ("LOGGERS", "console", {"trainer.logger": "[console]"}),
     ("WANDB_PROJECT", "p", {"trainer.project_name": "p"}),

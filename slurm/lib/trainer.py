@@ -98,7 +98,7 @@ def missing_parts(settings: Settings) -> list[Missing]:
     if settings.training_command:
         return []
     folder = agent_folder(settings)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112  Path's raises below a folder of somebody else's
         fix = "set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent"
         return [Missing(f"{folder} (skyrl-agent) is missing", fix)]
     example = task_example(settings)
@@ -107,7 +107,7 @@ def missing_parts(settings: Settings) -> list[Missing]:
         folder / "uv.lock": f"make it: cd {folder} && uv lock",
         **({example: "restore it from SkyRL's repository, or name a task file of yours: TASK_YAML"} if example else {}),
     }
-    return [Missing(f"{path} is missing", fix) for path, fix in needed.items() if not path.is_file()]
+    return [Missing(f"{path} is missing", fix) for path, fix in needed.items() if not os.path.isfile(path)]  # noqa: PTH113
 
 
 def trainer_environment(base: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:

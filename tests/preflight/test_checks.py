@@ -185,6 +185,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("data", data("validation.parquet", 9), [], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots"),
     ("folders", text("ckpts", "a file"), [], ERROR, "/ckpts is not a folder"),
     ("dotenv", unset("WANDB_API_KEY"), [], ERROR, "no WANDB_API_KEY, and none for api.wandb.ai in"),
+    ("dotenv", text("project/SkyRL/skyrl-agent/.env", "WANDB_API_KEY=\n"), [], ERROR, "no WANDB_API_KEY"),  # it wins
     ("dotenv", text("project/SkyRL/skyrl-agent/.env", "OPENAI_API_KEY=<REPLACE>\n"), [], WARNING, "<REPLACE> for OPENAI_API_KEY"),
     ("environment", remove("fake/bin/uv"), ["PATH=@/fake/bin"], ERROR, "uv, which starts the trainer, is not on PATH"),
     ("environment", lambda world: world.environment.update(UV_PROJECT_ENVIRONMENT="/nowhere/venv"), [], WARNING, "/project/SkyRL/skyrl-agent && uv sync --frozen"),
@@ -226,6 +227,13 @@ def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -
     assert [(finding.check, finding.fix) for finding in found] == [
         ("parts", "set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent")
     ]
+
+
+def test_data_that_overrides_name_are_the_users_affair(world: World) -> None:
+    (world.data / "train.parquet").unlink()
+    write_parquet(world.data / "validation.parquet", 900)
+    found = world.check("VERL_OVERRIDES=data.train_files=[/a,/b] trainer.test_freq=-1")
+    assert not of(found, "data"), found
 
 
 def test_every_check_is_broken_once() -> None:

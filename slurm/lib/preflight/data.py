@@ -12,6 +12,7 @@ from slurm.lib.preflight.words import number_of
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
+OVERRIDES = {"TRAIN_DATA": "data.train_files", "VAL_DATA": "data.val_files"}
 MOST_STEPS = "trainer.total_training_steps"
 MAKE = "`data/swe_data.py --output DATA_DIR` in skyrl-agent makes one"  # read in SkyRL, commit eea40bc
 NEEDED = ("prompt", "data_source")
@@ -52,19 +53,30 @@ def read_footer(path: Path | None) -> Footer:
 
 def data_findings(settings: Settings, train: Footer, val: Footer) -> list[Finding]:
     """Columns, and rows against the batch."""
-    found = [*_file_findings("TRAIN_DATA", settings.train_data, train)]
-    if settings.test_freq != -1:
+    used, found = files_used(settings), list[Finding]()
+    if "TRAIN_DATA" in used:
+        found += _file_findings("TRAIN_DATA", settings.train_data, train)
+        found += _step_findings(settings, train.rows) if not train.problem else []
+    if "VAL_DATA" in used and validates(settings):
         found += _file_findings("VAL_DATA", settings.val_data, val)
-    if not train.problem:
-        found += _step_findings(settings, train.rows)
-    if settings.test_freq != -1 and not val.problem:
-        found += _validation_findings(settings, val.rows)
+        found += _validation_findings(settings, val.rows) if not val.problem else []
     return found
+
+
+def files_used(settings: Settings) -> dict[str, Path | None]:
+    """The files of the keys that VERL reads; where VERL_OVERRIDES name others, those are the user's own affair."""
+    files = {"TRAIN_DATA": settings.train_data, "VAL_DATA": settings.val_data}
+    return {key: path for key, path in files.items() if override(settings, OVERRIDES[key]) is None}
+
+
+def validates(settings: Settings) -> bool:
+    """Whether there is a validation."""
+    return (override(settings, "trainer.test_freq") or str(settings.test_freq)) != "-1"
 
 
 def _file_findings(key: str, path: Path | None, footer: Footer) -> list[Finding]:
     if footer.unread:
-        fix = f"scripts/setup without --minimal brings it, as does '{sys.executable} -m pip install pyarrow'"
+        fix = f"scripts/setup brings it, as does '{sys.executable} -m pip install pyarrow'"
         return [warning("data", f"{key}{footer.problem}", fix)]
     if footer.problem:
         fix = f"set DATA_DIR to a data set's folder ({MAKE}), or {key} itself to a parquet file"

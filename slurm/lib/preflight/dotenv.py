@@ -73,13 +73,13 @@ def _base_url(path: Path) -> str:
 
 
 def dot_env_findings(settings: Settings, environment: Mapping[str, str], dot_env: DotEnv) -> list[Finding]:
-    """Placeholders that are left, and wandb without a login. The shell's values win over the file's."""
+    """Placeholders that are left, and wandb without a login. The file's values win, as they do for the trainer."""
     if dot_env.problem:
         return [
             error("dotenv", f"cannot read {dot_env.path}: {dot_env.problem}", "write it as text with NAME=VALUE lines")
         ]
     left = {name for name, value in dot_env.values.items() if PLACEHOLDER in value} - DECIDED
-    said = {**{name: value for name, value in dot_env.values.items() if name not in left}, **environment}
+    said = {**environment, **{name: value for name, value in dot_env.values.items() if name not in left}}
     found = _wandb_findings(settings, said, dot_env, left) if "wandb" in settings.loggers else []
     unused = sorted(left - {"WANDB_API_KEY"} - environment.keys())
     if unused:

@@ -12,6 +12,7 @@ from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.job_environment import scratch_folders
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import choose_scratch
+from slurm.lib.preflight.data import files_used, validates
 from slurm.lib.preflight.finding import Finding, Level, error, warning
 from slurm.lib.preflight.places import SubordinateIds, folder_findings, look_at_folders, look_at_ids
 from slurm.lib.preflight.words import size
@@ -77,7 +78,7 @@ def check_training_node(settings: Settings, environment: Mapping[str, str]) -> N
     found += folder_findings(results, f"on {socket.gethostname()}")
     if not settings.training_command:
         found += gpu_findings(settings, visible_gpus(environment))
-        found += input_findings({"TRAIN_DATA": settings.train_data, "VAL_DATA": settings.val_data}, settings.test_freq)
+        found += input_findings(settings)
         if not shutil.which("uv", path=environment.get("PATH")):
             fix = "install it on storage that this node shares, and add its folder to PATH"
             found.append(error("environment", "uv, which starts the trainer, is not on PATH", fix))
@@ -106,10 +107,10 @@ def gpu_findings(settings: Settings, visible: int | None) -> list[Finding]:
     ]
 
 
-def input_findings(files: Mapping[str, Path | None], test_freq: int) -> list[Finding]:
-    """Data that this node cannot read."""
+def input_findings(settings: Settings) -> list[Finding]:
+    """Data that this node cannot read, of the files that the keys name."""
     fix = "put it on storage that the GPU nodes share"
-    wanted = {key: path for key, path in files.items() if key == "TRAIN_DATA" or test_freq != -1}
+    wanted = {key: path for key, path in files_used(settings).items() if key == "TRAIN_DATA" or validates(settings)}
     return [
         error("data", f"{key}={path} cannot be read", fix)
         for key, path in wanted.items()

@@ -37,7 +37,8 @@ def missing_here(plan: LaunchPlan, checkout: Path) -> list[Missing]:
 
 def nearest(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    # Path.exists raises below a folder of somebody else's.
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # noqa: PTH110
 
 
 @dataclass(frozen=True)
