@@ -113,7 +113,11 @@ def _rank_findings(settings: Settings, step: Path, files: frozenset[str]) -> lis
     sizes = tuple(sorted({int(match[1]) for match in matches if match}))
     gpus = world_size(settings)
     if gpus not in sizes:
-        made = f"was saved on {_list(sizes)} GPUs" if sizes else "has no model files in actor/"
+        made = (
+            f"was saved on {_list(sizes)} {'GPU' if sizes == (1,) else 'GPUs'}"
+            if sizes
+            else "has no model files in actor/"
+        )
         sentence = f"{step} {made}; this run has GPU_NODES × GPUS_PER_NODE = {gpus}"
         fix = "use as many GPUs as then, or set another WANDB_EXPERIMENT to start from scratch"
         return [error("resume", sentence, fix)]

@@ -182,7 +182,7 @@ def _type_fix(job: JobShape, groups: Sequence[NodeGroup]) -> str:
 
 
 def _shown(gpus: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {kind or 'GPUs'}" for kind, count in gpus.items()) or "no GPU"
+    return ", ".join(f"{count} {kind}" if kind else number_of(count, "GPU") for kind, count in gpus.items()) or "no GPU"
 
 
 def account_findings(settings: Settings, answer: Completed, user: str) -> list[Finding]:

@@ -93,13 +93,12 @@ def _file_findings(key: str, path: Path | None, footer: Footer) -> list[Finding]
 def _step_findings(settings: Settings, rows: int) -> list[Finding]:
     batch = settings.train_batch_size
     if rows < batch:
-        sentence = (
-            f"TRAIN_DATA={settings.train_data} has {rows} rows, fewer than TRAIN_BATCH_SIZE={batch}: not one step"
-        )
+        there = f"TRAIN_DATA={settings.train_data} has {number_of(rows, 'row')}"
+        sentence = f"{there}, fewer than TRAIN_BATCH_SIZE={batch}: not one step"
         return [error("data", sentence, "give more rows, or lower TRAIN_BATCH_SIZE")]
     steps = number_of(total_steps(settings, rows), "step")
     epoch = number_of(rows // batch, "step")
-    sentence = f"{rows} rows, {epoch} an epoch, {steps} in all (fewer if long prompts are left out)"
+    sentence = f"{number_of(rows, 'row')}, {epoch} an epoch, {steps} in all (fewer if long prompts are left out)"
     return [estimate("data", sentence)]
 
 
@@ -120,6 +119,9 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
     batch = min(rows, int(given)) if given.isdigit() else rows
     if batch <= slots:
         return []
-    sentence = f"a validation starts a sandbox for each of {batch} rows of VAL_DATA, and the runtime has {slots} slots"
-    fix = f"shorten VAL_DATA to {slots} rows, add data.val_batch_size={slots} to VERL_OVERRIDES, or set TEST_FREQ=-1"
+    there, shorter = number_of(slots, "slot"), f"shorten VAL_DATA to {number_of(slots, 'row')}"
+    sentence = (
+        f"a validation starts a sandbox for each of {number_of(batch, 'row')} of VAL_DATA, and the runtime has {there}"
+    )
+    fix = f"{shorter}, add data.val_batch_size={slots} to VERL_OVERRIDES, or set TEST_FREQ=-1"
     return [warning("data", sentence, fix)]

@@ -109,13 +109,14 @@ def _host_findings(settings: Settings, need: Need) -> list[Finding]:
     sentence = (
         f"what is offloaded takes {size(need.host)} on each host, TRAINING_MEMORY={settings.training_memory} is less"
     )
-    fix = f"raise TRAINING_MEMORY, or {_less()}" if is_mig_type(settings.gpu_type) else ""
+    fix = f"raise TRAINING_MEMORY, or {_less(settings)}" if is_mig_type(settings.gpu_type) else ""
     return [error("memory", sentence, fix or "raise TRAINING_MEMORY or GPU_NODES, or choose a smaller MODEL")]
 
 
-def _less() -> str:
+def _less(settings: Settings) -> str:
     """For MIG slices, of which more are no help: several are ranks that NCCL may refuse (``mig``)."""
-    return f"choose a smaller MODEL, such as {SMALL_MODEL}"
+    smaller = f"choose a smaller MODEL, such as {SMALL_MODEL}"
+    return smaller if settings.model != SMALL_MODEL else "choose a smaller MODEL"
 
 
 def _gpu_findings(settings: Settings, need: Need) -> list[Finding]:
@@ -135,7 +136,11 @@ def _weighed(needed: float, known: tuple[int, int], sentence: str, fix: str) -> 
 
 
 def _update_findings(settings: Settings, need: Need, known: tuple[int, int]) -> list[Finding]:
-    fix = f"{_less()}, or larger slices" if is_mig_type(settings.gpu_type) else "use more GPUs, or a smaller MODEL"
+    fix = (
+        f"{_less(settings)}, or larger slices"
+        if is_mig_type(settings.gpu_type)
+        else "use more GPUs, or a smaller MODEL"
+    )
     sentence = f"an update takes {size(need.update)} on each GPU, without activations"
     share = settings.gpu_memory_utilization
     offload = "set FSDP_PARAM_OFFLOAD=true and FSDP_OPTIMIZER_OFFLOAD=true, or lower GPU_MEMORY_UTILIZATION"
@@ -149,5 +154,5 @@ def _inference_findings(settings: Settings, need: Need, known: tuple[int, int]) 
         f"weights and one sequence of MAX_MODEL_LEN={settings.max_model_len} take {size(need.inference)} on each GPU, "
         f"which GPU_MEMORY_UTILIZATION={share:g} makes {size(need.inference / share)}"
     )
-    other = _less() if is_mig_type(settings.gpu_type) else "raise TP_SIZE"
+    other = _less(settings) if is_mig_type(settings.gpu_type) else "raise TP_SIZE"
     return _weighed(need.inference / share, known, sentence, f"{other}, or lower MAX_MODEL_LEN")

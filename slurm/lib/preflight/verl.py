@@ -86,7 +86,8 @@ def _said_twice(settings: Settings, version: VerlVersion | None) -> Iterator[Fin
     keys = {(row_name(row, release) or row.name).lstrip("+"): row.keys for row in ROWS if row.keys}
     for name, value in dict(parsed(settings.verl_overrides)).items():
         if name in keys and name not in READ:
-            sentence = f"VERL_OVERRIDES: {name}={value} wins over {' and '.join(keys[name])}"
+            said = f"{name}={value}" if value else name
+            sentence = f"VERL_OVERRIDES: {said} wins over {' and '.join(keys[name])}"
             fix = f"set {' or '.join(keys[name])} instead: slots, batch and memory are checked against the key"
             yield warning(CHECK, sentence, fix)
 
