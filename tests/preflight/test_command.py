@@ -67,6 +67,14 @@ def test_what_is_left_out_does_not_stop_it(world: World, option: str) -> None:
     assert bool(world.slurm.questions) == (option != "--no-check")
 
 
+def test_an_example_that_makes_no_task_file_stops_a_launch(world: World) -> None:
+    world.example.write_text("no mapping")
+    done = launch(world, "--set", "TASK_YAML=auto", *ROOMY)
+    assert done.returncode == 2
+    assert "verl_oh.yaml (TASK_YAML) must hold keys and values" in done.stderr
+    assert world.slurm.calls == []
+
+
 def test_without_what_it_cannot_do_without_no_option_helps(world: World) -> None:
     (world.agent / "uv.lock").unlink()
     done = launch(world, "--no-check")

@@ -28,10 +28,6 @@ class Asked:
         return {**self.plan.inherited, **self.plan.environment, **self.plan.secrets}
 
     @property
-    def home(self) -> Path:
-        return Path(self.environment.get("HOME") or "/nonexistent")
-
-    @property
     def trains_with_verl(self) -> bool:
         return self.plan.training is not None and not self.settings.training_command
 
