@@ -270,11 +270,11 @@ def test_a_check_that_hangs_is_a_warning(world: World) -> None:
 
     checks = [of_name("stuck", hang), of_name("quick", lambda asked: [estimate("quick", "done")])]
     begin = time.monotonic()
-    found = run_checks(asked(world), checks=checks, deadline_s=0.2)
+    found = run_checks(asked(world), checks=checks, deadline_s=1.0)
     release.set()
     assert time.monotonic() - begin < 5
     assert [(finding.check, finding.level) for finding in found] == [("stuck", WARNING), ("quick", ESTIMATE)]
-    assert "not answered within 0.2 s" in found[0].sentence
+    assert "not answered within 1 s" in found[0].sentence
     assert "--no-check=stuck" in found[0].fix
 
 

@@ -101,7 +101,7 @@ def gpu_findings(settings: Settings, visible: int | None) -> list[Finding]:
     if visible is None:
         sentence = "neither CUDA_VISIBLE_DEVICES nor SLURM_GPUS_ON_NODE says which GPUs this job has"
         return [warning("slurm", sentence, "see nvidia-smi on this node")]
-    sentence = f"this job has {visible} GPUs on this node, GPUS_PER_NODE={settings.gpus_per_node}"
+    sentence = f"GPUs of this job on this node: {visible}, and GPUS_PER_NODE={settings.gpus_per_node}"
     return [
         error("slurm", sentence, "ask for as many: --gres=gpu:N for a job submitted directly, else GPU_SBATCH_ARGS")
     ]
