@@ -610,7 +610,13 @@ def test_a_training_node_names_all_that_it_lacks(tmp_path: Path) -> None:
     (world.data / "train.parquet").unlink()
     with pytest.raises(EnvironmentProblem) as problem:
         node.check_training_node(settings, {**environment, "CUDA_VISIBLE_DEVICES": "0", "PATH": "/nowhere"})
-    for words in ("uv.lock is missing", "uv is not a folder", "has 1 GPUs", "TRAIN_DATA=", "not on PATH"):
+    for words in (
+        "uv.lock is missing",
+        "uv is not a folder",
+        "GPUs of this job on this node: 1",
+        "TRAIN_DATA=",
+        "not on PATH",
+    ):
         assert words in str(problem.value)
 
 
