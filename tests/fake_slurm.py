@@ -17,12 +17,13 @@ SINFO = "".join(f"{name}|up|infinite|4|gpu:8\n" for name in ("test", "gpu_test",
 
 # Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.
 PROGRAM = """
-import json, os, sys, time
+import fcntl, json, os, sys, time
 home, name, argv, sinfo = sys.argv[1], sys.argv[2], sys.argv[4:], sys.argv[3]
 name += " --test-only" if "--test-only" in argv else ""
 calls = os.path.join(home, "calls.jsonl")
-with open(calls) as file:
-    before = sum(json.loads(line)["name"] == name for line in file)
+record = open(calls, "r+")
+fcntl.flock(record, fcntl.LOCK_EX)  # the checks ask several things at the same time
+before = sum(json.loads(line)["name"] == name for line in record)
 with open(os.path.join(home, "answers.json")) as file:
     answers = json.load(file).get(name, [])
 said = {"sbatch": "%d\\n" % (101 + before), "sinfo": sinfo}.get(name, "")
@@ -30,9 +31,10 @@ answer = {"stdout": said, **dict(enumerate(answers)).get(before, {})}
 watched = os.path.join(home, "jobs")
 found = [os.path.join(root, entry) for root, folders, files in os.walk(watched) for entry in folders + files]
 modes = {os.path.relpath(path, watched): os.lstat(path).st_mode & 0o777 for path in found}
-with open(calls, "a") as file:
-    record = {"name": name, "argv": argv, "environment": dict(os.environ), "modes": modes}
-    file.write(json.dumps(record) + "\\n")
+call = {"name": name, "argv": argv, "environment": dict(os.environ), "modes": modes}
+with record:
+    record.seek(0, os.SEEK_END)
+    record.write(json.dumps(call) + "\\n")
 if "signal" in answer:
     os.kill(os.getppid(), answer["signal"])
     time.sleep(0.2)
