@@ -13,7 +13,7 @@ class Meaning(Enum):
     """What a failed pull means for the next try."""
 
     LIMITED = "the registry limits how often it is asked"
-    PASSING = "the network or the registry has trouble that may pass"
+    PASSING = "there is trouble that may pass"
     FINAL = "asking again would change nothing"
 
 
@@ -24,7 +24,9 @@ UNKNOWN = re.compile(r"(manifest|name|repository|tag)[ a-z]* (unknown|not known)
 PASSING = re.compile(
     r"connection (refused|reset)|broken pipe|timeout|timed out|deadline exceeded|\bEOF\b|no route to host"
     r"|network is unreachable|server misbehaving|temporary failure|(http status:?|statuscode:|status code) 5\d\d"
-    r"|internal server error|bad gateway|service unavailable|gateway time-?out",
+    r"|internal server error|bad gateway|service unavailable|gateway time-?out"
+    # Podman's own: an image that shared the layer was removed while this one was pulled (seen with 4.3.1).
+    r"|layer not known",
     re.I,
 )
 

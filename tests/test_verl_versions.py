@@ -193,7 +193,10 @@ def test_overrides_that_a_release_has(version: str, override: str) -> None:
         (("data.train_batch_size=16", "actor_rollout_ref.rollout.n=4"), ["TRAIN_BATCH_SIZE", "ROLLOUT_N"]),
         (("trainer.n_gpus_per_node=1", "trainer.nnodes=2"), ["GPUS_PER_NODE", "GPU_NODES"]),
         (("trainer.logger=[console]", "~data.train_files"), ["LOGGERS", "TRAIN_DATA or DATA_DIR"]),
-        (("+skyrl_agent.num_trajectories=2", "ray_init.num_cpus=8"), ["ROLLOUT_N", "TRAINING_CPUS or GPU_NODES"]),
+        (
+            ("+skyrl_agent.num_trajectories=2", "ray_init.num_cpus=8"),
+            ["ROLLOUT_N", "TRAINING_CPUS or GPU_NODES or RAY_CLUSTER"],
+        ),
         (("trainer.nnodes=2", "trainer.nnodes=3"), ["GPU_NODES"]),
         (("actor_rollout_ref.actor.ppo_mini_batch_size=2", "algorithm.adv_estimator=grpo"), []),
         (("trainer.total_training_steps=9", "data.truncation=left", "trainer.use_v1=False"), []),
