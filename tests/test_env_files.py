@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from slurm.lib.config import load_config
+from slurm.lib.dot_env import read_dot_env
 from slurm.lib.gpu_environment import composed
 from slurm.lib.node_facts import NodeFacts, base_python
 from slurm.lib.trainer import KEY_NAME, URL_NAME, env_file_text, env_file_values, trainer_environment
-from slurm.lib.training_job import read_dot_env
 from tests.ray_environment import ray_python
 
 ROOT = Path(__file__).resolve().parent.parent

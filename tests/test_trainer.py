@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.dot_env import read_dot_env
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import Trainer, env_file_text, env_file_values, missing_parts, trainer_environment, trainer_of
-from slurm.lib.training_job import read_dot_env
 from slurm.lib.verl_command import hydra_value
 
 ROOT = Path(__file__).resolve().parent.parent

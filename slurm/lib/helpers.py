@@ -142,7 +142,7 @@ def wait_for_training_complete(directory: str | Path, timeout_s: float | None = 
 
 def load_env_file(path: str | Path) -> dict[str, str]:
     """The values of a ``.env`` file, less those that still say <REPLACE>."""
-    from slurm.lib.training_job import read_dot_env
+    from slurm.lib.dot_env import read_dot_env
 
     if not Path(path).is_file():
         raise EnvironmentProblem(f"environment file not found: {path}")

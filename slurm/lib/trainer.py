@@ -107,7 +107,8 @@ def missing_parts(settings: Settings) -> list[Missing]:
         folder / "uv.lock": f"make it: cd {folder} && uv lock",
         **({example: "restore it from SkyRL's repository, or name a task file of yours: TASK_YAML"} if example else {}),
     }
-    return [Missing(f"{path} is missing", fix) for path, fix in needed.items() if not os.path.isfile(path)]  # noqa: PTH113
+    absent = [path for path in needed if not os.path.isfile(path)]  # noqa: PTH113  as above
+    return [Missing(f"{path} is missing", needed[path]) for path in absent]
 
 
 def trainer_environment(base: Mapping[str, str], dot_env: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:

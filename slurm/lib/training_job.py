@@ -22,6 +22,7 @@ from pathlib import Path
 from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
 from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, is_listed, read_if_there, write_atomically
 from slurm.lib.deadlines import Deadline, announce, deadline_of, told_variables
+from slurm.lib.dot_env import read_dot_env
 from slurm.lib.early_stop import GRACE_S, EarlyStop
 from slurm.lib.errors import (
     EXIT_INTERNAL,
@@ -489,19 +490,6 @@ def start_trainer(trainer: Trainer, environment: Mapping[str, str]) -> Child:
 
     child.copy_stderr(sink)
     return child
-
-
-def read_dot_env(path: Path) -> dict[str, str]:
-    """The values of skyrl-agent's ``.env``, less those that still say <REPLACE>; empty where there is none."""
-    if not path.is_file():
-        return {}
-    from dotenv import dotenv_values  # 30 ms
-
-    try:
-        values = dotenv_values(path, interpolate=False)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise EnvironmentProblem(f"cannot read the environment file {path}: {problem}") from None
-    return {name: value for name, value in values.items() if value is not None and "<REPLACE>" not in value}
 
 
 def _with_path(path: str | None, folder: Path) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from slurm.lib.checkpoints import TRACKER
 from slurm.lib.errors import EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.plan import Request
 from slurm.lib.preflight.asked import Asked
-from slurm.lib.preflight.checkpoint import PARTS, TRACKER
+from slurm.lib.preflight.checkpoint import PARTS
 from slurm.lib.preflight.checks import CHECKS, Check, Refused, everybody, names, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level, error, estimate, warning
 from slurm.lib.preflight.report import as_json, as_text

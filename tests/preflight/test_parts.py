@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from slurm.lib.api_server_child import common_flags
+from slurm.lib.checkpoints import TRACKER
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, model, node, places
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
@@ -310,7 +311,7 @@ def test_a_checkpoint_folder_is_read_as_verl_writes_it(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     (tmp_path / "global_step_4").mkdir()
-    (tmp_path / checkpoint.TRACKER).write_text("5\n")
+    (tmp_path / TRACKER).write_text("5\n")
     saved = checkpoint.look_at_folder(tmp_path)
     assert (saved.tracker, saved.steps) == ("5", (4, 5))
     assert saved.files >= WHOLE

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.lib.checkpoints import TRACKER
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
 from slurm.lib.preflight.memory import parameters
@@ -20,7 +21,6 @@ from slurm.lib.preflight.shape import world_size
 from slurm.lib.preflight.words import size
 from slurm.lib.settings import Settings
 
-TRACKER = "latest_checkpointed_iteration.txt"
 PARTS = ("model", "optim", "extra_state")
 BYTES = 12  # a parameter: float32 and two Adam moments (measured on VERL 0.5.0)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from slurm.lib.dot_env import PLACEHOLDER, dot_env_values, without_placeholders
 from slurm.lib.preflight.finding import Finding, error, warning
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import KEY_NAME, URL_NAME
 
-PLACEHOLDER = "<REPLACE>"
 DECIDED = frozenset({KEY_NAME, URL_NAME})  # the run's own values stand in for these, whatever the file says
 CLOUD = "https://api.wandb.ai"  # what wandb talks to unless it is told otherwise
 UNASKED = frozenset({"offline", "disabled", "dryrun"})  # WANDB_MODE in which no login is needed
@@ -37,7 +37,7 @@ class DotEnv:
     @property
     def given(self) -> dict[str, str]:
         """The values that are no placeholders."""
-        return {name: value for name, value in self.values.items() if PLACEHOLDER not in value}
+        return without_placeholders(self.values)
 
 
 def read_dot_env(path: Path, environment: Mapping[str, str]) -> DotEnv:
@@ -47,15 +47,10 @@ def read_dot_env(path: Path, environment: Mapping[str, str]) -> DotEnv:
     text = netrc.read_text(errors="replace") if netrc.is_file() else ""
     folder = _in_home(environment.get("WANDB_CONFIG_DIR") or "~/.config/wandb", home)
     found = DotEnv(path, {}, netrc, text, _base_url(folder / "settings"))
-    if not path.is_file():
-        return found
-    from dotenv import dotenv_values  # 30 ms
-
     try:
-        values = dotenv_values(path, interpolate=False)
+        return replace(found, values=dot_env_values(path))
     except (OSError, UnicodeDecodeError) as problem:
         return replace(found, problem=str(problem))
-    return replace(found, values={name: value for name, value in values.items() if value is not None})
 
 
 def _in_home(name: str, home: Path) -> Path:

@@ -131,7 +131,8 @@ def look_at_model(settings: Settings, environment: Mapping[str, str]) -> ModelFa
     offline = any(environment.get(name, "").lower() in ANSWERS for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     folder = is_folder(settings.model)
     facts = ModelFacts(None, folder, "", offline, Path(home) if home else None, _here_alone(settings))
-    path = config_file(os.path.expanduser(settings.model) if folder else settings.model, environment)  # noqa: PTH111
+    named = os.path.expanduser(settings.model) if folder else settings.model  # noqa: PTH111  Path's raises for no user
+    path = config_file(named, environment)
     if path is None:
         return facts
     try:

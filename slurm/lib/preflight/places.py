@@ -37,8 +37,7 @@ def missing_here(plan: LaunchPlan, checkout: Path) -> list[Missing]:
 
 def nearest(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
-    # Path.exists raises below a folder of somebody else's.
-    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # noqa: PTH110
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))  # noqa: PTH110  Path's raises in others' folders
 
 
 @dataclass(frozen=True)
