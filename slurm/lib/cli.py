@@ -98,7 +98,7 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl)
     if arguments.dry_run:
         return show(plan)
-    asked = Asked(plan, CHECKOUT)
+    asked = Asked(plan, CHECKOUT, at_leisure=arguments.check)
     found = run_checks(asked, skipped)
     if arguments.check:
         return show_findings(found, dict.fromkeys(check.name for check in concerning(asked, skipped)), arguments.json)

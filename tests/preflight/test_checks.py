@@ -99,6 +99,11 @@ def text(name: str, content: str) -> Break:
     return write
 
 
+def module(code: str) -> Break:
+    """What VERL does when it is imported."""
+    return lambda world: (world.site_packages / "verl.py").write_text(code)
+
+
 def model(**config: object) -> Break:
     qwen = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 2048, "num_hidden_layers": 28}
     sizes = {"intermediate_size": 6144, "vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128}
@@ -193,6 +198,9 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("environment", lambda world: world.venv.rename(world.agent / "moved"), [], WARNING, ".venv is not there"),
     ("environment", remove("project/SkyRL/skyrl-agent/.venv/bin/python"), [], ERROR, "cannot be started"),
     ("environment", lambda world: next(world.venv.rglob("verl-*")).rmdir(), [], WARNING, "lacks verl"),
+    ("import", module("import tensordict_of_the_moon"), [], ERROR, "No module named 'tensordict_of_the_moon'; cd "),
+    ("import", module("raise ImportError('libcuda.so.1: cannot open')"), [], WARNING, "ImportError: libcuda.so.1: cannot open; try it"),
+    ("import", module("import os; os._exit(9)"), [], WARNING, "exit code 9"),
     ("storage", nothing, ["LOCAL_SCRATCH=/" + "x" * 60], WARNING, "too long a path"),
     ("images", nothing, ["CONTAINER_IMAGE=Upper/Case"], ERROR, "CONTAINER_IMAGE=Upper/Case is not the name"),
     ("images", nothing, ["IMAGE_ARCHIVE=/nowhere.tar"], ERROR, "IMAGE_ARCHIVE=/nowhere.tar is not there"),
@@ -218,6 +226,11 @@ def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str]
     fitting = [finding for finding in found if said in str(finding)]
     assert [finding.level for finding in fitting] == [level] * len(fitting) and fitting, found
     assert level is ESTIMATE or all(finding.fix for finding in fitting)
+
+
+def test_before_a_submission_nothing_is_imported(world: World) -> None:
+    (world.site_packages / "verl.py").write_text("raise ImportError")
+    assert not of(run_checks(asked(world)), "import")
 
 
 def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -> None:

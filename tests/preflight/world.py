@@ -54,8 +54,10 @@ class World:
         (self.agent / "pyproject.toml").touch()
         (self.agent / "uv.lock").write_text(LOCK)
         for package in PACKAGES:
-            (self.venv / "lib" / "python3.12" / "site-packages" / f"{package}.dist-info").mkdir(parents=True)
+            (self.site_packages / f"{package}.dist-info").mkdir(parents=True)
+        (self.site_packages / "verl.py").touch()
         (self.venv / "bin").mkdir()
+        (self.venv / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
         (self.venv / "bin" / "python").symlink_to(sys.executable)
         self.uv.write_text("#!/bin/sh\n")
         self.uv.chmod(0o755)
@@ -76,6 +78,10 @@ class World:
     @property
     def agent(self) -> Path:
         return self.folder / "project" / "SkyRL" / "skyrl-agent"
+
+    @property
+    def site_packages(self) -> Path:
+        return self.venv / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
 
     @property
     def example(self) -> Path:
@@ -111,7 +117,7 @@ class World:
 
     def check(self, *overrides: str, config: str = "dev", request: Request | None = None) -> list[Finding]:
         """The findings of all checks."""
-        return run_checks(Asked(self.plan(*overrides, config=config, request=request), ROOT))
+        return run_checks(Asked(self.plan(*overrides, config=config, request=request), ROOT, at_leisure=True))
 
 
 def of(found: list[Finding], check: str, level: Level | None = None) -> list[Finding]:

@@ -13,10 +13,14 @@ from slurm.lib.trainer import agent_folder
 
 @dataclass(frozen=True)
 class Asked:
-    """A launch before it happens; ``checkout`` is the folder that this suite lies in."""
+    """A launch before it happens; ``checkout`` is the folder that this suite lies in.
+
+    ``at_leisure`` where nothing is submitted afterwards (--check), so that an answer may take a minute.
+    """
 
     plan: LaunchPlan
     checkout: Path
+    at_leisure: bool = False
 
     @property
     def settings(self) -> Settings:

@@ -36,6 +36,7 @@ from slurm.lib.scheduler import Slurm
 from slurm.lib.trainer import task_example, task_file
 
 DEADLINE_S = 10.0  # more than a question to Slurm may take; shared storage that is slower says nothing for minutes
+AT_LEISURE_S = 60.0  # with --check
 ALWAYS = "parts"  # without these nothing can be submitted at all
 CheckRun = Callable[[Asked], Sequence[Finding]]
 
@@ -68,6 +69,11 @@ def verl(asked: Asked) -> bool:
 def verl_there(asked: Asked) -> bool:
     """Launches that train with VERL, where skyrl-agent is there; ``parts`` says where it is not."""
     return asked.trains_with_verl and asked.agent_folder.is_dir()
+
+
+def verl_at_leisure(asked: Asked) -> bool:
+    """Launches that train with VERL, with `--check` alone: it takes seconds."""
+    return asked.at_leisure and verl_there(asked)
 
 
 def verl_with_runtime(asked: Asked) -> bool:
@@ -154,6 +160,11 @@ def _environment(asked: Asked) -> list[Finding]:
     return environment.environment_findings(installed)
 
 
+def _import(asked: Asked) -> list[Finding]:
+    installed = environment.look_at_environment(asked.agent_folder, asked.environment)
+    return environment.import_findings(installed, {**asked.plan.inherited, **asked.plan.environment})
+
+
 def _images(asked: Asked) -> list[Finding]:
     settings = asked.settings
     logins = images.login_findings(settings.registry_auth_file, images.mode_of(settings.registry_auth_file))
@@ -207,6 +218,7 @@ CHECKS: tuple[Check, ...] = (
     Check("folders", "Can the run's folders be made and written?", everybody, _folders),
     Check("dotenv", "Does skyrl-agent's .env still hold placeholders, and can wandb log in?", verl, _dot_env),
     Check("environment", "Are uv and skyrl-agent's environment there?", verl, _environment),
+    Check("import", "Can VERL be imported in that environment?", verl_at_leisure, _import),
     Check("storage", "Can Podman keep its storage: LOCAL_SCRATCH on a local disk, ranges of subordinate ids?", runtimes,
           _storage),
     Check("images", "Are names of images, archives and logins what they are said to be?", runtimes, _images),
@@ -270,9 +282,10 @@ def run_checks(
     asked: Asked,
     skipped: Collection[str] = (),
     checks: Sequence[Check] = CHECKS,
-    deadline_s: float = DEADLINE_S,
+    deadline_s: float | None = None,
 ) -> list[Finding]:
     """The findings of all checks that concern this launch and are not skipped, in the order of ``checks``."""
+    deadline_s = deadline_s or (AT_LEISURE_S if asked.at_leisure else DEADLINE_S)
     end = time.monotonic() + deadline_s
     running = [_Running(check, asked) for check in concerning(asked, skipped, checks)]
     found = (finding for check in running for finding in check.result(end, deadline_s))

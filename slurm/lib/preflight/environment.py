@@ -1,4 +1,7 @@
-"""Is the trainer's environment there: uv, skyrl-agent's .venv and its packages? By their files; importing takes 9 s."""
+"""Is the trainer's environment there: uv, skyrl-agent's .venv and its packages, and can VERL be imported?
+
+Before a submission by their files, since an import takes 9 s (facts about VERL); ``--check`` imports too.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.processes import Completed, run
 
 PACKAGES = ("verl", "ray", "torch", "vllm")
+IMPORTED = "verl"  # it brings ray and torch; vllm looks for a GPU
+IMPORT_DEADLINE_S = 45.0  # from a cold shared file system; less than the deadline of --check
 
 
 @dataclass(frozen=True)
@@ -67,4 +73,25 @@ def environment_findings(installed: Installed) -> list[Finding]:
         sentence = f"{installed.folder} lacks {', '.join(missing)}: uv would install them in the job"
         return [*found, warning("environment", sentence, f"install them now: {sync}")]
     shown = ", ".join(f"{name} {version}" for name, version in installed.versions.items())
-    return [*found, estimate("environment", f"{shown} in {installed.folder} (by their files; not imported here)")]
+    return [*found, estimate("environment", f"{shown} in {installed.folder} (by their files)")]
+
+
+def import_findings(installed: Installed, environment: Mapping[str, str]) -> list[Finding]:
+    """Whether VERL can be imported here; nothing where ``environment_findings`` has said why it cannot."""
+    if not installed.python_works or IMPORTED not in installed.versions:
+        return []
+    python = str(installed.folder / "bin" / "python")
+    argv = (python, "-c", f"import {IMPORTED}")
+    return judge_import(installed, run(argv, timeout_s=IMPORT_DEADLINE_S, environment=environment, cwd=installed.agent))
+
+
+def judge_import(installed: Installed, answer: Completed) -> list[Finding]:
+    """What an import has shown; a package that is missing is missing everywhere, a library perhaps only here."""
+    if answer.ok:
+        return [estimate("import", f"{IMPORTED} can be imported in {installed.folder}")]
+    last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+    sentence = f"{IMPORTED} cannot be imported in {installed.folder}: {last}"
+    if last.startswith("ModuleNotFoundError"):
+        return [error("import", sentence, f"cd {installed.agent} && uv sync --frozen --extra verl")]
+    fix = f"try it where there is a GPU: {installed.folder}/bin/python -c 'import {IMPORTED}'"
+    return [warning("import", sentence, fix)]
