@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from slurm.lib.own_folders import own_folders
 from slurm.lib.processes import ignore_stops, start_ticks
 
 BASE = Path("/tmp")  # node-local, and short: Ray's sockets leave room for 43 characters of their 107
@@ -57,7 +58,7 @@ def owner(name: str) -> tuple[int, int, int] | None:
 
 def remove_ownerless(base: Path = BASE) -> None:
     """Remove the folders of this user whose process has ended."""
-    for folder in base.glob(f"skyrl-ray-{os.getuid()}-*"):
+    for folder in own_folders(base, f"skyrl-ray-{os.getuid()}-*"):
         found = owner(folder.name)
-        if found and start_ticks(found[1]) != found[2] and folder.lstat().st_uid == os.getuid():
+        if found and start_ticks(found[1]) != found[2]:
             shutil.rmtree(folder, ignore_errors=True)

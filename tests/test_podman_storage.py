@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 import textwrap
@@ -133,6 +134,47 @@ def test_a_dead_jobs_storage_is_swept_and_a_living_ones_is_not(
             assert foreign.exists(), "without a lock it is none of ours"
     finally:
         user.run(["rm", "-rf", *map(str, (dead, living, foreign))])
+
+
+@pytest.mark.podman
+def test_a_sweep_follows_no_link_that_another_user_laid(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    """Whose name is in a folder's name does not say who made it: here root did, and its links lead into the home."""
+    home = user.home / "not to be removed"
+    trap, link = (Path(f"/tmp/skyrl-{user.uid}-{name}") for name in ("trap", "link"))
+    user.run(["mkdir", "-p", str(home / "containers")])
+    user.run(["touch", str(home / "containers" / "precious"), str(home / "owner.lock")])
+    try:
+        trap.mkdir()
+        trap.chmod(0o777)
+        (trap / "data").symlink_to(home)
+        (trap / "owner.lock").touch()
+        (trap / "owner.lock").chmod(0o666)
+        link.symlink_to(home)
+        done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
+        assert done.returncode == 0, done.stderr
+        assert (home / "containers" / "precious").exists()
+        assert trap.exists()
+    finally:
+        shutil.rmtree(trap, ignore_errors=True)
+        link.unlink(missing_ok=True)
+        user.run(["rm", "-rf", str(home)])
+
+
+@pytest.mark.podman
+def test_a_sweep_removes_what_was_never_finished(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    old, new, throwaway = (Path(f"/tmp/.skyrl-{name}") for name in (f"{user.uid}-1.old", f"{user.uid}-2.new", "rm-old"))
+    user.run(["mkdir", *map(str, (old, new, throwaway))])
+    user.run(["touch", "-d", "2 hours ago", str(old), str(throwaway)])
+    try:
+        done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
+        assert done.returncode == 0, done.stderr
+        assert [path.exists() for path in (old, new, throwaway)] == [False, True, False]
+    finally:
+        user.run(["rm", "-rf", *map(str, (old, new, throwaway))])
 
 
 @pytest.mark.podman

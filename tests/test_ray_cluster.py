@@ -125,6 +125,19 @@ def test_a_sweep_removes_what_dead_runs_left_and_no_other(tmp_path: Path) -> Non
         assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, alive.name}
 
 
+def test_a_link_is_not_swept_and_not_shared(tmp_path: Path) -> None:
+    """Another user may lay one, so that Ray writes into a folder of ours, or that the next run removes it."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / LOCK_NAME).write_text(json.dumps({"pid": 1, "host": socket.gethostname()}))
+    link = tmp_path / folder_name(os.getuid(), "1")
+    link.symlink_to(mine)
+    sweep(tmp_path)
+    assert (mine / LOCK_NAME).exists()
+    with pytest.raises(EnvironmentProblem, match="cannot make"), ray_folder(link, shared=True):
+        pass
+
+
 def test_a_folder_keeps_its_lock_while_anything_of_it_is_left(tmp_path: Path) -> None:
     """Without the lock no later run could tell whose the rest is. Files are removed beside it first."""
     root = tmp_path / "skyray"

@@ -24,6 +24,7 @@ from pathlib import Path
 from slurm.lib.coordination import utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
+from slurm.lib.own_folders import own_folders, remove_half_made
 from slurm.lib.processes import descendants, living_fields, pids, run
 
 PREFIX = "skyrl"
@@ -381,7 +382,9 @@ def _remove_in_namespace(folder: Path) -> None:
 
 def sweep(scratch: Path) -> None:
     """Remove what dead jobs of this user left below ``scratch``; a living job holds its store's lock."""
-    for root in sorted(scratch.glob(f"{PREFIX}-{os.getuid()}-*")):
+    for name in (f"{PREFIX}-{os.getuid()}", f"{PREFIX}-rm"):
+        remove_half_made(scratch, f".{name}-*")
+    for root in own_folders(scratch, f"{PREFIX}-{os.getuid()}-*"):
         storage = PodmanStorage(root)
         with _dead_owners_lock(storage) as dead:
             if dead:

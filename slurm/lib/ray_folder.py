@@ -21,6 +21,7 @@ from typing import IO
 
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
+from slurm.lib.own_folders import is_own, own_folders, remove_half_made
 from slurm.lib.podman_storage import NETWORK_FILE_SYSTEMS, file_system_of
 
 PREFIX = "skyray"  # another than Podman storage's, whose sweep looks for its own
@@ -70,7 +71,7 @@ def ray_folder(root: Path, *, shared: bool = False) -> Iterator[bool]:
     try:
         lock = _made(root)
     except OSError as problem:
-        if not (shared and root.is_dir() and root.stat().st_uid == os.getuid()):
+        if not (shared and is_own(root)):
             raise EnvironmentProblem(f"cannot make {root} for Ray: {problem.strerror}; see LOCAL_SCRATCH") from None
         yield False
         return
@@ -120,7 +121,8 @@ def _contents(root: Path) -> list[Path]:
 
 def sweep(scratch: Path) -> None:
     """Remove what dead runs of this user left below ``scratch``."""
-    for root in sorted(scratch.glob(f"{PREFIX}-{os.getuid()}-*")):
+    remove_half_made(scratch, f".{PREFIX}.*")
+    for root in own_folders(scratch, f"{PREFIX}-{os.getuid()}-*"):
         if _is_ownerless(root):
             log.info("removing %s, which a dead run left", root)
             remove(root)
