@@ -22,7 +22,7 @@ from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
-from slurm.lib.gpu_environment import compile_caches
+from slurm.lib.gpu_environment import changed, compile_caches, integer_devices, without_amd
 from slurm.lib.guardian import Guardian, guarded
 from slurm.lib.job_environment import scratch_folders
 from slurm.lib.logs import log, setup_command_logging
@@ -35,6 +35,7 @@ from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
 LOOK_EVERY_S = 0.2
 CONNECT_TIMEOUT_S = 1.0
 MARKER = "SKYRL_RAY_NODE"
+JOINING = ("RAY_ADDRESS", "RAY_TMPDIR")  # for those that join a cluster
 RAY = ("-m", "ray.scripts.scripts", "start", "--block")  # the module behind the command `ray`
 
 
@@ -45,6 +46,7 @@ class NodeSpec:
     ``head`` is the head's HOST:PORT and ``folder`` its folder, which is Ray's on every node; both are empty for the
     head itself, which writes its own into the file ``announce``. ``peer`` is another node's name; ``ports`` the range
     to choose from, both ends included; ``grace_s`` the seconds from the question to end to the kill.
+    ``integer_devices``: Ray's workers read the names of devices as integers.
     """
 
     job_id: str
@@ -61,6 +63,7 @@ class NodeSpec:
     ports: tuple[int, int] = (20000, 32499)
     scratch: str = ""
     grace_s: float = 5.0
+    integer_devices: bool = False
 
     def to_text(self) -> str:
         return json.dumps({name: value for name, value in asdict(self).items() if value != ""})
@@ -108,15 +111,14 @@ def start_argv(spec: NodeSpec, address: str, block: PortBlock, folder: Path) -> 
     return (*spec.python, *RAY, *place, *own, *block.options(is_head))
 
 
-def node_environment(base: Mapping[str, str], block: PortBlock, marker: str) -> dict[str, str]:
+def node_environment(spec: NodeSpec, base: Mapping[str, str], block: PortBlock, marker: str) -> dict[str, str]:
     """What Ray and thereby its workers find in their environment.
 
-    Not RAY_ADDRESS and RAY_TMPDIR, which are for those that join a cluster. Not ROCR_ and HIP_VISIBLE_DEVICES where
-    CUDA's are set: Slurm may set them all for one GPU, and VERL ends when it finds two.
+    Its devices are named as the trainer's are: ``base`` has the names that Slurm gave this step, whatever the training
+    job made of its own.
     """
-    cuda = "CUDA_VISIBLE_DEVICES" in base
-    dropped = {"RAY_ADDRESS", "RAY_TMPDIR", *({"ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"} if cuda else ())}
-    kept = {name: value for name, value in base.items() if name not in dropped}
+    devices = {**without_amd(base), **(integer_devices(base) if spec.integer_devices else {})}
+    kept = changed(base, {**dict.fromkeys(JOINING), **devices})
     return {**kept, **block.environment, MARKER: marker}
 
 
@@ -164,7 +166,7 @@ class Node:
         log.info(
             "starting Ray on %s: address %s, ports %s, folder %s", self.spec.node, self.address, block, self.folder
         )
-        environment = node_environment(os.environ, block, self.marker)
+        environment = node_environment(self.spec, os.environ, block, self.marker)
         environment |= compile_caches(self.folder, environment)
         spec = ChildSpec(argv, environment, "Ray", stderr=sys.stdout.fileno())
         with Child(spec) as child:
