@@ -19,12 +19,13 @@ from local_verl import environment as verl_environment
 from local_verl.scratch import ray_folder
 from local_verl.tiny import model_folder, rows_file
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.hydra_grammar import hydra_value
 from slurm.lib.job_context import code_folder, load_job_config
 from slurm.lib.logs import log, setup_command_logging
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, descendants, kill_descendants, run
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
-from slurm.lib.verl_command import hydra_value, overrides
+from slurm.lib.verl_command import overrides
 
 NEEDED = ("SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY", "CONTAINER_IMAGE", "SKYRL_COORD_DIR")
 TINY_DEADLINE_S = 300.0
