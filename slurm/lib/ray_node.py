@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
-from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.gpu_environment import changed, compile_caches, integer_devices, without_amd
 from slurm.lib.guardian import Guardian, guarded
 from slurm.lib.job_environment import scratch_folders
@@ -30,7 +31,7 @@ from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendant
 from slurm.lib.ray_address import own_address
 from slurm.lib.ray_folder import choose, folder_name, ray_folder
 from slurm.lib.ray_ports import BLOCK_SIZE, PortBlock, blocks, held, taken_port
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import SignalNotes
 
 LOOK_EVERY_S = 0.2
 CONNECT_TIMEOUT_S = 1.0
@@ -232,15 +233,7 @@ def run(spec: NodeSpec, notes: SignalNotes) -> int:
 
 def main(argv: Sequence[str]) -> int:
     setup_command_logging()
-    with noted_signals() as notes:
-        try:
-            return run(NodeSpec.from_text(argv[0]), notes)
-        except Interrupted as stop:
-            log.warning("ended by %s", stop)
-            return EXIT_SIGNAL_BASE + stop.number
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
+    return exit_code_of(lambda notes: run(NodeSpec.from_text(argv[0]), notes), "ended by %s")
 
 
 if __name__ == "__main__":
