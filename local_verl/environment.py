@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
-from slurm.lib.errors import EnvironmentProblem, SuiteError, WaitTimeout
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import EXIT_OK, EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log, setup_command_logging
 from slurm.lib.processes import Child, ChildSpec, run
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import SignalNotes
 from slurm.lib.waiting import wait_for
 
 VERL = "0.5.0"
@@ -193,16 +194,12 @@ def _follow(child: Child, end: float, notes: SignalNotes) -> None:
 def main() -> int:
     """Make it, or say that it is there; the exit code."""
     setup_command_logging()
-    with noted_signals() as notes:
-        try:
-            print(ready(os.environ, notes))
-        except Interrupted as stop:
-            log.warning("ended by %s; what is unfinished is made anew the next time", stop)
-            return 128 + stop.number
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
-    return 0
+
+    def tell(notes: SignalNotes) -> int:
+        print(ready(os.environ, notes))
+        return EXIT_OK
+
+    return exit_code_of(tell, "ended by %s; what is unfinished is made anew the next time")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,15 @@ from pathlib import Path
 from local_verl import environment as verl_environment
 from local_verl.scratch import ray_folder
 from local_verl.tiny import model_folder, rows_file
-from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, UsageError
+from slurm.lib.hydra_grammar import hydra_value
 from slurm.lib.job_context import code_folder, load_job_config
 from slurm.lib.logs import log, setup_command_logging
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, descendants, kill_descendants, run
 from slurm.lib.settings import Settings
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
-from slurm.lib.verl_command import hydra_value, overrides
+from slurm.lib.signals import SignalNotes
+from slurm.lib.verl_command import overrides
 
 NEEDED = ("SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY", "CONTAINER_IMAGE", "SKYRL_COORD_DIR")
 TINY_DEADLINE_S = 300.0
@@ -132,15 +134,7 @@ def end_descendants(spared: int) -> None:
 def main() -> int:
     """The edge of the process; returns its exit code."""
     setup_command_logging()
-    with noted_signals() as notes:
-        try:
-            return train(os.environ, notes)
-        except Interrupted as stop:
-            log.warning("ended by %s before VERL started", stop)
-            return EXIT_SIGNAL_BASE + stop.number
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
+    return exit_code_of(lambda notes: train(os.environ, notes), "ended by %s before VERL started")
 
 
 if __name__ == "__main__":

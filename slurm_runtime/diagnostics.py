@@ -14,6 +14,7 @@ from slurm_runtime.podman import ContainerState, Engine, EngineError
 
 LAST_LINES = 50
 LAST_BYTES = 16384
+KILLED = 128 + signal.SIGKILL  # the exit code of a process that SIGKILL ended
 SETTLE_S, SETTLE_PAUSE_S = 2.0, 0.02  # until Podman knows what the kernel has told
 
 
@@ -72,6 +73,26 @@ async def diagnose(engine: Engine, name: str, has_ended: bool = False) -> Diagno
     except EngineError as problem:
         lines = f"(its log cannot be read: {problem})"
     return Diagnosis(explain(state), lines[-LAST_BYTES:].strip(), state.out_of_memory, state.exit_code)
+
+
+def judged(
+    found: Diagnosis, offence: str | None, server_exit: int | None, kernel_killed: bool, memory_bites: bool
+) -> Diagnosis:
+    """Why a sandbox died, from what its container shows and from what else is known. Pure.
+
+    ``offence`` is why the watchdog stopped it, ``server_exit`` the exit code of a forked server. ``kernel_killed``: the
+    kernel counts a process of its cgroup that it killed for memory; ``memory_bites``: it enforces a limit at all.
+    """
+    if offence:
+        return Diagnosis(f"the sandbox was stopped: {offence}", found.last_lines)
+    code = found.exit_code if server_exit is None else server_exit
+    if code == KILLED and kernel_killed:
+        return Diagnosis(OUT_OF_MEMORY, found.last_lines, out_of_memory=True)
+    if code == KILLED and not found.out_of_memory and memory_bites:
+        # Podman misses it where an init runs in the container: the kernel kills the init's child.
+        sentence = f"{ended_with(code)}, most likely because it used more memory than it may (out of memory)"
+        return Diagnosis(sentence, found.last_lines, out_of_memory=True)
+    return found if server_exit is None else Diagnosis(ended_with(code), found.last_lines)
 
 
 def killed_for_memory(pid: int) -> bool:

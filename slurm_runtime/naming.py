@@ -1,4 +1,4 @@
-"""Under which name do other nodes reach this one?"""
+"""Under which name do other nodes reach this one, and the sandboxes on it?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 import threading
+
+from slurm_runtime.background import Background
 
 LOOKUP_TIMEOUT_S = 3.0  # a resolver that does not answer must not hold up the first sandbox
 
@@ -42,3 +44,20 @@ async def public_name() -> str:
         return await asyncio.wait_for(found, LOOKUP_TIMEOUT_S)
     except asyncio.TimeoutError:  # another class on Python 3.10
         return socket.gethostname()
+
+
+class PublicHost:
+    """The host name in sandbox URLs: the configured one, else this node's, looked up once."""
+
+    def __init__(self, configured: str | None, background: Background) -> None:
+        self.configured = configured
+        self.background = background
+        self._lookup: asyncio.Task[str] | None = None
+
+    def look_up(self) -> asyncio.Task[str]:
+        """Begin to look it up, unless that has begun."""
+        self._lookup = self._lookup or self.background.own(public_name())
+        return self._lookup
+
+    async def name(self) -> str:
+        return self.configured if self.configured is not None else await asyncio.shield(self.look_up())

@@ -35,7 +35,7 @@ def add_operator_routes(app: FastAPI, manager: Manager, builds: Builds, traffic:
     @app.get(OPEN_PATH, responses=errors())
     async def health() -> HealthAnswer:
         """This server answers."""
-        return HealthAnswer(status="ok", podman=manager.podman)
+        return HealthAnswer(status="ok", podman=manager.connection.word)
 
     @app.get("/", response_class=HTMLResponse, responses=errors())
     async def page() -> HTMLResponse:

@@ -15,7 +15,16 @@ import pytest
 from slurm.lib import node_facts
 from slurm.lib.config import load_config
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.gpu_environment import COMPILE_CACHES, LATER, STEPS, composed, doubts, planned
+from slurm.lib.gpu_environment import (
+    COMPILE_CACHES,
+    LATER,
+    STEPS,
+    composed,
+    doubts,
+    integer_devices,
+    planned,
+    wants_integers,
+)
 from slurm.lib.node_environment import for_trainer, lines
 from slurm.lib.node_facts import Caches, NodeFacts, find_cuda, folder_of_libcuda, joined, load_modules
 from slurm.lib.preflight.finding import Level
@@ -76,6 +85,25 @@ def test_slices_become_integers_where_vllm_wants_them(
 ) -> None:
     found = after({"CUDA_VISIBLE_DEVICES": visible}, *overrides, found=facts(vllm=vllm))
     assert found["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "vllm", "wanted"),
+    [
+        ((), (0, 8, 5), True),
+        ((), None, True),
+        ((), (0, 24), False),
+        (OTHER, (0, 8, 5), False),
+        (("GPUS_PER_NODE=0", *OTHER), None, False),
+    ],
+)
+def test_who_wants_integers(overrides: tuple[str, ...], vllm: tuple[int, ...] | None, wanted: bool) -> None:
+    assert wants_integers(settings_of(*overrides), facts(vllm=vllm)) is wanted
+
+
+@pytest.mark.parametrize("visible", ["0,1", "", "NoDevFiles", "GPU-1111"])
+def test_names_of_what_is_no_slice_stay(visible: str) -> None:
+    assert integer_devices({"CUDA_VISIBLE_DEVICES": visible}) == {}
 
 
 def test_no_devices_are_made_up() -> None:
@@ -175,8 +203,20 @@ def test_the_node_refuses_what_its_nccl_cannot(tmp_path: Path) -> None:
         for_trainer(settings_of(), base, old, FOLDER, "cpu1")
     new = agent_with(tmp_path / "new", "vllm-0.25.1", "nvidia_nccl_cu13-2.30.4")
     found = for_trainer(settings_of(), base, new, FOLDER, "cpu1")
-    assert (found["CUDA_VISIBLE_DEVICES"], found["NCCL_MULTI_RANK_GPU_ENABLE"]) == (f"{A},{B}", "1")
-    assert for_trainer(settings_of(*OTHER), base, old, FOLDER, "cpu1")["CUDA_VISIBLE_DEVICES"] == f"{A},{B}"
+    variables = found.variables
+    assert (variables["CUDA_VISIBLE_DEVICES"], variables["NCCL_MULTI_RANK_GPU_ENABLE"]) == (f"{A},{B}", "1")
+    assert not found.integer_devices
+    other = for_trainer(settings_of(*OTHER), base, old, FOLDER, "cpu1")
+    assert (other.variables["CUDA_VISIBLE_DEVICES"], other.integer_devices) == (f"{A},{B}", False)
+
+
+def test_the_other_nodes_are_told_what_this_nodes_packages_want(tmp_path: Path) -> None:
+    """Whatever names this node has: those of the others are their own."""
+    old = agent_with(tmp_path, "vllm-0.8.5.post1")
+    for visible, expected in ((A, "0"), ("0", "0"), ("", "")):
+        base = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": visible}
+        found = for_trainer(settings_of(), base, old, FOLDER, "cpu1")
+        assert (found.variables["CUDA_VISIBLE_DEVICES"], found.integer_devices) == (expected, True)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from slurm.lib.processes import start_ticks
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from tests.conftest import CHECKOUT, OrdinaryUser, _environment_folder, copy_checkout
+from tests.local_runs import Local, Place, processes
 from tests.runs import until
-from tests.test_local_run import Local, Place, processes
 from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
 from tests.users import open_tun, ordinary_user, subordinate_uids
 
@@ -362,13 +362,8 @@ def place(verl_python: Path) -> Iterator[Place]:
     (copy / ".venv").symlink_to(_environment_folder(user, copy))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(home / "jobs")], check=True)
     made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(CACHE)})
-    try:
+    with made.lent():
         yield made
-        made.assert_nothing_left()
-    finally:
-        for process in made.started:
-            process.kill()
-            process.wait()
 
 
 def start(place: Place, epochs: int) -> Local:

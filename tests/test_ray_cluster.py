@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,7 @@ def test_a_spec_travels_as_text() -> None:
     spec = NodeSpec(
         "7", "gpu-b", 1, ("python3",), 4, 2, head="10.0.0.1:20501", folder="/tmp/x", ports=(1, 9), grace_s=1.5
     )
+    assert NodeSpec.from_text(replace(spec, integer_devices=True).to_text()).integer_devices
     assert NodeSpec.from_text(spec.to_text()) == spec
 
 
@@ -207,7 +209,30 @@ def test_another_nodes_command_has_none_of_the_heads_options() -> None:
 )
 def test_what_ray_must_not_find_in_its_environment(base: dict[str, str], kept: set[str]) -> None:
     ours = {"SKYRL_RAY_NODE", *PortBlock(21000).environment}
-    assert node_environment(base, PortBlock(21000), "m").keys() - ours == kept
+    assert node_environment(SPEC, base, PortBlock(21000), "m").keys() - ours == kept
+
+
+A, B = "MIG-11111111-aaaa", "MIG-22222222-bbbb"
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted", "found"),
+    [
+        (f"{A},{B}", True, "0,1"),
+        (A, True, "0"),
+        (f"{A},{B}", False, f"{A},{B}"),
+        ("2,3", True, "2,3"),
+        ("", True, ""),
+        ("NoDevFiles", True, "NoDevFiles"),
+        (None, True, None),
+    ],
+)
+def test_the_slices_of_a_node_become_integers_where_vllm_wants_them(
+    visible: str | None, wanted: bool, found: str | None
+) -> None:
+    spec = replace(SPEC, integer_devices=wanted)
+    base = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert node_environment(spec, base, PortBlock(21000), "m").get("CUDA_VISIBLE_DEVICES") == found
 
 
 @pytest.mark.parametrize(
@@ -298,10 +323,12 @@ def test_the_head_is_where_the_trainer_is(own: str, order: list[str]) -> None:
 
 def test_what_each_node_is_told() -> None:
     settings = Settings(gpu_nodes=3, gpus_per_node=8, training_cpus=96, ray_port_range=range(25000, 26000))
-    specs = node_specs(settings, ["a", "b", "c"], "7", "ib0", 5.0)
+    specs = node_specs(settings, ["a", "b", "c"], "7", "ib0", 5.0, True)
     assert [(spec.node, spec.rank, spec.peer) for spec in specs] == [("a", 0, "b"), ("b", 1, ""), ("c", 2, "")]
     assert {(spec.cpus, spec.gpus, spec.interface, spec.ports) for spec in specs} == {(96, 8, "ib0", (25000, 25999))}
-    assert node_specs(Settings(), ["a"], "7", "", 5.0)[0].ports == (DEFAULT_RANGE[0], DEFAULT_RANGE[-1])
+    assert all(spec.integer_devices for spec in specs)
+    alone = node_specs(Settings(), ["a"], "7", "", 5.0, False)[0]
+    assert (alone.ports, alone.integer_devices) == ((DEFAULT_RANGE[0], DEFAULT_RANGE[-1]), False)
 
 
 @pytest.mark.parametrize(("kill_wait_s", "seconds"), [(5.0, 1.25), (30.0, 5.0), (300.0, 5.0)])

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,24 @@ def test_two_runs_on_one_node_do_not_meet_and_a_taken_port_is_passed_over(scratc
             assert [one.returncode, two.returncode] == [0, 0], text
 
 
+@pytest.mark.parametrize(("integers", "found"), [(True, "0,1"), (False, "MIG-a,MIG-b")])
+def test_workers_find_a_nodes_slices_as_their_vllm_reads_them(
+    integers: bool, found: str, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a program in Ray's place that tells what it was started with."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    teller = tmp_path / "teller"
+    teller.write_text('#!/bin/sh\necho "devices: $CUDA_VISIBLE_DEVICES."\nexit 3\n')
+    teller.chmod(0o755)
+    spec = replace(spec_of("1", scratch, tmp_path), python=(str(teller),), integer_devices=integers)
+    with node(spec, tmp_path / "log") as process:
+        assert process.wait(START_S) == 71
+    assert f"devices: {found}." in (tmp_path / "log").read_text()
+
+
 def test_a_python_without_ray_is_an_error_with_its_words(scratch: Path, tmp_path: Path) -> None:
-    spec = NodeSpec(
-        **{**spec_of("1", scratch, tmp_path).__dict__, "python": ("/usr/bin/env", "-i", sys.executable, "-S")}
-    )
+    python = ("/usr/bin/env", "-i", sys.executable, "-S")
+    spec = replace(spec_of("1", scratch, tmp_path), python=python)
     with node(spec, tmp_path / "log") as process:
         assert process.wait(START_S) == 71
     text = (tmp_path / "log").read_text()

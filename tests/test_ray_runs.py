@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,14 @@ class TwoNodes:
     checkout: Path
     jobs_base: Path
 
-    def launch(self, *more: str, hold: bool = False, python: Path | None = None) -> Run:
+    def launch(
+        self,
+        *more: str,
+        hold: bool = False,
+        python: Path | None = None,
+        no_check: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> Run:
         driver = f"exec {ray_python()} {self.checkout}/tests/ray_driver.py {len(NODES)} {GPUS} {'hold' if hold else ''}"
         settings = (
             f"GPU_NODES={len(NODES)}",
@@ -74,7 +81,8 @@ class TwoNodes:
             f"TRAINING_COMMAND={driver}",
             f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}",
         )
-        return launch(self.user, self.checkout, self.jobs_base, *settings, *more)
+        options = ("--no-check",) if no_check else ()
+        return launch(self.user, self.checkout, self.jobs_base, *settings, *more, options=options, env=env)
 
 
 @pytest.fixture
@@ -134,6 +142,34 @@ def test_the_driver_finds_both_nodes_and_all_gpus(two_nodes: TwoNodes) -> None:
     log = run.text(f"ray_{run.jobs['training']}_gpu-a.log")
     assert f"port {first.gcs} of the block {first} is taken on gpu-a; trying the next block" in log
     assert f"ports {first}" in run.text(f"ray_{run.jobs['training']}_gpu-b.log"), "each node chooses for itself"
+
+
+def test_workers_on_every_node_find_its_slices_as_integers(two_nodes: TwoNodes) -> None:
+    """As VERL with vLLM 0.8.5. Slurm's own prolog names slices, which no node here has; `uv` starts the driver."""
+    agent, bin_folder = two_nodes.jobs_base / "project/SkyRL/skyrl-agent", two_nodes.jobs_base / "bin"
+    (agent / ".venv/lib/python3.12/site-packages/vllm-0.8.5.dist-info").mkdir(parents=True)
+    for name in ("pyproject.toml", "uv.lock", "rows.parquet"):
+        (agent / name).touch()
+    driver = f"{ray_python()} {two_nodes.checkout}/tests/ray_driver.py {len(NODES)} {GPUS}"
+    programs = {
+        "prolog": 'h=$(hostname); echo "export CUDA_VISIBLE_DEVICES=MIG-$h-0,MIG-$h-1"',
+        "srun": f'exec /usr/bin/srun --task-prolog={bin_folder}/prolog "$@"',
+        "uv": f"[[ $1 = run ]] && exec {driver}",
+    }
+    bin_folder.mkdir()
+    for name, text in programs.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    data = [f"{key}={agent}/rows.parquet" for key in ("TRAIN_DATA", "VAL_DATA")]
+    project = f"SKYRL_PROJECT_ROOT={two_nodes.jobs_base}/project"
+    environment = {"PATH": f"{bin_folder}:{two_nodes.user.environment['PATH']}"}
+    run = two_nodes.launch("TRAINING_COMMAND=", "TASK_YAML=task.yaml", project, *data, no_check=True, env=environment)
+    workers = seen(run)["workers"]
+    run.wait_over(seconds=END_S)
+    assert run.completion["exit_code"] == 0, run.log("training")[-3000:]
+    assert sorted((host, devices) for host, _url, _key, devices in workers) == [
+        (node, str(number)) for node in NODES for number in range(GPUS)
+    ]
 
 
 def test_a_lost_node_ends_the_run_with_its_name(two_nodes: TwoNodes) -> None:

@@ -221,7 +221,9 @@ def test_verl_saves_in_the_last_minutes_and_the_user_has_the_last_word() -> None
         (("RESTARTS=2", "SAVE_FREQ=-1"), "RESTARTS=2 with SAVE_FREQ=-1: without checkpoints"),
         (("RESTART_LEAD=65536",), "must be 1 to 65535"),
         (("RESTARTS=1", "VERL_OVERRIDES=trainer.resume_mode=disable"), "the suite decides trainer.resume_mode"),
+        (("RESTARTS=1", "VERL_OVERRIDES=~trainer.resume_mode=auto"), "the suite decides trainer.resume_mode"),
         (("RESTARTS=1", "VERL_OVERRIDES=+trainer.default_local_dir=/x"), "the suite decides trainer.default_local_dir"),
+        (("RESTARTS=1", "VERL_OVERRIDES=trainer.default_local_dir=auto"), "decides trainer.default_local_dir"),
     ],
 )
 def test_what_cannot_hold_together(overrides: tuple[str, ...], words: str) -> None:
@@ -239,6 +241,7 @@ def test_what_cannot_hold_together(overrides: tuple[str, ...], words: str) -> No
         ("RESTARTS=1", "TIME_LIMIT=16"),
         ("RESTARTS=1", "SAVE_FREQ=-1", "TRAINING_COMMAND=true"),
         ("RESTARTS=1", "VERL_OVERRIDES=trainer.resume_mode=auto"),
+        ("RESTARTS=1", "VERL_OVERRIDES=\"++trainer.resume_mode='auto'\""),
     ],
 )
 def test_what_can(overrides: tuple[str, ...]) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.dot_env import read_dot_env
+from slurm.lib.hydra_grammar import hydra_value
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import Trainer, env_file_text, env_file_values, missing_parts, trainer_environment, trainer_of
-from slurm.lib.verl_command import hydra_value
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 3, 4, 5, 6, 7)

@@ -8,33 +8,23 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from slurm.lib import settings as settings_module
 from slurm.lib.config import load_config
 from slurm.lib.settings import KEYS, Settings, hydra_overrides
-from slurm.lib.verl_command import ELSEWHERE, ROWS, hydra_value, overrides
+from slurm.lib.verl_command import ELSEWHERE, ROWS, overrides
 from slurm.lib.verl_versions import VerlVersion
+from tests.test_hydra_grammar import PARSER, read_by_hydra
 
 CONFIGS = Path(__file__).resolve().parent.parent / "slurm" / "config"
-PARSER = OverridesParser.create()
 
 
 def settings_of(*words: str) -> Settings:
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/home/me"}
     now = datetime(2026, 3, 4, 5, 6, 7)
     return load_config(None, words, environment, CONFIGS, now, Path("/project"), cwd=Path("/here")).settings
-
-
-def read_by_hydra(override: str) -> tuple[str, object]:
-    """Name and value of an override as Hydra's own parser and OmegaConf give them to VERL."""
-    parsed = PARSER.parse_override(override)
-    assert not parsed.is_sweep_override()
-    value = OmegaConf.create({"value": parsed.value()})
-    return override.partition("=")[0], OmegaConf.to_container(value, resolve=True)["value"]  # type: ignore[index, call-overload]  # a mapping
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -152,27 +142,6 @@ def test_what_a_known_verl_is_told_besides() -> None:
     assert told("0.5.0", "GPU_NODES=2") == set()  # VERL joins a Ray that has been told
     assert told("0.5.0", "RAY_CLUSTER=on") == set()
     assert told("7.0") == set()
-
-
-# --- values survive Hydra ---------------------------------------------------------------------------------------------
-
-# Whatever can stand in an argument of a program; the special characters more often than chance would have it.
-TEXT = st.one_of(
-    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
-    st.text(st.sampled_from("\\'\"${}[]()=,: \n\tab1.-+~#%ä漢")),
-)
-VALUE = st.one_of(TEXT, st.booleans(), st.integers(-(10**9), 10**9), st.floats(1e-12, 1e12), st.lists(TEXT, max_size=3))
-
-
-@given(VALUE)
-def test_every_value_reaches_verl_as_it_is(value: object) -> None:
-    found = read_by_hydra(f"a.b={hydra_value(value)}")[1]
-    assert (found, type(found)) == (value, type(value))
-
-
-@pytest.mark.parametrize("text", ["true", "Null", "123", "1e-6", "nan", "-inf", "${a}", r"\${a}", "a\\", "~", ".5", ""])
-def test_text_that_hydra_would_take_for_something_else(text: str) -> None:
-    assert read_by_hydra(f"a.b={hydra_value(text)}")[1] == text
 
 
 # --- the user's own ---------------------------------------------------------------------------------------------------

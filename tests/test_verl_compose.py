@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.hydra_grammar import hydra_value
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import trainer_of
-from slurm.lib.verl_command import ROWS, Told, command, hydra_value, row_name
+from slurm.lib.verl_command import ROWS, Told, command, row_name
 from slurm.lib.verl_versions import ADDED, RENAMED, VerlVersion
 from tests.verl_wheels import VERSIONS, Ppo, ppo
 

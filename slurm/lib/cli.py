@@ -14,7 +14,8 @@ from pathlib import Path
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir, FlagReader
-from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USAGE, SuiteError, UsageError
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, UsageError
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
@@ -26,7 +27,7 @@ from slurm.lib.preflight.report import as_text as report_text
 from slurm.lib.run_record import GitState, git_state, read_jobs
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import SignalNotes
 from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
 
 VERSION = "0.1.0"
@@ -71,15 +72,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
     setup_command_logging(arguments.debug)
-    try:
-        with noted_signals() as notes:
-            return launch(arguments, os.environ, notes)
-    except SuiteError as problem:
-        log.error("%s", problem)
-        return problem.exit_code
-    except Interrupted as stop:
-        log.error("stopped by %s; nothing was submitted, or it was taken back", stop)
-        return EXIT_SIGNAL_BASE + stop.number
+    stopped = "stopped by %s; nothing was submitted, or it was taken back"
+    return exit_code_of(lambda notes: launch(arguments, os.environ, notes), stopped)
 
 
 def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes: SignalNotes) -> int:

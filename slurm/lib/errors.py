@@ -1,6 +1,6 @@
 """The errors a person may see, each with its sentence, and the exit codes of every command.
 
-A message says what happened, where, and what to do next. One function at each command's edge prints it and ends
+A message says what happened, where, and what to do next. One function at the edge of each process prints it and ends
 with ``exit_code``; nothing in between catches it.
 """
 

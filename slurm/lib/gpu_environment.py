@@ -19,6 +19,7 @@ from slurm.lib.settings import Settings
 
 LATER = "<on the node>"
 VLLM_READS_UUIDS = (0, 24)  # 0.22 still converts each entry with int(); vllm issues 20939, 41848 and pull request 45026
+AMD_NAMES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 EFA = "efa"
 INTERFACE_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 COMPILE_CACHES = {
@@ -117,6 +118,23 @@ def planned(settings: Settings, base: Environment) -> list[Applied]:
     return found
 
 
+def wants_integers(settings: Settings, facts: NodeFacts) -> bool:
+    """Whether the trainer's vLLM reads the names of devices as integers; one whose version is not known may."""
+    reads_uuids = facts.vllm is not None and facts.vllm >= VLLM_READS_UUIDS
+    return with_verl(settings) and with_gpus(settings) and not reads_uuids
+
+
+def integer_devices(environment: Environment) -> Changes:
+    """The MIG slices in CUDA_VISIBLE_DEVICES as ``0,1,…``; nothing where there are none."""
+    found = slices(environment.get("CUDA_VISIBLE_DEVICES", ""))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(len(found))))} if found else {}
+
+
+def without_amd(environment: Environment) -> Changes:
+    """Takes AMD's names of devices out where NVIDIA's are set."""
+    return {name: None for name in AMD_NAMES if name in environment and "CUDA_VISIBLE_DEVICES" in environment}
+
+
 def doubts(settings: Settings, facts: NodeFacts, environment: Environment) -> list[str]:
     """What is missing on the node, a sentence each with what to do about it."""
     found = []
@@ -151,11 +169,8 @@ def _litellm(_settings: Settings, _facts: NodeFacts, _environment: Environment) 
     return {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
 
-def _devices(_settings: Settings, facts: NodeFacts, environment: Environment) -> Changes:
-    found = slices(environment.get("CUDA_VISIBLE_DEVICES", ""))
-    if not found or (facts.vllm is not None and facts.vllm >= VLLM_READS_UUIDS):
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(len(found))))}
+def _devices(settings: Settings, facts: NodeFacts, environment: Environment) -> Changes:
+    return integer_devices(environment) if wants_integers(settings, facts) else {}
 
 
 def _several_slices(_settings: Settings, facts: NodeFacts, environment: Environment) -> Changes:
@@ -165,8 +180,7 @@ def _several_slices(_settings: Settings, facts: NodeFacts, environment: Environm
 
 
 def _amd(_settings: Settings, _facts: NodeFacts, environment: Environment) -> Changes:
-    names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-    return {name: None for name in names if name in environment and "CUDA_VISIBLE_DEVICES" in environment}
+    return without_amd(environment)
 
 
 def _modules(_settings: Settings, facts: NodeFacts, _environment: Environment) -> Changes:
@@ -275,7 +289,7 @@ STEPS: tuple[Step, ...] = (
         "Slurm may set them beside CUDA_VISIBLE_DEVICES, and VERL ends when it finds both",
         _amd,
         with_gpus,
-        {"ROCR_VISIBLE_DEVICES": None, "HIP_VISIBLE_DEVICES": None},
+        dict.fromkeys(AMD_NAMES),
     ),
     Step(
         "modules",

@@ -6,10 +6,11 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.gpu_environment import Applied, composed, doubts
+from slurm.lib.gpu_environment import Applied, composed, doubts, wants_integers
 from slurm.lib.guardian import Guardian
 from slurm.lib.job_context import JobContext
 from slurm.lib.job_environment import scratch_folders
@@ -21,6 +22,22 @@ from slurm.lib.ray_address import address_of
 from slurm.lib.ray_folder import choose, folder_name, ray_folder
 from slurm.lib.secrets import mask_values, masked, secret_values
 from slurm.lib.settings import Settings
+
+
+@dataclass(frozen=True)
+class TrainerEnvironment:
+    """What the trainer finds in its environment on this node.
+
+    ``integer_devices``: its vLLM reads the names of devices as integers. ``variables`` name them so already, but Slurm
+    names them anew for each step of the job, in which other processes of the trainer run.
+    """
+
+    variables: Mapping[str, str]
+    integer_devices: bool
+
+    def plus(self, more: Mapping[str, str]) -> TrainerEnvironment:
+        """This one with more variables."""
+        return replace(self, variables={**self.variables, **more})
 
 
 @contextlib.contextmanager
@@ -39,7 +56,7 @@ def job_folder(job: JobContext, guardian: Guardian) -> Iterator[Path]:
 
 def for_trainer(
     settings: Settings, base: Mapping[str, str], agent: Path, folder: Path, runtime_host: str
-) -> dict[str, str]:
+) -> TrainerEnvironment:
     """``base`` as the trainer needs it on this node; ``EnvironmentProblem`` for what cannot work here."""
     if settings.network_interface:
         address_of(settings.network_interface)  # says which interfaces there are, if this is none
@@ -50,7 +67,7 @@ def for_trainer(
     environment, applied = composed(settings, facts, base)
     for line in lines(applied, base):
         log.info("environment: %s", line)
-    return environment
+    return TrainerEnvironment(environment, wants_integers(settings, facts))
 
 
 def check_slices(settings: Settings, facts: NodeFacts, base: Mapping[str, str]) -> None:

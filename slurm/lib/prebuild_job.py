@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slurm.lib.api_server_child import copy_log
-from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import EXIT_INTERNAL, EnvironmentProblem
 from slurm.lib.guardian import guarded
 from slurm.lib.images import archives_folder
 from slurm.lib.job_context import code_folder, load_job_config, own_job_id
@@ -30,7 +31,7 @@ from slurm.lib.registries import registries_conf, site_conf
 from slurm.lib.scheduler import Slurm
 from slurm.lib.secrets import is_secret_name
 from slurm.lib.settings import Settings
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import SignalNotes
 
 LOOK_EVERY_S = 0.4
 
@@ -39,19 +40,16 @@ def main(argv: Sequence[str]) -> int:
     """Run the job; returns its exit code."""
     arguments = parser().parse_args(argv)
     setup_job_logging()
-    with noted_signals() as notes:
-        try:
-            loaded = load_job_config(arguments.config, arguments.set, os.environ, shortcomings)
-            return run(loaded.settings, {**os.environ, **loaded.exported}, notes)
-        except Interrupted as stop:
-            log.error("the prebuild job ends by %s; submitted again it goes on from here", stop)
-            return EXIT_SIGNAL_BASE + stop.number
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
-        except Exception:  # the edge of the process: what no code of ours expected ends here, with its traceback
-            log.exception("an internal error of the prebuild job")
-            return EXIT_INTERNAL
+
+    def work(notes: SignalNotes) -> int:
+        loaded = load_job_config(arguments.config, arguments.set, os.environ, shortcomings)
+        return run(loaded.settings, {**os.environ, **loaded.exported}, notes)
+
+    try:
+        return exit_code_of(work, "the prebuild job ends by %s; submitted again it goes on from here")
+    except Exception:  # the edge of the process: what no code of ours expected ends here, with its traceback
+        log.exception("an internal error of the prebuild job")
+        return EXIT_INTERNAL
 
 
 def parser() -> argparse.ArgumentParser:

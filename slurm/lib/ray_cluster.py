@@ -23,6 +23,7 @@ from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.guardian import Guardian
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
+from slurm.lib.node_environment import TrainerEnvironment
 from slurm.lib.processes import Child, ChildSpec, copy_lines
 from slurm.lib.ray_node import Announcement, NodeSpec, parse_announcement
 from slurm.lib.ray_ports import DEFAULT_RANGE
@@ -86,7 +87,9 @@ def grace_s(kill_wait_s: float) -> float:
     return min(LONGEST_GRACE_S, kill_wait_s / 4)
 
 
-def node_specs(settings: Settings, names: Sequence[str], job_id: str, interface: str, grace: float) -> list[NodeSpec]:
+def node_specs(
+    settings: Settings, names: Sequence[str], job_id: str, interface: str, grace: float, integer_devices: bool
+) -> list[NodeSpec]:
     """What each node is told; the first is the head."""
     ports = settings.ray_port_range or DEFAULT_RANGE
     scratch = str(settings.local_scratch or "")
@@ -103,6 +106,7 @@ def node_specs(settings: Settings, names: Sequence[str], job_id: str, interface:
             ports=(ports.start, ports[-1]),
             scratch=scratch,
             grace_s=grace,
+            integer_devices=integer_devices,
         )
         for rank, name in enumerate(names)
     ]
@@ -209,7 +213,7 @@ class RayCluster:
 def ray_cluster(
     job: JobContext,
     trainer: Trainer,
-    environment: Mapping[str, str],
+    environment: TrainerEnvironment,
     guardian: Guardian,
     still_possible: Callable[[], None],
     sleep: Callable[[float], None],
@@ -222,8 +226,8 @@ def ray_cluster(
     if not wanted(job.settings):
         yield RayCluster()
         return
-    shared = {**environment, **shared_environment(environment, secrets.token_hex(32))}
-    starter = _Starter(job, trainer, shared, guardian, still_possible, sleep)
+    shared = shared_environment(environment.variables, secrets.token_hex(32))
+    starter = _Starter(job, trainer, environment.plus(shared), guardian, still_possible, sleep)
     with contextlib.ExitStack() as stack:
         yield starter.start(stack)
 
@@ -235,14 +239,15 @@ class _Starter:
         self,
         job: JobContext,
         trainer: Trainer,
-        environment: Mapping[str, str],
+        environment: TrainerEnvironment,
         guardian: Guardian,
         still_possible: Callable[[], None],
         sleep: Callable[[float], None],
     ) -> None:
         self.job = job
         self.cwd = trainer.cwd
-        self.environment = environment
+        self.environment = environment.variables
+        self.integer_devices = environment.integer_devices
         self.guardian = guardian
         self.still_possible = still_possible
         self.sleep = sleep
@@ -272,9 +277,8 @@ class _Starter:
         names = head_first(names, environment.get("SLURMD_NODENAME", ""))
         interface = self.environment.get("NETWORK_INTERFACE", "")
         log.info("starting Ray on %s, with its head on the first", ", ".join(names))
-        return node_specs(
-            self.job.settings, names, self.job.job_id, interface, grace_s(self.job.scheduler.kill_wait_s())
-        )
+        grace = grace_s(self.job.scheduler.kill_wait_s())
+        return node_specs(self.job.settings, names, self.job.job_id, interface, grace, self.integer_devices)
 
     def start_head(self, spec: NodeSpec) -> Announcement:
         announced = self.job.directory.ray_head(self.job.job_id)

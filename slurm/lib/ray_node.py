@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
-from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
-from slurm.lib.gpu_environment import compile_caches
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.gpu_environment import changed, compile_caches, integer_devices, without_amd
 from slurm.lib.guardian import Guardian, guarded
 from slurm.lib.job_environment import scratch_folders
 from slurm.lib.logs import log, setup_command_logging
@@ -30,11 +31,12 @@ from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendant
 from slurm.lib.ray_address import own_address
 from slurm.lib.ray_folder import choose, folder_name, ray_folder
 from slurm.lib.ray_ports import BLOCK_SIZE, PortBlock, blocks, held, taken_port
-from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.signals import SignalNotes
 
 LOOK_EVERY_S = 0.2
 CONNECT_TIMEOUT_S = 1.0
 MARKER = "SKYRL_RAY_NODE"
+JOINING = ("RAY_ADDRESS", "RAY_TMPDIR")  # for those that join a cluster
 RAY = ("-m", "ray.scripts.scripts", "start", "--block")  # the module behind the command `ray`
 
 
@@ -45,6 +47,7 @@ class NodeSpec:
     ``head`` is the head's HOST:PORT and ``folder`` its folder, which is Ray's on every node; both are empty for the
     head itself, which writes its own into the file ``announce``. ``peer`` is another node's name; ``ports`` the range
     to choose from, both ends included; ``grace_s`` the seconds from the question to end to the kill.
+    ``integer_devices``: Ray's workers read the names of devices as integers.
     """
 
     job_id: str
@@ -61,6 +64,7 @@ class NodeSpec:
     ports: tuple[int, int] = (20000, 32499)
     scratch: str = ""
     grace_s: float = 5.0
+    integer_devices: bool = False
 
     def to_text(self) -> str:
         return json.dumps({name: value for name, value in asdict(self).items() if value != ""})
@@ -108,15 +112,14 @@ def start_argv(spec: NodeSpec, address: str, block: PortBlock, folder: Path) -> 
     return (*spec.python, *RAY, *place, *own, *block.options(is_head))
 
 
-def node_environment(base: Mapping[str, str], block: PortBlock, marker: str) -> dict[str, str]:
+def node_environment(spec: NodeSpec, base: Mapping[str, str], block: PortBlock, marker: str) -> dict[str, str]:
     """What Ray and thereby its workers find in their environment.
 
-    Not RAY_ADDRESS and RAY_TMPDIR, which are for those that join a cluster. Not ROCR_ and HIP_VISIBLE_DEVICES where
-    CUDA's are set: Slurm may set them all for one GPU, and VERL ends when it finds two.
+    Its devices are named as the trainer's are: ``base`` has the names that Slurm gave this step, whatever the training
+    job made of its own.
     """
-    cuda = "CUDA_VISIBLE_DEVICES" in base
-    dropped = {"RAY_ADDRESS", "RAY_TMPDIR", *({"ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"} if cuda else ())}
-    kept = {name: value for name, value in base.items() if name not in dropped}
+    devices = {**without_amd(base), **(integer_devices(base) if spec.integer_devices else {})}
+    kept = changed(base, {**dict.fromkeys(JOINING), **devices})
     return {**kept, **block.environment, MARKER: marker}
 
 
@@ -164,7 +167,7 @@ class Node:
         log.info(
             "starting Ray on %s: address %s, ports %s, folder %s", self.spec.node, self.address, block, self.folder
         )
-        environment = node_environment(os.environ, block, self.marker)
+        environment = node_environment(self.spec, os.environ, block, self.marker)
         environment |= compile_caches(self.folder, environment)
         spec = ChildSpec(argv, environment, "Ray", stderr=sys.stdout.fileno())
         with Child(spec) as child:
@@ -230,15 +233,7 @@ def run(spec: NodeSpec, notes: SignalNotes) -> int:
 
 def main(argv: Sequence[str]) -> int:
     setup_command_logging()
-    with noted_signals() as notes:
-        try:
-            return run(NodeSpec.from_text(argv[0]), notes)
-        except Interrupted as stop:
-            log.warning("ended by %s", stop)
-            return EXIT_SIGNAL_BASE + stop.number
-        except SuiteError as problem:
-            log.error("%s", problem)
-            return problem.exit_code
+    return exit_code_of(lambda notes: run(NodeSpec.from_text(argv[0]), notes), "ended by %s")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from slurm.lib.hydra_grammar import Override, read_override
 from slurm.lib.ray_ports import BLOCK_SIZE
 
 T = TypeVar("T")
@@ -887,6 +888,7 @@ def _time_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], 
 
 # With one of these a new attempt would not find what the last one saved.
 HIDING = ("trainer.resume_mode", "trainer.default_local_dir")
+SAID_ANYWAY = Override("trainer.resume_mode", "auto")
 
 
 def _restart_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -897,9 +899,9 @@ def _restart_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...
         sentence = f"RESTARTS={settings.restarts} with SAVE_FREQ=-1: without checkpoints there is nothing to go on from"
         yield ("SAVE_FREQ", "RESTARTS"), sentence
     for override in settings.verl_overrides:
-        name, _, value = override.lstrip("+~").partition("=")
-        if name in HIDING and value != "auto":
-            sentence = f"VERL_OVERRIDES: {override}, but with RESTARTS the suite decides {name}"
+        said = read_override(override)
+        if said.name in HIDING and said != SAID_ANYWAY:
+            sentence = f"VERL_OVERRIDES: {override}, but with RESTARTS the suite decides {said.name}"
             yield ("VERL_OVERRIDES", "RESTARTS"), f"{sentence}; use CHECKPOINT_DIR and WANDB_EXPERIMENT"
 
 

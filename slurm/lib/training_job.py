@@ -37,7 +37,7 @@ from slurm.lib.errors import (
 from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
-from slurm.lib.node_environment import for_trainer, job_folder
+from slurm.lib.node_environment import TrainerEnvironment, for_trainer, job_folder
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
@@ -174,8 +174,7 @@ class TrainingSession:
             job_folder(self.job, guardian) as folder,
             Heartbeat(client, f"training-{self.job.job_id}") as heartbeat,
         ):
-            environment = self.prepare(trainer, endpoint, folder)
-            environment[TRAINER_MARKER] = marker
+            environment = self.prepare(trainer, endpoint, folder).plus({TRAINER_MARKER: marker})
             guardian.own_marker(TRAINER_MARKER, marker)
             self.chain.begin(endpoint.runtime_job_id, self.notes)
             watch = self.partner_watch(endpoint, heartbeat)
@@ -190,7 +189,7 @@ class TrainingSession:
             with (
                 start_canary() as canary,
                 ray_cluster(self.job, trainer, environment, guardian, still_possible, self.notes.sleep) as cluster,
-                start_trainer(trainer, {**environment, **cluster.environment}) as child,
+                start_trainer(trainer, {**environment.variables, **cluster.environment}) as child,
             ):
                 guardian.own_session(child.pid)
                 early = self.early_stop(child)
@@ -309,7 +308,7 @@ class TrainingSession:
             raise PartnerGone(f"the runtime's server at {endpoint.url} is not well: GET /list answered {answer.words}")
         log.info("runtime server at %s answers and takes the key", endpoint.url)
 
-    def prepare(self, trainer: Trainer, endpoint: Endpoint, node_folder: Path) -> dict[str, str]:
+    def prepare(self, trainer: Trainer, endpoint: Endpoint, node_folder: Path) -> TrainerEnvironment:
         """Make the trainer's folders and its ``training.env``; returns its environment."""
         for folder in trainer.folders:
             try:
@@ -335,7 +334,7 @@ class TrainingSession:
         base = trainer_environment(self.job.environment, dot_env, own)
         host = RuntimeClient(endpoint.url, None).host
         environment = for_trainer(self.job.settings, base, agent_folder(self.job.settings), node_folder, host)
-        values = env_file_values(environment, dot_env, {**server, **told})
+        values = env_file_values(environment.variables, dot_env, {**server, **told})
         write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
         return environment
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.lib.hydra_grammar import hydra_value
 from slurm.lib.settings import Settings
 from slurm.lib.verl_versions import Release, VerlVersion, exists_in, name_in
 
@@ -149,32 +150,6 @@ ELSEWHERE = {
     "VERL_OVERRIDES": "appended as they are",
     "VLLM_USE_V1": "a variable of the environment, which vLLM reads itself",
 }
-
-# Text that Hydra takes as text without quotes: nothing of its grammar, no number, none of its words.
-_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./@+-]*")
-_WORDS_OF_HYDRA = frozenset({"true", "false", "null", "nan", "inf"})
-
-
-def hydra_value(value: object) -> str:
-    """A value as Hydra's override grammar reads it back, type and all; text keeps every character."""
-    if isinstance(value, (bool, int, float)):
-        return str(value)
-    if isinstance(value, (tuple, list)):
-        return "[" + ",".join(hydra_value(item) for item in value) + "]"
-    text = str(value)
-    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS_OF_HYDRA:
-        return text
-    return f"'{_quotable(_uninterpolated(text))}'"
-
-
-def _uninterpolated(text: str) -> str:
-    """OmegaConf takes ``${`` for a reference unless a backslash stands before it, which in turn doubles others."""
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-
-
-def _quotable(text: str) -> str:
-    """Within Hydra's quotes a backslash means itself, except before a quote and before the end."""
-    return re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
 
 
 def overrides(

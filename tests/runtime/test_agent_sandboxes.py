@@ -18,9 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from slurm.lib.processes import descendants
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.slots import Slots
-from slurm_runtime.warden.proc import all_pids, members, namespace_of
+from slurm_runtime.warden.proc import members, namespace_of
 from tests.runtime import podman_service
 from tests.runtime.agent_tree import ASK_FOR_KEYRING, COMMAND, REFUSED
 from tests.runtime.commands import IMAGE
@@ -208,13 +209,18 @@ def test_a_variable_that_is_read_at_import_is_served_by_the_plain_program(agents
 def test_the_parent_holds_no_key(agents: MakeApi) -> None:
     api = agents("fork")
     keys = [started(api)["session_api_key"].encode() for _ in range(3)]
-    parents = [pid for pid in all_pids() if is_fork_server(pid)]
+    parents = [pid for pid in own_pids() if is_fork_server(pid)]
     assert parents
     for pid in parents:
         memory = memory_of(pid)
         assert b"openhands" in memory  # it can be read at all
         for key in keys:
             assert key not in memory
+
+
+def own_pids() -> set[int]:
+    """What these tests have started: another run of them may go on beside."""
+    return descendants({os.getpid()})
 
 
 def is_fork_server(pid: int) -> bool:
@@ -280,7 +286,7 @@ def wakeups(pid: int) -> int:
 def test_a_fork_server_that_dies_is_started_again_and_its_children_live_on(agents: MakeApi) -> None:
     api = agents("fork")
     before = started(api)
-    (parent,) = [pid for pid in all_pids() if is_fork_server(pid)]
+    (parent,) = [pid for pid in own_pids() if is_fork_server(pid)]
     os.kill(parent, signal.SIGKILL)
     eventually(lambda: not api.manager.agent.fork_ready)
     assert command(before, "echo alive")["stdout"] == "alive\n"
@@ -295,7 +301,7 @@ def test_a_fork_server_that_dies_is_started_again_and_its_children_live_on(agent
 
 
 def warden_of_this_test() -> int:
-    (found,) = [pid for pid in all_pids() if b"warden/process.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (found,) = [pid for pid in own_pids() if b"warden/process.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     return found
 
 
@@ -448,9 +454,11 @@ def test_an_agent_image_without_a_tree_is_named_in_the_error(rootless_podman: po
 def test_nothing_of_the_warden_outlives_the_server(agents: MakeApi) -> None:
     api = agents("fork")
     started(api)
-    warden = warden_of_this_test()
+    parents = [pid for pid in own_pids() if is_fork_server(pid)]
+    assert parents
+    helpers = [warden_of_this_test(), *parents]
     api.run(api.manager.close(10))
     deadline = time.monotonic() + 5
-    while Path(f"/proc/{warden}").exists() or any(is_fork_server(pid) for pid in all_pids()):
+    while any(Path(f"/proc/{pid}").exists() for pid in helpers):
         assert time.monotonic() < deadline
         time.sleep(0.05)

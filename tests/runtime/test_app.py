@@ -387,7 +387,7 @@ def test_14_a_session_that_somebody_else_waits_for_survives_a_hang_up(server_wit
     with ThreadPoolExecutor(1) as pool:
         patient = pool.submit(api.start, **fields)
         eventually(lambda: api.client.get("/sessions/shared").status_code == 200)
-        before = api.manager._entries[session(api, "shared")["runtime_id"]]
+        before = api.manager.register.of_runtime(session(api, "shared")["runtime_id"])
         with contextlib.closing(raw_start(api, fields)):
             eventually(lambda: before.askers == 2)
         eventually(lambda: before.askers == 1)

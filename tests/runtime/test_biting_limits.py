@@ -49,7 +49,7 @@ def test_more_processes_than_allowed_cannot_be_made(limited: Api) -> None:
 
 def test_nothing_is_said_of_limits_that_bite(limited: Api) -> None:
     assert started(limited, command=SERVE)["pod_status"] == "ready"
-    assert not [note for note in limited.manager.notes if "do NOT bite" in note]
+    assert not [note for note in limited.manager.connection.notes if "do NOT bite" in note]
 
 
 def test_a_share_of_the_cpu_is_kept(limited: Api) -> None:

@@ -273,7 +273,7 @@ def test_an_orphan_of_a_dead_server_is_removed_and_one_of_a_living_server_is_not
     dead = "/".join([*alive.split("/")[:3], "1", "12345"])  # number 1 started at another time
     api.run(api.engine.create(spec("orphan", dead)))
     api.run(api.engine.create(spec("neighbour", alive)))
-    assert api.run(api.manager._sweep())
+    api.run(api.manager.supervisor.sweep())
     assert api.names() == ["neighbour"]
     api.run(api.engine.remove("neighbour"))
 

@@ -14,11 +14,11 @@ from slurm_runtime import podman, readiness
 from slurm_runtime.admission import Admission
 from slurm_runtime.api_server import build_parser, config_from, slots_from
 from slurm_runtime.config import ServerConfig, parse_label, parse_memory, parse_port_range
+from slurm_runtime.connection import greeting
 from slurm_runtime.credentials import generated_key, key_folder, read_key_file
 from slurm_runtime.diagnostics import explain
 from slurm_runtime.heartbeats import Heartbeats
 from slurm_runtime.images import pull_policy
-from slurm_runtime.manager import greeting
 from slurm_runtime.ownership import is_orphan, process_mark, start_ticks
 from slurm_runtime.podman import ContainerSpec, ContainerState, EngineFacts, create_body
 from slurm_runtime.sandbox import (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.lib.hydra_grammar import value_said
 from slurm.lib.plan import LaunchPlan
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import agent_folder
@@ -49,6 +50,5 @@ class Asked:
 
 
 def override(settings: Settings, name: str) -> str | None:
-    """What VERL_OVERRIDES say about one of VERL's own keys; the last one counts, as for Hydra."""
-    given = [word.lstrip("+").partition("=") for word in settings.verl_overrides]
-    return next((value.strip("'\"") for key, equals, value in reversed(given) if equals and key == name), None)
+    """What VERL_OVERRIDES say about one of VERL's own keys; None where they say nothing, or take it out."""
+    return value_said(settings.verl_overrides, name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 
 from slurm.lib import verl_versions
+from slurm.lib.hydra_grammar import Override, read_override
+from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, Level, warning
 from slurm.lib.preflight.shape import ESTIMATOR, MINI_BATCH
 from slurm.lib.settings import Settings
@@ -49,7 +50,7 @@ def _origin(version: VerlVersion) -> Iterator[Finding]:
 
 def _estimator(settings: Settings, version: VerlVersion) -> Iterator[Finding]:
     """Stock VERL ends with a NotImplementedError without any text, after it has read the data."""
-    said = dict(parsed(settings.verl_overrides)).get(ESTIMATOR)
+    said = override(settings, ESTIMATOR)
     if (said or settings.adv_estimator) != LOOP or version.origin is Origin.SKYRL:
         return
     key = f"VERL_OVERRIDES: {ESTIMATOR}={LOOP}" if said else f"ADV_ESTIMATOR={LOOP}"
@@ -64,12 +65,12 @@ def _overrides(settings: Settings, version: VerlVersion) -> Iterator[Finding]:
     """What the user adds and this release does not have under that name, or does not take. Unknown releases pass."""
     if not version.known:
         return
-    for name, value in parsed(settings.verl_overrides):
-        yield from _misnamed(name, version)
+    for said in map(read_override, settings.verl_overrides):
+        yield from _misnamed(said.name, version)
         for row in verl_versions.REFUSED:
-            if (name, value) == (row.name, row.value) and version.release >= row.since:
-                sentence = f"VERL_OVERRIDES: {name}={value} does not run in {version}"
-                yield Finding(CHECK, Level.ERROR, sentence, f"use {name}={row.instead}")
+            if said == Override(row.name, row.value) and version.release >= row.since:
+                sentence = f"VERL_OVERRIDES: {row.name}={row.value} does not run in {version}"
+                yield Finding(CHECK, Level.ERROR, sentence, f"use {row.name}={row.instead}")
 
 
 def _misnamed(name: str, version: VerlVersion) -> Iterator[Finding]:
@@ -84,16 +85,9 @@ def _said_twice(settings: Settings, version: VerlVersion | None) -> Iterator[Fin
     """Overrides of what a key says: they win in VERL, and no other check knows of them."""
     release = version.release if version and version.known else None
     keys = {(row_name(row, release) or row.name).lstrip("+"): row.keys for row in ROWS if row.keys}
-    for name, value in dict(parsed(settings.verl_overrides)).items():
+    last = {read_override(text).name: text for text in settings.verl_overrides}
+    for name, text in last.items():
         if name in keys and name not in READ:
-            said = f"{name}={value}" if value else name
-            sentence = f"VERL_OVERRIDES: {said} wins over {' and '.join(keys[name])}"
+            sentence = f"VERL_OVERRIDES: {text} wins over {' and '.join(keys[name])}"
             fix = f"set {' or '.join(keys[name])} instead: slots, batch and memory are checked against the key"
             yield warning(CHECK, sentence, fix)
-
-
-def parsed(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names and values of Hydra overrides; a value in quotes without them, and none for a removal."""
-    for override in overrides:
-        name, _, value = override.lstrip("+~").partition("=")
-        yield name.strip(), re.sub(r"^(['\"])(.*)\1$", r"\2", value.strip(), flags=re.DOTALL)

@@ -1,0 +1,108 @@
+"""Does Podman answer, and what can it do? Found out once for all who ask, and said when it changes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from slurm_runtime.background import Background
+from slurm_runtime.config import ServerConfig
+from slurm_runtime.logs import log
+from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between attempts
+
+
+class Connection:
+    """The connection to Podman's service.
+
+    ``word`` is connecting, connected or unreachable; ``facts`` and ``notes`` (which limits do not bite) are there once
+    it has answered. ``on_connected`` is awaited then, before anybody gets the facts.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        engine: Engine,
+        background: Background,
+        on_connected: Callable[[EngineFacts], Awaitable[None]],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.background = background
+        self.on_connected = on_connected
+        self.word = "connecting"
+        self.facts: EngineFacts | None = None
+        self.notes: list[str] = []
+        self._connecting: asyncio.Task[EngineFacts] | None = None
+
+    @property
+    def stands(self) -> bool:
+        return self.word == "connected"
+
+    async def ready(self) -> EngineFacts:
+        """What Podman can do, as soon as it answers; shared by all who ask. ``EngineError`` after the deadline."""
+        if self._connecting is None or (self._connecting.done() and _failed(self._connecting)):
+            self._connecting = self.background.own(self._connect())
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> EngineFacts:
+        facts = await self._first_answer()
+        self.answers()
+        self.facts = facts
+        sentence, *self.notes = greeting(facts, self.config)
+        log.info("%s", sentence)
+        for note in self.notes:
+            log.warning("%s", note)
+        await self.on_connected(facts)
+        return facts
+
+    async def _first_answer(self) -> EngineFacts:
+        deadline = time.monotonic() + self.config.connect_timeout_s
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await self.engine.facts()
+            except EngineUnreachable:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(pause_s)
+                pause_s = min(LONGEST_PAUSE_S, pause_s * 1.3)
+
+    def answers(self) -> None:
+        """Note that Podman answers, and say so if it did not before."""
+        if self.word == "unreachable":
+            log.info("Podman answers again")
+        self.word = "connected"
+
+    def fails(self, problem: EngineError) -> None:
+        """Note that Podman does not answer, and say why when that begins."""
+        if self.word != "unreachable":
+            log.error("%s", problem)
+        self.word = "unreachable"
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def greeting(facts: EngineFacts, config: ServerConfig) -> list[str]:
+    """What the log says once Podman answers: its version, and which limits do not bite here. Pure."""
+    who = "rootless" if facts.rootless else "as root, sandboxes in a user namespace"
+    lines = [f"Podman {facts.version} answers ({who})"]
+    wanted = {"memory": config.memory_bytes > 0, "pids": config.pids_limit > 0, "cpu": config.cpus_per_worker > 0}
+    missing = [name for name, is_wanted in wanted.items() if is_wanted and name not in facts.controllers]
+    if missing:
+        lines.append(
+            f"limits that do NOT bite here, because Podman may not use the cgroup controllers ({', '.join(missing)}): "
+            "a watchdog stops sandboxes that take too much memory, processes or disk, within 2 s; shares of CPU time "
+            f"are not enforced{', only which CPUs a sandbox runs on' if config.pinning != 'none' else ''}"
+        )
+    if config.pinning == "docker_cpuset" and "cpuset" not in facts.controllers:
+        lines.append(
+            "docker_cpuset is not possible here, because Podman may not use the cgroup controller cpuset: each "
+            "sandbox's processes are pinned as with taskset"
+        )
+    return lines

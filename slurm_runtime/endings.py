@@ -1,0 +1,129 @@
+"""How does a sandbox end? It is dead for its clients first, then its container goes, then its slot is free."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+from slurm_runtime.admission import Admission
+from slurm_runtime.background import Background
+from slurm_runtime.connection import Connection
+from slurm_runtime.control import ControlError
+from slurm_runtime.deaths import Deaths
+from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_memory
+from slurm_runtime.entries import Entry, uninterrupted
+from slurm_runtime.launcher import Launcher
+from slurm_runtime.logs import log
+from slurm_runtime.podman import EngineError
+from slurm_runtime.sandbox import Sandbox, State
+
+SERVING = frozenset({State.READY, State.PAUSED})  # those whose end nobody else sees to
+FAILURES_KEPT = 20  # shown to people
+
+
+class Endings:
+    """Ends sandboxes, and notices that they have ended.
+
+    A slot stays taken while the container may still run. ``failures`` are the last sandboxes that failed, the latest
+    first, each with the time (monotonic) at which it did.
+    """
+
+    def __init__(
+        self, launcher: Launcher, connection: Connection, admission: Admission, background: Background
+    ) -> None:
+        self.config = launcher.config
+        self.engine = launcher.engine
+        self.launcher = launcher
+        self.connection = connection
+        self.admission = admission
+        self.background = background
+        self.failures: deque[tuple[float, Sandbox]] = deque(maxlen=FAILURES_KEPT)
+        self._removers = asyncio.Semaphore(self.config.removers)
+        self._deaths = Deaths()
+
+    async def end(self, entry: Entry, state: State, diagnosis: Diagnosis) -> None:
+        """End it, its start included; one that is ending already is waited for. ``EngineError`` if Podman fails."""
+        if entry.ending is None or entry.ending.done():
+            entry.ending = asyncio.create_task(self._end_now(entry, state, diagnosis))
+        await asyncio.shield(entry.ending)
+
+    async def _end_now(self, entry: Entry, state: State, diagnosis: Diagnosis) -> None:
+        if entry.bring_up and not entry.bring_up.done():
+            entry.bring_up.cancel()
+            await asyncio.wait([entry.bring_up])
+        await self._finish(entry, state, diagnosis)
+
+    async def fail(self, entry: Entry, diagnosis: Diagnosis) -> None:
+        """For a start that ends itself: what Podman refuses to remove now is tried again later."""
+        try:
+            await self._finish(entry, State.FAILED, diagnosis)
+        except EngineError as problem:
+            log.error("container %s is not removed yet: %s", entry.name, problem)
+
+    async def _finish(self, entry: Entry, state: State, diagnosis: Diagnosis) -> None:
+        """Say that it is dead, then remove what is left of it."""
+        if not entry.sandbox.state.is_dead:
+            blamed = entry.sandbox.blamed(diagnosis.sentence) if diagnosis.out_of_memory else entry.sandbox
+            entry.become(blamed.changed(state, diagnosis.sentence, last_lines=diagnosis.last_lines))
+            speak = log.warning if state is State.FAILED else log.debug
+            if state is State.FAILED:
+                self.failures.appendleft((time.monotonic(), entry.sandbox))
+            wish = entry.specification
+            speak("sandbox %s of session %s: %s", wish.runtime_id, wish.session_id, diagnosis.sentence)
+        await self.clean(entry)
+
+    async def clean(self, entry: Entry) -> None:
+        """Remove the container, then give port and slot back; ``EngineError`` leaves the rest for another time."""
+        self._deaths.forget(entry.holder)
+        if entry.has_container:
+            await self._unwatch(entry)
+            async with self._removers:
+                await uninterrupted(self.engine.remove(entry.name))
+            entry.has_container = False
+        if entry.port:
+            self.launcher.ports.give(entry.port)
+            entry.port = None
+        if entry.lease:
+            lease, entry.lease = entry.lease, None
+            self.admission.give(lease)
+
+    async def _unwatch(self, entry: Entry) -> None:
+        """A death that we cause is no event; stopped processes go on, so that Podman's own stop reaches them."""
+        if self.launcher.control is not None and entry.holder:
+            try:
+                await self.launcher.control.forget(entry.name)
+            except ControlError as problem:
+                log.debug("the warden could not forget %s: %s", entry.name, problem)
+
+    def watch(self, entry: Entry) -> None:
+        """Have the kernel tell of the end of its container, where it can."""
+        entry.is_watched = self._deaths.watch(entry.holder, lambda: self._container_ended(entry))
+
+    def _container_ended(self, entry: Entry) -> None:
+        """One that is being started is buried by its start."""
+        entry.has_ended = True
+        if entry.sandbox.state in SERVING:
+            self.background.start(self.bury(entry))
+
+    async def bury(self, entry: Entry) -> None:
+        """End one whose container, or server, is dead."""
+        diagnosis = await self.diagnosis(entry)
+        if entry.sandbox.state in SERVING:
+            await self.end(entry, State.FAILED, diagnosis)
+
+    async def diagnosis(self, entry: Entry) -> Diagnosis:
+        """Why it died. A forked server's exit code is known, its container may still idle."""
+        found = await diagnose(self.engine, entry.name, entry.has_ended)
+        kernel_killed = killed_for_memory(entry.holder)
+        return judged(found, entry.offence, entry.server_exit, kernel_killed, self._memory_bites)
+
+    @property
+    def _memory_bites(self) -> bool:
+        """Whether the kernel, not the watchdog, enforces a memory limit."""
+        facts = self.connection.facts
+        return self.config.memory_bytes > 0 and facts is not None and "memory" in facts.controllers
+
+    def close(self) -> None:
+        """Notice no more deaths."""
+        self._deaths.close()

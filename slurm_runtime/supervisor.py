@@ -1,0 +1,136 @@
+"""What is looked after beside requests: orphans, containers that died, sandboxes that idle, removals that failed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from slurm_runtime.background import Background
+from slurm_runtime.connection import Connection
+from slurm_runtime.control import ControlError, Event
+from slurm_runtime.diagnostics import Diagnosis
+from slurm_runtime.endings import SERVING, Endings
+from slurm_runtime.entries import Entry
+from slurm_runtime.launcher import Launcher
+from slurm_runtime.logs import log
+from slurm_runtime.ownership import SERVER_LABEL, is_orphan
+from slurm_runtime.podman import EngineError
+from slurm_runtime.register import Register
+from slurm_runtime.sandbox import State
+
+IdleOf = Callable[[str], Awaitable[float | None]]  # seconds since the server at a URL was asked for something
+
+LISTING_PERIOD_S = 300.0  # between lists of all containers: one of 512 keeps Podman busy for a second
+IDLE_LOOK_S = 10.0  # between looks whether a sandbox idles
+
+
+class Supervisor:
+    """Looks again and again; ``mark`` is the label of this server's containers."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        connection: Connection,
+        register: Register,
+        endings: Endings,
+        background: Background,
+        mark: str,
+        idle_of: IdleOf,
+    ) -> None:
+        self.config = launcher.config
+        self.engine = launcher.engine
+        self.launcher = launcher
+        self.connection = connection
+        self.register = register
+        self.endings = endings
+        self.background = background
+        self.mark = mark
+        self.idle_of = idle_of
+        self._next_idle_look = 0.0
+        self._next_listing = 0.0
+
+    async def run(self) -> None:
+        """Connect to Podman, then look once a period; ends only by cancellation."""
+        swept = False
+        while True:
+            try:
+                await self.connection.ready()
+                if not swept:
+                    await self.sweep()
+                    swept = True
+                await self._look()
+                await self._retry_cleaning()
+                await self._reap_idle()
+                self.connection.answers()
+            except EngineError as problem:
+                self.connection.fails(problem)
+            await asyncio.sleep(self.config.watch_period_s)
+
+    async def sweep(self) -> None:
+        """Remove sandboxes whose server is dead: it was killed before it could."""
+        found = await self.engine.list(SERVER_LABEL)
+        orphans = [state.name for state, labels in found if is_orphan(labels.get(SERVER_LABEL, ""), self.mark)]
+        if orphans:
+            log.warning("removing %d sandboxes of a server that was killed", len(orphans))
+            await asyncio.gather(*(self.engine.remove(name) for name in orphans))
+
+    async def _look(self) -> None:
+        """Bury every sandbox whose container is dead or gone; a second witness where the kernel tells of deaths."""
+        serving = self.register.in_states(SERVING)
+        now = time.monotonic()
+        if now < self._next_listing and all(entry.is_watched for entry in serving):
+            await self.engine.ping()
+            return
+        self._next_listing = now + LISTING_PERIOD_S
+        listed = await self.engine.list(f"{SERVER_LABEL}={self.mark}")
+        running = {state.name for state, _ in listed if state.running}
+        dead = [entry for entry in serving if entry.name not in running]
+        await asyncio.gather(*(self.endings.bury(entry) for entry in dead))
+
+    async def _retry_cleaning(self) -> None:
+        """Try again what Podman refused to remove."""
+        for entry in self.register.entries():
+            idle = entry.ending is None or entry.ending.done()
+            working = entry.bring_up is not None and not entry.bring_up.done()
+            if entry.sandbox.state.is_dead and not entry.is_clean and idle and not working:
+                await self.endings.clean(entry)
+
+    async def _reap_idle(self) -> None:
+        """Stop sandboxes in which nothing runs and nothing was asked for; what cannot be told is left alone."""
+        now, control = time.monotonic(), self.launcher.control
+        if not self.config.idle_timeout_s or control is None or now < self._next_idle_look:
+            return
+        self._next_idle_look = now + min(IDLE_LOOK_S, self.config.idle_timeout_s)
+        try:
+            usage = await control.usage()
+        except ControlError:
+            return
+        ready = self.register.in_states({State.READY})
+        await asyncio.gather(*(self._stop_if_idle(entry, usage.get(entry.name), now) for entry in ready))
+
+    async def _stop_if_idle(self, entry: Entry, usage: Mapping[str, float] | None, now: float) -> None:
+        """A command that runs is no idleness, however long ago the server was asked for it; nor has it just ended."""
+        if usage is None or usage["commands"]:
+            entry.busy_at = now
+            return
+        asked = await self.idle_of(entry.sandbox.url or "")
+        idle_s = 0.0 if asked is None else min(asked, now - entry.busy_at)
+        if idle_s >= self.config.idle_timeout_s and entry.sandbox.state is State.READY:
+            sentence = f"nothing happened in it for {idle_s:.0f} s (--idle-timeout)"
+            wish = entry.specification
+            log.warning("sandbox %s of session %s is stopped: %s", wish.runtime_id, wish.session_id, sentence)
+            await self.endings.end(entry, State.STOPPED, Diagnosis(sentence, ""))
+
+    def hear(self, event: Event) -> None:
+        """What the warden saw of a sandbox: its forked server ended, or it took more than it may."""
+        entry = self.register.of_container(str(event.get("sandbox", "")))
+        if entry is None:
+            return
+        if event.get("event") == "exited":
+            entry.server_exit = int(event["exit_code"])
+            self.background.start(self.endings.bury(entry))
+        elif event.get("event") == "offender":
+            entry.offence = str(event.get("reason"))
+            entry.become(entry.sandbox.blamed(entry.offence))
+            self.background.start(self.endings.bury(entry))
