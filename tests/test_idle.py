@@ -15,6 +15,7 @@ import pytest
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.idle import (
     BEFORE_GPUS_S,
+    MOST_ABSENT_S,
     Conclusion,
     IdleWatch,
     Step,
@@ -74,6 +75,7 @@ def test_when_the_next_runtime_job_begins() -> None:
     assert begin_in_s(990.0, 1000.0) == 0
     assert begin_in_s(1000.0 + BEFORE_GPUS_S, 1000.0) == 0
     assert begin_in_s(1000.0 + BEFORE_GPUS_S + 7.5, 1000.0) == 7
+    assert begin_in_s(1000.0 + 30 * 86400, 1000.0) == MOST_ABSENT_S
 
 
 def test_what_is_held_is_slurms_word_where_there_is_one() -> None:
@@ -322,13 +324,13 @@ def test_what_the_directory_says_then(slurm: FakeSlurm) -> None:
 
 def test_it_comes_back_shortly_before_the_gpus(slurm: FakeSlurm) -> None:
     job = idle(slurm)
-    starts = int(time.time()) + 4600
+    starts = int(time.time()) + 2600
     slurm.answer("squeue", {"stdout": f"PENDING|Priority||{starts}\n"}, IN_QUEUE, OUT)
     assert given_back(slurm, job)
     begin = [word for word in slurm.of("sbatch")[2].argv if word.startswith("--begin=")]
     found = re.fullmatch(r"--begin=now\+(\d+)", begin[0])
     assert found
-    assert 3980 <= int(found[1]) <= 4000
+    assert 1980 <= int(found[1]) <= 2000
     assert not [word for word in slurm.of("sbatch")[3].argv if word.startswith("--begin=")]
 
 

@@ -35,6 +35,9 @@ LONGEST_PAUSE_S = 3600.0  # between two words, or two attempts to give back; bot
 ASK_AGAIN_S = 60.0  # sites forbid polling their controller more often
 # What a new runtime job needs before the GPUs come: a place in the CPU queue, and its image.
 BEFORE_GPUS_S = 600.0
+# Slurm expects every job to last until its time limit, so GPUs come sooner, and the run is not in the queue for them
+# before its runtime job has started.
+MOST_ABSENT_S = 3600
 CERTAIN_WITHIN_S = 120.0  # a job that was cancelled as it started ends within Slurm's KillWait, 30 s by default
 RELEASE_PAUSES_S = (0.0, 2.0, 10.0, 30.0)  # before each attempt; a controller that has just taken two jobs is busy
 
@@ -94,8 +97,8 @@ def decide(settings: Settings, wait: Wait) -> Decision:
 
 
 def begin_in_s(starts_at: float | None, now: float) -> int:
-    """How long a new runtime job is to wait at least, in seconds, where Slurm expects the training to ``starts_at``."""
-    return max(0, math.floor((starts_at or 0.0) - BEFORE_GPUS_S - now))
+    """Seconds before which a new runtime job is not to start, where Slurm expects its training to at ``starts_at``."""
+    return max(0, min(MOST_ABSENT_S, math.floor((starts_at or 0.0) - BEFORE_GPUS_S - now)))
 
 
 def holdings(settings: Settings, environment: Mapping[str, str]) -> str:
