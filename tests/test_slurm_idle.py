@@ -20,7 +20,7 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, belongings, leftovers, sweep
-from tests.runs import Run, launch, until
+from tests.runs import Run, launch, launch_argv, until
 from tests.test_slurm_restarts import SAVES_AT_ONCE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
@@ -104,6 +104,8 @@ def tell(story: Story) -> None:
     story.begin("attempt 1", AT_ONCE, "RESTARTS=1", ON_B, TRAINS)
     story.begin("too late", NEVER, *SOON_TOO_LATE, ON_B, TRAINS)
     story.begin("given back before it is too late", "RUNTIME_IDLE_LIMIT=3600", *SOON_TOO_LATE, ON_B, TRAINS)
+    words = launch_argv(story.checkout, f"SKYRL_JOBS_BASE={story.base}", ON_A, TRAINS, options=("--check",))
+    story.seen["what the checks say"] = story.user.run(words).stdout
     story.given_back("given back")
     node = f"skyrl-{story.user.uid}-{story.runs['given back'].jobs['runtime']}"
     story.seen["left by the first runtime job"] = " ".join(
@@ -213,6 +215,15 @@ def test_it_comes_back_when_slurm_expects_the_gpus(told: Story) -> None:
     assert "JobState=PENDING Reason=BeginTime" in shown
     submitted, begins = (datetime.fromisoformat(re.findall(rf"{word}=(\S+)", shown)[0]) for word in TIMES)
     assert 2300 < (begins - submitted).total_seconds() <= 2400, "in fifty minutes, less ten"
+
+
+def test_the_checks_say_how_long_the_runtime_job_would_wait(told: Story) -> None:
+    said = told.seen["what the checks say"]
+    assert re.search(r"the training job would start \d+ min after the runtime job, which holds 8 CPUs and 4G", said), (
+        said
+    )
+    assert "more than half of its TIME_LIMIT=00:20:00" in said
+    assert "RUNTIME_IDLE_LIMIT=600 has it give its node back" in said
 
 
 def test_where_slurm_takes_no_job_the_runtime_goes_on(told: Story) -> None:

@@ -253,7 +253,8 @@ class Slurm:
 
     def would_take(self, argv: Sequence[str]) -> Completed:
         """What Slurm says to ``sbatch --test-only``: nothing is queued."""
-        return self._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
+        asking = Slurm({**self.environment, "SLURM_TIME_FORMAT": "standard"})
+        return asking._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
 
     def partitions(self) -> Completed:
         """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""
