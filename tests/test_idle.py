@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import re
 import signal
 import time
@@ -258,7 +259,8 @@ def idle(slurm: FakeSlurm, *overrides: str) -> JobContext:
 def test_in_this_order(slurm: FakeSlurm) -> None:
     job = idle(slurm, "RESTARTS=0")
     before = len(slurm.calls)
-    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, {"code": 1, "stderr": "Unable to contact"}, OUT)
+    silent, ending_yet = {"code": 1, "stderr": "Unable to contact"}, {"stdout": "COMPLETING|None|gpu1|\n"}
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, silent, ending_yet, OUT)
     ending = given_back(slurm, job)
     assert ending is not None
     assert (ending.exit_code, ending.goes_on) == (0, True)
@@ -270,7 +272,7 @@ def test_in_this_order(slurm: FakeSlurm) -> None:
     assert slurm.of("scancel")[0].argv == ["--state=PENDING", "102"]
     assert slurm.of("scontrol")[-1].argv == ["release", "103"]
     names = [call.name for call in slurm.calls[before:]]
-    assert names[-4:] == ["scancel", "squeue", "squeue", "scontrol"], "only on Slurm's word"
+    assert names[-5:] == ["scancel", "squeue", "squeue", "squeue", "scontrol"], "only on Slurm's last word"
     recorded = slurm.of("scancel")[0].modes
     assert f"{job.directory.path.name}/run_103.json" in recorded, "before anything is cancelled"
 
@@ -429,3 +431,27 @@ def test_who_ends_the_runtime_job_meanwhile_ends_the_run(slurm: FakeSlurm) -> No
     with pytest.raises(Interrupted):
         given_back(slurm, job, notes)
     assert slurm.of("scancel")[-1].argv == ["104", "103"]
+
+
+@pytest.mark.parametrize(
+    ("command", "answers"),
+    [
+        ("sbatch", [{}, {}, {}, {"signal": 9}]),
+        ("scancel", [{"signal": 9}]),
+        ("squeue", [IN_QUEUE, IN_QUEUE, {**OUT, "signal": 9}]),
+    ],
+)
+def test_a_body_that_is_killed_leaves_at_worst_a_held_pair(
+    slurm: FakeSlurm, command: str, answers: list[dict[str, object]]
+) -> None:
+    job = idle(slurm)
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, OUT)
+    slurm.answer(command, *answers)
+    child = multiprocessing.get_context("fork").Process(target=given_back, args=(slurm, job))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert ["release", "103"] not in [call.argv for call in slurm.of("scontrol")]
+    runtime, training = slurm.of("sbatch")[2:4]
+    assert "--hold" in runtime.argv
+    assert "--dependency=after:103" in training.argv
