@@ -295,7 +295,7 @@ class Swap:
             return None if open_yet else status
 
         what = f"Slurm to say what became of the training job {self.training}"
-        return wait_for(what, word, CERTAIN_WITHIN_S, still_possible=self._unless_cancelled, pause=lambda _: 1.0)
+        return wait_for(what, word, CERTAIN_WITHIN_S, still_possible=self._unless_cancelled, pause=_growing)
 
     def _unless_cancelled(self) -> None:
         """Raise if a person ends this job: the run is not to go on. After a time limit or preemption it is."""
@@ -310,6 +310,11 @@ class Swap:
             self.still_held = _release_complaint(slurm, runtime)
             if not self.still_held:
                 return
+
+
+def _growing(waited_s: float) -> float:
+    """Seconds to the next question: a controller that is busy is asked less and less."""
+    return max(1.0, waited_s / 3)
 
 
 def _release_complaint(slurm: Slurm, job_id: str) -> str:
