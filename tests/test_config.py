@@ -188,7 +188,7 @@ BASH_SUITE = {
     "SLURM_RUNTIME_DIR": None, "SANDBOX_REMOTE_RUNTIME_API_URL": "", "SKYRL_BACKEND": "slurm",
     "RAY_CLUSTER": "auto", "RAY_PYTHON": (), "RAY_PORT_RANGE": None, "RAY_READY_TIMEOUT": 300,
     "NETWORK_INTERFACE": "", "CUDA_MODULES": (), "CACHE_DIR": None,
-    "RESTARTS": 0, "RESTART_LEAD": 900, "MIN_RUN_TIME": 0,
+    "RESTARTS": 0, "RESTART_LEAD": 900, "MIN_RUN_TIME": 0, "RUNTIME_IDLE_LIMIT": 0,
 }  # fmt: skip
 
 
@@ -307,6 +307,8 @@ def test_a_runtime_that_gives_up_before_the_training_is_warned_of(load: Loader) 
     )
     assert load(lower, "TRAINING_COMPLETE_TIMEOUT=172800").warnings == ()
     assert load(lower, "SKYRL_BACKEND=local").warnings == (), "no time limit ends a local run"
+    told = load("", "SKYRL_BACKEND=local", "RESTARTS=2", "RUNTIME_IDLE_LIMIT=60").warnings
+    assert ["has no effect" in warning for warning in told] == [True, True]
     (warning,) = load("TIME_LIMIT=UNLIMITED\n", "TRAINING_COMPLETE_TIMEOUT=43200").warnings
     assert warning.startswith("--set TRAINING_COMPLETE_TIMEOUT: ")
 

@@ -140,9 +140,13 @@ def plan_checkout(job: JobContext) -> Path:
 
 
 def next_plan(job: JobContext, number: int) -> LaunchPlan:
-    """What a launch of this attempt would do: with this job's settings and environment, in this run's directory."""
+    """What a launch of this attempt would do."""
+    return plan_here(job, Request(attach_dir=job.directory.path, restart=Restart(number, job.job_id)))
+
+
+def plan_here(job: JobContext, request: Request) -> LaunchPlan:
+    """What a launch would do with this job's settings and environment, in this run's directory."""
     config = LoadedConfig(job.settings, exported={}, sources={}, files=(), warnings=())
-    request = Request(attach_dir=job.directory.path, restart=Restart(number, job.job_id))
     python = job.environment["SKYRL_PYTHON"]
     return make_plan(config, request, job.environment, plan_checkout(job), python, datetime.now())
 

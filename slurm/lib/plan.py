@@ -36,13 +36,27 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class Requeue:
+    """A pair of jobs whose training has not begun, in the queue once more.
+
+    Which attempt it is, and after which training job, stays as it was. Its runtime job waits for the end of
+    ``instead_of``, the one that gives its node back, and does not start within the next ``begin_in_s`` seconds.
+    """
+
+    attempt: int
+    after: str
+    instead_of: str
+    begin_in_s: int
+
+
+@dataclass(frozen=True)
 class Request:
     """What the command line asks for beside the configuration.
 
     ``attach_dir`` is the directory of a running runtime job to join and ``attach_id`` that job's id;
     ``runtime_url`` is the address of any other server. ``settings_words`` are the options that named the settings of a
-    runtime launched alone, for the line that says how to join it. ``restart`` is set for a pair that goes on with the
-    run in ``attach_dir``.
+    runtime launched alone, for the line that says how to join it. ``restart`` or ``requeue`` is set for a pair that
+    goes on with the run in ``attach_dir``.
     """
 
     runtime: bool = True
@@ -52,6 +66,12 @@ class Request:
     settings_words: tuple[str, ...] = ()
     runtime_url: str | None = None
     restart: Restart | None = None
+    requeue: Requeue | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the jobs find in ``attach_dir`` all that a launch would make."""
+        return self.restart is not None or self.requeue is not None
 
 
 @dataclass(frozen=True)
@@ -257,9 +277,9 @@ class _Builder:
         return f"{self.base}/{self.directory_of(job_id)}"
 
     def script(self, name: str) -> Path:
-        """In the checkout; of a restart in the run's own copy of the code, since the checkout may have changed."""
+        """In the checkout; of a run that goes on in its own copy of the code, since the checkout may have changed."""
         attach = self.request.attach_dir
-        code = CoordinationDir(attach).code if attach and self.request.restart else self.checkout
+        code = CoordinationDir(attach).code if attach and self.request.goes_on else self.checkout
         return code / "slurm" / "jobs" / name
 
     def attempt(self) -> dict[str, str]:
@@ -267,14 +287,20 @@ class _Builder:
         pair = self.request.runtime and self.request.training and self.settings.skyrl_backend == "slurm"
         if not pair or not self.settings.restarts:
             return {}
-        restart = self.request.restart
-        return {ATTEMPT: str(restart.attempt), AFTER: restart.after} if restart else {ATTEMPT: "1"}
+        known = self.request.restart or self.request.requeue
+        return {ATTEMPT: str(known.attempt if known else 1)} | ({AFTER: known.after} if known and known.after else {})
+
+    def waits(self) -> tuple[str, ...]:
+        """What the runtime job waits for, beside its release."""
+        requeue, restart = self.request.requeue, self.request.restart
+        after = restart.after if restart else requeue.instead_of if requeue else None
+        begin = f"now+{requeue.begin_in_s}" if requeue and requeue.begin_in_s else None
+        return _options([("dependency", f"afterany:{after}" if after else None), ("begin", begin)])
 
     def runtime(self) -> JobPlan:
         directory = self.directory_of(OWN_ID)
         script = self.script("runtime_server.py")
-        restart = self.request.restart
-        first = ("--hold", f"--dependency=afterany:{restart.after}") if restart else ("--hold",)
+        first = ("--hold", *self.waits())
         options = runtime_options(self.settings) + _logs("runtime", self.base, directory)
         environment = _job_environment("runtime", self.base, directory, self.checkout, self.python) | self.attempt()
         return JobPlan(

@@ -68,6 +68,7 @@ def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str
 
 
 _NAMES = {"runtime": "skyrl-runtime", "training": "skyrl-train"}
+_OTHER = {"runtime": "training", "training": "runtime"}
 
 
 def record_text(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> str:
@@ -83,12 +84,12 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
     """
     copy_code(checkout, directory.code)
     added = copy_confs(directory, plan)
-    restarted = plan.request.restart is not None  # its jobs find the rest where the first attempt's did
-    example = task_example(plan.settings) if plan.training and not restarted else None
+    goes_on = plan.request.goes_on  # its jobs find the rest where those before them did
+    example = task_example(plan.settings) if plan.training and not goes_on else None
     if example:
         added += [directory.task_yaml] if not directory.task_yaml.exists() else []
         write_matching(example, directory.task_yaml, plan.settings)
-    if plan.secrets and not restarted:
+    if plan.secrets and not goes_on:
         path = directory.secrets
         if path.exists():  # of the runtime's launch; what this shell knows goes to this launch's job alone
             path = _secrets_of(directory, next(iter(jobs.values())))
@@ -104,11 +105,12 @@ def ensure_task_yaml(settings: Settings, directory: CoordinationDir) -> None:
         write_matching(example, directory.task_yaml, settings)
 
 
-def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: GitState) -> None:
-    """Write the record: ``run.json``, or ``run_<id>.json`` in the directory of a run that is joined."""
+def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: GitState) -> Path:
+    """Write the record: ``run.json``, or ``run_<id>.json`` in the directory of a run that is joined; returns which."""
     first = next(iter(jobs.values()))
     path = directory.path / f"run_{first}.json" if directory.run_record.exists() else directory.run_record
     write_atomically(path, record_text(plan, jobs, git, plan.jobs[0].environment["SKYRL_PYTHON"]))
+    return path
 
 
 def _secrets_of(directory: CoordinationDir, job_id: str) -> Path:
@@ -182,13 +184,16 @@ def partner_of(directory: CoordinationDir, kind: str, job_id: str) -> str | None
 
     The one that was recorded with it, else the last that was recorded alone. Other attempts at the run are other pairs.
     """
-    other = {"runtime": "training", "training": "runtime"}[kind]
-    found = None
-    for jobs in map(_jobs_in, record_paths(directory)):
-        if other in jobs and jobs.get(kind) == job_id:
-            return jobs[other]
-        found = jobs[other] if other in jobs and kind not in jobs else found
-    return found
+    other = _OTHER[kind]
+    alone = [jobs[other] for jobs in map(_jobs_in, record_paths(directory)) if other in jobs and kind not in jobs]
+    return recorded_with(directory, kind, job_id) or (alone[-1] if alone else None)
+
+
+def recorded_with(directory: CoordinationDir, kind: str, job_id: str) -> str | None:
+    """The id of the job that was launched together with this one; None for a job that was launched alone."""
+    other = _OTHER[kind]
+    pairs = [jobs for jobs in map(_jobs_in, record_paths(directory)) if other in jobs and jobs.get(kind) == job_id]
+    return pairs[0][other] if pairs else None
 
 
 def _jobs_in(path: Path) -> dict[str, str]:
@@ -208,7 +213,7 @@ def recorded_git(directory: CoordinationDir) -> GitState:
 
 def join(directory: CoordinationDir, kind: str, job_id: str) -> None:
     """Record a job that was submitted directly, so that its partner can look it up."""
-    if read_jobs(directory).get(kind) == job_id:
+    if any(_jobs_in(path).get(kind) == job_id for path in record_paths(directory)):
         return
     data = {"schema": SCHEMA, "created": utc_now(), "jobs": {kind: {"id": job_id, "name": _NAMES[kind]}}}
     path = directory.path / f"run_{job_id}.json" if directory.run_record.exists() else directory.run_record

@@ -26,6 +26,7 @@ from slurm.lib.errors import (
     SuiteError,
 )
 from slurm.lib.guardian import guarded
+from slurm.lib.idle import IdleWatch
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
@@ -48,7 +49,7 @@ SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why the job ends: its exit code, a sentence, and whether the training ended first, as planned."""
+    """Why the job ends: its exit code, a sentence, and whether that is as planned: no training loses its runtime."""
 
     exit_code: int
     reason: str
@@ -188,14 +189,22 @@ def watch(
 ) -> Outcome:
     """Wait for the first reason to end."""
     end = time.monotonic() + job.settings.training_complete_timeout
+    idle = IdleWatch(job, notes)
     while True:
         outcome = watcher.look(server) or stopped(notes) or child_ended(notes, server, service)
+        outcome = outcome or idle_too_long(idle, watcher)
         if outcome is None and time.monotonic() > end:
             seconds = job.settings.training_complete_timeout
             outcome = Outcome(EXIT_TIMEOUT, f"the training was not complete after TRAINING_COMPLETE_TIMEOUT={seconds}")
         if outcome:
             return outcome
         notes.sleep(LOOK_EVERY_S)
+
+
+def idle_too_long(idle: IdleWatch, watcher: TrainingWatcher) -> Outcome | None:
+    """The outcome if this job is not to wait any longer for a training that has not started."""
+    ending = idle.look(watcher.has_heard)
+    return Outcome(ending.exit_code, ending.reason, as_planned=ending.goes_on) if ending else None
 
 
 def stopped(notes: SignalNotes) -> Outcome | None:
@@ -237,6 +246,11 @@ class TrainingWatcher:
         if not server.is_ours:
             counter.beat()  # before the address is published: the training job takes it for the sign to do likewise
         return TrainingWatcher(job, client, reader(path, ours), counter)
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether the training has been heard of, or Slurm has said that it runs."""
+        return self.partner is not None and self.partner.expected
 
     def look(self, server: ApiServer) -> Outcome | None:
         flag = self.complete.read()

@@ -58,10 +58,15 @@ SLURM_STATES = {
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job's state with the scheduler's own words for it."""
+    """A job's state with the scheduler's own words for it.
+
+    ``starts_at`` is when it started, or when Slurm expects a pending one to start; epoch seconds, None where it does
+    not say.
+    """
 
     state: JobState
     words: str
+    starts_at: float | None = None
 
     def __str__(self) -> str:
         return f"{self.state.value} ({self.words})" if self.words else self.state.value
@@ -120,7 +125,7 @@ def _epoch(stamp: str) -> float | None:
 
 
 def parse_status(answer: Completed) -> JobStatus:
-    """The status in an answer of ``squeue -h -t all -o '%T|%r|%N'``."""
+    """The status in an answer of ``squeue -h -t all -o '%T|%r|%N|%S'``."""
     if not answer.ok:
         if "Invalid job id" in answer.stderr:
             return JobStatus(JobState.PURGED, "no job of this number in Slurm's records")
@@ -129,9 +134,10 @@ def parse_status(answer: Completed) -> JobStatus:
     word, _, rest = lines[0].strip().partition("|")
     if not word:
         return JobStatus(JobState.PURGED, "not in the queue any more")
-    reason, _, node = rest.partition("|")
+    reason, _, rest = rest.partition("|")
+    node, _, start = rest.partition("|")
     details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
-    return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details))
+    return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), _epoch(start))
 
 
 def parse_job_id(answer: Completed) -> str | None:
@@ -198,13 +204,21 @@ class Slurm:
             raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
 
     def status(self, job_id: str) -> JobStatus:
-        return parse_status(self._ask("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N"))
+        question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S")
+        return parse_status(self._with_epochs()._ask(*question))
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
         if not job_ids:
             return None
-        answer = self._ask("scancel", *job_ids, timeout_s=SUBMIT_TIMEOUT_S)
+        return self._complaint(self._ask("scancel", *job_ids, timeout_s=SUBMIT_TIMEOUT_S))
+
+    def cancel_pending(self, job_id: str) -> str | None:
+        """Cancel a job only if it has not started; returns Slurm's complaint or None, which says nothing of the job."""
+        return self._complaint(self._ask("scancel", "--state=PENDING", job_id, timeout_s=SUBMIT_TIMEOUT_S))
+
+    @staticmethod
+    def _complaint(answer: Completed) -> str | None:
         return None if answer.ok or "Invalid job id" in answer.stderr else answer.complaint
 
     def hostnames(self, nodelist: str) -> list[str]:
@@ -225,8 +239,11 @@ class Slurm:
 
     def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts:
         """What Slurm says about the job's time; nothing is known where it does not answer in time."""
-        asking = Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})  # a person's own format could not be read back
-        return parse_facts(asking._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s).stdout)
+        return parse_facts(self._with_epochs()._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s).stdout)
+
+    def _with_epochs(self) -> Slurm:
+        """The same commands, which print times as epoch seconds; a person's own format could not be read back."""
+        return Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})
 
     def detail(self, job_id: str, field: str) -> str | None:
         """One field of ``scontrol show job`` whose value reaches to the end of its line, such as ``StdOut``."""
@@ -236,7 +253,8 @@ class Slurm:
 
     def would_take(self, argv: Sequence[str]) -> Completed:
         """What Slurm says to ``sbatch --test-only``: nothing is queued."""
-        return self._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
+        asking = Slurm({**self.environment, "SLURM_TIME_FORMAT": "standard"})
+        return asking._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
 
     def partitions(self) -> Completed:
         """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""

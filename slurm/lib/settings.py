@@ -429,6 +429,14 @@ class Settings:
         "Time that either job must have left for a training to begin; 0 is no such condition.",
         unit="s",
     )
+    runtime_idle_limit: int = setting(
+        "RUNTIME_IDLE_LIMIT",
+        non_negative_int,
+        0,
+        "How long the runtime job keeps its node while the training job waits for GPUs; then both are queued again, "
+        "see [restarts.md](restarts.md#waiting-for-gpus). 0 is until the time limit.",
+        unit="s",
+    )
 
     # The training job
     gpu_nodes: int = setting("GPU_NODES", positive_int, 1, "Nodes of the training job.")
@@ -835,15 +843,24 @@ def gpu_gres(settings: Settings) -> str:
 def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
-    if settings.skyrl_backend == "local" and settings.restarts:
-        return [(("RESTARTS",), f"RESTARTS={settings.restarts} has no effect: a local run has no time limit")]
-    if settings.skyrl_backend == "local" or waits >= limit:
+    if settings.skyrl_backend == "local":
+        return list(_without_effect(settings))
+    if waits >= limit:
         return []
     sentence = (
         f"TRAINING_COMPLETE_TIMEOUT={waits} is less than TIME_LIMIT={settings.time_limit} ({limit} s): a training that "
         f"takes longer loses its runtime; leave it unset for the whole time limit"
     )
     return [(("TRAINING_COMPLETE_TIMEOUT",), sentence)]
+
+
+def _without_effect(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a local run does not do."""
+    if settings.restarts:
+        yield ("RESTARTS",), f"RESTARTS={settings.restarts} has no effect: a local run has no time limit"
+    if settings.runtime_idle_limit:
+        sentence = f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} has no effect: a local run waits in no queue"
+        yield ("RUNTIME_IDLE_LIMIT",), sentence
 
 
 def _with_absolute_paths(settings: Settings, place: Place) -> Settings:

@@ -65,8 +65,14 @@ def _taken_back_on_failure(slurm: Slurm) -> Iterator[_Undo]:
         raise
 
 
-def submit(plan: LaunchPlan, notes: SignalNotes, git: Callable[[], GitState], checkout: Path) -> Submitted:
-    """Submit the plan's jobs and release them. ``SubmissionError`` says why not, with nothing left behind."""
+def submit(
+    plan: LaunchPlan,
+    notes: SignalNotes,
+    git: Callable[[], GitState],
+    checkout: Path,
+    release: Callable[[Slurm, str], None] = Slurm.release,
+) -> Submitted:
+    """Submit the plan's jobs and ``release`` the first. ``SubmissionError`` says why not, with nothing left behind."""
     jobs: dict[str, str] = {}
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
@@ -80,11 +86,12 @@ def submit(plan: LaunchPlan, notes: SignalNotes, git: Callable[[], GitState], ch
         added = furnish(directory, plan, jobs, checkout)
         undo.added += added if joining else []
         _publish_foreign_runtime(directory, plan)
-        if not joining:
-            write_record(directory, plan, jobs, git())
+        late = joining and plan.request.requeue is None
+        if not late:
+            undo.added.append(write_record(directory, plan, jobs, git()))
         notes.check()
-        slurm.release(next(iter(jobs.values())))
-    if joining:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
+        release(slurm, next(iter(jobs.values())))
+    if late:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
         _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
 

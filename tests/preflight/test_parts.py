@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -514,6 +515,40 @@ def test_the_question_is_the_submission(tmp_path: Path) -> None:
 )
 def test_what_sbatch_says(code: int, words: str, found: list[Level]) -> None:
     assert levels(cluster.submission_findings("runtime", Completed(("sbatch",), code, "", words))) == found
+
+
+def starting_at(time: str) -> Completed:
+    words = f"sbatch: Job 5 to start at {time} using 2 processors on nodes a in partition test"
+    return Completed(("sbatch",), 0, "", words)
+
+
+@pytest.mark.parametrize(
+    ("training", "overrides", "level", "said"),
+    [
+        ("2026-11-25T10:30:00", (), None, ""),
+        ("2026-11-25T09:00:00", (), None, ""),
+        ("2026-11-25T13:20:00", (), WARNING, "3 h 20 min after the runtime job, which holds 32 CPUs and 64G of memory"),
+        ("2026-11-25T17:00:00", (), WARNING, "more than half of its TIME_LIMIT=12:00:00"),
+        ("2026-11-25T17:00:00", ("TIME_LIMIT=UNLIMITED",), WARNING, "which holds 32 CPUs and 64G of memory until then"),
+        ("2026-11-27T14:00:00", ("RUNTIME_IDLE_LIMIT=60",), ESTIMATE, "2 d 4 h after .* after RUNTIME_IDLE_LIMIT=60 s"),
+        ("whenever", (), None, ""),
+    ],
+)
+def test_how_long_the_runtime_job_would_wait(
+    tmp_path: Path, training: str, overrides: tuple[str, ...], level: Level | None, said: str
+) -> None:
+    settings = World(tmp_path).plan("TIME_LIMIT=12:00:00", *overrides).settings
+    found = cluster.wait_findings(settings, starting_at("2026-11-25T10:00:00"), starting_at(training))
+    assert levels(found) == ([level] if level else [])
+    assert all(re.search(said, finding.sentence) for finding in found)
+    assert all(("PAIRING=het" in finding.fix) is (level is WARNING) for finding in found)
+    assert all(("MIN_RUN_TIME" in finding.fix) is ("half" in finding.sentence) for finding in found)
+
+
+def test_a_wait_is_not_known_where_slurm_refuses_a_job(tmp_path: Path) -> None:
+    settings = World(tmp_path).plan().settings
+    refusal = Completed(("sbatch",), 1, "", "allocation failure: Invalid partition name specified")
+    assert not cluster.wait_findings(settings, starting_at("2026-11-25T10:00:00"), refusal)
 
 
 LOST = (

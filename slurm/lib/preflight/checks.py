@@ -175,14 +175,8 @@ def _slurm_of(asked: Asked) -> Slurm:
     return Slurm({**asked.plan.inherited, **asked.plan.environment})
 
 
-def _submission(kind: str) -> CheckRun:
-    """Each job is asked about in a thread of its own: a site's submission filter may take seconds."""
-
-    def ask(asked: Asked) -> list[Finding]:
-        jobs = [job for job in asked.plan.jobs if job.kind == kind]
-        return [finding for job in jobs for finding in cluster.asked_of(_slurm_of(asked), job)]
-
-    return ask
+def _submissions(asked: Asked) -> list[Finding]:
+    return cluster.submissions_asked(_slurm_of(asked), asked.plan)
 
 
 def _partitions(asked: Asked) -> list[Finding]:
@@ -223,8 +217,7 @@ CHECKS: tuple[Check, ...] = (
           _storage),
     Check("images", "Are names of images, archives and logins what they are said to be?", runtimes, _images),
     Check("slurm", "Would Slurm take the jobs, and have partitions the time, nodes and GPUs?", on_slurm, _partitions),
-    Check("slurm", "", on_slurm, _submission("runtime")),
-    Check("slurm", "", on_slurm, _submission("training")),
+    Check("slurm", "", on_slurm, _submissions),
     Check("account", "Has the user an association with ACCOUNT and QOS?", on_slurm, _account),
 )  # fmt: skip
 
@@ -289,7 +282,7 @@ def run_checks(
     end = time.monotonic() + deadline_s
     running = [_Running(check, asked) for check in concerning(asked, skipped, checks)]
     found = (finding for check in running for finding in check.result(end, deadline_s))
-    return list(dict.fromkeys(found))  # the three that ask Slurm may have the same to say
+    return list(dict.fromkeys(found))  # those that ask Slurm may have the same to say
 
 
 class Refused(UsageError):

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
-from slurm.lib.preflight.words import number_of
+from slurm.lib.preflight.words import duration, number_of
 from slurm.lib.processes import Completed
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings, slurm_seconds
 
+LONG_WAIT_S = 1800.0  # for GPUs; what the runtime job holds for less is not worth a word
 # Options of a real submission that a test has no use for.
 NOT_TESTED = ("--parsable", "--hold", "--dependency=", "--kill-on-invalid-dep=")
 # Words of sbatch that say nothing about the job: the controller did not answer.
@@ -87,8 +90,35 @@ def submission_findings(kind: str, answer: Completed) -> list[Finding]:
     if not answer.ok:
         fix = "correct the keys that it names (partition, ACCOUNT, QOS, sizes); sinfo shows what there is"
         return [error("slurm", f"Slurm would not take the {kind} job: {words}", fix)]
-    start = re.search(r"to start at (\S+)", words)
-    return [estimate("slurm", f"the {kind} job would start about {start[1]}, by Slurm's word now")] if start else []
+    start = _start_in(answer)
+    return [estimate("slurm", f"the {kind} job would start about {start}, by Slurm's word now")] if start else []
+
+
+def _start_in(answer: Completed) -> str:
+    """When a job would start, as ``sbatch --test-only`` says it; empty where it does not."""
+    found = re.search(r"to start at (\S+)", answer.complaint) if answer.ok else None
+    return found[1] if found else ""
+
+
+def wait_findings(settings: Settings, runtime: Completed, training: Completed) -> list[Finding]:
+    """What the runtime job would hold while the training job waits for GPUs, by Slurm's answers about both."""
+    try:
+        starts = [datetime.fromisoformat(_start_in(answer)) for answer in (runtime, training)]
+    except ValueError:
+        return []
+    wait_s = (starts[1] - starts[0]).total_seconds()
+    if wait_s <= LONG_WAIT_S:
+        return []
+    held = f"{settings.cpus_for_runtime} CPUs and {settings.runtime_memory} of memory"
+    sentence = f"the training job would start {duration(wait_s)} after the runtime job, which holds {held} until then"
+    if settings.runtime_idle_limit:
+        given_back = f"it gives them back after RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} s"
+        return [estimate("slurm", f"{sentence}; {given_back}, and both jobs are queued again")]
+    fix = "RUNTIME_IDLE_LIMIT=600 has it give its node back, PAIRING=het has both jobs start together"
+    if wait_s > slurm_seconds(settings.time_limit) / 2:
+        sentence += f"; that is more than half of its TIME_LIMIT={settings.time_limit}, which runs meanwhile"
+        fix += "; otherwise set a longer TIME_LIMIT, and MIN_RUN_TIME so that no training begins with too little left"
+    return [warning("slurm", sentence, fix)]
 
 
 def is_silent(answer: Completed) -> bool:
@@ -205,9 +235,17 @@ def account_findings(settings: Settings, answer: Completed, user: str) -> list[F
     return []
 
 
-def asked_of(slurm: Slurm, job: JobPlan) -> list[Finding]:
-    """Ask Slurm about one job."""
-    return submission_findings(job.kind, slurm.would_take(question_argv(job.argv)))
+def submissions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
+    """Ask Slurm about all jobs, at the same time: a site's submission filter may take seconds."""
+
+    def ask(job: JobPlan) -> Completed:
+        return slurm.would_take(question_argv(job.argv))
+
+    with ThreadPoolExecutor(len(plan.jobs)) as pool:
+        answers = dict(zip([job.kind for job in plan.jobs], pool.map(ask, plan.jobs), strict=True))
+    found = [finding for kind, answer in answers.items() for finding in submission_findings(kind, answer)]
+    both = plan.runtime and plan.training
+    return found + (wait_findings(plan.settings, answers["runtime"], answers["training"]) if both else [])
 
 
 def partitions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:

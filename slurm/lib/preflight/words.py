@@ -8,6 +8,17 @@ def number_of(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units, rounded down: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    minutes, hours, days = (int(seconds) // unit for unit in (60, 3600, 86400))
+    if minutes == 0:
+        return f"{int(seconds)} s"
+    if hours == 0:
+        return f"{minutes} min"
+    large, small = (f"{days} d", hours % 24) if days else (f"{hours} h", minutes % 60)
+    return f"{large} {small} {'h' if days else 'min'}" if small else large
+
+
 def size(amount: float) -> str:
     """Bytes with the unit that fits, K = 1024 as everywhere in the suite: ``16G``, ``1.5T``."""
     for unit in ("", "K", "M", "G"):
