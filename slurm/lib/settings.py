@@ -271,6 +271,11 @@ def ray_word(raw: str) -> str:
     return _one_of(raw, "auto", "on", "off")
 
 
+def pairing_word(raw: str) -> str:
+    """jobs or het."""
+    return _one_of(raw, "jobs", "het")
+
+
 def ray_ports(raw: str) -> range:
     """A-B, both ends included, with room for one block of ports."""
     ports = port_range(raw)
@@ -406,6 +411,13 @@ class Settings:
     )
     time_limit: str = setting(
         "TIME_LIMIT", slurm_time, "12:00:00", "Time limit of both jobs, in one of Slurm's formats.", unit="Slurm time"
+    )
+    pairing: str = setting(
+        "PAIRING",
+        pairing_word,
+        "jobs",
+        "How both jobs are queued: jobs (the training after the runtime's start), or het, one heterogeneous job whose "
+        "parts start together; see [pairing.md](pairing.md).",
     )
     restarts: int = setting(
         "RESTARTS",
@@ -834,15 +846,24 @@ def gpu_gres(settings: Settings) -> str:
 def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
-    if settings.skyrl_backend == "local" and settings.restarts:
-        return [(("RESTARTS",), f"RESTARTS={settings.restarts} has no effect: a local run has no time limit")]
-    if settings.skyrl_backend == "local" or waits >= limit:
+    if settings.skyrl_backend == "local":
+        return _local_doubts(settings)
+    if waits >= limit:
         return []
     sentence = (
         f"TRAINING_COMPLETE_TIMEOUT={waits} is less than TIME_LIMIT={settings.time_limit} ({limit} s): a training that "
         f"takes longer loses its runtime; leave it unset for the whole time limit"
     )
     return [(("TRAINING_COMPLETE_TIMEOUT",), sentence)]
+
+
+def _local_doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
+    found: list[tuple[tuple[str, ...], str]] = []
+    if settings.restarts:
+        found.append((("RESTARTS",), f"RESTARTS={settings.restarts} has no effect: a local run has no time limit"))
+    if settings.pairing == "het":
+        found.append((("PAIRING",), "PAIRING=het has no effect: a local run queues nothing"))
+    return found
 
 
 def _with_absolute_paths(settings: Settings, place: Place) -> Settings:
