@@ -179,7 +179,7 @@ def test_the_next_attempt_is_one_job_too(slurm: FakeSlurm) -> None:
     record = json.loads((directory.path / "run_102.json").read_text())
     assert record["pairing"] == "het"
     chain.conclude(Ended.COMPLETED)
-    assert slurm.of("scancel")[-1].argv == ["102", "103"]
+    assert slurm.of("scancel")[-1].argv == ["102"], "of a queued one Slurm cancels no component by itself"
 
 
 def test_the_training_alone_judges_whether_it_goes_on(slurm: FakeSlurm) -> None:

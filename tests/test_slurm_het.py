@@ -221,6 +221,16 @@ def test_a_preempted_run_goes_on(user: User, checkout: Path, jobs_base: Path) ->
     went_on(first, second)
 
 
+def test_a_run_goes_on_after_its_time_limit(user: User, checkout: Path, jobs_base: Path) -> None:
+    """Slurm counts limits in minutes, and looks at them twice a minute."""
+    limit = ("TIME_LIMIT=00:01:00", "RESTART_LEAD=20", "GPUS_PER_NODE=0")
+    first, second = restartable(user, checkout, jobs_base, *limit)
+    first.wait_over(seconds=150)
+    assert "ended by SIGTERM (the time limit)" in first.log("training")
+    assert {first.state(kind) for kind in first.jobs} == {"TIMEOUT"}
+    went_on(first, second)
+
+
 def test_a_run_that_loses_its_cpu_node_goes_on(user: User, checkout: Path, jobs_base: Path, power: None) -> None:
     first, second = restartable(user, checkout, jobs_base, "CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
     test_cluster.power_off("cpu-a")
@@ -235,6 +245,7 @@ def test_scancel_takes_the_next_attempt_along(user: User, checkout: Path, jobs_b
     first.wait_over(seconds=END_S)
     second.wait_over(seconds=END_S)
     assert {second.state(kind) for kind in second.jobs} == {"CANCELLED"}
+    assert "cancelled the next attempt, which is not needed\n" in first.log("training")
 
 
 @pytest.mark.ray

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir, read_if_there
-from slurm.lib.guardian import Guardian, guarded
 from slurm.lib.job_context import JobContext
 from slurm.lib.job_environment import CONTRADICTING_PREFIXES, DEVICE_NAMES
 from slurm.lib.logs import log
@@ -32,7 +31,7 @@ CPUS_NAME = f"SLURM_CPUS_PER_TASK_HET_GROUP_{GROUP}"
 SHOWN_LOG_LINES = 3
 # From the flag by which the runtime's body ends to the end of srun, beyond what the body itself takes (KillWait).
 STEP_END_S = 2.0
-# Its logs are opened on its own node: srun, which would write them, dies with the training's body.
+# Its logs are opened on its own node: srun, which would write them, is the training's.
 INTO_LOGS = 'exec "$@" >>"$0.out" 2>>"$0.err"'
 
 
@@ -130,24 +129,28 @@ def runtime_step(job: JobContext) -> Iterator[RuntimeStep]:
     if not job_id:
         yield RuntimeStep()
         return
-    slurm = Slurm(job.environment)
-    with guarded(job.code) as guardian, start(job, job_id, guardian) as step:
+    log.info("starting the runtime job %s as the second component of this job", job_id)
+    with Child(child_spec(job, job_id, os.environ)) as child:
+        step = RuntimeStep(job_id, child, job.directory)
+        child.copy_stderr(step.note)
         try:
             yield step
         finally:
-            step.stop(slurm, job.scheduler.kill_wait_s())
+            step.stop(Slurm(job.environment), job.scheduler.kill_wait_s())
 
 
-@contextlib.contextmanager
-def start(job: JobContext, job_id: str, guardian: Guardian) -> Iterator[RuntimeStep]:
-    """The step, started; its srun is gone after the block."""
-    log.info("starting the runtime job %s as the second component of this job", job_id)
-    argv = step_argv(job, job_id, os.environ)
-    environment = step_environment(os.environ, job.directory.path, job_id)
-    spec = ChildSpec(argv, environment, "the runtime's step", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    with Child(spec) as child:
-        guardian.own_session(child.pid)
-        guardian.await_detached()  # before what this process adopts and kills
-        step = RuntimeStep(job_id, child, job.directory)
-        child.copy_stderr(step.note)
-        yield step
+def child_spec(job: JobContext, job_id: str, base: Mapping[str, str]) -> ChildSpec:
+    """The process that holds the step.
+
+    It does not die with the training's body, whose end is the end of the job: Slurm then ends the step, by SIGTERM
+    first, and srun ends with its step. Of an srun that is killed a process of its own remains (22.05), which has the
+    step killed at once.
+    """
+    return ChildSpec(
+        step_argv(job, job_id, base),
+        step_environment(base, job.directory.path, job_id),
+        "the runtime's step",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        death_signal=0,
+    )
