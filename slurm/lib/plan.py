@@ -299,8 +299,8 @@ class _Builder:
     def combined(self) -> JobPlan:
         """Both jobs as one: the training, whose body is the batch script, and the runtime, which that one starts.
 
-        Its id is the training's, and so is the directory's name. Options before the colon that are not of a
-        component's size (hold, dependency, signal) are the whole job's.
+        Its id is the training's, and so is the directory's name. What is not about sizes (hold, dependency) sbatch
+        passes on from the first component to the second.
         """
         directory = self.directory_of(OWN_ID)
         script = self.script("verl_training.py")
