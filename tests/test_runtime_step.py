@@ -23,7 +23,7 @@ from slurm.lib.plan import LaunchPlan, Request, make_plan
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import GitState, partner_of, read_jobs
-from slurm.lib.runtime_step import RuntimeStep, component_of, step_argv, step_environment
+from slurm.lib.runtime_step import RuntimeStep, as_a_job_alone, component_of, step_argv, step_environment
 from slurm.lib.scheduler import JobFacts, JobState, Slurm, parse_components, parse_facts, parse_status
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
@@ -213,11 +213,18 @@ def test_nothing_of_the_trainings_misleads_the_runtime() -> None:
     assert own_job_id(found) == "102"
 
 
+def test_the_trainer_finds_what_it_finds_in_a_job_of_its_own() -> None:
+    given = {"SLURM_CPUS_PER_TASK_HET_GROUP_0": "2", "SLURM_CPUS_PER_TASK_HET_GROUP_1": "8"}
+    given |= {"SLURM_JOB_ID_HET_GROUP_0": "101", "SLURM_JOB_ID": "100"}
+    assert as_a_job_alone(given) == {**given, "SLURM_CPUS_PER_TASK": "2"}
+    assert as_a_job_alone({"SLURM_CPUS_PER_TASK": "3"}) == {"SLURM_CPUS_PER_TASK": "3"}
+
+
 def context(slurm: FakeSlurm, tmp_path: Path) -> JobContext:
     return JobContext("101", CoordinationDir(tmp_path), HET, {}, Slurm({"PATH": slurm.path}), ROOT, own_dir=True)
 
 
-@pytest.mark.parametrize(("cpus", "asked"), [("64", 64), ("", HET.cpus_for_runtime)])
+@pytest.mark.parametrize(("cpus", "asked"), [("7", 7), ("", HET.cpus_for_runtime)])
 def test_the_step_asks_for_the_components_cpus(slurm: FakeSlurm, tmp_path: Path, cpus: str, asked: int) -> None:
     base = {"SLURM_CPUS_PER_TASK_HET_GROUP_1": cpus, "SLURM_CPUS_PER_TASK": "2"}
     argv = step_argv(context(slurm, tmp_path), "102", base)
@@ -268,8 +275,8 @@ def test_the_end_of_a_step_in_words(step: Starter, tmp_path: Path) -> None:
     refusal = step("echo 'srun: error: Unable to create step' >&2; exit 1")
     assert refusal.child and refusal.child.wait(5)
     refusal.child.kill()  # has its last lines copied
-    expected = "the runtime job 102 has ended: exit code 1 of its step"
-    assert refusal.ended() == f"{expected}; srun says: srun: error: Unable to create step"
+    expected = "the runtime job 102 has ended: exit code 1 of its step (srun: error: Unable to create step)"
+    assert refusal.ended() == expected
     (tmp_path / "runtime_102.err").write_text("a\nb\nc\nd\n")
     assert refusal.ended() == f"{expected}; the end of {tmp_path}/runtime_102.err: b | c | d"
 

@@ -100,6 +100,7 @@ def test_a_killed_runtime_body_ends_the_training(user: User, checkout: Path, job
     until("the completion flag", lambda: run.completion, 15)
     run.wait_over(seconds=END_S)
     assert run.completion["exit_code"] == 69
+    assert run.completion["ended"] == "interrupted"
     assert f"the runtime job {run.jobs['runtime']} has ended: exit code 137 of its step" in run.completion["reason"]
     assert run.exit_code("training") == "69"
 
@@ -132,7 +133,7 @@ def test_a_runtime_without_its_python_says_why(user: User, checkout: Path, jobs_
     until("the completion flag", lambda: run.completion, 60)
     run.wait_over(seconds=END_S)
     assert "can't open file" in run.completion["reason"], run.completion
-    assert "exit code 2 of its step; the end of" in run.completion["reason"]
+    assert "exit code 2 of its step" in run.completion["reason"]
 
 
 def test_a_killed_training_body_ends_everything(user: User, checkout: Path, jobs_base: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +79,7 @@ class RuntimeStep:
     job_id: str = ""
     child: Child | None = None
     directory: CoordinationDir = field(default_factory=lambda: CoordinationDir(Path()))
-    said: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN_LOG_LINES))
+    said: str = ""
 
     @property
     def pids(self) -> set[int]:
@@ -89,22 +88,21 @@ class RuntimeStep:
 
     def note(self, line: bytes) -> None:
         """Take a line of srun's."""
-        words = line.decode(errors="replace").strip()
-        self.said.append(words)
-        log.info("runtime's step: %s", words)
+        self.said = line.decode(errors="replace").strip()
+        log.info("runtime's step: %s", self.said)
 
     def ended(self) -> str | None:
-        """How it has ended, as a sentence; None while it runs."""
+        """How it has ended, as a sentence, with srun's word about it; None while it runs."""
         if self.child is None or (code := self.child.exit_code) is None:
             return None
-        return f"the runtime job {self.job_id} has ended: exit code {code} of its step{self.last_words()}"
+        said = f" ({self.said})" if self.said else ""
+        return f"the runtime job {self.job_id} has ended: exit code {code} of its step{said}{self.last_words()}"
 
     def last_words(self) -> str:
-        """The end of the runtime's log, or of what srun said where there is none."""
+        """The end of the runtime's log."""
         path = self.directory.log("runtime", self.job_id, "err")
         lines = (read_if_there(path) or "").strip().splitlines()[-SHOWN_LOG_LINES:]
-        found, where = (lines, f"the end of {path}") if lines else (list(self.said), "srun says")
-        return f"; {where}: {' | '.join(found)}" if found else ""
+        return f"; the end of {path}: {' | '.join(lines)}" if lines else ""
 
     def stop(self, slurm: Slurm, kill_wait_s: float) -> None:
         """See its end, which the completion flag has brought about: wait, ask, then kill what holds it.
