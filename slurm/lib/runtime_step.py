@@ -128,13 +128,14 @@ def runtime_step(job: JobContext) -> Iterator[RuntimeStep]:
         yield RuntimeStep()
         return
     log.info("starting the runtime job %s as the second component of this job", job_id)
+    kill_wait_s = job.scheduler.kill_wait_s()  # now: at the end there may be no time to wait for Slurm's answer
     with Child(child_spec(job, job_id, os.environ)) as child:
         step = RuntimeStep(job_id, child, job.directory)
         child.copy_stderr(step.note)
         try:
             yield step
         finally:
-            step.stop(Slurm(job.environment), job.scheduler.kill_wait_s())
+            step.stop(Slurm(job.environment), kill_wait_s)
 
 
 def child_spec(job: JobContext, job_id: str, base: Mapping[str, str]) -> ChildSpec:
