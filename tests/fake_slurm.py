@@ -27,6 +27,8 @@ before = sum(json.loads(line)["name"] == name for line in record)
 with open(os.path.join(home, "answers.json")) as file:
     answers = json.load(file).get(name, [])
 said = {"sbatch": "%d\\n" % (101 + before), "sinfo": sinfo}.get(name, "")
+if argv[-1] == "%i|%A":  # the components of a heterogeneous job; their numbers are the next ones
+    said = "".join("%s+%d|%d\\n" % (argv[-3], n, int(argv[-3]) + n) for n in range(2))
 answer = {"stdout": said, **dict(enumerate(answers)).get(before, {})}
 watched = os.path.join(home, "jobs")
 found = [os.path.join(root, entry) for root, folders, files in os.walk(watched) for entry in folders + files]

@@ -49,12 +49,16 @@ class Run:
     def log(self, kind: str, suffix: str = "out") -> str:
         return self.text(f"{kind}_{self.jobs[kind]}.{suffix}")
 
+    def shown(self, kind: str, what: str) -> str:
+        """A field of squeue's for a job; of a heterogeneous job it may show the other component too."""
+        answer = self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", f"%A|{what}"])
+        return dict(line.split("|", 1) for line in answer.stdout.split()).get(self.jobs[kind], "")
+
     def state(self, kind: str) -> str:
-        answer = self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", "%T"])
-        return answer.stdout.strip() or "GONE"
+        return self.shown(kind, "%T") or "GONE"
 
     def node(self, kind: str) -> str:
-        return self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", "%N"]).stdout.strip()
+        return self.shown(kind, "%N")
 
     def is_over(self, kind: str) -> bool:
         return self.state(kind) not in {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}

@@ -97,6 +97,29 @@ def test_a_launch_says_where_to_look(launch: Launcher, slurm: FakeSlurm) -> None
     assert done.err == ""
 
 
+def test_a_launch_of_one_heterogeneous_job_says_where_to_look(launch: Launcher, slurm: FakeSlurm) -> None:
+    done = launch("--config", "dev", *TRAINER, "--set", "PAIRING=het")
+    assert done.code == 0, done.err
+    directory = next(slurm.jobs.iterdir())
+    assert done.out.splitlines() == [
+        "training job: 101",
+        "runtime job: 102",
+        f"coordination directory: {directory}",
+        "watch: squeue -j 101,102",
+        f"follow: tail -F '{directory}/training_101.out'",
+        f"follow: tail -F '{directory}/runtime_102.out'",
+        "stop: scancel 101   (one heterogeneous job: 102 is its second component)",
+    ]
+    assert done.err == ""
+
+
+def test_one_job_alone_is_no_heterogeneous_job(launch: Launcher, slurm: FakeSlurm) -> None:
+    done = launch("--config", "dev", *TRAINER, "--set", "PAIRING=het", "--runtime-only")
+    assert done.code == 0, done.err
+    assert "PAIRING=het has no effect here" in done.err
+    assert slurm.names == ["sbatch", "scontrol release"]
+
+
 def test_runtime_only_says_how_to_join_and_to_stop(launch: Launcher, slurm: FakeSlurm) -> None:
     done = launch("--config", "dev", "--runtime-only", "--set", "TRAINING_COMMAND=a b")
     assert done.code == 0, done.err

@@ -89,6 +89,7 @@ VALUES = {
     "non_negative_int": "whole number ≥ 0",
     "network_word": "private, deny",
     "optional_memory": "memory",
+    "pairing_word": "jobs, het",
     "path": "path",
     "pinning_word": "docker_cpuset, taskset, none",
     "port": "port",

@@ -52,6 +52,7 @@ GOLDEN_PLANS = {
     "production": plan_for(config="production"),
     "runtime-only": plan_for(request=Request(training=False)),
     "skip-runtime": plan_for(request=ATTACHED),
+    "het": plan_for("PAIRING=het", "RESTARTS=2"),
 }
 
 

@@ -206,6 +206,11 @@ class Chain:
             self.successor = {}
         return bool(self.successor)
 
+    def _waiting(self) -> list[str]:
+        """What is cancelled of the next attempt: both jobs, or the one heterogeneous job, by its first component."""
+        kinds = ("training",) if self.job.settings.pairing == "het" else ("training", "runtime")
+        return [self.successor[kind] for kind in kinds]
+
     def conclude(self, ended: Ended) -> None:
         """At the end of this attempt: leave the next one in the queue, or take it out."""
         if ended is Ended.INTERRUPTED and self.successor:
@@ -213,7 +218,7 @@ class Chain:
         elif ended is Ended.INTERRUPTED and self.job.settings.restarts:
             log.warning("no further attempt is queued. %s", self._by_hand())
         elif self.successor:
-            complaint = self.job.scheduler.cancel([self.successor["training"], self.successor["runtime"]])
+            complaint = self.job.scheduler.cancel(self._waiting())
             log.info("cancelled the next attempt, which is not needed%s", f" ({complaint})" if complaint else "")
 
 

@@ -90,6 +90,8 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
         setup_command_logging(debug=True)
     verl = verl_of(config.settings, {**seen, **config.exported})
     plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl)
+    if config.settings.pairing == "het" and len(plan.jobs) == 1:
+        log.info("PAIRING=het has no effect here: one job is submitted alone")
     if arguments.dry_run:
         return show(plan)
     asked = Asked(plan, CHECKOUT, at_leisure=arguments.check)
@@ -256,7 +258,8 @@ def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
     git = background(lambda: git_state(CHECKOUT))
     done = submission.submit(plan, notes, git, CHECKOUT)
-    say(report(done) + (joining(done, plan) if plan.training is None else ""))
+    more = joining(done, plan) if plan.training is None else stopping(done) if plan.combined else ""
+    say(report(done) + more)
     return EXIT_OK
 
 
@@ -274,6 +277,12 @@ def report(done: submission.Submitted) -> str:
     lines += [f"coordination directory: {done.directory.path}", f"watch: squeue -j {','.join(done.jobs.values())}"]
     lines += [f"follow: tail -F '{done.directory.log(kind, job_id, 'out')}'" for kind, job_id in done.jobs.items()]
     return "\n".join(lines) + "\n"
+
+
+def stopping(done: submission.Submitted) -> str:
+    """How to stop a heterogeneous job: of one that is queued, Slurm cancels no component by itself."""
+    runtime, training = done.jobs["runtime"], done.jobs["training"]
+    return f"stop: scancel {training}   (one heterogeneous job: {runtime} is its second component)\n"
 
 
 def joining(done: submission.Submitted, plan: LaunchPlan) -> str:

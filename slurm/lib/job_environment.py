@@ -30,6 +30,9 @@ DECIDED = (
     "MEM_PER_NODE NODES NTASKS NTASKS_PER_NODE"
 )
 DECIDED_NAMES = frozenset(f"SBATCH_{name}" for name in DECIDED.split())
+# Sizes of the job, and options of a person's for srun, which would contradict those that each step is given.
+CONTRADICTING = "SRUN_ SLURM_MEM_PER_ SLURM_CPU_BIND SLURM_GPUS SLURM_NTASKS_PER_ SLURM_DISTRIBUTION"
+CONTRADICTING_PREFIXES = tuple(CONTRADICTING.split())
 # Devices that Slurm gave to the surrounding job, not to the one being submitted.
 DEVICE_NAMES = frozenset({"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"})
 

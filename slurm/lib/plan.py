@@ -21,7 +21,7 @@ from slurm.lib.settings import Settings, gpu_gres
 from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_versions import VerlVersion
 
-RUNTIME_ID = "<runtime job id>"
+RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
 ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
 OF_ONE_JOB = frozenset({ATTEMPT, AFTER, "SKYRL_RUNTIME_JOB_ID"})  # not for the jobs that a job of ours submits
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
@@ -100,7 +100,8 @@ class LaunchPlan:
 
     ``environment`` is what both jobs get (secrets taken out), ``secrets`` what reaches them by a 0600 file.
     ``directory`` is the run's directory, with the id of its first job still open. ``verl`` is the VERL that skyrl-agent
-    has, where it is known.
+    has, where it is known. ``combined`` is the one heterogeneous job of a launch with PAIRING=het, whose components
+    are ``training`` and ``runtime`` (then as they would be submitted one by one, for questions about either).
     """
 
     config: LoadedConfig
@@ -113,6 +114,7 @@ class LaunchPlan:
     inherited: Mapping[str, str]
     secrets: Mapping[str, str]
     verl: VerlVersion | None = None
+    combined: JobPlan | None = None
 
     @property
     def settings(self) -> Settings:
@@ -126,6 +128,16 @@ class LaunchPlan:
     @property
     def jobs(self) -> tuple[JobPlan, ...]:
         return tuple(job for job in (self.runtime, self.training) if job)
+
+    @property
+    def submissions(self) -> tuple[JobPlan, ...]:
+        """What sbatch is asked to take, in this order; the first is held until its release."""
+        return (self.combined,) if self.combined else self.jobs
+
+    @property
+    def pairing(self) -> str:
+        """How the jobs of this launch belong together, as ``PAIRING`` has it; ``jobs`` for one alone."""
+        return "het" if self.combined else "jobs"
 
 
 def _options(pairs: Iterable[tuple[str, object]]) -> tuple[str, ...]:
@@ -253,6 +265,7 @@ def make_plan(
         inherited=inherited,
         secrets={**shell_secrets, **own_secrets},
         verl=verl,
+        combined=builder.combined() if builder.is_het else None,
     )
 
 
@@ -273,7 +286,7 @@ class _Builder:
         return self.request.attach_dir.name if self.request.attach_dir else f"{self.stamp}_{job_id}"
 
     def shown_directory(self) -> str:
-        job_id = RUNTIME_ID if self.request.runtime else "<training job id>"
+        job_id = RUNTIME_ID if self.request.runtime and not self.is_het else TRAINING_ID
         return f"{self.base}/{self.directory_of(job_id)}"
 
     def script(self, name: str) -> Path:
@@ -282,29 +295,51 @@ class _Builder:
         code = CoordinationDir(attach).code if attach and self.request.goes_on else self.checkout
         return code / "slurm" / "jobs" / name
 
+    @property
+    def is_pair(self) -> bool:
+        return self.request.runtime and self.request.training and self.settings.skyrl_backend == "slurm"
+
+    @property
+    def is_het(self) -> bool:
+        return self.is_pair and self.settings.pairing == "het"
+
     def attempt(self) -> dict[str, str]:
         """For a pair of jobs that may be restarted or is a restart: which attempt it is, and after which job."""
-        pair = self.request.runtime and self.request.training and self.settings.skyrl_backend == "slurm"
-        if not pair or not self.settings.restarts:
+        if not self.is_pair or not self.settings.restarts:
             return {}
         known = self.request.restart or self.request.requeue
         return {ATTEMPT: str(known.attempt if known else 1)} | ({AFTER: known.after} if known and known.after else {})
 
-    def waits(self) -> tuple[str, ...]:
-        """What the runtime job waits for, beside its release."""
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The first options of what is submitted first, which waits for its release and perhaps for more."""
         requeue, restart = self.request.requeue, self.request.restart
         after = restart.after if restart else requeue.instead_of if requeue else None
         begin = f"now+{requeue.begin_in_s}" if requeue and requeue.begin_in_s else None
-        return _options([("dependency", f"afterany:{after}" if after else None), ("begin", begin)])
+        return ("--hold", *_options([("dependency", f"afterany:{after}" if after else None), ("begin", begin)]))
+
+    def combined(self) -> JobPlan:
+        """Both jobs as one: the training, whose body is the batch script, and the runtime, which that one starts.
+
+        Its id is the training's, and so is the directory's name. What is not about sizes (hold, dependency) sbatch
+        passes on from the first component to the second.
+        """
+        directory = self.directory_of(OWN_ID)
+        script = self.script("verl_training.py")
+        training = training_options(self.settings) + _logs("training", self.base, directory)
+        # Without a log, which its body's step writes, and without a signal, which is the batch script's alone.
+        runtime = [word for word in runtime_options(self.settings) if not word.startswith("--signal=B:")]
+        environment = _job_environment("training", self.base, directory, self.checkout, self.python) | self.attempt()
+        argv = (*SBATCH, *self.held, *training, ":", *runtime, str(script))
+        return JobPlan("training", argv, script, f"{self.base}/{directory}", environment)
 
     def runtime(self) -> JobPlan:
         directory = self.directory_of(OWN_ID)
         script = self.script("runtime_server.py")
-        first = ("--hold", *self.waits())
         options = runtime_options(self.settings) + _logs("runtime", self.base, directory)
         environment = _job_environment("runtime", self.base, directory, self.checkout, self.python) | self.attempt()
         return JobPlan(
-            "runtime", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
+            "runtime", (*SBATCH, *self.held, *options, str(script)), script, f"{self.base}/{directory}", environment
         )
 
     def training(self) -> JobPlan:
@@ -348,10 +383,11 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
         for job in plan.jobs:
             lines += [f"# {job.kind} job, a process of this machine", _readable(local_argv(job)), ""]
         return lines
-    for job in plan.jobs:
-        lines += [f"# {job.kind} job", _readable(job.argv), ""]
-    released = [RUNTIME_ID] if plan.runtime else ["<training job id>"]
-    return [*lines, "# then, with the run directory complete", f"scontrol release {shlex.quote(released[0])}", ""]
+    for job in plan.submissions:
+        title = "both jobs, as one heterogeneous job" if plan.combined else f"{job.kind} job"
+        lines += [f"# {title}", _readable(job.argv), ""]
+    released = RUNTIME_ID if plan.runtime and not plan.combined else TRAINING_ID
+    return [*lines, "# then, with the run directory complete", f"scontrol release {shlex.quote(released)}", ""]
 
 
 def _readable(argv: tuple[str, ...]) -> str:
@@ -362,7 +398,7 @@ def _readable(argv: tuple[str, ...]) -> str:
 def _environment_lines(plan: LaunchPlan) -> list[str]:
     lines = ["# environment of the jobs: set by this launch"]
     own: dict[str, str] = dict(plan.environment)
-    for job in plan.jobs:
+    for job in plan.submissions:
         own |= job.environment
     lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(masked(own).items())]
     lines += [f"{name}=***  # by a 0600 file" for name in sorted(plan.secrets)]

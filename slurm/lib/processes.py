@@ -169,7 +169,7 @@ class ChildSpec:
     stdout: IO[bytes] | int | None = None
     stderr: IO[bytes] | int | None = None
     pass_fds: tuple[int, ...] = ()
-    death_signal: int = signal.SIGKILL
+    death_signal: int = signal.SIGKILL  # 0: none, for what outlives its owner's death and then ends by itself
     ignores_stops: bool = False  # from its first moment; for a child whose owner stops it in another way
 
 

@@ -22,6 +22,7 @@ from slurm.lib.coordination import read_if_there
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.guardian import Guardian
 from slurm.lib.job_context import JobContext
+from slurm.lib.job_environment import CONTRADICTING_PREFIXES
 from slurm.lib.logs import log
 from slurm.lib.node_environment import TrainerEnvironment
 from slurm.lib.processes import Child, ChildSpec, copy_lines
@@ -36,8 +37,6 @@ T = TypeVar("T")
 LONGEST_GRACE_S = 5.0  # what gcs_server gets before it is killed; in an ordered end it needs less than a second
 STEP_END_S = 2.0  # from the last process of a step to the end of its srun
 SHOWN_LOG_LINES = 3
-# Options of a user or of the job for srun, which would contradict those that each step is given.
-CONTRADICTING = ("SRUN_", "SLURM_MEM_PER_", "SLURM_CPU_BIND", "SLURM_GPUS", "SLURM_NTASKS_PER_", "SLURM_DISTRIBUTION")
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ def step_environment(base: Mapping[str, str], code: Path) -> dict[str, str]:
     Not the mark of the trainer's own processes: whoever has it is killed with the body, and a node's part, which ends
     in order then, would be too.
     """
-    kept = {name: value for name, value in base.items() if not name.startswith((*CONTRADICTING, TRAINER_MARKER))}
+    dropped = (*CONTRADICTING_PREFIXES, TRAINER_MARKER)
+    kept = {name: value for name, value in base.items() if not name.startswith(dropped)}
     return {**kept, "PYTHONPATH": f"{code}:{kept['PYTHONPATH']}" if kept.get("PYTHONPATH") else str(code)}
 
 

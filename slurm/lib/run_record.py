@@ -64,6 +64,7 @@ def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str
         "settings": {name: value for name, value in settings.items() if not is_secret_name(name)},
         "sources": dict(plan.config.sources),
         "jobs": {kind: {"id": job_id, "name": _NAMES[kind]} for kind, job_id in jobs.items()},
+        "pairing": plan.pairing,
     }
 
 

@@ -96,12 +96,15 @@ class Scheduler(Protocol):
     def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts: ...
 
 
-def parse_facts(text: str) -> JobFacts:
+def parse_facts(text: str, job_id: str = "") -> JobFacts:
     """The facts in the output of ``scontrol show job``; times as epoch seconds or as Slurm's standard format has them.
 
-    EndTime is the limit while a job runs, later the time of its end: then it is StartTime and TimeLimit.
+    EndTime is the limit while a job runs, later the time of its end: then it is StartTime and TimeLimit. Of the first
+    component of a heterogeneous job Slurm shows all components; those of ``job_id`` count, else those of the first.
     """
-    found = dict(re.findall(r"(\w+)=(\S*)", text))
+    records = re.split(r"^(?=JobId=)", text.lstrip(), flags=re.MULTILINE)
+    own = next((record for record in records if record.startswith(f"JobId={job_id} ")), "".join(records[:2]))
+    found = dict(re.findall(r"(\w+)=(\S*)", own))
     preempted = found.get("JobState") == "PREEMPTED" or _epoch(found.get("PreemptTime", "")) is not None
     try:
         limit_s = slurm_seconds(found.get("TimeLimit", ""))
@@ -124,18 +127,19 @@ def _epoch(stamp: str) -> float | None:
         return None
 
 
-def parse_status(answer: Completed) -> JobStatus:
-    """The status in an answer of ``squeue -h -t all -o '%T|%r|%N|%S'``."""
+def parse_status(answer: Completed, job_id: str = "") -> JobStatus:
+    """The status in an answer of ``squeue -h -t all -o '%T|%r|%N|%S|%A'``.
+
+    Asked about the first component of a heterogeneous job, squeue prints a line for each; that of ``job_id`` counts.
+    """
     if not answer.ok:
         if "Invalid job id" in answer.stderr:
             return JobStatus(JobState.PURGED, "no job of this number in Slurm's records")
         return JobStatus(JobState.UNKNOWN, answer.complaint)
-    lines = answer.stdout.split("\n")
-    word, _, rest = lines[0].strip().partition("|")
+    lines = [[*line.strip().split("|"), "", "", "", ""][:5] for line in answer.stdout.split("\n")]
+    word, reason, node, start, _ = next((line for line in lines if line[4] == job_id), lines[0])
     if not word:
         return JobStatus(JobState.PURGED, "not in the queue any more")
-    reason, _, rest = rest.partition("|")
-    node, _, start = rest.partition("|")
     details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
     return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), _epoch(start))
 
@@ -147,6 +151,31 @@ def parse_job_id(answer: Completed) -> str | None:
         if match:
             return match.group(1)
     return None
+
+
+def parse_components(text: str) -> list[str]:
+    """The ids of a heterogeneous job's components, in order, from ``squeue -h -o '%i|%A'``: a line ``1+0|1`` each."""
+    found = re.findall(r"^\s*\d+\+(\d+)\|(\d+)\s*$", text, re.MULTILINE)
+    return [job_id for _offset, job_id in sorted(found, key=lambda pair: int(pair[0]))]
+
+
+def component_step_argv(group: int, *, cpus: int, name: str, command: Sequence[str]) -> tuple[str, ...]:
+    """The command that runs ``command`` once as a job step in a heterogeneous job's component, and ends with it.
+
+    For a component of one node; said in full for the reasons of ``step_argv``.
+    """
+    options = (
+        f"--het-group={group}",
+        "--nodes=1",
+        "--ntasks=1",
+        "--overlap",
+        f"--cpus-per-task={cpus}",
+        "--gres=none",
+        "--mem=0",
+        "--export=ALL",
+        f"--job-name={name}",
+    )
+    return ("srun", *options, *command)
 
 
 def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[str]) -> tuple[str, ...]:
@@ -197,6 +226,15 @@ class Slurm:
             raise SubmissionError(f"Slurm did not take the job: {answer.complaint}")
         return job_id
 
+    def components(self, job_id: str) -> list[str]:
+        """The ids of the components of the queued heterogeneous job ``job_id``, in order; the first is its own."""
+        question = ("squeue", "-h", "--all", "-j", job_id, "-o", "%i|%A")
+        answer = self._ask(*question, timeout_s=SUBMIT_TIMEOUT_S)
+        found = parse_components(answer.stdout)
+        if not found:
+            raise SubmissionError(f"Slurm does not name the components of job {job_id}: {answer.complaint}")
+        return found
+
     def release(self, job_id: str) -> None:
         """Let a held job start; ``SubmissionError`` with Slurm's words if that fails."""
         answer = self._ask("scontrol", "release", job_id, timeout_s=SUBMIT_TIMEOUT_S)
@@ -204,8 +242,8 @@ class Slurm:
             raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
 
     def status(self, job_id: str) -> JobStatus:
-        question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S")
-        return parse_status(self._with_epochs()._ask(*question))
+        question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S|%A")
+        return parse_status(self._with_epochs()._ask(*question), job_id)
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
@@ -220,6 +258,10 @@ class Slurm:
     @staticmethod
     def _complaint(answer: Completed) -> str | None:
         return None if answer.ok or "Invalid job id" in answer.stderr else answer.complaint
+
+    def end_steps(self, job_id: str) -> None:
+        """SIGTERM to the processes of a job's steps, which are to end by themselves."""
+        self._ask("scancel", "--signal=TERM", job_id)
 
     def hostnames(self, nodelist: str) -> list[str]:
         """The names in a list as Slurm writes it, such as ``gpu[1-3,7]``; ``EnvironmentProblem`` with Slurm's words."""
@@ -239,7 +281,8 @@ class Slurm:
 
     def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts:
         """What Slurm says about the job's time; nothing is known where it does not answer in time."""
-        return parse_facts(self._with_epochs()._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s).stdout)
+        question = ("scontrol", "show", "job", job_id)
+        return parse_facts(self._with_epochs()._ask(*question, timeout_s=timeout_s).stdout, job_id)
 
     def _with_epochs(self) -> Slurm:
         """The same commands, which print times as epoch seconds; a person's own format could not be read back."""

@@ -272,6 +272,11 @@ def ray_word(raw: str) -> str:
     return _one_of(raw, "auto", "on", "off")
 
 
+def pairing_word(raw: str) -> str:
+    """jobs or het."""
+    return _one_of(raw, "jobs", "het")
+
+
 def ray_ports(raw: str) -> range:
     """A-B, both ends included, with room for one block of ports."""
     ports = port_range(raw)
@@ -407,6 +412,13 @@ class Settings:
     )
     time_limit: str = setting(
         "TIME_LIMIT", slurm_time, "12:00:00", "Time limit of both jobs, in one of Slurm's formats.", unit="Slurm time"
+    )
+    pairing: str = setting(
+        "PAIRING",
+        pairing_word,
+        "jobs",
+        "How both jobs are queued: jobs (the training after the runtime's start), or het, one heterogeneous job whose "
+        "parts start together; see [pairing.md](pairing.md).",
     )
     restarts: int = setting(
         "RESTARTS",
@@ -842,16 +854,21 @@ def gpu_gres(settings: Settings) -> str:
 
 def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
+    local = settings.skyrl_backend == "local"
+    return list(_without_effect(settings) if local else _queued_doubts(settings))
+
+
+def _queued_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
-    if settings.skyrl_backend == "local":
-        return list(_without_effect(settings))
-    if waits >= limit:
-        return []
-    sentence = (
-        f"TRAINING_COMPLETE_TIMEOUT={waits} is less than TIME_LIMIT={settings.time_limit} ({limit} s): a training that "
-        f"takes longer loses its runtime; leave it unset for the whole time limit"
-    )
-    return [(("TRAINING_COMPLETE_TIMEOUT",), sentence)]
+    if waits < limit:
+        sentence = (
+            f"TRAINING_COMPLETE_TIMEOUT={waits} is less than TIME_LIMIT={settings.time_limit} ({limit} s): a training "
+            "that takes longer loses its runtime; leave it unset for the whole time limit"
+        )
+        yield ("TRAINING_COMPLETE_TIMEOUT",), sentence
+    if settings.pairing == "het" and settings.runtime_idle_limit:
+        sentence = f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} has no effect: with PAIRING=het no part waits"
+        yield ("RUNTIME_IDLE_LIMIT", "PAIRING"), f"{sentence} for the other"
 
 
 def _without_effect(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -861,6 +878,8 @@ def _without_effect(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]
     if settings.runtime_idle_limit:
         sentence = f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} has no effect: a local run waits in no queue"
         yield ("RUNTIME_IDLE_LIMIT",), sentence
+    if settings.pairing == "het":
+        yield ("PAIRING",), "PAIRING=het has no effect: a local run queues nothing"
 
 
 def _with_absolute_paths(settings: Settings, place: Place) -> Settings:

@@ -1,8 +1,8 @@
 """Carries out a plan on Slurm, all or nothing.
 
-The runtime job is submitted held, the training job depends on it; only when the run's directory is complete does one
-``scontrol release`` let them start. Until then a failure cancels what was submitted, and a launcher that is killed
-leaves nothing that can start.
+The runtime job is submitted held, the training job depends on it (with PAIRING=het both are one job, held); only when
+the run's directory is complete does one ``scontrol release`` let them start. Until then a failure cancels what was
+submitted, and a launcher that is killed leaves nothing that can start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slurm.lib.trainer import KEY_NAME
 
 @dataclass(frozen=True)
 class Submitted:
-    """The run that has been released: its directory and the ids of its jobs by kind."""
+    """The run that has been released: its directory and the ids of its jobs by kind, the one submitted first first."""
 
     directory: CoordinationDir
     jobs: dict[str, str]
@@ -77,11 +77,13 @@ def submit(
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
     with _taken_back_on_failure(slurm) as undo:
-        for job in plan.jobs:
+        for job in plan.submissions:
             notes.check()
             planned = job.with_runtime_id(jobs.get("runtime", ""))
             jobs[job.kind] = _slurm_for(plan, planned).submit(planned.argv)
             undo.job_ids.append(jobs[job.kind])
+        if plan.combined:
+            jobs["runtime"] = _runtime_component(slurm, jobs["training"])
         directory = _directory(plan, jobs, undo)
         added = furnish(directory, plan, jobs, checkout)
         undo.added += added if joining else []
@@ -96,6 +98,14 @@ def submit(
     return Submitted(directory, jobs)
 
 
+def _runtime_component(slurm: Slurm, job_id: str) -> str:
+    """The id of the runtime in the heterogeneous job ``job_id``, which ends with it: there is nothing to undo."""
+    components = slurm.components(job_id)
+    if len(components) != 2:
+        raise SubmissionError(f"job {job_id} has {len(components)} components in Slurm, not 2")
+    return components[1]
+
+
 def _slurm_for(plan: LaunchPlan, job: JobPlan) -> Slurm:
     return Slurm({**plan.inherited, **plan.environment, **job.environment})
 
@@ -104,7 +114,7 @@ def _directory(plan: LaunchPlan, jobs: dict[str, str], undo: _Undo) -> Coordinat
     """The run's directory, which only now can have its name."""
     if plan.request.attach_dir:
         return CoordinationDir(plan.request.attach_dir)
-    job = plan.jobs[0]
+    job = plan.submissions[0]
     directory = make_run_dir(Path(job.directory.replace("%j", jobs[job.kind])))
     undo.made = directory.path
     return directory

@@ -45,6 +45,7 @@ from slurm.lib.ray_cluster import RayCluster, ray_cluster
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import ensure_task_yaml, read_jobs
 from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
+from slurm.lib.runtime_step import RuntimeStep, as_a_job_alone, runtime_step
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import (
     KEY_NAME,
@@ -100,12 +101,17 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     refusal = refused(job, "training", notes)
     if refusal is not None:
         return refusal
-    session = TrainingSession(job, notes)
+    with runtime_step(job) as step:
+        return attempt(TrainingSession(replace(job, environment=as_a_job_alone(job.environment)), notes, step))
+
+
+def attempt(session: TrainingSession) -> int:
+    """Train, and say how it ended: in the completion flag, and to the attempt that waits; the job's exit code."""
     outcome = Outcome(EXIT_INTERNAL, "an internal error; see the traceback in the training job's .err")
     try:
         outcome = session.train()
     except Interrupted as stop:
-        cause = why_ended(job, "training", session.deadline.at)
+        cause = why_ended(session.job, "training", session.deadline.at)
         reason = f"ended by {stop} before the trainer started"
         outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, reason, cause.ended)
     except SuiteError as problem:
@@ -117,12 +123,17 @@ def run(job: JobContext, notes: SignalNotes) -> int:
 
 
 class TrainingSession:
-    """One attempt at training: finds the server, runs the trainer, watches both."""
+    """One attempt at training: finds the server, runs the trainer, watches both.
 
-    def __init__(self, job: JobContext, notes: SignalNotes) -> None:
+    ``step`` is the runtime's, where that is a part of this job.
+    """
+
+    def __init__(self, job: JobContext, notes: SignalNotes, step: RuntimeStep) -> None:
         self.job = job
         self.notes = notes
-        self.runtime_job_id = job.environment.get("SKYRL_RUNTIME_JOB_ID") or read_jobs(job.directory).get("runtime", "")
+        self.step = step
+        named = step.job_id or job.environment.get("SKYRL_RUNTIME_JOB_ID")
+        self.runtime_job_id = named or read_jobs(job.directory).get("runtime", "")
         self.kill_wait_s = 0.0
         self.chain = Chain(job)
         self.deadline = Deadline()
@@ -200,7 +211,7 @@ class TrainingSession:
                     self.notes.on_other = None
                     child.kill()
                     # daemons that it left, in sessions of their own
-                    kill_descendants(spared={canary.pid} | cluster.pids)
+                    kill_descendants(spared={canary.pid} | cluster.pids | self.step.pids)
                 self.record(outcome)  # now: what is still to be removed may outlast Slurm's KillWait
                 return outcome
 
@@ -247,10 +258,10 @@ class TrainingSession:
 
         def still_possible() -> None:
             self.notes.check()
-            self._check_failed_flag()
+            self._check_runtime()
             gone = watch.gone()
             if gone and ready.read() is None:
-                self._check_failed_flag()
+                self._check_runtime()
                 raise PartnerGone(f"{gone}, before its server was ready{self._runtime_log_tail()}")
 
         def endpoint() -> Endpoint | None:
@@ -270,10 +281,15 @@ class TrainingSession:
             sleep=self.notes.sleep,
         )
 
-    def _check_failed_flag(self) -> None:
+    def runtime_ended(self) -> str | None:
+        """Why the runtime has ended, in its own words, else by the end of its step; None where neither is known."""
+        seen = self.step.ended()  # first, since its flag is its last act
         flag = self.failed.read()
-        if flag:
-            raise PartnerGone(f"the runtime job {flag.job_id} failed: {flag.reason}")
+        return f"the runtime job {flag.job_id} failed: {flag.reason}" if flag else seen
+
+    def _check_runtime(self) -> None:
+        if why := self.runtime_ended():
+            raise PartnerGone(why)
 
     def _runtime_log_tail(self) -> str:
         text = read_if_there(self.job.directory.log("runtime", self.runtime_job_id, "err"))
@@ -286,7 +302,7 @@ class TrainingSession:
 
         def still_possible() -> None:
             self.notes.check()
-            self._check_failed_flag()
+            self._check_runtime()
 
         def healthy() -> bool | None:
             self._health = client.health()
@@ -352,8 +368,7 @@ class TrainingSession:
         def gone() -> str | None:
             if counter:
                 counter.beat()
-            flag = self.failed.read()
-            return f"the runtime job {flag.job_id} failed: {flag.reason}" if flag else watch.gone()
+            return self.runtime_ended() or watch.gone()
 
         return gone
 
@@ -378,8 +393,7 @@ class TrainingSession:
                 return self._stopped_by_signal(child, self.notes.stop_signal, canary)
             if time.monotonic() >= next_look:
                 if why := partner_gone():
-                    how = self._without_runtime(self.failed.read(), why)
-                    return self._stopped(child, PartnerGone.exit_code, why, how)
+                    return self._stopped(child, PartnerGone.exit_code, why, self._without_runtime(why))
                 if why := cluster.lost():
                     return self._stopped(child, NodeLost.exit_code, why, Ended.INTERRUPTED)
                 if checkpoint := early.saved():
@@ -408,11 +422,11 @@ class TrainingSession:
 
     def _lost_runtime(self) -> Outcome | None:
         """The outcome where a trainer has failed because its sandboxes were gone."""
-        flag, url = self.failed.read(), self.job.directory.read_url()
-        if flag is None and url is not None and RuntimeClient(url, None).health().ok:
+        why, url = self.runtime_ended(), self.job.directory.read_url()
+        if why is None and url is not None and RuntimeClient(url, None).health().ok:
             return None
-        why = f"the runtime job {self.runtime_job_id} failed: {flag.reason}" if flag else "the runtime does not answer"
-        return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", self._without_runtime(flag, why))
+        why = why or "the runtime does not answer"
+        return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", self._without_runtime(why))
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""
@@ -456,9 +470,13 @@ class TrainingSession:
         cause = why_ended(self.job, "training", self.deadline.at)
         return replace(outcome, reason=f"{outcome.reason}; meanwhile ended by {cause.value}", ended=cause.ended)
 
-    def _without_runtime(self, flag: Flag | None, why: str) -> Ended:
-        """What a training's end for want of its runtime is: a person's word if it was that of the runtime's end."""
-        said = flag.ended == Ended.CANCELLED if flag else "CANCELLED" in why
+    def _without_runtime(self, why: str) -> Ended:
+        """What a training's end for want of its runtime is: a person's word if it was that of the runtime's end.
+
+        Of a step that left no flag only its end is known; what it was told by Slurm stands in its log, if at all.
+        """
+        flag = self.failed.read()
+        said = flag.ended == Ended.CANCELLED if flag else self.step.ended() is None and "CANCELLED" in why
         return Ended.CANCELLED if said or self.by_hand.read() else Ended.INTERRUPTED
 
 
