@@ -307,8 +307,10 @@ def test_a_runtime_that_gives_up_before_the_training_is_warned_of(load: Loader) 
     )
     assert load(lower, "TRAINING_COMPLETE_TIMEOUT=172800").warnings == ()
     assert load(lower, "SKYRL_BACKEND=local").warnings == (), "no time limit ends a local run"
-    told = load("", "SKYRL_BACKEND=local", "RESTARTS=2", "RUNTIME_IDLE_LIMIT=60").warnings
-    assert ["has no effect" in warning for warning in told] == [True, True]
+    told = load("", "SKYRL_BACKEND=local", "RESTARTS=2", "RUNTIME_IDLE_LIMIT=60", "PAIRING=het").warnings
+    assert ["has no effect" in warning for warning in told] == [True, True, True]
+    (warning,) = load("", "RUNTIME_IDLE_LIMIT=60", "PAIRING=het").warnings
+    assert warning.startswith("--set RUNTIME_IDLE_LIMIT: RUNTIME_IDLE_LIMIT=60 has no effect: with PAIRING=het")
     (warning,) = load("TIME_LIMIT=UNLIMITED\n", "TRAINING_COMPLETE_TIMEOUT=43200").warnings
     assert warning.startswith("--set TRAINING_COMPLETE_TIMEOUT: ")
 
