@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from local_verl import driver
 from local_verl import environment as verl_environment
 from local_verl.scratch import ray_folder
 from local_verl.tiny import model_folder, rows_file
@@ -43,6 +44,7 @@ def verl_overrides(settings: Settings, files: Path, code: Path) -> tuple[str, ..
         raise UsageError("CHECKPOINT_DIR and ROLLOUT_DIR must be set, as the training job sets them")
     rows = rows_file(files)
     own = replace(settings, model=str(model_folder(files)), train_data=rows, val_data=rows)
+    own = replace(own, gpu_nodes=1, gpus_per_node=driver.GPUS)
     return (
         *overrides(own, settings.checkpoint_dir, settings.rollout_dir),
         f"custom_reward_function.path={hydra_value(code / 'local_verl' / 'reward.py')}",
@@ -58,6 +60,7 @@ def verl_processes_environment(environment: Mapping[str, str], code: Path, ray: 
         "PYTHONPATH": os.pathsep.join([str(code / "local_verl" / "shim"), str(code)]),
         "PYTHONUNBUFFERED": "1",
         "RAY_TMPDIR": str(ray),
+        "TMPDIR": str(ray),  # for VERL's locks and torch's cache, which nobody removes
         "RAY_USAGE_STATS_ENABLED": "0",  # no report to Ray's makers
         "RAY_DEDUP_LOGS": "0",  # every line of every step
         "RAY_COLOR_PREFIX": "0",

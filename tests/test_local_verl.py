@@ -7,7 +7,6 @@ The run is that of ``--config local-verl`` by an ordinary user. Its environment 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -32,11 +31,12 @@ from slurm.lib.errors import EnvironmentProblem, UsageError
 from slurm.lib.processes import start_ticks
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
-from tests.conftest import CHECKOUT, OrdinaryUser, _environment_folder, copy_checkout
+from tests.conftest import CHECKOUT, VERL_CACHE, OrdinaryUser, _environment_folder, copy_checkout
 from tests.runs import until
 from tests.test_local_run import Local, Place, processes
 from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
 from tests.users import open_tun, ordinary_user, subordinate_uids
+from tests.verl_records import notes, rollouts, sandboxes, saved_step, steps
 
 # --- what is asked, and how an answer is judged ----------------------------------------------------------------------
 
@@ -128,6 +128,7 @@ def told(*given: str) -> dict[str, str]:
         ("TRAIN_BATCH_SIZE=2", "data.train_batch_size", "2"),
         ("ROLLOUT_N=8", "actor_rollout_ref.rollout.n", "8"),
         ("SAVE_FREQ=7", "trainer.save_freq", "7"),
+        ("GPUS_PER_NODE=3", "trainer.n_gpus_per_node", "1"),
         ("TOTAL_EPOCHS=3", "trainer.total_epochs", "3"),
         ("WANDB_EXPERIMENT=mine", "trainer.default_local_dir", "/c/mine"),
         ("VERL_OVERRIDES=trainer.total_training_steps=1", "trainer.total_training_steps", "1"),
@@ -143,6 +144,7 @@ def test_model_data_and_reward_are_those_of_the_run() -> None:
     assert found["data.train_files"] == "/run/local-verl/rows.parquet"
     assert found["custom_reward_function.path"] == "/run/code/local_verl/reward.py"
     assert found["actor_rollout_ref.rollout.name"] == "hf"
+    assert (found["trainer.nnodes"], found["trainer.n_gpus_per_node"]) == ("1", "1"), "what VERL asks Ray for"
 
 
 def test_without_the_training_jobs_folders_it_says_so() -> None:
@@ -162,7 +164,7 @@ def test_ray_is_the_runs_own_whatever_the_shell_says() -> None:
     shell = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_TMPDIR": "/shared", "KEPT": "yes"}
     made = train.verl_processes_environment(shell, Path("/code"), Path("/tmp/r"), Path("/run"))
     assert "RAY_ADDRESS" not in made
-    assert (made["RAY_TMPDIR"], made["KEPT"]) == ("/tmp/r", "yes")
+    assert (made["RAY_TMPDIR"], made["TMPDIR"], made["KEPT"]) == ("/tmp/r", "/tmp/r", "yes")
     assert made["PYTHONPATH"].split(os.pathsep) == ["/code/local_verl/shim", "/code"]
 
 
@@ -328,21 +330,8 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 # --- the real thing ---------------------------------------------------------------------------------------------------
 
-CACHE = Path("/var/tmp/skyrl-tests/verl-0.5.0")
 BATCH, EPOCH_STEPS, SAVE_FREQ = 16, 4, 3  # prompts × rollouts, steps of an epoch (the configuration), and ours
 NOTHING_LEFT_WITHIN_S = 15.0
-
-
-@pytest.fixture(scope="module")
-def verl_python() -> Path:
-    """The interpreter of VERL's environment, made where it is missing (one to three minutes)."""
-    shell = {**os.environ, "SKYRL_VERL_CACHE": str(CACHE)}
-    argv = [sys.executable, "-m", "local_verl.environment"]
-    done = subprocess.run(argv, cwd=CHECKOUT, env=shell, capture_output=True, text=True, timeout=1200)
-    if done.returncode == EnvironmentProblem.exit_code:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
 
 
 @pytest.fixture
@@ -361,7 +350,7 @@ def place(verl_python: Path) -> Iterator[Place]:
     copy_checkout(copy)
     (copy / ".venv").symlink_to(_environment_folder(user, copy))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(home / "jobs")], check=True)
-    made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(CACHE)})
+    made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(VERL_CACHE)})
     try:
         yield made
         made.assert_nothing_left()
@@ -377,37 +366,8 @@ def start(place: Place, epochs: int) -> Local:
     return place.start(*words, "SKYRL_DEBUG=1", config="local-verl")
 
 
-def steps(run: Local) -> list[int]:
-    """The steps that VERL has told of."""
-    return [int(number) for number in re.findall(r" step:(\d+) - ", run.stderr)]
-
-
 def checkpoints(place: Place) -> Path:
     return place.base / "checkpoints" / "local-verl"
-
-
-def saved_step(place: Place) -> int:
-    """The step that VERL will resume from."""
-    return int((checkpoints(place) / "latest_checkpointed_iteration.txt").read_text())
-
-
-def notes(place: Place, event: str) -> dict[int, str]:
-    """Step → hash of the weights, as they were after each save or load."""
-    lines = [json.loads(line) for line in (checkpoints(place) / "weights.jsonl").read_text().splitlines()]
-    return {int(n["checkpoint"].rpartition("_")[2]): n["sha256"] for n in lines if n["event"] == event}
-
-
-def sandboxes(run: Local) -> set[str]:
-    """The sandboxes that the API server's log says were ready."""
-    log = "".join(path.read_text() for path in run.directory.glob("runtime_*.out"))
-    log += "".join(path.read_text() for path in run.directory.glob("runtime_*.err"))
-    return set(re.findall(r"sandbox (\S+) of session local-verl-\S+ is ready", log))
-
-
-def rollouts(run: Local) -> list[dict[str, Any]]:
-    """What VERL wrote down of each rollout."""
-    files = sorted((run.directory / "rollouts" / "train").glob("*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def kill(place: Place, words: bytes) -> None:
@@ -426,11 +386,11 @@ def assert_all_gone(place: Place) -> None:
 
 
 def assert_every_rollout_ran_in_a_sandbox(run: Local, steps_done: int) -> None:
-    found = rollouts(run)
+    found = rollouts(run.directory)
     assert len(found) == BATCH * steps_done
     ids = {rollout["runtime_id"] for rollout in found}
     assert len(ids) == len(found)
-    assert ids <= sandboxes(run)  # the API server's own log
+    assert ids <= sandboxes(run.directory)  # the API server's own log
     for rollout in found:
         wanted = tasks.expected_output(int(rollout["input"].split()[-1]))
         assert rollout["score"] == pytest.approx(tasks.reward(wanted, rollout["exit_code"], rollout["stdout"]))
@@ -445,11 +405,11 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     first.wait_for(" step:4 - ", 180)
     kill(place, b"local_verl.driver")
     assert first.wait(60) == 128 + signal.SIGKILL, first.stderr
-    assert steps(first)[:4] == [1, 2, 3, 4]
-    at = saved_step(place)
+    assert steps(first.stderr)[:4] == [1, 2, 3, 4]
+    at = saved_step(checkpoints(place))
     assert at % SAVE_FREQ == 0
-    assert at < max(steps(first))
-    assert len(sandboxes(first)) >= BATCH * len(steps(first))
+    assert at < max(steps(first.stderr))
+    assert len(sandboxes(first.directory)) >= BATCH * len(steps(first.stderr))
     assert any(float(norm) > 0 for norm in re.findall(r"actor/grad_norm:(\d[\d.e-]*)", first.stderr))
     assert_all_gone(place)
 
@@ -457,12 +417,12 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     last = 3 * EPOCH_STEPS
     second = start(place, epochs=3)
     assert second.wait(300) == 0, second.stderr
-    assert notes(place, "loaded") == {at: notes(place, "saved")[at]}
-    assert steps(second) == list(range(at + 1, last + 1))
-    assert saved_step(place) == last
-    assert len(sandboxes(second)) >= BATCH * (last - at)
+    assert notes(checkpoints(place), "loaded") == {at: notes(checkpoints(place), "saved")[at]}
+    assert steps(second.stderr) == list(range(at + 1, last + 1))
+    assert saved_step(checkpoints(place)) == last
+    assert len(sandboxes(second.directory)) >= BATCH * (last - at)
     assert_every_rollout_ran_in_a_sandbox(second, last - at)
-    hashes = notes(place, "saved")
+    hashes = notes(checkpoints(place), "saved")
     assert len(set(hashes.values())) == len(hashes)  # every save has weights of its own: they were trained
     file = checkpoints(place) / f"global_step_{last}" / "actor" / "model_world_size_1_rank_0.pt"
     argv = [str(verl_python), "-m", "local_verl.weights", str(file)]
@@ -473,7 +433,7 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     # With more epochs it goes on once more; now the training job itself is killed.
     third = start(place, epochs=20)
     third.wait_for(f" step:{last + 1} - ", 180)
-    assert notes(place, "loaded")[last] == hashes[last]
+    assert notes(checkpoints(place), "loaded")[last] == hashes[last]
     kill(place, b"verl_training.py")
     assert third.wait(60) != 0
     assert_all_gone(place)
