@@ -22,17 +22,15 @@ from typing import Any
 
 import pytest
 
-from local_verl import environment, reward, scratch, tasks, tiny, train
+from local_verl import environment, reward, tasks, tiny, train
 from local_verl.adaptation import install
 from shell_rl.errors import SandboxDied
 from shell_rl.sandbox import RuntimeApi, Sandbox
 from slurm.lib.config import load_config
 from slurm.lib.errors import EnvironmentProblem, UsageError
-from slurm.lib.processes import start_ticks
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
-from tests.conftest import CHECKOUT, VERL_CACHE, OrdinaryUser, _environment_folder, copy_checkout
-from tests.runs import until
+from tests.conftest import CHECKOUT, VERL_CACHE, OrdinaryUser, _environment_folder, belongings, copy_checkout
 from tests.test_local_run import Local, Place, processes
 from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
 from tests.users import open_tun, ordinary_user, subordinate_uids
@@ -161,9 +159,9 @@ def test_started_by_hand_it_says_how_to_start_it() -> None:
 
 
 def test_ray_is_the_runs_own_whatever_the_shell_says() -> None:
-    shell = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_TMPDIR": "/shared", "KEPT": "yes"}
-    made = train.verl_processes_environment(shell, Path("/code"), Path("/tmp/r"), Path("/run"))
-    assert "RAY_ADDRESS" not in made
+    job = {"RAY_ADDRESS": "10.0.0.1:6379", "CUDA_VISIBLE_DEVICES": "NoDevFiles", "RAY_TMPDIR": "/tmp/r", "KEPT": "yes"}
+    made = train.verl_processes_environment(job, Path("/code"), Path("/run"))
+    assert not {"RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"} & made.keys()
     assert (made["RAY_TMPDIR"], made["TMPDIR"], made["KEPT"]) == ("/tmp/r", "/tmp/r", "yes")
     assert made["PYTHONPATH"].split(os.pathsep) == ["/code/local_verl/shim", "/code"]
 
@@ -198,51 +196,6 @@ def test_a_module_is_changed_once_it_is_there(adapted: Path) -> None:
 def test_a_module_that_is_absent_stays_absent(adapted: Path) -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("adapted_for_test")
-
-
-# --- Ray's folder goes with its owner ---------------------------------------------------------------------------------
-
-
-def test_rays_folder_is_short_enough_for_its_sockets() -> None:
-    name = scratch.own_name(4_294_967_294, 4_194_304, 99_999_999)
-    assert len(str(scratch.BASE / name)) <= 43
-
-
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("skyrl-ray-1000-17-123", (1000, 17, 123)),
-        ("skyrl-ray-1000-17", None),
-        ("skyrl-ray-1000-17-123-old", None),
-        ("ray", None),
-    ],
-)
-def test_whose_folder_it_is(name: str, found: tuple[int, int, int] | None) -> None:
-    assert scratch.owner(name) == found
-
-
-def test_only_folders_without_an_owner_are_removed(tmp_path: Path) -> None:
-    own, pid = os.getuid(), os.getpid()
-    kept = [f"skyrl-ray-{own}-{pid}-{start_ticks(pid)}", f"skyrl-ray-{own}-notes", "skyrl-ray-1", "other"]
-    gone = [f"skyrl-ray-{own}-{pid}-1", f"skyrl-ray-{own}-4194305-7"]
-    for name in (*kept, *gone):
-        (tmp_path / name / "session").mkdir(parents=True)
-    scratch.remove_ownerless(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(kept)
-
-
-def test_rays_folder_goes_when_its_owner_is_killed(tmp_path: Path) -> None:
-    program = (
-        "import os, time\nfrom local_verl.scratch import ray_folder\n"
-        "with ray_folder() as (folder, _):\n"
-        "    (folder / 'file').touch()\n    print(folder, flush=True)\n    time.sleep(300)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout
-        folder = Path(owner.stdout.readline().strip())
-        assert (folder / "file").exists()
-        owner.kill()
-    until("the folder's end", lambda: not folder.exists(), 10)
 
 
 # --- VERL's environment: made once ------------------------------------------------------------------------------------
@@ -351,9 +304,11 @@ def place(verl_python: Path) -> Iterator[Place]:
     (copy / ".venv").symlink_to(_environment_folder(user, copy))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(home / "jobs")], check=True)
     made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(VERL_CACHE)})
+    before = belongings(user).paths
     try:
         yield made
         made.assert_nothing_left()
+        assert belongings(user).paths <= before
     finally:
         for process in made.started:
             process.kill()
@@ -378,11 +333,10 @@ def kill(place: Place, words: bytes) -> None:
 
 
 def assert_all_gone(place: Place) -> None:
-    """No process, container, socket or storage of the runs, and no folder of Ray's."""
+    """No process, container, socket, storage or Ray's folder of the runs."""
     place.assert_nothing_left(NOTHING_LEFT_WITHIN_S)
     assert place.user
-    assert list(scratch.BASE.glob(f"skyrl-ray-{place.user.uid}-*")) == []
-    assert not [line for line in place.user.processes().values() if f"skyrl-ray-{place.user.uid}-" in line]
+    assert not [line for line in place.user.processes().values() if f"skyray-{place.user.uid}-" in line]
 
 
 def assert_every_rollout_ran_in_a_sandbox(run: Local, steps_done: int) -> None:
