@@ -2,7 +2,7 @@
 
 Slurm says that the time has come by SIGUSR1, and so does the clock: the runtime job's limit, usually the earlier one,
 is not in this job's signal. VERL has no handler for the signal, which would kill it; it is told by its environment
-(``deadlines``) and never gets it. A trainer of the user's own gets it once.
+(``deadlines``) and never gets it. Another trainer gets it once.
 """
 
 from __future__ import annotations
