@@ -5,7 +5,6 @@ Runs under the Python of VERL's environment: ``python -m local_verl.driver OVERR
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 CPUS = 4  # as Ray counts: one for the task runner, one for the worker, and room; it binds nobody to them
@@ -25,7 +24,6 @@ def start_ray() -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,  # takes longer to start than all else
         runtime_env=get_ppo_ray_runtime_env(),
-        _temp_dir=os.environ["RAY_TMPDIR"],
     )
 
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from local_verl import driver
 from local_verl import environment as verl_environment
-from local_verl.scratch import ray_folder
 from local_verl.tiny import model_folder, rows_file
 from slurm.lib.edge import exit_code_of
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, UsageError
@@ -28,11 +28,13 @@ from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verl_command import overrides
 
-NEEDED = ("SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY", "CONTAINER_IMAGE", "SKYRL_COORD_DIR")
+NEEDED = ("SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY", "CONTAINER_IMAGE", "SKYRL_COORD_DIR", "RAY_TMPDIR")
+# Another Ray's address, and the node's real GPUs: Ray refuses to say that there is one where Slurm has given none.
+NOT_FOR_RAY = ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")
 TINY_DEADLINE_S = 300.0
-# The training job leaves its trainer five seconds, and VERL saves nothing on a SIGTERM: a KILL loses no checkpoint.
-STOP_GRACE_S = 2.5
-REST_GRACE_S = 1.0  # for what it left; Ray's gcs_server often hangs after a SIGTERM and has to be killed
+# Slurm's KillWait may be 5 s, half of which is the training job's own, and VERL saves nothing on a SIGTERM.
+STOP_GRACE_S = 1.0
+REST_GRACE_S = 0.5  # for what it left; Ray's gcs_server often hangs after a SIGTERM and has to be killed
 
 
 def verl_overrides(settings: Settings, files: Path, code: Path) -> tuple[str, ...]:
@@ -45,6 +47,7 @@ def verl_overrides(settings: Settings, files: Path, code: Path) -> tuple[str, ..
         raise UsageError("CHECKPOINT_DIR and ROLLOUT_DIR must be set, as the training job sets them")
     rows = rows_file(files)
     own = replace(settings, model=str(model_folder(files)), train_data=rows, val_data=rows)
+    own = replace(own, gpu_nodes=1, gpus_per_node=driver.GPUS)
     return (
         *overrides(own, settings.checkpoint_dir, settings.rollout_dir),
         f"custom_reward_function.path={hydra_value(code / 'local_verl' / 'reward.py')}",
@@ -54,12 +57,15 @@ def verl_overrides(settings: Settings, files: Path, code: Path) -> tuple[str, ..
     )
 
 
-def verl_processes_environment(environment: Mapping[str, str], code: Path, ray: Path, files: Path) -> dict[str, str]:
-    """The environment of VERL and, by inheritance, of all of Ray's processes."""
+def verl_processes_environment(environment: Mapping[str, str], code: Path, files: Path) -> dict[str, str]:
+    """The environment of VERL and, by inheritance, of all of Ray's processes.
+
+    Ray's folder is the job's own, which goes with the job; so do VERL's lock files and torch's caches there.
+    """
     own = {
         "PYTHONPATH": os.pathsep.join([str(code / "local_verl" / "shim"), str(code)]),
         "PYTHONUNBUFFERED": "1",
-        "RAY_TMPDIR": str(ray),
+        "TMPDIR": environment["RAY_TMPDIR"],
         "RAY_USAGE_STATS_ENABLED": "0",  # no report to Ray's makers
         "RAY_DEDUP_LOGS": "0",  # every line of every step
         "RAY_COLOR_PREFIX": "0",
@@ -70,7 +76,7 @@ def verl_processes_environment(environment: Mapping[str, str], code: Path, ray: 
         "TOKENIZERS_PARALLELISM": "false",
         "HYDRA_FULL_ERROR": "1",
     }
-    return {**{name: value for name, value in environment.items() if name != "RAY_ADDRESS"}, **own}
+    return {**{name: value for name, value in environment.items() if name not in NOT_FOR_RAY}, **own}
 
 
 def train(environment: Mapping[str, str], notes: SignalNotes) -> int:
@@ -85,15 +91,14 @@ def train(environment: Mapping[str, str], notes: SignalNotes) -> int:
     python = verl_environment.ready(environment, notes)
     files = Path(environment["SKYRL_COORD_DIR"]) / "local-verl"
     code = code_folder()
-    with ray_folder() as (ray, guard):
-        own = verl_processes_environment(environment, code, ray, files)
-        make_tiny(python, files, own, notes)
-        argv = (str(python), "-m", "local_verl.driver", *verl_overrides(settings, files, code))
-        adopt_orphans()
-        try:
-            return supervise(ChildSpec(argv, own, "VERL", cwd=files), notes)
-        finally:
-            end_descendants(guard)
+    own = verl_processes_environment(environment, code, files)
+    make_tiny(python, files, own, notes)
+    argv = (str(python), "-m", "local_verl.driver", *verl_overrides(settings, files, code))
+    adopt_orphans()
+    try:
+        return supervise(ChildSpec(argv, own, "VERL", cwd=files), notes)
+    finally:
+        end_descendants()
 
 
 def make_tiny(python: Path, files: Path, environment: Mapping[str, str], notes: SignalNotes) -> None:
@@ -120,15 +125,15 @@ def supervise(spec: ChildSpec, notes: SignalNotes) -> int:
     return code
 
 
-def end_descendants(spared: int) -> None:
+def end_descendants() -> None:
     """End what VERL and Ray left: asked, waited for, killed, by process id."""
     end = time.monotonic() + REST_GRACE_S
-    for pid in (left := descendants({os.getpid()}) - {spared}):
+    for pid in (left := descendants({os.getpid()})):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     while left & descendants({os.getpid()}) and time.monotonic() < end:
         time.sleep(0.1)
-    kill_descendants(spared={spared})
+    kill_descendants(spared=set())
 
 
 def main() -> int:

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from slurm.lib.errors import EnvironmentProblem
 from tests import cluster as test_cluster
 from tests.users import ordinary_user, subordinate_uids
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 END_DEADLINE_S = 20.0
+VERL_CACHE = Path("/var/tmp/skyrl-tests/verl-0.5.0")
 SCRATCH = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # what is local to a node, and what jobs may write
 
 
@@ -167,6 +169,18 @@ def checkout(user: OrdinaryUser) -> Path:
     (target / ".venv").symlink_to(_environment_folder(user, target))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(user.home / "project")], check=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def verl_python() -> Path:
+    """The interpreter of VERL's environment, made where it is missing (one to three minutes)."""
+    shell = {**os.environ, "SKYRL_VERL_CACHE": str(VERL_CACHE)}
+    argv = [sys.executable, "-m", "local_verl.environment"]
+    done = subprocess.run(argv, cwd=CHECKOUT, env=shell, capture_output=True, text=True, timeout=1200)
+    if done.returncode == EnvironmentProblem.exit_code:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
 
 
 @pytest.fixture

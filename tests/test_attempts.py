@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.lib.attempts import Chain, checkpoint_at_start, refused
+from slurm.lib.attempts import Chain, checkpoint_at_start, checkpoints_of, refused
 from slurm.lib.checkpoints import TRACKER
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir, Flag
@@ -20,6 +20,7 @@ from slurm.lib.plan import Request, make_plan
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import GitState, partner_of, read_jobs
 from slurm.lib.scheduler import Slurm
+from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
 from slurm.lib.submission import submit
 from tests.fake_slurm import FakeSlurm
@@ -130,6 +131,22 @@ def test_the_records(slurm: FakeSlurm) -> None:
     assert partner_of(directory, "runtime", "101") == "102"
     assert partner_of(directory, "runtime", "103") == "104"
     assert partner_of(directory, "runtime", "999") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        (Settings(), False),
+        (Settings(training_command="x", training_command_is_verl=True), False),
+        (Settings(training_command="x"), True),
+    ],
+)
+def test_what_verl_is_still_writing_is_no_checkpoint(tmp_path: Path, settings: Settings, counts: bool) -> None:
+    directory = CoordinationDir(tmp_path)
+    part = directory.checkpoints / settings.wandb_experiment / "global_step_3" / "data.pt"
+    part.parent.mkdir(parents=True)
+    part.write_text("half of it")
+    assert bool(checkpoints_of(settings, directory).mark()) == counts
 
 
 def test_the_last_attempt_queues_none(slurm: FakeSlurm) -> None:

@@ -128,6 +128,7 @@ def trainer(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Trainer]
 
 OWN = Settings(restarts=1, restart_lead=100, training_command="x")
 VERL = Settings(restarts=1, restart_lead=100)
+OWN_VERL = Settings(restarts=1, restart_lead=100, training_command="x", training_command_is_verl=True)
 
 
 def test_a_command_is_told_once_and_stopped_after_its_checkpoint(trainer: Trainer) -> None:
@@ -164,8 +165,9 @@ def test_the_clock_says_it_where_slurm_does_not(trainer: Trainer) -> None:
     trainer.until(lambda: trainer.signals == "1")
 
 
-def test_verl_never_gets_the_signal(trainer: Trainer) -> None:
-    early = trainer.early(VERL)
+@pytest.mark.parametrize("settings", [VERL, OWN_VERL])
+def test_verl_never_gets_the_signal(trainer: Trainer, settings: Settings) -> None:
+    early = trainer.early(settings)
     early.signalled(signal.SIGUSR1)
     early.saved()
     tracker(trainer.checkpoints, 5)

@@ -7,7 +7,6 @@ The run is that of ``--config local-verl`` by an ordinary user. Its environment 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -23,20 +22,19 @@ from typing import Any
 
 import pytest
 
-from local_verl import environment, reward, scratch, tasks, tiny, train
+from local_verl import environment, reward, tasks, tiny, train
 from local_verl.adaptation import install
 from shell_rl.errors import SandboxDied
 from shell_rl.sandbox import RuntimeApi, Sandbox
 from slurm.lib.config import load_config
 from slurm.lib.errors import EnvironmentProblem, UsageError
-from slurm.lib.processes import start_ticks
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
-from tests.conftest import CHECKOUT, OrdinaryUser, _environment_folder, copy_checkout
+from tests.conftest import CHECKOUT, VERL_CACHE, OrdinaryUser, _environment_folder, belongings, copy_checkout
 from tests.local_runs import Local, Place, processes
-from tests.runs import until
 from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
 from tests.users import open_tun, ordinary_user, subordinate_uids
+from tests.verl_records import notes, rollouts, sandboxes, saved_step, steps
 
 # --- what is asked, and how an answer is judged ----------------------------------------------------------------------
 
@@ -128,6 +126,7 @@ def told(*given: str) -> dict[str, str]:
         ("TRAIN_BATCH_SIZE=2", "data.train_batch_size", "2"),
         ("ROLLOUT_N=8", "actor_rollout_ref.rollout.n", "8"),
         ("SAVE_FREQ=7", "trainer.save_freq", "7"),
+        ("GPUS_PER_NODE=3", "trainer.n_gpus_per_node", "1"),
         ("TOTAL_EPOCHS=3", "trainer.total_epochs", "3"),
         ("WANDB_EXPERIMENT=mine", "trainer.default_local_dir", "/c/mine"),
         ("VERL_OVERRIDES=trainer.total_training_steps=1", "trainer.total_training_steps", "1"),
@@ -143,6 +142,7 @@ def test_model_data_and_reward_are_those_of_the_run() -> None:
     assert found["data.train_files"] == "/run/local-verl/rows.parquet"
     assert found["custom_reward_function.path"] == "/run/code/local_verl/reward.py"
     assert found["actor_rollout_ref.rollout.name"] == "hf"
+    assert (found["trainer.nnodes"], found["trainer.n_gpus_per_node"]) == ("1", "1"), "what VERL asks Ray for"
 
 
 def test_without_the_training_jobs_folders_it_says_so() -> None:
@@ -159,10 +159,10 @@ def test_started_by_hand_it_says_how_to_start_it() -> None:
 
 
 def test_ray_is_the_runs_own_whatever_the_shell_says() -> None:
-    shell = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_TMPDIR": "/shared", "KEPT": "yes"}
-    made = train.verl_processes_environment(shell, Path("/code"), Path("/tmp/r"), Path("/run"))
-    assert "RAY_ADDRESS" not in made
-    assert (made["RAY_TMPDIR"], made["KEPT"]) == ("/tmp/r", "yes")
+    job = {"RAY_ADDRESS": "10.0.0.1:6379", "CUDA_VISIBLE_DEVICES": "NoDevFiles", "RAY_TMPDIR": "/tmp/r", "KEPT": "yes"}
+    made = train.verl_processes_environment(job, Path("/code"), Path("/run"))
+    assert not {"RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"} & made.keys()
+    assert (made["RAY_TMPDIR"], made["TMPDIR"], made["KEPT"]) == ("/tmp/r", "/tmp/r", "yes")
     assert made["PYTHONPATH"].split(os.pathsep) == ["/code/local_verl/shim", "/code"]
 
 
@@ -196,51 +196,6 @@ def test_a_module_is_changed_once_it_is_there(adapted: Path) -> None:
 def test_a_module_that_is_absent_stays_absent(adapted: Path) -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("adapted_for_test")
-
-
-# --- Ray's folder goes with its owner ---------------------------------------------------------------------------------
-
-
-def test_rays_folder_is_short_enough_for_its_sockets() -> None:
-    name = scratch.own_name(4_294_967_294, 4_194_304, 99_999_999)
-    assert len(str(scratch.BASE / name)) <= 43
-
-
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("skyrl-ray-1000-17-123", (1000, 17, 123)),
-        ("skyrl-ray-1000-17", None),
-        ("skyrl-ray-1000-17-123-old", None),
-        ("ray", None),
-    ],
-)
-def test_whose_folder_it_is(name: str, found: tuple[int, int, int] | None) -> None:
-    assert scratch.owner(name) == found
-
-
-def test_only_folders_without_an_owner_are_removed(tmp_path: Path) -> None:
-    own, pid = os.getuid(), os.getpid()
-    kept = [f"skyrl-ray-{own}-{pid}-{start_ticks(pid)}", f"skyrl-ray-{own}-notes", "skyrl-ray-1", "other"]
-    gone = [f"skyrl-ray-{own}-{pid}-1", f"skyrl-ray-{own}-4194305-7"]
-    for name in (*kept, *gone):
-        (tmp_path / name / "session").mkdir(parents=True)
-    scratch.remove_ownerless(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(kept)
-
-
-def test_rays_folder_goes_when_its_owner_is_killed(tmp_path: Path) -> None:
-    program = (
-        "import os, time\nfrom local_verl.scratch import ray_folder\n"
-        "with ray_folder() as (folder, _):\n"
-        "    (folder / 'file').touch()\n    print(folder, flush=True)\n    time.sleep(300)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout
-        folder = Path(owner.stdout.readline().strip())
-        assert (folder / "file").exists()
-        owner.kill()
-    until("the folder's end", lambda: not folder.exists(), 10)
 
 
 # --- VERL's environment: made once ------------------------------------------------------------------------------------
@@ -328,21 +283,8 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 # --- the real thing ---------------------------------------------------------------------------------------------------
 
-CACHE = Path("/var/tmp/skyrl-tests/verl-0.5.0")
 BATCH, EPOCH_STEPS, SAVE_FREQ = 16, 4, 3  # prompts × rollouts, steps of an epoch (the configuration), and ours
 NOTHING_LEFT_WITHIN_S = 15.0
-
-
-@pytest.fixture(scope="module")
-def verl_python() -> Path:
-    """The interpreter of VERL's environment, made where it is missing (one to three minutes)."""
-    shell = {**os.environ, "SKYRL_VERL_CACHE": str(CACHE)}
-    argv = [sys.executable, "-m", "local_verl.environment"]
-    done = subprocess.run(argv, cwd=CHECKOUT, env=shell, capture_output=True, text=True, timeout=1200)
-    if done.returncode == EnvironmentProblem.exit_code:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
 
 
 @pytest.fixture
@@ -361,9 +303,11 @@ def place(verl_python: Path) -> Iterator[Place]:
     copy_checkout(copy)
     (copy / ".venv").symlink_to(_environment_folder(user, copy))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(home / "jobs")], check=True)
-    made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(CACHE)})
+    made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(VERL_CACHE)})
+    before = belongings(user).paths
     with made.lent():
         yield made
+    assert belongings(user).paths <= before
 
 
 def start(place: Place, epochs: int) -> Local:
@@ -372,37 +316,8 @@ def start(place: Place, epochs: int) -> Local:
     return place.start(*words, "SKYRL_DEBUG=1", config="local-verl")
 
 
-def steps(run: Local) -> list[int]:
-    """The steps that VERL has told of."""
-    return [int(number) for number in re.findall(r" step:(\d+) - ", run.stderr)]
-
-
 def checkpoints(place: Place) -> Path:
     return place.base / "checkpoints" / "local-verl"
-
-
-def saved_step(place: Place) -> int:
-    """The step that VERL will resume from."""
-    return int((checkpoints(place) / "latest_checkpointed_iteration.txt").read_text())
-
-
-def notes(place: Place, event: str) -> dict[int, str]:
-    """Step → hash of the weights, as they were after each save or load."""
-    lines = [json.loads(line) for line in (checkpoints(place) / "weights.jsonl").read_text().splitlines()]
-    return {int(n["checkpoint"].rpartition("_")[2]): n["sha256"] for n in lines if n["event"] == event}
-
-
-def sandboxes(run: Local) -> set[str]:
-    """The sandboxes that the API server's log says were ready."""
-    log = "".join(path.read_text() for path in run.directory.glob("runtime_*.out"))
-    log += "".join(path.read_text() for path in run.directory.glob("runtime_*.err"))
-    return set(re.findall(r"sandbox (\S+) of session local-verl-\S+ is ready", log))
-
-
-def rollouts(run: Local) -> list[dict[str, Any]]:
-    """What VERL wrote down of each rollout."""
-    files = sorted((run.directory / "rollouts" / "train").glob("*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def kill(place: Place, words: bytes) -> None:
@@ -413,19 +328,18 @@ def kill(place: Place, words: bytes) -> None:
 
 
 def assert_all_gone(place: Place) -> None:
-    """No process, container, socket or storage of the runs, and no folder of Ray's."""
+    """No process, container, socket, storage or Ray's folder of the runs."""
     place.assert_nothing_left(NOTHING_LEFT_WITHIN_S)
     assert place.user
-    assert list(scratch.BASE.glob(f"skyrl-ray-{place.user.uid}-*")) == []
-    assert not [line for line in place.user.processes().values() if f"skyrl-ray-{place.user.uid}-" in line]
+    assert not [line for line in place.user.processes().values() if f"skyray-{place.user.uid}-" in line]
 
 
 def assert_every_rollout_ran_in_a_sandbox(run: Local, steps_done: int) -> None:
-    found = rollouts(run)
+    found = rollouts(run.directory)
     assert len(found) == BATCH * steps_done
     ids = {rollout["runtime_id"] for rollout in found}
     assert len(ids) == len(found)
-    assert ids <= sandboxes(run)  # the API server's own log
+    assert ids <= sandboxes(run.directory)  # the API server's own log
     for rollout in found:
         wanted = tasks.expected_output(int(rollout["input"].split()[-1]))
         assert rollout["score"] == pytest.approx(tasks.reward(wanted, rollout["exit_code"], rollout["stdout"]))
@@ -440,11 +354,11 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     first.wait_for(" step:4 - ", 180)
     kill(place, b"local_verl.driver")
     assert first.wait(60) == 128 + signal.SIGKILL, first.stderr
-    assert steps(first)[:4] == [1, 2, 3, 4]
-    at = saved_step(place)
+    assert steps(first.stderr)[:4] == [1, 2, 3, 4]
+    at = saved_step(checkpoints(place))
     assert at % SAVE_FREQ == 0
-    assert at < max(steps(first))
-    assert len(sandboxes(first)) >= BATCH * len(steps(first))
+    assert at < max(steps(first.stderr))
+    assert len(sandboxes(first.directory)) >= BATCH * len(steps(first.stderr))
     assert any(float(norm) > 0 for norm in re.findall(r"actor/grad_norm:(\d[\d.e-]*)", first.stderr))
     assert_all_gone(place)
 
@@ -452,12 +366,12 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     last = 3 * EPOCH_STEPS
     second = start(place, epochs=3)
     assert second.wait(300) == 0, second.stderr
-    assert notes(place, "loaded") == {at: notes(place, "saved")[at]}
-    assert steps(second) == list(range(at + 1, last + 1))
-    assert saved_step(place) == last
-    assert len(sandboxes(second)) >= BATCH * (last - at)
+    assert notes(checkpoints(place), "loaded") == {at: notes(checkpoints(place), "saved")[at]}
+    assert steps(second.stderr) == list(range(at + 1, last + 1))
+    assert saved_step(checkpoints(place)) == last
+    assert len(sandboxes(second.directory)) >= BATCH * (last - at)
     assert_every_rollout_ran_in_a_sandbox(second, last - at)
-    hashes = notes(place, "saved")
+    hashes = notes(checkpoints(place), "saved")
     assert len(set(hashes.values())) == len(hashes)  # every save has weights of its own: they were trained
     file = checkpoints(place) / f"global_step_{last}" / "actor" / "model_world_size_1_rank_0.pt"
     argv = [str(verl_python), "-m", "local_verl.weights", str(file)]
@@ -468,7 +382,7 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     # With more epochs it goes on once more; now the training job itself is killed.
     third = start(place, epochs=20)
     third.wait_for(f" step:{last + 1} - ", 180)
-    assert notes(place, "loaded")[last] == hashes[last]
+    assert notes(checkpoints(place), "loaded")[last] == hashes[last]
     kill(place, b"verl_training.py")
     assert third.wait(60) != 0
     assert_all_gone(place)

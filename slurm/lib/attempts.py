@@ -62,7 +62,7 @@ def checkpoint_at_start(directory: CoordinationDir, number: int) -> str:
 def checkpoints_of(settings: Settings, directory: CoordinationDir) -> Checkpoints:
     """Where the run saves."""
     folder = settings.checkpoint_dir or directory.checkpoints
-    return Checkpoints(folder, settings.wandb_experiment, tracked=not settings.training_command)
+    return Checkpoints(folder, settings.wandb_experiment, tracked=settings.trains_with_verl)
 
 
 def number_of(environment: Mapping[str, str]) -> int:

@@ -16,8 +16,8 @@ from slurm.lib.scheduler import Scheduler
 from slurm.lib.settings import Settings
 
 END_NAME = "SLURM_JOB_END_TIME"  # epoch seconds; from Slurm 23.02 on
-# VERL saves after a step when what is left is at most its longest step + 60 s + trainer.esi_redundant_time (read and
-# run in 0.5.0; not in the V1 trainer of 0.9).
+# VERL saves after a step when what is left is at most its longest step + 60 s + trainer.esi_redundant_time; not after
+# its process's first step, when it knows of none (read and run in 0.5.0; not in the V1 trainer of 0.9).
 EXPIRY_NAME = "MLP_CURRENT_CAPACITY_BLOCK_EXPIRATION_TIMESTAMP"
 
 

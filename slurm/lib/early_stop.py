@@ -2,7 +2,7 @@
 
 Slurm says that the time has come by SIGUSR1, and so does the clock: the runtime job's limit, usually the earlier one,
 is not in this job's signal. VERL has no handler for the signal, which would kill it; it is told by its environment
-(``deadlines``) and never gets it. A trainer of the user's own gets it once.
+(``deadlines``) and never gets it. Another trainer gets it once.
 """
 
 from __future__ import annotations
@@ -38,14 +38,10 @@ class EarlyStop:
 
     def signalled(self, number: int) -> None:
         """The handler of the forwarded signals; only notes SIGUSR1, whose turn comes with the next look."""
-        if number != signal.SIGUSR1 or not (self.settings.restarts or self.is_verl):
+        if number != signal.SIGUSR1 or not (self.settings.restarts or self.settings.trains_with_verl):
             self.send(number)
         elif self.settings.restarts:
             self.told = True
-
-    @property
-    def is_verl(self) -> bool:
-        return not self.settings.training_command
 
     def saved(self) -> str | None:
         """The checkpoint with which the trainer can be stopped, once there is one. To be asked about once a second."""
@@ -66,9 +62,9 @@ class EarlyStop:
         when = "soon" if left is None else f"in {left:.0f} s"
         what = "it is stopped after its next checkpoint" if self.goes_on else "this is the last attempt"
         log.warning("the time limit comes %s; %s (now: %s)", when, what, self._watch.before or "none")
-        if not self.is_verl:
+        if not self.settings.trains_with_verl:
             self.send(signal.SIGUSR1)
 
     def killed_by_it(self, code: int) -> bool:
         """Whether a trainer without a handler for SIGUSR1 died of ours."""
-        return self.told and not self.is_verl and code == 128 + signal.SIGUSR1
+        return self.told and not self.settings.trains_with_verl and code == 128 + signal.SIGUSR1

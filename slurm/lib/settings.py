@@ -467,6 +467,12 @@ class Settings:
     training_command: str = setting(
         "TRAINING_COMMAND", text, "", "Run by `bash -c` in the training job in place of VERL.", default_text="VERL"
     )
+    training_command_is_verl: bool = setting(
+        "TRAINING_COMMAND_IS_VERL",
+        boolean,
+        False,
+        "Whether that command runs VERL: how VERL saves is known, see [restarts.md](restarts.md).",
+    )
 
     # Ray on the nodes of the training job
     ray_cluster: str = setting(
@@ -774,6 +780,11 @@ class Settings:
     )
     skyrl_debug: bool = setting("SKYRL_DEBUG", switch, False, "Whether debug lines are logged.")
 
+    @property
+    def trains_with_verl(self) -> bool:
+        """Whether the trainer saves as VERL does: by its environment and not by a signal, with a tracker file."""
+        return not self.training_command or self.training_command_is_verl
+
     def as_environment(self) -> dict[str, str]:
         """Key → value as a ``.conf`` or a shell would say it, without unset ones; secrets included.
 
@@ -928,8 +939,8 @@ SAID_ANYWAY = Override("trainer.resume_mode", "auto")
 
 
 def _restart_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Of VERL alone: how a TRAINING_COMMAND saves is its own affair."""
-    if not settings.restarts or settings.training_command:
+    """Of VERL alone: how another TRAINING_COMMAND saves is its own affair."""
+    if not settings.restarts or not settings.trains_with_verl:
         return
     if settings.save_freq == -1:
         sentence = f"RESTARTS={settings.restarts} with SAVE_FREQ=-1: without checkpoints there is nothing to go on from"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
@@ -65,21 +65,9 @@ def trainer_of(settings: Settings, directory: CoordinationDir, version: VerlVers
     if settings.training_command:
         argv: tuple[str, ...] = ("bash", "-c", settings.training_command)
         return Trainer(argv, directory.path, checkpoints, rollouts)
-    settings = replace(settings, verl_overrides=(*timed_overrides(settings), *settings.verl_overrides))
     task_yaml = task_file(settings, directory)
     argv = command(settings, directory.training_env, checkpoints, rollouts, task_yaml=task_yaml, version=version)
     return Trainer(argv, agent_folder(settings), checkpoints, rollouts)
-
-
-def timed_overrides(settings: Settings) -> tuple[str, ...]:
-    """What VERL is told where it may be restarted: save after every step of the last minutes, go on from the last save.
-
-    Both are in 0.5.0 to 0.9.1, but its V1 trainer (default from 0.9 on) does not save by the time that is left: where
-    ``trainer.use_v1`` exists it has to be False.
-    """
-    if not settings.restarts:
-        return ()
-    return (f"trainer.esi_redundant_time={settings.restart_lead}", "trainer.resume_mode=auto")
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,14 @@ ROWS: tuple[Row, ...] = (
     Row(("SAVE_FREQ",), "trainer.save_freq", lambda t: t.settings.save_freq),
     Row(("TEST_FREQ",), "trainer.test_freq", lambda t: t.settings.test_freq),
     Row(("TOTAL_EPOCHS",), "trainer.total_epochs", lambda t: t.settings.total_epochs),
+    # With RESTARTS: save after every step of the last minutes, and go on from what was saved last.
+    Row(
+        ("RESTART_LEAD", "RESTARTS"),
+        "trainer.esi_redundant_time",
+        lambda t: t.settings.restart_lead if t.settings.restarts else None,
+        "read in VERL 0.5.0 to 0.9.1, run in 0.5.0",
+    ),
+    Row((), "trainer.resume_mode", lambda t: "auto" if t.settings.restarts else None),
     Row(
         ("CHECKPOINT_DIR", "WANDB_EXPERIMENT"),
         "trainer.default_local_dir",

@@ -249,6 +249,11 @@ def power_on(name: str) -> None:
     _await(f"{name} to be idle", lambda: name in _idle_or_busy(), LOGS / f"slurmd-{name}.log")
 
 
+def set_time_limit(job_id: str, minutes: int) -> None:
+    """What only an administrator may do: give a job more time."""
+    _call("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
+
+
 def down() -> None:
     """Stop by pid what ``up`` started, and remove what it made but the logs; nothing else."""
     if _alive(HOME / "slurmctld.pid"):
