@@ -77,6 +77,7 @@ def test_both_parts_start_together_and_end_well(user: User, checkout: Path, jobs
     assert {kind: job["id"] for kind, job in record["jobs"].items()} == run.jobs
     assert "8 slots: 8 CPUs" in run.log("runtime"), "the component's CPUs, not the training's"
     assert f"training job {run.jobs['training']} is complete" in run.log("runtime")
+    assert f"the runtime job {run.jobs['runtime']} has ended with exit code 0" in run.log("training"), "waited for"
     assert "[ERROR]" not in run.log("runtime", "err")
     environment = run.text("env.txt").splitlines()
     assert "SLURM_CPUS_PER_TASK=2" in environment

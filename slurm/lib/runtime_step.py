@@ -109,11 +109,14 @@ class RuntimeStep:
 
         Its body ends in order within KillWait. What is left then ends with the job.
         """
-        if self.child is None or self.child.wait(kill_wait_s + STEP_END_S):
+        if self.child is None:
             return
-        log.warning("the runtime job %s has not ended by its flag; asking it by SIGTERM", self.job_id)
-        slurm.end_steps(self.job_id)
         if not self.child.wait(kill_wait_s + STEP_END_S):
+            log.warning("the runtime job %s has not ended by its flag; asking it by SIGTERM", self.job_id)
+            slurm.end_steps(self.job_id)
+        if self.child.wait(kill_wait_s + STEP_END_S):
+            log.info("the runtime job %s has ended with exit code %s", self.job_id, self.child.exit_code)
+        else:
             log.error("the runtime job %s does not end; leaving it to Slurm, which ends it with this job", self.job_id)
 
 
