@@ -247,7 +247,7 @@ def test_a_value_of_the_file_replaces_the_shells_even_if_only_one_is_a_secret(tm
 
 
 def test_slurms_own_token_reaches_sbatch_and_is_not_shown() -> None:
-    plan = plan_for("NOTE=jwt-0123456789", environment={"SLURM_JWT": "jwt-0123456789"})
+    plan = plan_for("VERL_NOTE=jwt-0123456789", environment={"SLURM_JWT": "jwt-0123456789"})
     assert plan.inherited["SLURM_JWT"] == "jwt-0123456789"
     assert "SLURM_JWT" not in plan.secrets
     text = shown(plan)

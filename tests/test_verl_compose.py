@@ -7,12 +7,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
-from slurm.lib.settings import Settings
+from slurm.lib.settings import Settings, hydra_overrides
 from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_command import ROWS, Told, command, hydra_value, row_name
 from slurm.lib.verl_versions import ADDED, RENAMED, VerlVersion
@@ -122,6 +123,28 @@ def test_what_is_wrong_does_not_compose(verl: Ppo, word: str) -> None:
     settings = settings_of("dev", f"VERL_OVERRIDES={word}")
     with pytest.raises(HydraException):
         verl.compose(overrides(settings, verl.version))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("1,c.d=2", "1, 2", "a,b", "'a','b'", "[1],[2]", "f(1),g(2)", "'a'b,c", "x:y,z"),
+        *("[1,2]", "[[1,2],[3]]", "{a:1,b:2}", "'a,b=1'", '"a,b"', "a\\,b", "'it\\'s, b'", "", "[a,'b,c]']"),
+    ],
+)
+def test_a_comma_that_means_several_runs_is_refused_as_hydra_does(value: str) -> None:
+    """By Hydra's own grammar: a sweep ends a run that is one."""
+    try:
+        is_sweep = OverridesParser.create().parse_override(f"a.b={value}").is_sweep_override()
+    except HydraException:
+        is_sweep = True  # not even that
+    try:
+        refused = not hydra_overrides((f"a.b={value}",))
+    except ValueError as problem:
+        refused = True
+        words = "joined by a comma; put a space" if "c.d=" in value else "which Hydra takes for several runs"
+        assert words in str(problem)
+    assert refused == is_sweep
 
 
 def test_the_table_of_differences_is_true(verl: Ppo) -> None:

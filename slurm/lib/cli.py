@@ -10,16 +10,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir, FlagReader
-from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USAGE, SuiteError, UsageError
+from slurm.lib.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_USAGE,
+    ConfigError,
+    SuiteError,
+    UsageError,
+)
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
-from slurm.lib.preflight.checks import concerning, refuse, run_checks, skipped_names
+from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
@@ -39,8 +48,15 @@ missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises ``UsageError`` for a wrong command line, in place of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help lists the options")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch.py",
         description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
         epilog=EPILOG,
@@ -52,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="run the checks before submission alone; 2: errors found")
     parser.add_argument("--json", action="store_true", help="with --check: findings as JSON")
     parser.add_argument(
-        "--no-check", metavar="NAME,…", action="append", nargs="?", const="", help="leave out all checks, or these"
+        "--no-check", metavar="NAME,…", action="append", nargs="?", help="leave out all checks, or these"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
     parser.add_argument("--runtime-only", action="store_true", help="submit only the runtime job")
@@ -69,14 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
-    setup_command_logging(arguments.debug)
+    setup_command_logging("--debug" in argv)
     try:
+        arguments = build_parser().parse_args(argv)
         with noted_signals() as notes:
             return launch(arguments, os.environ, notes)
     except SuiteError as problem:
-        log.error("%s", problem)
-        return problem.exit_code
+        check = "--check" in argv
+        return show_failure(problem, check, as_json=check and "--json" in argv)
     except Interrupted as stop:
         log.error("stopped by %s; nothing was submitted, or it was taken back", stop)
         return EXIT_SIGNAL_BASE + stop.number
@@ -90,13 +106,13 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     refuse_options(arguments)
     now = datetime.now()
     config, seen = read_settings(arguments, environment, now)
-    for warning in config.warnings:
-        log.warning("%s", warning)
     if config.settings.skyrl_debug:
         setup_command_logging(debug=True)
     verl = verl_of(config.settings, {**seen, **config.exported})
     plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl)
     if arguments.dry_run:
+        for warning in config.warnings:
+            log.warning("%s", warning)
         return show(plan)
     asked = Asked(plan, CHECKOUT)
     found = run_checks(asked, skipped)
@@ -241,6 +257,19 @@ def refuse_options(arguments: argparse.Namespace) -> None:
         raise UsageError("--check and --dry-run exclude each other")
     if arguments.json and not arguments.check:
         raise UsageError("--json goes with --check")
+
+
+def show_failure(problem: SuiteError, check: bool, as_json: bool) -> int:
+    """Say what ended the launch; a check's reader gets it on stdout, and one of JSON gets JSON whatever it is.
+
+    Returns the exit code.
+    """
+    is_report = as_json or (check and isinstance(problem, ConfigError))
+    if is_report:
+        show_findings(of_failure(problem), [CONFIGURATION], as_json)
+    if not (is_report and isinstance(problem, ConfigError)):
+        log.error("%s", problem)
+    return problem.exit_code
 
 
 def show_findings(found: Sequence[Finding], checked: Collection[str], as_json: bool) -> int:

@@ -133,6 +133,7 @@ MODEL = "MODEL=@/model"
 STOCK = '[[package]]\nname = "verl"\nversion = "0.5.0"\nsource = { registry = "https://an.index/simple" }\n'
 EXAMPLE = "project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml"
 BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
+    ("configuration", nothing, ["TRAINING_COMPLETE_TIMEOUT=60"], WARNING, "is less than TIME_LIMIT=12:00:00"),
     ("parts", remove("project/SkyRL/skyrl-agent/uv.lock"), [], ERROR, "skyrl-agent/uv.lock is missing; make it: cd "),
     ("parts", remove("fake/bin/scontrol"), ["PATH=@/fake/bin"], ERROR, "not on PATH: scontrol"),
     ("slots", nothing, ["MAX_PARALLEL_AGENTS=6"], ERROR, "4 × 2 = 8 sandboxes before the first one runs, and the runtime has 6"),
@@ -301,25 +302,36 @@ def test_a_fault_of_a_check_is_not_hidden(world: World) -> None:
     ("given", "skipped"),
     [
         (None, set()),
-        ([""], set(names())),
+        ([None], set(names())),
         (["slots"], {"slots"}),
         (["slots,data", "model"], {"slots", "data", "model"}),
-        (["slots", ""], set(names())),
+        (["slots", None], set(names())),
+        ([",slots, "], {"slots"}),
     ],
 )
-def test_what_is_left_out(given: list[str] | None, skipped: set[str]) -> None:
+def test_what_is_left_out(given: list[str | None] | None, skipped: set[str]) -> None:
     assert skipped_names(given) == skipped
 
 
 def test_an_unknown_name_is_met_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"there is no check nonsense; there are: slots, batch, .*account"):
         skipped_names(["slots,nonsense"])
-    with pytest.raises(UsageError, match="no check parts"):
-        skipped_names(["parts"])
+    for name in ("parts", "configuration"):
+        with pytest.raises(UsageError, match=f"no check {name}"):
+            skipped_names([name])
+
+
+@pytest.mark.parametrize("value", ["", ",", " "])
+def test_a_value_without_a_name_leaves_out_nothing(value: str) -> None:
+    """As a script's empty variable would bring it: --no-check=$LEFT_OUT."""
+    with pytest.raises(
+        UsageError, match=rf"--no-check={value} names no check; there are: slots, .*for all: --no-check$"
+    ):
+        skipped_names(["slots", value])
 
 
 def test_skipped_checks_ask_nothing(world: World) -> None:
-    assert run_checks(asked(world), skipped_names([""])) == []
+    assert run_checks(asked(world), skipped_names([None])) == []
     assert world.slurm.everything == []
 
 
