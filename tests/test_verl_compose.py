@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -11,13 +12,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from slurm.lib import verl_versions
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.settings import Settings, hydra_overrides
 from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_command import ROWS, Told, command, hydra_value, row_name
-from slurm.lib.verl_versions import ADDED, RENAMED, VerlVersion
-from tests.verl_wheels import VERSIONS, Ppo, ppo
+from slurm.lib.verl_versions import ADDED, RENAMED, VerlVersion, known_values
+from tests.verl_wheels import ESTIMATORS, TRACKING, VERSIONS, Ppo, ppo
 
 CONFIGS = Path(__file__).resolve().parent.parent / "slurm" / "config"
 RUN = CoordinationDir(Path("/jobs/20260304_050607_7"))
@@ -156,6 +158,23 @@ def test_the_table_of_differences_is_true(verl: Ppo) -> None:
     for added in ADDED:
         there = OmegaConf.select(config, added.name.rstrip(".")) is not None
         assert there == (release >= added.since), added
+
+
+def assigned(module: ast.Module, holder: str) -> dict[str, ast.expr]:
+    """What is assigned in the body of a class."""
+    (found,) = [node for node in ast.walk(module) if isinstance(node, ast.ClassDef) and node.name == holder]
+    pairs = [(line.targets[0], line.value) for line in found.body if isinstance(line, ast.Assign)]
+    return {target.id: value for target, value in pairs if isinstance(target, ast.Name)}
+
+
+def test_the_estimators_and_loggers_are_those_of_its_code(verl: Ppo) -> None:
+    release = VerlVersion(verl.version, "", LOCK).release
+    estimators = map(ast.literal_eval, assigned(verl.code(ESTIMATORS), "AdvantageEstimator").values())
+    assert set(known_values(verl_versions.ESTIMATORS, release)) == set(estimators)
+    loggers = ast.literal_eval(assigned(verl.code(TRACKING), "Tracking")["supported_backend"])
+    assert set(known_values(verl_versions.LOGGERS, release)) == {*loggers, "tracking"}
+    words = [node.value for node in ast.walk(verl.code(TRACKING)) if isinstance(node, ast.Constant)]
+    assert "tracking" in words, "it has a branch of its own"
 
 
 def test_the_command_is_what_was_composed() -> None:
