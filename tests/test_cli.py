@@ -121,12 +121,15 @@ def test_a_runtime_that_has_served_its_training_is_not_joined(
     assert "the runtime job 101 in" in done.err
     assert "has ended (training_complete.flag: exit code 0, the trainer ended)" in done.err
     assert slurm.names == before, "nothing was submitted"
+    shown = launch("--config", "dev", "--skip-runtime", "--dry-run", *TRAINER)
+    assert (shown.code, "has ended (training_complete.flag" in shown.err) == (0, True)
 
 
 def test_what_it_prints_to_join_does_join(launch: Launcher, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     launch("--config", "dev", "--runtime-only")
     directory = next(slurm.jobs.iterdir())
     monkeypatch.setenv("SKYRL_COORD_DIR", str(directory))
+    slurm.answer("squeue", {"stdout": "RUNNING|None|cpu-a\n"})
     done = launch("--config", "dev", "--skip-runtime", *TRAINER)
     assert done.code == 0, done.err
     assert slurm.of("sbatch")[1].environment["SKYRL_RUNTIME_JOB_ID"] == "101"

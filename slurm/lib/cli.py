@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
-from slurm.lib.coordination import CoordinationDir, FlagReader
+from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import (
     EXIT_ENVIRONMENT,
     EXIT_OK,
@@ -30,6 +30,7 @@ from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
 from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level
+from slurm.lib.preflight.joined import ended
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
 from slurm.lib.run_record import GitState, git_state, read_jobs
@@ -212,26 +213,15 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
         raise UsageError(f"SKYRL_COORD_DIR={attach} is not a folder")
     if url or attach is None:
         return Request(runtime=False, runtime_url=url)
-    runtime_id = read_jobs(CoordinationDir(attach)).get("runtime", "")
-    refuse_ended(CoordinationDir(attach), runtime_id)
-    return Request(runtime=False, attach_dir=attach, attach_id=runtime_id)
-
-
-def refuse_ended(directory: CoordinationDir, runtime_id: str) -> None:
-    """``UsageError`` for a runtime that has served its training, or has failed: GPUs would wait for nothing."""
-    for path in (directory.training_complete, directory.runtime_failed):
-        flag = FlagReader.of_new_directory(path, lambda flag: flag.runtime_job_id == runtime_id).read()
-        if flag is not None and not flag.by_hand:
-            raise UsageError(
-                f"the runtime job {runtime_id or '(unknown)'} in {directory.path} has ended ({path.name}: exit code "
-                f"{flag.exit_code}, {flag.reason}); start another with --runtime-only"
-            )
+    return Request(runtime=False, attach_dir=attach, attach_id=read_jobs(CoordinationDir(attach)).get("runtime", ""))
 
 
 def show(plan: LaunchPlan) -> int:
     """Print the plan on stdout."""
     for part in missing_parts(plan.settings) if plan.training else []:
         log.warning("%s", part)
+    if gone := ended(plan):
+        log.warning("%s", gone)
     return EXIT_OK if say(shown(plan)) else EXIT_ENVIRONMENT
 
 

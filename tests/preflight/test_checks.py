@@ -19,7 +19,7 @@ from slurm.lib.preflight.checkpoint import PARTS
 from slurm.lib.preflight.checks import CHECKS, Check, Refused, everybody, names, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level, error, estimate, warning
 from slurm.lib.preflight.report import as_json, as_text
-from tests.preflight.world import ROOT, World, of, worst, write_parquet
+from tests.preflight.world import ROOT, World, join, of, worst, write_parquet
 
 ERROR, WARNING, ESTIMATE = Level.ERROR, Level.WARNING, Level.ESTIMATE
 
@@ -129,6 +129,18 @@ def saved(step: int) -> Break:
     return write
 
 
+JOINED = "fake/jobs/20260304_050607_101"
+SERVED = json.dumps(
+    {"schema": 1, "job_id": "99", "runtime_job_id": "101", "exit_code": 0, "reason": "the trainer ended"}
+)
+
+
+def emptied(world: World) -> None:
+    """Another folder in place of the joined one."""
+    (world.folder / JOINED).rename(world.folder / "old")
+    (world.folder / JOINED).mkdir()
+
+
 MODEL = "MODEL=@/model"
 STOCK = '[[package]]\nname = "verl"\nversion = "0.5.0"\nsource = { registry = "https://an.index/simple" }\n'
 EXAMPLE = "project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml"
@@ -201,6 +213,14 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("environment", lambda world: world.venv.rename(world.agent / "moved"), [], WARNING, ".venv is not there"),
     ("environment", remove("project/SkyRL/skyrl-agent/.venv/bin/python"), [], ERROR, "cannot be started"),
     ("environment", lambda world: next(world.venv.rglob("verl-*")).rmdir(), [], WARNING, "lacks verl"),
+    ("runtime", text(f"{JOINED}/training_complete.flag", SERVED), [], ERROR, "101 has ended (training_complete.flag: exit code 0, the trainer ended); start another with"),
+    ("runtime", text(f"{JOINED}/runtime_failed.flag", SERVED), [], ERROR, "has ended (runtime_failed.flag"),
+    ("runtime", remove(f"{JOINED}/runtime_ready.flag"), [], WARNING, "not ready yet: a training job that starts now holds its GPUs until it is, at most RUNTIME_READY_TIMEOUT=600 s"),
+    ("runtime", emptied, [], ERROR, "is no run's directory: no run.json"),
+    ("runtime", say("squeue", {}), [], ERROR, "the runtime job 101 has ended, by Slurm's word: no longer known"),
+    ("runtime", say("squeue", {"code": 1, "stderr": "Unable to contact"}), [], WARNING, "whether the runtime job 101 lives is not known"),
+    ("runtime", text(f"{JOINED}/runtime_url.txt", "http://127.0.0.1:1\n"), [], WARNING, "does not answer here (ConnectionRefusedError"),
+    ("runtime", nothing, ["RESTARTS=2"], WARNING, "RESTARTS=2 has no effect"),
     ("storage", nothing, ["LOCAL_SCRATCH=/" + "x" * 60], WARNING, "too long a path"),
     ("images", nothing, ["CONTAINER_IMAGE=Upper/Case"], ERROR, "CONTAINER_IMAGE=Upper/Case is not the name"),
     ("images", nothing, ["IMAGE_ARCHIVE=/nowhere.tar"], ERROR, "IMAGE_ARCHIVE=/nowhere.tar is not there"),
@@ -218,11 +238,12 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
 @pytest.mark.parametrize(("check", "spoil", "words", "level", "said"), BROKEN, ids=lambda value: str(value)[:40])
 def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str], level: Level, said: str) -> None:
     """Without the one thing the check has nothing worse than an estimate to say."""
-    before = of(world.check("MAX_CKPT_TO_KEEP=1"), check)
+    request = join(world) if check == "runtime" else None
+    before = of(world.check("MAX_CKPT_TO_KEEP=1", request=request), check)
     assert worst(before) in {None, ESTIMATE}, before
     spoil(world)
     given = [word.replace("@", str(world.folder)) for word in words]
-    found = of(world.check("MAX_CKPT_TO_KEEP=1", *given), check)
+    found = of(world.check("MAX_CKPT_TO_KEEP=1", *given, request=request), check)
     fitting = [finding for finding in found if said.replace("@", str(world.folder)) in str(finding)]
     assert [finding.level for finding in fitting] == [level] * len(fitting) and fitting, found
     assert level is ESTIMATE or all(finding.fix for finding in fitting)

@@ -22,6 +22,7 @@ from slurm.lib.preflight import (
     dotenv,
     environment,
     images,
+    joined,
     memory,
     mig,
     model,
@@ -75,6 +76,11 @@ def verl_there(asked: Asked) -> bool:
 def verl_with_runtime(asked: Asked) -> bool:
     """Launches that train with VERL and bring its runtime."""
     return asked.trains_with_verl and asked.brings_runtime
+
+
+def joining(asked: Asked) -> bool:
+    """Launches that join a runtime which runs already."""
+    return asked.plan.runtime is None
 
 
 def on_slurm(asked: Asked) -> bool:
@@ -185,6 +191,10 @@ def _partitions(asked: Asked) -> list[Finding]:
     return cluster.partitions_asked(_slurm_of(asked), asked.plan)
 
 
+def _runtime(asked: Asked) -> list[Finding]:
+    return joined.joined_findings(asked.plan, _slurm_of(asked))
+
+
 def _account(asked: Asked) -> list[Finding]:
     return cluster.account_asked(_slurm_of(asked), asked.settings, places.user_name())
 
@@ -216,6 +226,7 @@ CHECKS: tuple[Check, ...] = (
     Check("folders", "Can the run's folders be made and written?", everybody, _folders),
     Check("dotenv", "Does skyrl-agent's .env still hold placeholders, and can wandb log in?", verl, _dot_env),
     Check("environment", "Are uv and skyrl-agent's environment there?", verl, _environment),
+    Check(joined.CHECK, "Is the runtime there and alive, and does it take the key?", joining, _runtime),
     Check("storage", "Can Podman keep its storage: LOCAL_SCRATCH on a local disk, ranges of subordinate ids?", runtimes,
           _storage),
     Check("images", "Are names of images, archives and logins what they are said to be?", runtimes, _images),
