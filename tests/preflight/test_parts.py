@@ -16,10 +16,11 @@ from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, model
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.model import ModelFacts
-from slurm.lib.preflight.words import number_of, size
+from slurm.lib.preflight.words import duration, number_of, size
 from slurm.lib.processes import Completed
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
+from slurm_runtime.config import ServerConfig
 from slurm_runtime.slots import share_out
 from tests.preflight.world import World
 
@@ -39,6 +40,15 @@ def test_numbers_of_things(number: int, said: str) -> None:
 @pytest.mark.parametrize(("amount", "said"), [(0, "0"), (1024, "1K"), (1536 * 1024**2, "1.5G"), (4e12, "3.64T")])
 def test_sizes(amount: float, said: str) -> None:
     assert size(amount) == said
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(105, "105 s"), (2100, "35 min"), (51660, "14 h")])
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_a_start_waits_as_long_as_the_server_says() -> None:
+    assert data.START_WAIT_S == ServerConfig().list_patience_s
 
 
 # --- sandboxes --------------------------------------------------------------------------------------------------------

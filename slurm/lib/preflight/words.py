@@ -17,6 +17,13 @@ def number_of(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def duration(seconds: float) -> str:
+    """Seconds with the unit that fits: ``105 s``, ``35 min``, ``14 h``."""
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
 def size(amount: float) -> str:
     """Bytes with the unit that fits, K = 1024 as everywhere in the suite: ``16G``, ``1.5T``."""
     for unit in ("", "K", "M", "G"):
