@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from slurm.lib.errors import (
     UsageError,
 )
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
+from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging, wants_colour
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
 from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
@@ -264,7 +265,8 @@ def show_failure(problem: SuiteError, check: bool, as_json: bool) -> int:
 
 def show_findings(found: Sequence[Finding], checked: Collection[str], as_json: bool) -> int:
     """Print what the checks found on stdout; returns 2 if there are errors."""
-    text = report_json(found, checked) if as_json else report_text(found, checked)
+    columns = shutil.get_terminal_size().columns if wants_colour(sys.stdout) else None
+    text = report_json(found, checked) if as_json else report_text(found, checked, columns)
     has_errors = any(finding.level is Level.ERROR for finding in found)
     return (EXIT_USAGE if has_errors else EXIT_OK) if say(text) else EXIT_ENVIRONMENT
 

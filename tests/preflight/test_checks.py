@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -379,6 +380,23 @@ def test_all_errors_are_one_message() -> None:
     refuse(found[1:2])
 
 
+def finding_of_words(number: int) -> Finding:
+    return error("slots", " ".join(["word"] * number), "look into " + "/a-long-folder" * 9)
+
+
+@pytest.mark.parametrize("columns", [100, 60, 20])
+def test_a_terminal_gets_lines_of_its_width_and_colour(columns: int) -> None:
+    """Words stay whole, a path that is too long for a line too; what is said is the same."""
+    lines = as_text([finding_of_words(50), warning("data", "odd", "even")], ["slots"] * 30, columns).splitlines()
+    assert lines[0].startswith("\x1b[31merror\x1b[0m    slots        word word")
+    assert "\x1b[33mwarning\x1b[0m  data         odd" in lines
+    plain = [re.sub(r"\x1b\[\d*m", "", line) for line in lines]
+    assert [line for line in plain if len(line) > max(columns, 60)] == [" " * 25 + "/a-long-folder" * 9]
+    assert all(line.startswith(" " * 22 + "word ") for line in plain[1:3])
+    unbroken = as_text([finding_of_words(50), warning("data", "odd", "even")], ["slots"] * 30)
+    assert " ".join(" ".join(plain).split()) == " ".join(unbroken.split())
+
+
 def test_findings_for_people_and_for_scripts() -> None:
     found = [estimate("data", "10 steps"), error("slots", "too few", "more")]
     assert as_text(found, ["slots", "data"]).splitlines() == [
@@ -388,6 +406,7 @@ def test_findings_for_people_and_for_scripts() -> None:
         "checked  slots, data",
         "1 error, 0 warnings, 1 estimate",
     ]
+    assert "\x1b" not in as_text([finding_of_words(300)], []) and as_text([finding_of_words(300)], []).count("\n") == 4
     said = json.loads(as_json(found, ["model"]))
     assert (said["errors"], said["estimates"], said["checked"]) == (1, 1, ["model"])
     assert said["findings"][0] == {"check": "slots", "level": "error", "sentence": "too few", "fix": "more"}

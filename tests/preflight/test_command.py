@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -71,6 +78,23 @@ def test_unknown_keys_of_a_file_are_findings(world: World) -> None:
     launched = launch(world, "--config", str(conf), "--no-check", *TRAINER)
     assert launched.returncode == 0
     assert launched.stderr.count("did you mean TRAIN_BATCH_SIZE?") == 1
+
+
+@pytest.mark.parametrize(("environment", "is_plain"), [({}, False), ({"NO_COLOR": "1"}, True)])
+def test_a_terminal_is_written_for_in_its_width(world: World, environment: dict[str, str], is_plain: bool) -> None:
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
+    argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "--config", "dev", "--set", *GOOD, "--check"]
+    seen = {**world.environment, **environment}
+    done = subprocess.run(argv, cwd=world.folder, env=seen, stdout=terminal, timeout=60, check=False)
+    os.close(terminal)
+    with contextlib.closing(os.fdopen(main, "rb", buffering=0)) as reader:
+        text = reader.read(65536).decode()
+    assert done.returncode == 0
+    assert ("\x1b[32mestimate\x1b[0m slots" in text) == (not is_plain)
+    slots = re.sub(r"\x1b\[\d*m", "", text).splitlines()[0]
+    assert slots.startswith("estimate slots        a step opens 8 sandboxes at once")
+    assert (len(slots) > 70) == is_plain
 
 
 MISTAKES = ("--set", "RESTART=3", "--set", "GPU_NODES=0")

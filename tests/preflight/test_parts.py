@@ -48,7 +48,7 @@ def test_durations(seconds: float, said: str) -> None:
 
 
 def test_a_start_waits_as_long_as_the_server_says() -> None:
-    assert data.START_WAIT_S == ServerConfig().list_patience_s
+    assert ServerConfig().list_patience_s == data.START_WAIT_S
 
 
 # --- sandboxes --------------------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ def total_steps(settings: Settings, rows: int) -> int:
 def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
     """VERL validates all rows in one batch, and SkyRL-agent starts a sandbox for each of them first.
 
-    What gets no slot does not end the run: its row counts as unsolved (read in SkyRL, commit eea40bc). But SkyRL-agent's
-    fork starts one sandbox after another before any agent runs, so that each such row holds up all GPUs for as long as
+    What gets no slot does not end the run: its row counts as unsolved (read in SkyRL, commit eea40bc). But its fork
+    starts one sandbox after another before any agent runs, so that each such row holds up all GPUs for as long as
     ``/start`` waits. An error where that alone outlasts the job.
     """
     if rows == 0:
@@ -128,8 +128,8 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
     idle_s = (batch - slots) * START_WAIT_S
     there, shorter = number_of(slots, "slot"), f"shorten VAL_DATA to {number_of(slots, 'row')}"
     sentence = (
-        f"a validation starts a sandbox for each of {number_of(batch, 'row')} of VAL_DATA, and the runtime has {there}: "
-        f"what gets none ({batch - slots}) counts as unsolved, and while it waits the GPUs may be idle for "
+        f"a validation starts a sandbox for each of {number_of(batch, 'row')} of VAL_DATA, and the runtime has {there}"
+        f": what gets none ({batch - slots}) counts as unsolved, and while it waits the GPUs may be idle for "
         f"{duration(idle_s)}"
     )
     fix = f"{shorter}, add data.val_batch_size={slots} to VERL_OVERRIDES, or set TEST_FREQ=-1"
