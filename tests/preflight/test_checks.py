@@ -130,6 +130,7 @@ def saved(step: int) -> Break:
     return write
 
 
+SLICES = "gpu_test|up|infinite|4|gpu:nvidia_a100_3g.20gb:8\ntest|up|infinite|4|(null)\ngpu|up|infinite|4|gpu:a100:8\n"
 JOINED = "fake/jobs/20260304_050607_101"
 SERVED = json.dumps(
     {"schema": 1, "job_id": "99", "runtime_job_id": "101", "exit_code": 0, "reason": "the trainer ended"}
@@ -186,6 +187,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("task", text(EXAMPLE, "a: [\n"), ["TASK_YAML=auto"], ERROR, "is not valid YAML"),
     ("task", text(EXAMPLE, "generator: 5\n"), ["TASK_YAML=auto"], ERROR, "generator must hold keys and values"),
     ("mig", nothing, ["GPU_TYPE=1g.20gb"], WARNING, "= 2 of them are as many ranks"),
+    ("mig", say("sinfo", {"stdout": SLICES}, {"stdout": SLICES}), [], WARNING, "GPU_PARTITION=gpu_test has MIG slices alone (nvidia_a100_3g.20gb), and GPU_NODES × GPUS_PER_NODE = 2 of them"),
     ("memory", nothing, ["MODEL=big/Big-72B", "GPU_TYPE=a100"], ERROR, "an update takes 536G on each GPU"),
     ("memory", nothing, ["MODEL=m/M-7B", "GPU_TYPE=a100"], WARNING, "some GPUs of this type have 40G"),
     ("memory", nothing, ["GPU_TYPE=a100_1g.5gb", "MODEL=m/M-0.5B", "GPU_MEMORY_UTILIZATION=0.1"], ERROR, "weights and one sequence"),
@@ -255,6 +257,15 @@ def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str]
 @pytest.mark.parametrize("word", ["ADV_ESTIMATOR=grpo", "LOGGERS=tensorboard,console", "LOGGERS=tracking"])
 def test_values_that_the_release_knows_are_no_finding(world: World, word: str) -> None:
     assert not of(world.check(word), "verl")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["GPUS_PER_NODE=1"], ["GPU_PARTITION=gpu"], ["GPU_PARTITION=gpu,gpu_test"], ["GPU_SBATCH_ARGS=--partition=x"]],
+)
+def test_slices_that_are_not_several_or_not_sure_are_no_finding(world: World, words: list[str]) -> None:
+    say("sinfo", {"stdout": SLICES}, {"stdout": SLICES})(world)
+    assert not of(world.check(*words), "mig")
 
 
 def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -> None:

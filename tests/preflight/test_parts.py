@@ -12,7 +12,7 @@ import pytest
 from slurm.lib.api_server_child import common_flags
 from slurm.lib.checkpoints import TRACKER
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, model, node, places
+from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, mig, model, node, places
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.model import ModelFacts
@@ -237,7 +237,7 @@ def test_more_slices_are_no_help(kind: str) -> None:
     )
     found = [one for one in memory.memory_findings(settings, ModelFacts(None, False)) if one.level is ERROR]
     assert found
-    assert all(memory.SMALL_MODEL in one.fix and "GPU_NODES" not in one.fix for one in found), found
+    assert all(mig.SMALL_MODEL in one.fix and "GPU_NODES" not in one.fix for one in found), found
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -222,6 +222,15 @@ def partitions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
     return [finding for job in job_shapes(plan) for finding in partition_findings(plan.settings, job, groups)]
 
 
+def gpu_types_asked(slurm: Slurm, plan: LaunchPlan) -> frozenset[str]:
+    """The types of the GPUs that the training job can get; none where keys do not tell, or Slurm does not answer."""
+    jobs = [job for job in job_shapes(plan) if job.kind == "training"]
+    groups = parse_groups(slurm.partitions().stdout) if jobs else []
+    return frozenset(
+        kind for job in jobs for group in groups if group.partition in job.partitions for kind in group.gpus
+    )
+
+
 def account_asked(slurm: Slurm, settings: Settings, user: str) -> list[Finding]:
     """Ask for the user's associations, where ACCOUNT or QOS is set."""
     if not (settings.account or settings.qos):
