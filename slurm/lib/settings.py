@@ -311,6 +311,7 @@ def hydra_overrides(raw: Raw) -> tuple[str, ...]:
             raise ValueError("an override must be one line")
         if not _OVERRIDE.fullmatch(override):
             raise ValueError(f"{override} is no override, NAME=VALUE, +NAME=VALUE or ~NAME; quote values with spaces")
+    for override in found:
         _refuse_sweep(override)
     return found
 

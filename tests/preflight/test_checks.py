@@ -268,6 +268,12 @@ def test_slices_that_are_not_several_or_not_sure_are_no_finding(world: World, wo
     assert not of(world.check(*words), "mig")
 
 
+def test_what_slurm_says_about_slices_is_skipped_with_their_check(world: World) -> None:
+    say("sinfo", {"stdout": SLICES}, {"stdout": SLICES})(world)
+    assert of(run_checks(asked(world)), "mig")
+    assert not of(run_checks(asked(world), {"mig"}), "mig")
+
+
 def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -> None:
     world.agent.rename(world.folder / "elsewhere")
     found = [

@@ -107,12 +107,6 @@ def _model(asked: Asked) -> list[Finding]:
     return model.model_findings(asked.settings, _facts(asked))
 
 
-def _mig(asked: Asked) -> list[Finding]:
-    """Slurm is asked for the types of GPUs where GPU_TYPE names none."""
-    ask = not asked.settings.gpu_type and on_slurm(asked)
-    return mig.mig_findings(asked.settings, cluster.gpu_types_asked(_slurm_of(asked), asked.plan) if ask else ())
-
-
 def _memory(asked: Asked) -> list[Finding]:
     return memory.memory_findings(asked.settings, _facts(asked))
 
@@ -222,7 +216,8 @@ CHECKS: tuple[Check, ...] = (
           _model),
     Check("verl", "Can the VERL that skyrl-agent has do what it is told?", verl_there, _release),
     Check("task", "Does SkyRL-agent's task file say the same rollouts, lengths and agents?", verl_there, _task),
-    Check("mig", "Would several MIG slices of one card be as many ranks?", verl, _mig),
+    Check("mig", "Would several MIG slices of one card be as many ranks?", verl,
+          lambda asked: mig.mig_findings(asked.settings)),
     Check("memory", "Is there enough memory on GPUs and hosts for model, optimizer and one sequence's cache?", verl,
           _memory),
     Check("resume", "From which step does it start, and does that checkpoint fit this run?", verl, _resume),
@@ -308,8 +303,8 @@ def run_checks(
     """The findings of all checks that concern this launch and are not skipped, in the order of ``checks``."""
     end = time.monotonic() + deadline_s
     running = [_Running(check, asked) for check in concerning(asked, skipped, checks)]
-    found = (finding for check in running for finding in check.result(end, deadline_s))
-    return list(dict.fromkeys(found))  # the three that ask Slurm may have the same to say
+    found = (finding for check in running for finding in check.result(end, deadline_s) if finding.check not in skipped)
+    return list(dict.fromkeys(found))  # the three that ask Slurm may have the same to say, one of them for `mig`
 
 
 class Refused(UsageError):
