@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from slurm.lib import verl_versions
@@ -147,6 +149,19 @@ def test_a_comma_that_means_several_runs_is_refused_as_hydra_does(value: str) ->
         words = "joined by a comma; put a space" if "c.d=" in value else "which Hydra takes for several runs"
         assert words in str(problem)
     assert refused == is_sweep
+
+
+PIECES = ("a", "-1", ",", "'a,b'", '"it\'s, b"', "[1,[2,3]]", "{a:1,b:2}", "f(1,2)", "${x:1,2}", "\\,", "\\'", ":", " ")
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=5).map("".join))
+def test_nothing_that_hydra_takes_for_one_run_is_refused(value: str) -> None:
+    try:
+        is_sweep = OverridesParser.create().parse_override(f"a.b={value}").is_sweep_override()
+    except HydraException:  # which says so when the training begins
+        is_sweep = True
+    if not is_sweep:
+        assert hydra_overrides((f"a.b={value}",))
 
 
 def test_the_table_of_differences_is_true(verl: Ppo) -> None:
