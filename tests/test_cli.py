@@ -144,12 +144,15 @@ def test_a_runtime_that_has_served_its_training_is_not_joined(
     assert "the runtime job 101 in" in done.err
     assert "has ended (training_complete.flag: exit code 0, the trainer ended)" in done.err
     assert slurm.names == before, "nothing was submitted"
+    shown = launch("--config", "dev", "--skip-runtime", "--dry-run", *TRAINER)
+    assert (shown.code, "has ended (training_complete.flag" in shown.err) == (0, True)
 
 
 def test_what_it_prints_to_join_does_join(launch: Launcher, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     launch("--config", "dev", "--runtime-only")
     directory = next(slurm.jobs.iterdir())
     monkeypatch.setenv("SKYRL_COORD_DIR", str(directory))
+    slurm.answer("squeue", {"stdout": "RUNNING|None|cpu-a\n"})
     done = launch("--config", "dev", "--skip-runtime", *TRAINER)
     assert done.code == 0, done.err
     assert slurm.of("sbatch")[1].environment["SKYRL_RUNTIME_JOB_ID"] == "101"
@@ -243,7 +246,8 @@ def test_a_runtime_by_its_address(launch: Launcher, slurm: FakeSlurm, tmp_path: 
     key_file.write_text(f"{KEY}\n")
     done = launch("--config", "dev", "--runtime-url", "http://host:8000/", "--api-key-file", str(key_file), *TRAINER)
     assert done.code == 0, done.err
-    assert done.err == ""
+    (warning,) = done.err.splitlines()
+    assert "[WARN] runtime: the runtime at http://host:8000 does not answer here" in warning
     assert slurm.names == ["sbatch", "scontrol release"]
     directory = next(slurm.jobs.iterdir())
     assert (directory / "runtime_url.txt").read_text() == "http://host:8000\n"

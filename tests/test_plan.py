@@ -19,11 +19,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from slurm.lib.config import load_config
+from slurm.lib.coordination import CoordinationDir
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
+from slurm.lib.ray_steps import node_step
 from slurm.lib.run_record import GitState
 from slurm.lib.signals import SignalNotes
 from slurm.lib.submission import submit
+from slurm.lib.trainer import trainer_of
 from tests.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,12 +251,43 @@ def test_a_value_of_the_file_replaces_the_shells_even_if_only_one_is_a_secret(tm
 
 
 def test_slurms_own_token_reaches_sbatch_and_is_not_shown() -> None:
-    plan = plan_for("NOTE=jwt-0123456789", environment={"SLURM_JWT": "jwt-0123456789"})
+    plan = plan_for("VERL_NOTE=jwt-0123456789", environment={"SLURM_JWT": "jwt-0123456789"})
     assert plan.inherited["SLURM_JWT"] == "jwt-0123456789"
     assert "SLURM_JWT" not in plan.secrets
     text = shown(plan)
     assert "jwt-0123456789" not in text
     assert "\nSLURM_JWT='***'" in text or "\nSLURM_JWT=***" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        (("GPU_NODES=2",), "uv run --frozen --extra verl python"),
+        (("GPU_NODES=2", "TRAINING_COMMAND=x", "RAY_CLUSTER=on"), "python3"),
+        (("GPU_NODES=1",), ""),
+        (("GPU_NODES=2", "TRAINING_COMMAND=x"), ""),
+        (("GPU_NODES=2", "SKYRL_BACKEND=local"), ""),
+    ],
+)
+def test_the_steps_of_ray_are_shown_where_it_is_started(words: tuple[str, ...], starts: str) -> None:
+    plan = plan_for(*words)
+    text = shown(plan)
+    assert (f"# {starts} -m ray.scripts.scripts start --block …\nsrun " in text) == bool(starts)
+    assert ("slurm.lib.ray_node" in text) == bool(starts)
+    cwd = trainer_of(plan.settings, CoordinationDir(Path(plan.directory))).cwd
+    told = node_step(plan.settings, "<node>", cwd, PYTHON, "<ports, folder, and where the head is>")
+    assert (" \\\n    ".join(map(shlex.quote, told)) in text) == bool(starts), "by the function that the job calls"
+
+
+@pytest.mark.parametrize("request_", [Request(), Request(training=False)])
+def test_a_local_plan_shows_a_local_runs_ids(request_: Request) -> None:
+    plan = plan_for(config="local", request=request_)
+    text = shown(plan)
+    assert "%j" not in text and "job id>" not in text
+    assert "run directory: /home/me/.skyrl_jobs/20260304_050607_local<pid>.0\n" in text
+    assert "/20260304_050607_local<pid>.0/code/slurm/jobs/runtime_server.py" in text
+    assert ("SKYRL_RUNTIME_JOB_ID='local<pid>.0'" in text) == request_.training
+    assert plan.local_ids(7) == dict(zip([job.kind for job in plan.jobs], ["local7.0", "local7.1"], strict=False))
 
 
 # --- what is shown is what is done ------------------------------------------------------------------------------------

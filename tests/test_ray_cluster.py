@@ -19,14 +19,13 @@ from slurm.lib.ray_cluster import (
     missing,
     node_specs,
     parse_seen,
-    ray_python,
     shared_environment,
     step_environment,
-    wanted,
 )
 from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, sweep
 from slurm.lib.ray_node import Announcement, NodeSpec, node_environment, parse_announcement, start_argv
 from slurm.lib.ray_ports import BLOCK_SIZE, DEFAULT_RANGE, PortBlock, blocks, held, taken_port
+from slurm.lib.ray_steps import ray_python, wanted
 from slurm.lib.scheduler import step_argv
 from slurm.lib.settings import Settings, contradictions, gpu_gres, ray_ports
 

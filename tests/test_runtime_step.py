@@ -139,7 +139,7 @@ def test_without_a_pair_of_slurms_jobs_it_means_nothing(
     assert plan.combined is None
     assert plan.pairing == "jobs"
     assert plan.submissions == plan.jobs
-    assert not settings or any("PAIRING=het has no effect" in warning for warning in plan.config.warnings)
+    assert not settings or any("PAIRING=het has no effect" in str(warning) for warning in plan.config.warnings)
 
 
 def test_the_checks_ask_about_each_component_as_a_job(slurm: FakeSlurm) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OrdinaryUser
-from tests.runs import launch, launch_argv
+from tests.runs import launch, launch_argv, until
 
 pytestmark = pytest.mark.slurm
 TRUE = "TRAINING_COMMAND=true"
@@ -72,6 +72,42 @@ def test_a_launch_stops_before_anything_is_queued(user: OrdinaryUser, checkout: 
     assert "nothing was queued" in done.stderr
     assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip()
     assert list(jobs_base.iterdir()) == []
+
+
+@pytest.mark.podman
+def test_a_runtime_that_is_joined(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: Callable[[], None]
+) -> None:
+    """As it answers itself, with its key and with another, and when its job has ended."""
+    run = launch(user, checkout, jobs_base, options=("--runtime-only",))
+    joined = f"SKYRL_COORD_DIR={run.directory}"
+
+    def found(*settings: str, options: tuple[str, ...] = ("--skip-runtime",)) -> tuple[int, list[tuple[str, str]]]:
+        words = (f"SKYRL_JOBS_BASE={jobs_base}", TRUE, *settings)
+        done = user.run(launch_argv(checkout, *words, options=("--check", "--json", *options)))
+        findings = [finding for finding in json.loads(done.stdout)["findings"] if finding["check"] == "runtime"]
+        return done.returncode, [(finding["level"], finding["sentence"]) for finding in findings]
+
+    until("ready", lambda: run.text("runtime_ready.flag"), 30)
+    url = run.text("runtime_url.txt").strip()
+    well = ("estimate", f"the runtime at {url} answers and takes the key")
+    assert found(joined) == (0, [well])
+    assert [level for level, _ in found(joined, "RESTARTS=1")[1]] == ["warning", "estimate"]
+    other = jobs_base / "another.key"
+    other.write_text("sk-another\n")
+    code, ((level, sentence),) = found(options=("--runtime-url", url, "--api-key-file", str(other)))
+    assert (code, level, sentence.partition(" (")[0]) == (2, "error", f"the runtime at {url} refused the key")
+    assert found(options=("--runtime-url", url, "--api-key-file", f"{run.directory}/runtime_api_key.txt")) == (
+        0,
+        [well],
+    )
+    user.run(["scancel", run.jobs["runtime"]])
+    run.wait_over(seconds=20)
+    code, ((level, sentence),) = found(joined)
+    assert (code, level, "has ended (runtime_failed.flag" in sentence) == (2, "error", True), sentence
+    (run.directory / "runtime_failed.flag").unlink()
+    code, ((level, sentence),) = found(joined)
+    assert (code, level, "has ended, by Slurm's word" in sentence) == (2, "error", True), sentence
 
 
 @pytest.mark.podman

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from slurm.lib import settings as settings_module
@@ -192,6 +192,10 @@ LINE = st.text(st.characters(exclude_characters="\0\n", exclude_categories=["Cs"
 
 @given(st.lists(st.builds(lambda name, value: f"{name}={value}", NAME, LINE), max_size=4))
 def test_what_a_job_reads_back_is_what_was_launched(words: list[str]) -> None:
+    try:
+        hydra_overrides(tuple(words))
+    except ValueError:  # a comma, which no launch takes
+        reject()
     launched = Settings(verl_overrides=tuple(words))
     said = launched.as_environment().get("VERL_OVERRIDES", "")
     assert hydra_overrides(said) == tuple(words)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from slurm.lib import verl_versions
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.hydra_grammar import hydra_value
-from slurm.lib.settings import Settings
+from slurm.lib.settings import Settings, hydra_overrides
 from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_command import ROWS, Told, command, row_name
-from slurm.lib.verl_versions import ADDED, RENAMED, VerlVersion
-from tests.verl_wheels import VERSIONS, Ppo, ppo
+from slurm.lib.verl_versions import ADDED, RENAMED, VerlVersion, known_values
+from tests.verl_wheels import ESTIMATORS, TRACKING, VERSIONS, Ppo, ppo
 
 CONFIGS = Path(__file__).resolve().parent.parent / "slurm" / "config"
 RUN = CoordinationDir(Path("/jobs/20260304_050607_7"))
@@ -127,6 +132,41 @@ def test_what_is_wrong_does_not_compose(verl: Ppo, word: str) -> None:
         verl.compose(overrides(settings, verl.version))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("1,c.d=2", "1, 2", "a,b", "'a','b'", "[1],[2]", "f(1),g(2)", "'a'b,c", "x:y,z"),
+        *("[1,2]", "[[1,2],[3]]", "{a:1,b:2}", "'a,b=1'", '"a,b"', "a\\,b", "'it\\'s, b'", "", "[a,'b,c]']"),
+    ],
+)
+def test_a_comma_that_means_several_runs_is_refused_as_hydra_does(value: str) -> None:
+    """By Hydra's own grammar: a sweep ends a run that is one."""
+    try:
+        is_sweep = OverridesParser.create().parse_override(f"a.b={value}").is_sweep_override()
+    except HydraException:
+        is_sweep = True  # not even that
+    try:
+        refused = not hydra_overrides((f"a.b={value}",))
+    except ValueError as problem:
+        refused = True
+        words = "joined by a comma; put a space" if "c.d=" in value else "which Hydra takes for several runs"
+        assert words in str(problem)
+    assert refused == is_sweep
+
+
+PIECES = ("a", "-1", ",", "'a,b'", '"it\'s, b"', "[1,[2,3]]", "{a:1,b:2}", "f(1,2)", "${x:1,2}", "\\,", "\\'", ":", " ")
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=5).map("".join))
+def test_nothing_that_hydra_takes_for_one_run_is_refused(value: str) -> None:
+    try:
+        is_sweep = OverridesParser.create().parse_override(f"a.b={value}").is_sweep_override()
+    except HydraException:  # which says so when the training begins
+        is_sweep = True
+    if not is_sweep:
+        assert hydra_overrides((f"a.b={value}",))
+
+
 def test_the_table_of_differences_is_true(verl: Ppo) -> None:
     config, release = verl.compose(), VerlVersion(verl.version, "", LOCK).release
     for renamed in RENAMED:
@@ -136,6 +176,23 @@ def test_the_table_of_differences_is_true(verl: Ppo) -> None:
     for added in ADDED:
         there = OmegaConf.select(config, added.name.rstrip(".")) is not None
         assert there == (release >= added.since), added
+
+
+def assigned(module: ast.Module, holder: str) -> dict[str, ast.expr]:
+    """What is assigned in the body of a class."""
+    (found,) = [node for node in ast.walk(module) if isinstance(node, ast.ClassDef) and node.name == holder]
+    pairs = [(line.targets[0], line.value) for line in found.body if isinstance(line, ast.Assign)]
+    return {target.id: value for target, value in pairs if isinstance(target, ast.Name)}
+
+
+def test_the_estimators_and_loggers_are_those_of_its_code(verl: Ppo) -> None:
+    release = VerlVersion(verl.version, "", LOCK).release
+    estimators = map(ast.literal_eval, assigned(verl.code(ESTIMATORS), "AdvantageEstimator").values())
+    assert set(known_values(verl_versions.ESTIMATORS, release)) == set(estimators)
+    loggers = ast.literal_eval(assigned(verl.code(TRACKING), "Tracking")["supported_backend"])
+    assert set(known_values(verl_versions.LOGGERS, release)) == {*loggers, "tracking"}
+    words = [node.value for node in ast.walk(verl.code(TRACKING)) if isinstance(node, ast.Constant)]
+    assert "tracking" in words, "it has a branch of its own"
 
 
 def test_the_command_is_what_was_composed() -> None:

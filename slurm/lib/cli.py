@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 from slurm.lib import local, submission
 from slurm.lib.config import LoadedConfig, load_config
-from slurm.lib.coordination import CoordinationDir, FlagReader
+from slurm.lib.coordination import CoordinationDir
 from slurm.lib.edge import exit_code_of
-from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, UsageError
+from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, ConfigError, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging
+from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging, wants_colour
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
-from slurm.lib.preflight.checks import concerning, refuse, run_checks, skipped_names
+from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level
+from slurm.lib.preflight.joined import ended
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
 from slurm.lib.run_record import GitState, git_state, read_jobs
@@ -40,8 +43,15 @@ missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises ``UsageError`` for a wrong command line, in place of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help lists the options")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch.py",
         description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
         epilog=EPILOG,
@@ -53,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="run the checks before submission alone; 2: errors found")
     parser.add_argument("--json", action="store_true", help="with --check: findings as JSON")
     parser.add_argument(
-        "--no-check", metavar="NAME,…", action="append", nargs="?", const="", help="leave out all checks, or these"
+        "--no-check", metavar="NAME,…", action="append", nargs="?", help="leave out all checks, or these"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; touch nothing")
     parser.add_argument("--runtime-only", action="store_true", help="submit only the runtime job")
@@ -70,10 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
-    setup_command_logging(arguments.debug)
+    setup_command_logging("--debug" in argv)
     stopped = "stopped by %s; nothing was submitted, or it was taken back"
-    return exit_code_of(lambda notes: launch(arguments, os.environ, notes), stopped)
+    return exit_code_of(lambda notes: _answer(argv, notes), stopped)
+
+
+def _answer(argv: Sequence[str], notes: SignalNotes) -> int:
+    """What the command line asks for; a mistake in it is a finding where findings are asked for."""
+    try:
+        return launch(build_parser().parse_args(argv), os.environ, notes)
+    except SuiteError as problem:
+        check = "--check" in argv
+        return show_failure(problem, check, as_json=check and "--json" in argv)
 
 
 def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes: SignalNotes) -> int:
@@ -84,8 +102,6 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     refuse_options(arguments)
     now = datetime.now()
     config, seen = read_settings(arguments, environment, now)
-    for warning in config.warnings:
-        log.warning("%s", warning)
     if config.settings.skyrl_debug:
         setup_command_logging(debug=True)
     verl = verl_of(config.settings, {**seen, **config.exported})
@@ -93,6 +109,8 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     if config.settings.pairing == "het" and len(plan.jobs) == 1:
         log.info("PAIRING=het has no effect here: one job is submitted alone")
     if arguments.dry_run:
+        for warning in config.warnings:
+            log.warning("%s", warning)
         return show(plan)
     asked = Asked(plan, CHECKOUT, at_leisure=arguments.check)
     found = run_checks(asked, skipped)
@@ -192,26 +210,15 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
         raise UsageError(f"SKYRL_COORD_DIR={attach} is not a folder")
     if url or attach is None:
         return Request(runtime=False, runtime_url=url)
-    runtime_id = read_jobs(CoordinationDir(attach)).get("runtime", "")
-    refuse_ended(CoordinationDir(attach), runtime_id)
-    return Request(runtime=False, attach_dir=attach, attach_id=runtime_id)
-
-
-def refuse_ended(directory: CoordinationDir, runtime_id: str) -> None:
-    """``UsageError`` for a runtime that has served its training, or has failed: GPUs would wait for nothing."""
-    for path in (directory.training_complete, directory.runtime_failed):
-        flag = FlagReader.of_new_directory(path, lambda flag: flag.runtime_job_id == runtime_id).read()
-        if flag is not None and not flag.by_hand:
-            raise UsageError(
-                f"the runtime job {runtime_id or '(unknown)'} in {directory.path} has ended ({path.name}: exit code "
-                f"{flag.exit_code}, {flag.reason}); start another with --runtime-only"
-            )
+    return Request(runtime=False, attach_dir=attach, attach_id=read_jobs(CoordinationDir(attach)).get("runtime", ""))
 
 
 def show(plan: LaunchPlan) -> int:
     """Print the plan on stdout."""
     for part in missing_parts(plan.settings) if plan.training else []:
         log.warning("%s", part)
+    if gone := ended(plan):
+        log.warning("%s", gone)
     return EXIT_OK if say(shown(plan)) else EXIT_ENVIRONMENT
 
 
@@ -239,9 +246,23 @@ def refuse_options(arguments: argparse.Namespace) -> None:
         raise UsageError("--json goes with --check")
 
 
+def show_failure(problem: SuiteError, check: bool, as_json: bool) -> int:
+    """Say what ended the launch; a check's reader gets it on stdout, and one of JSON gets JSON whatever it is.
+
+    Returns the exit code.
+    """
+    is_report = as_json or (check and isinstance(problem, ConfigError))
+    if is_report:
+        show_findings(of_failure(problem), [CONFIGURATION], as_json)
+    if not (is_report and isinstance(problem, ConfigError)):
+        log.error("%s", problem)
+    return problem.exit_code
+
+
 def show_findings(found: Sequence[Finding], checked: Collection[str], as_json: bool) -> int:
     """Print what the checks found on stdout; returns 2 if there are errors."""
-    text = report_json(found, checked) if as_json else report_text(found, checked)
+    columns = shutil.get_terminal_size().columns if wants_colour(sys.stdout) else None
+    text = report_json(found, checked) if as_json else report_text(found, checked, columns)
     has_errors = any(finding.level is Level.ERROR for finding in found)
     return (EXIT_USAGE if has_errors else EXIT_OK) if say(text) else EXIT_ENVIRONMENT
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,20 +25,12 @@ Check = Callable[[Settings], Iterable[tuple[tuple[str, ...], str]]]
 SURELY, POSSIBLY = 0.85, 0.6  # how alike two names are, as difflib counts
 # Variables of the programs that a run starts: given on as anybody expects; a typo of ours only if very much alike.
 FOREIGN = (
-    "_",
-    "WANDB_",
-    "HF_",
-    "HUGGING",
-    "NCCL_",
-    "VLLM_",
-    "VERL_",
-    "TORCH",
-    "CUDA_",
-    "OPENAI_",
-    "GLOO_",
-    "FI_",
-    "UV_",
+    *("_", "WANDB_", "HF_", "HUGGING", "NCCL_", "VLLM_", "VERL_", "TORCH", "CUDA_", "OPENAI_", "GLOO_", "FI_", "UV_"),
+    *("RAY_", "TRITON_", "OMP_", "TRANSFORMERS_", "TOKENIZERS_", "PYTHON", "LD_", "SBATCH_", "SLURM_"),
 )
+CONFIG_DIR = "SKYRL_CONFIG_DIR"  # the shipped files' folder, for a file elsewhere that sources one of them
+# Variables that this suite reads and that are no keys (docs/configuration.md).
+NO_KEYS = frozenset({"SKYRL_VENV", "SKYRL_PYTHON", "SKYRL_AGENT_CACHE", "SKYRL_VERL_CACHE", "NO_COLOR"})
 
 
 @dataclass(frozen=True)
@@ -48,14 +40,14 @@ class LoadedConfig:
     ``exported``: everything that the file and --set assigned, as strings for the jobs' environment; an array that is a
     key's value is quoted as its parser reads it back, another one joined by newlines. ``sources``: key → ``FILE:LINE``,
     ``--set``, ``environment`` or ``default``. ``files``: the configuration and every file it sourced. ``unset``: names
-    that the file removed from the environment; the jobs should not get them.
+    that the file removed from the environment; the jobs should not get them. ``warnings``: what is hardly meant.
     """
 
     settings: Settings
     exported: dict[str, str]
     sources: dict[str, str]
     files: tuple[Path, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Problem, ...]
     unset: frozenset[str] = frozenset()
 
 
@@ -83,15 +75,18 @@ def load_config(
 
     ``config`` is a bare name (``config_folder/NAME.conf``), a path (with a slash, or ending in ``.conf``), or None
     for environment and defaults alone. ``overrides`` are the ``KEY=VALUE`` of --set. Of the environment only known
-    keys count. ``~`` is HOME, relative paths are relative to ``cwd`` (default: the current folder).
+    keys count. ``~`` is HOME, relative paths are relative to ``cwd`` (default: the current folder). The file finds
+    ``config_folder`` as SKYRL_CONFIG_DIR.
     """
     place = Place(now, _home(environment), cwd or _current_folder(), project_root_default)
     set_values, problems = _parse_overrides(overrides)
-    sourced = _source(config, {**environment, **set_values}, config_folder, place)
+    seen = {**environment, CONFIG_DIR: str(config_folder), **set_values}
+    sourced = _source(config, seen, config_folder, place)
     said = _merge(set_values, sourced, environment)
     parsed, bad = _parse(said)
     settings = complete(Settings(**parsed), said.keys() - bad.keys(), place)  # type: ignore[arg-type]  # parsed by key
     problems += [*sourced.problems, *_associative_problems(sourced), *bad.values()]
+    problems += _unknown_overrides(set_values, said, sourced, environment)
     problems += _contradiction_problems(contradictions(settings), said, bad)
     if problems:
         raise ConfigError(sorted(problems, key=_reading_order))
@@ -101,7 +96,7 @@ def load_config(
         sources=_sources(said),
         files=sourced.files,
         warnings=(
-            *_override_warnings(set_values, sourced),
+            *_visible_secrets(set_values),
             *_file_warnings(set_values, sourced, environment),
             *_doubts(settings, said),
         ),
@@ -218,9 +213,9 @@ def _contradiction_problems(
             yield Problem(_where_any(keys, said), sentence)
 
 
-def _doubts(settings: Settings, said: Mapping[str, _Said]) -> Iterator[str]:
-    for keys, sentence in doubts(settings):
-        yield f"{_where_any(keys, said)}: {sentence}"
+def _doubts(settings: Settings, said: Mapping[str, _Said]) -> Iterator[Problem]:
+    for keys, sentence, fix in doubts(settings):
+        yield Problem(_where_any(keys, said), sentence, fix)
 
 
 def _where_any(keys: Sequence[str], said: Mapping[str, _Said]) -> str:
@@ -249,19 +244,39 @@ def _reading_order(problem: Problem) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else ("", 0)
 
 
-def _override_warnings(set_values: Mapping[str, str], sourced: SourcedConf) -> Iterator[str]:
-    used = _names_used(sourced.files)
-    for name in set_values:
-        nearest = _nearest(name, SURELY if name.startswith(FOREIGN) else POSSIBLY)
-        if name not in KEYS and name not in used and (nearest or not name.startswith(FOREIGN)):
-            yield f"--set {name}: {_unknown([name], nearest)}"
-        if is_secret_name(name):
-            yield f"--set {name}: everyone on this host can read it in the process list; write it into a file"
+def _visible_secrets(set_values: Mapping[str, str]) -> Iterator[Problem]:
+    for name in filter(is_secret_name, set_values):
+        sentence = "everyone on this host can read it in the process list"
+        yield Problem(f"--set {name}", sentence, "write it into a file")
+
+
+def _unknown_overrides(
+    set_values: Mapping[str, str], said: Mapping[str, _Said], sourced: SourcedConf, environment: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Names of --set that nobody would read: a typo, where nothing says that it is meant.
+
+    Meant are names that the file or the TRAINING_COMMAND reads, and variables of other programs or of the environment
+    that are not much like a key. Of a file that could not be read nothing is known.
+    """
+    unread = bool(sourced.problems) and not sourced.files
+    command = said["TRAINING_COMMAND"].raw if "TRAINING_COMMAND" in said else ""
+    used = _names_used(sourced.files) | (_names_in(command) if isinstance(command, str) else set())
+    for name in (name for name in set_values if name not in KEYS and name not in used):
+        expected = unread or _is_expected(name, environment)
+        nearest = _nearest(name, SURELY if expected else POSSIBLY)
+        if nearest or not expected:
+            fix = f"did you mean {nearest}?" if nearest else f"export {name} before the launch if the jobs read it"
+            yield Problem(f"--set {name}", f"not a key of this suite: {name}", fix)
+
+
+def _is_expected(name: str, known: Collection[str]) -> bool:
+    """Whether a name that is no key surprises nobody: it is ``known``, or another program's or ours."""
+    return name in known or name in NO_KEYS or name.startswith(FOREIGN)
 
 
 def _file_warnings(
     set_values: Mapping[str, str], sourced: SourcedConf, environment: Mapping[str, str]
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     """A line for each key that looks misspelt, and one for all other unknown ones of a line of the file.
 
     A helper that the file itself uses, or a variable that the environment had before, is a surprise to nobody.
@@ -270,13 +285,14 @@ def _file_warnings(
     others: dict[str, list[str]] = {}
     unknown = [name for name in sourced.values if name not in KEYS and name not in set_values]
     for name in sorted(unknown, key=lambda name: (str(sourced.lines[name][0]), sourced.lines[name][1], name)):
-        foreign = name in expected or name.startswith(FOREIGN)
+        foreign = _is_expected(name, expected)
         nearest = _nearest(name, SURELY if foreign else POSSIBLY)
         if nearest:
-            yield f"{_place_of(name, sourced)}: {_unknown([name], nearest)}"
+            yield _unknown(_place_of(name, sourced), [name], f"did you mean {nearest}?")
         elif not foreign:
             others.setdefault(_place_of(name, sourced), []).append(name)
-    yield from (f"{place}: {_unknown(names, None)}" for place, names in others.items())
+    fix = "remove it if nothing reads it"
+    yield from (_unknown(place, names, fix) for place, names in others.items())
 
 
 def _nearest(name: str, cutoff: float) -> str | None:
@@ -285,13 +301,15 @@ def _nearest(name: str, cutoff: float) -> str | None:
     return next(iter(difflib.get_close_matches(name.upper(), KEYS, n=1, cutoff=cutoff)), None)
 
 
-def _unknown(names: Sequence[str], nearest: str | None) -> str:
-    meant = f"; did you mean {nearest}?" if nearest else ""
-    return f"not a key of this suite: {', '.join(names)}{meant} (given to the jobs all the same)"
+def _unknown(place: str, names: Sequence[str], fix: str) -> Problem:
+    return Problem(place, f"not a key of this suite: {', '.join(names)} (given to the jobs all the same)", fix)
 
 
 def _names_used(files: Iterable[Path]) -> set[str]:
     """The variables that the files read: ``$NAME`` or ``${NAME…}`` outside of comments at a line's start."""
     lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
-    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    return _names_in("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+
+
+def _names_in(code: str) -> set[str]:
     return set(re.findall(r"\$\{?#?!?([A-Za-z_]\w*)", code))

@@ -74,14 +74,20 @@ class Problem:
     """One mistake in a configuration.
 
     ``where`` is ``FILE:LINE``, ``--set KEY`` or ``environment``; ``what`` a sentence naming key, value and
-    what would be right.
+    what would be right; ``fix`` what to do, where that is more than to correct the place.
     """
 
     where: str
     what: str
+    fix: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong and where."""
+        return f"{self.where}: {self.what}"
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        return self.sentence + (f"; {self.fix}" if self.fix else "")
 
 
 class ConfigError(SuiteError):

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -76,9 +76,8 @@ class LocalJob:
 
 def run(plan: LaunchPlan, notes: SignalNotes, checkout: Path) -> int:
     """Run both jobs to their end; the exit code is the trainer's (the runtime's in a launch of it alone)."""
-    ids = {job.kind: f"local{os.getpid()}.{number}" for number, job in enumerate(plan.jobs)}
-    first = plan.jobs[0]
-    directory = make_run_dir(Path(first.directory.replace("%j", ids[first.kind])))
+    ids = plan.local_ids(os.getpid())
+    directory = make_run_dir(Path(plan.jobs[0].with_local_ids(ids).directory))
     furnish(directory, plan, ids, checkout)
     write_record(directory, plan, ids, git_state(checkout))
     sys.stdout.write(f"coordination directory: {directory.path}\n")
@@ -86,7 +85,7 @@ def run(plan: LaunchPlan, notes: SignalNotes, checkout: Path) -> int:
     jobs: list[LocalJob] = []
     try:
         for job in plan.jobs:
-            jobs.append(start(plan, job.with_runtime_id(ids.get("runtime", "")), ids, directory))
+            jobs.append(start(plan, job.with_local_ids(ids), ids[job.kind], directory))
             record_processes(directory, jobs)
         return follow(jobs, notes)
     finally:
@@ -95,18 +94,16 @@ def run(plan: LaunchPlan, notes: SignalNotes, checkout: Path) -> int:
             running.follower.show()
 
 
-def start(plan: LaunchPlan, job: JobPlan, ids: dict[str, str], directory: CoordinationDir) -> LocalJob:
+def start(plan: LaunchPlan, job: JobPlan, job_id: str, directory: CoordinationDir) -> LocalJob:
     """Start one job body; it dies with the launcher, in order."""
-    job_id = ids[job.kind]
-    own = {name: value.replace("%j", job_id) for name, value in job.environment.items()}
     environment = {
         **plan.inherited,
         **plan.environment,
-        **own,
+        **job.environment,
         "SKYRL_JOB_ID": job_id,
         LOCAL_JOBS_NAME: str(directory.path / "local_jobs.txt"),
     }
-    argv = local_argv(replace(job, environment=own))
+    argv = local_argv(job)
     out, err = directory.log(job.kind, job_id, "out"), directory.log(job.kind, job_id, "err")
     with out.open("wb") as stdout, err.open("wb") as stderr:
         spec = ChildSpec(

@@ -1,7 +1,8 @@
 """What a launch will do, as a value: settings → ``LaunchPlan``; touches nothing.
 
 ``--dry-run`` prints a plan, submitting carries out the same plan. The one thing that a plan cannot know, the runtime
-job's id, stands in it as ``<runtime job id>``; Slurm fills in ``%j`` by itself.
+job's id, stands in it as ``<runtime job id>``; Slurm fills in ``%j`` by itself. The ids of a local run are made of its
+launcher's pid.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
 from slurm.lib.gpu_environment import planned
 from slurm.lib.job_environment import without_slurm
+from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings, gpu_gres
 from slurm.lib.trainer import trainer_of
@@ -24,6 +26,7 @@ from slurm.lib.verl_versions import VerlVersion
 RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
 ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
 OF_ONE_JOB = frozenset({ATTEMPT, AFTER, "SKYRL_RUNTIME_JOB_ID"})  # not for the jobs that a job of ours submits
+LOCAL_PID = "<pid>"
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
 
 
@@ -93,6 +96,13 @@ class JobPlan:
             environment={name: value.replace(RUNTIME_ID, job_id) for name, value in self.environment.items()},
         )
 
+    def with_local_ids(self, ids: Mapping[str, str]) -> JobPlan:
+        """The same job as a process of this machine, where nobody fills in ``%j``."""
+        job = self.with_runtime_id(ids.get("runtime", ""))
+        own = ids[self.kind]
+        environment = {name: value.replace(OWN_ID, own) for name, value in job.environment.items()}
+        return replace(job, directory=job.directory.replace(OWN_ID, own), environment=environment)
+
 
 @dataclass(frozen=True)
 class LaunchPlan:
@@ -119,6 +129,10 @@ class LaunchPlan:
     @property
     def settings(self) -> Settings:
         return self.config.settings
+
+    def local_ids(self, pid: object) -> dict[str, str]:
+        """The ids of a local run's jobs by kind, for a launcher with this pid."""
+        return {job.kind: f"local{pid}.{number}" for number, job in enumerate(self.jobs)}
 
     @property
     def secret_values(self) -> frozenset[str]:
@@ -362,14 +376,24 @@ class _Builder:
 
 def shown(plan: LaunchPlan) -> str:
     """The plan for people: command lines, environment, trainer, directory; secrets masked."""
+    plan = _as_local(plan) if plan.settings.skyrl_backend == "local" else plan
     sections = [
         *_command_lines(plan),
         *_environment_lines(plan),
+        *_ray_lines(plan),
         *_trainer_lines(plan),
         *_node_lines(plan),
         f"run directory: {plan.directory}",
     ]
     return mask_values("\n".join(sections), plan.secret_values) + "\n"
+
+
+def _as_local(plan: LaunchPlan) -> LaunchPlan:
+    """A local run's plan with its ids, as far as they are known before it."""
+    ids = plan.local_ids(LOCAL_PID)
+    runtime, training = (job.with_local_ids(ids) if job else None for job in (plan.runtime, plan.training))
+    directory = plan.directory.replace(RUNTIME_ID, ids[plan.jobs[0].kind])
+    return replace(plan, directory=directory, runtime=runtime, training=training)
 
 
 def local_argv(job: JobPlan) -> tuple[str, ...]:
@@ -381,7 +405,8 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
     lines = []
     if plan.settings.skyrl_backend == "local":
         for job in plan.jobs:
-            lines += [f"# {job.kind} job, a process of this machine", _readable(local_argv(job)), ""]
+            what = f"a process of this machine ({LOCAL_PID}: its launcher's)"
+            lines += [f"# {job.kind} job, {what}", _readable(local_argv(job)), ""]
         return lines
     for job in plan.submissions:
         title = "both jobs, as one heterogeneous job" if plan.combined else f"{job.kind} job"
@@ -405,6 +430,21 @@ def _environment_lines(plan: LaunchPlan) -> list[str]:
     lines += ["", "# environment of the jobs: passed on from this shell"]
     lines += [f"{name}={shlex.quote(value)}" for name, value in sorted(masked(plan.inherited).items())]
     return [*lines, ""]
+
+
+def _ray_lines(plan: LaunchPlan) -> list[str]:
+    """The job step that brings Ray up on each node; what it is told besides is known only in the job."""
+    if not plan.training or not wanted(plan.settings):
+        return []
+    cwd = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)), plan.verl).cwd
+    python = plan.training.environment["SKYRL_PYTHON"]
+    starts = shlex.join((*ray_python(plan.settings), *RAY))
+    return [
+        "# Ray, started by the training job before the trainer: on each of its nodes a step, which runs and ends",
+        f"# {starts} …",
+        _readable(node_step(plan.settings, "<node>", cwd, python, "<ports, folder, and where the head is>")),
+        "",
+    ]
 
 
 def _trainer_lines(plan: LaunchPlan) -> list[str]:

@@ -28,8 +28,9 @@ from slurm.lib.node_environment import TrainerEnvironment
 from slurm.lib.processes import Child, ChildSpec, copy_lines
 from slurm.lib.ray_node import Announcement, NodeSpec, parse_announcement
 from slurm.lib.ray_ports import DEFAULT_RANGE
-from slurm.lib.scheduler import Slurm, step_argv
-from slurm.lib.settings import Settings, gpu_gres
+from slurm.lib.ray_steps import node_step, ray_python, wanted
+from slurm.lib.scheduler import Slurm
+from slurm.lib.settings import Settings
 from slurm.lib.trainer import TRAINER_MARKER, Trainer
 from slurm.lib.waiting import wait_for
 
@@ -64,21 +65,6 @@ def missing(names: Sequence[str], gpus: int, seen: Sequence[SeenNode]) -> list[s
         f"{name} has {found[name].gpus:g} of {gpus} GPUs" for name in names if name in found and found[name].gpus < gpus
     ]
     return absent + fewer
-
-
-def wanted(settings: Settings) -> bool:
-    """Whether this run's trainer finds a Ray cluster that we started."""
-    if settings.skyrl_backend == "local":
-        return False
-    automatic = settings.gpu_nodes > 1 and not settings.training_command
-    return settings.ray_cluster == "on" or (settings.ray_cluster == "auto" and automatic)
-
-
-def ray_python(settings: Settings) -> tuple[str, ...]:
-    """The command that starts the Python which has Ray."""
-    if settings.ray_python:
-        return settings.ray_python
-    return ("python3",) if settings.training_command else ("uv", "run", "--frozen", "--extra", "verl", "python")
 
 
 def grace_s(kill_wait_s: float) -> float:
@@ -291,9 +277,7 @@ class _Starter:
 
     def start_step(self, spec: NodeSpec) -> None:
         settings, path = self.job.settings, self.job.directory.ray_log(self.job.job_id, spec.node)
-        command = (self.environment["SKYRL_PYTHON"], "-m", "slurm.lib.ray_node", spec.to_text())
-        gres = gpu_gres(settings) or "none"
-        argv = step_argv(spec.node, cpus=settings.training_cpus, gres=gres, cwd=self.cwd, command=command)
+        argv = node_step(settings, spec.node, self.cwd, self.environment["SKYRL_PYTHON"], spec.to_text())
         environment = step_environment(self.environment, self.job.code)
         with path.open("ab") as output:
             step = ChildSpec(

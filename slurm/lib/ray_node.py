@@ -31,13 +31,13 @@ from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendant
 from slurm.lib.ray_address import own_address
 from slurm.lib.ray_folder import choose, folder_name, ray_folder
 from slurm.lib.ray_ports import BLOCK_SIZE, PortBlock, blocks, held, taken_port
+from slurm.lib.ray_steps import RAY
 from slurm.lib.signals import SignalNotes
 
 LOOK_EVERY_S = 0.2
 CONNECT_TIMEOUT_S = 1.0
 MARKER = "SKYRL_RAY_NODE"
 JOINING = ("RAY_ADDRESS", "RAY_TMPDIR")  # for those that join a cluster
-RAY = ("-m", "ray.scripts.scripts", "start", "--block")  # the module behind the command `ray`
 
 
 @dataclass(frozen=True)

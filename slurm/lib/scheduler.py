@@ -241,9 +241,9 @@ class Slurm:
         if not answer.ok:
             raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobStatus:
         question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S|%A")
-        return parse_status(self._with_epochs()._ask(*question), job_id)
+        return parse_status(self._with_epochs()._ask(*question, timeout_s=timeout_s), job_id)
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""

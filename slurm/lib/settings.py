@@ -317,7 +317,24 @@ def hydra_overrides(raw: Raw) -> tuple[str, ...]:
             raise ValueError("an override must be one line")
         if not _OVERRIDE.fullmatch(override):
             raise ValueError(f"{override} is no override, NAME=VALUE, +NAME=VALUE or ~NAME; quote values with spaces")
+    for override in found:
+        _refuse_sweep(override)
     return found
+
+
+_BRACKETS = re.compile(r"\[[^][(){}]*\]|\([^][(){}]*\)|\{[^][(){}]*\}")
+
+
+def _refuse_sweep(override: str) -> None:
+    """A comma outside of quotes and brackets means several runs to Hydra, which ends the one that is wanted."""
+    bare = re.sub(r"\\.", "", _QUOTED.sub("", override.partition("=")[2]))
+    while (outside := _BRACKETS.sub("", bare)) != bare:
+        bare = outside
+    if re.search(r",\s*[+~]*[A-Za-z_][\w./@-]*=", bare):
+        raise ValueError(f"{override} holds several overrides joined by a comma; put a space between them instead")
+    if "," in bare:
+        what = "has a comma outside of quotes and brackets, which Hydra takes for several runs"
+        raise ValueError(f"{override} {what}; write [1,2] for a list, and quotes within the value around text")
 
 
 def _override_lines(raw: str) -> tuple[str, ...]:
@@ -863,34 +880,38 @@ def gpu_gres(settings: Settings) -> str:
     return f"{kind}:{settings.gpus_per_node}" if settings.gpus_per_node else ""
 
 
-def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
-    """What holds together and is hardly meant: the keys involved, the one to change first, and a sentence."""
+def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str, str]]:
+    """What holds together and is hardly meant: the keys involved, the one to change first; a sentence; what to do."""
     local = settings.skyrl_backend == "local"
     return list(_without_effect(settings) if local else _queued_doubts(settings))
 
 
-def _queued_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+def _queued_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, str]]:
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
     if waits < limit:
         sentence = (
             f"TRAINING_COMPLETE_TIMEOUT={waits} is less than TIME_LIMIT={settings.time_limit} ({limit} s): a training "
-            "that takes longer loses its runtime; leave it unset for the whole time limit"
+            "that takes longer loses its runtime"
         )
-        yield ("TRAINING_COMPLETE_TIMEOUT",), sentence
+        yield ("TRAINING_COMPLETE_TIMEOUT",), sentence, "leave it unset for the whole time limit"
     if settings.pairing == "het" and settings.runtime_idle_limit:
-        sentence = f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} has no effect: with PAIRING=het no part waits"
-        yield ("RUNTIME_IDLE_LIMIT", "PAIRING"), f"{sentence} for the other"
+        sentence = (
+            f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} has no effect: with PAIRING=het no part waits for the "
+            "other"
+        )
+        yield ("RUNTIME_IDLE_LIMIT", "PAIRING"), sentence, "leave it unset"
 
 
-def _without_effect(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+def _without_effect(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """What a local run does not do."""
     if settings.restarts:
-        yield ("RESTARTS",), f"RESTARTS={settings.restarts} has no effect: a local run has no time limit"
+        sentence = f"RESTARTS={settings.restarts} has no effect: a local run has no time limit"
+        yield ("RESTARTS",), sentence, "leave it unset"
     if settings.runtime_idle_limit:
         sentence = f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit} has no effect: a local run waits in no queue"
-        yield ("RUNTIME_IDLE_LIMIT",), sentence
+        yield ("RUNTIME_IDLE_LIMIT",), sentence, "leave it unset"
     if settings.pairing == "het":
-        yield ("PAIRING",), "PAIRING=het has no effect: a local run queues nothing"
+        yield ("PAIRING",), "PAIRING=het has no effect: a local run queues nothing", "leave it unset"
 
 
 def _with_absolute_paths(settings: Settings, place: Place) -> Settings:
@@ -925,8 +946,12 @@ def contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
 def _time_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
     limit = slurm_seconds(settings.time_limit)
     shown = f"TIME_LIMIT={settings.time_limit}"
-    if settings.restarts and settings.restart_lead >= limit:
-        sentence = f"RESTART_LEAD={settings.restart_lead} must be less than {shown} ({limit:g} s)"
+    restarts = settings.restarts if settings.skyrl_backend == "slurm" else 0  # a local run has neither
+    if restarts and settings.restart_lead >= limit:
+        sentence = (
+            f"RESTARTS={restarts}: the training saves RESTART_LEAD={settings.restart_lead} s before {shown} "
+            f"({limit:g} s), which must be longer; raise TIME_LIMIT, or lower RESTART_LEAD"
+        )
         yield ("RESTART_LEAD", "TIME_LIMIT", "RESTARTS"), sentence
     if settings.min_run_time >= limit:
         sentence = f"MIN_RUN_TIME={settings.min_run_time} must be less than {shown} ({limit:g} s): nothing would begin"

@@ -174,6 +174,21 @@ REFUSED = (
     Refused("actor_rollout_ref.rollout.mode", "sync", (0, 7), "async"),
 )
 LOOP, LIKE_LOOP = "loop", "rloo"  # the estimator of SkyRL's fork, in no stock release, and the nearest stock one
+# Values and the release that knows them first, from VERL's own code (tests/test_verl_compose.py): the members of
+# AdvantageEstimator, and what Tracking takes as a logger.
+ESTIMATORS: Mapping[str, Release] = {
+    **dict.fromkeys(("gae", "grpo", "grpo_passk", "rloo", "opo", "remax", "gpg"), (0, 5)),
+    **dict.fromkeys(("reinforce_plus_plus", "reinforce_plus_plus_baseline"), (0, 5)),
+    **dict.fromkeys(("rloo_vectorized", "grpo_vectorized"), (0, 6)),
+    **dict.fromkeys(("optimal_token_baseline", "tir_optimal_token_baseline", "gdpo"), (0, 7, 1)),
+}
+LOGGERS: Mapping[str, Release] = {
+    **dict.fromkeys(("console", "wandb", "tensorboard", "mlflow", "swanlab", "vemlp_wandb", "clearml"), (0, 5)),
+    "tracking": (0, 5),  # an older word for wandb
+    **dict.fromkeys(("trackio", "file"), (0, 6)),
+    "rl_insight": (0, 9),
+}
+FIRST_REGISTRY = (0, 6)  # from here on VERL runs with an estimator that other code has registered
 
 
 def name_in(release: Release, name: str) -> str:
@@ -184,6 +199,11 @@ def name_in(release: Release, name: str) -> str:
         if release >= row.since and name.startswith(row.old):
             return row.new + name[len(row.old) :]
     return name
+
+
+def known_values(values: Mapping[str, Release], release: Release | None) -> tuple[str, ...]:
+    """Those of ``ESTIMATORS`` or ``LOGGERS`` that a release knows; None: that any release knows."""
+    return tuple(value for value, since in values.items() if release is None or release >= since)
 
 
 def exists_in(release: Release, name: str) -> bool:

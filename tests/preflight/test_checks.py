@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from slurm.lib.preflight.checkpoint import PARTS
 from slurm.lib.preflight.checks import CHECKS, Check, Refused, everybody, names, refuse, run_checks, skipped_names
 from slurm.lib.preflight.finding import Finding, Level, error, estimate, warning
 from slurm.lib.preflight.report import as_json, as_text
-from tests.preflight.world import ROOT, World, of, worst, write_parquet
+from tests.preflight.world import ROOT, World, join, of, worst, write_parquet
 
 ERROR, WARNING, ESTIMATE = Level.ERROR, Level.WARNING, Level.ESTIMATE
 
@@ -134,10 +135,24 @@ def saved(step: int) -> Break:
     return write
 
 
+SLICES = "gpu_test|up|infinite|4|gpu:nvidia_a100_3g.20gb:8\ntest|up|infinite|4|(null)\ngpu|up|infinite|4|gpu:a100:8\n"
+JOINED = "fake/jobs/20260304_050607_101"
+SERVED = json.dumps(
+    {"schema": 1, "job_id": "99", "runtime_job_id": "101", "exit_code": 0, "reason": "the trainer ended"}
+)
+
+
+def emptied(world: World) -> None:
+    """Another folder in place of the joined one."""
+    (world.folder / JOINED).rename(world.folder / "old")
+    (world.folder / JOINED).mkdir()
+
+
 MODEL = "MODEL=@/model"
 STOCK = '[[package]]\nname = "verl"\nversion = "0.5.0"\nsource = { registry = "https://an.index/simple" }\n'
 EXAMPLE = "project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml"
 BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
+    ("configuration", nothing, ["TRAINING_COMPLETE_TIMEOUT=60"], WARNING, "is less than TIME_LIMIT=12:00:00"),
     ("parts", remove("project/SkyRL/skyrl-agent/uv.lock"), [], ERROR, "skyrl-agent/uv.lock is missing; make it: cd "),
     ("parts", remove("fake/bin/scontrol"), ["PATH=@/fake/bin"], ERROR, "not on PATH: scontrol"),
     ("slots", nothing, ["MAX_PARALLEL_AGENTS=6"], ERROR, "4 × 2 = 8 sandboxes before the first one runs, and the runtime has 6"),
@@ -161,6 +176,13 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("model", model(max_position_embeddings=8192), [MODEL], ERROR, "was made for 8192"),
     ("verl", text("project/SkyRL/skyrl-agent/uv.lock", ""), [], WARNING, "names exactly one VERL"),
     ("verl", text("project/SkyRL/skyrl-agent/uv.lock", STOCK), [], ERROR, "ADV_ESTIMATOR=loop: this estimator exists only in SkyRL's fork"),
+    ("verl", nothing, ["ADV_ESTIMATOR=gprpo"], WARNING, "in SkyRL's fork of VERL 0.5.0 (@/project/SkyRL/skyrl-agent/uv.lock); did you mean grpo?"),
+    ("verl", nothing, ["LOGGERS=console,wanbd"], WARNING, "LOGGERS=console,wanbd: the suite knows no logger wanbd in SkyRL's fork"),
+    ("verl", nothing, ["VERL_OVERRIDES=algorithm.adv_estimator=gdpo"], WARNING, "it came with VERL 0.7.1; choose one of gae, grpo,"),
+    ("verl", text("project/SkyRL/skyrl-agent/uv.lock", STOCK), ["ADV_ESTIMATOR=gprpo"], ERROR, "has no advantage estimator gprpo; did you mean grpo?"),
+    ("verl", text("project/SkyRL/skyrl-agent/uv.lock", STOCK), ["ADV_ESTIMATOR=mine"], ERROR, "choose one of gae, grpo"),
+    ("verl", text("project/SkyRL/skyrl-agent/uv.lock", STOCK), ["LOGGERS=wanbd", "ADV_ESTIMATOR=rloo"], ERROR, "has no logger wanbd; did you mean wandb?"),
+    ("verl", text("project/SkyRL/skyrl-agent/uv.lock", ""), ["ADV_ESTIMATOR=gprpo"], WARNING, "no advantage estimator gprpo in any VERL; did you mean grpo?"),
     ("verl", nothing, ["VERL_OVERRIDES=trainer.use_v1=False"], ERROR, "trainer.use_v1 is not yet a part of"),
     ("verl", nothing, ["VERL_OVERRIDES=data.train_batch_size=16"], WARNING, "set TRAIN_BATCH_SIZE instead: slots, batch and memory are checked"),
     ("task", remove(EXAMPLE), ["TASK_YAML=examples/run_verl/verl_oh.yaml"], ERROR, "cannot read the task file"),
@@ -170,6 +192,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("task", text(EXAMPLE, "a: [\n"), ["TASK_YAML=auto"], ERROR, "is not valid YAML"),
     ("task", text(EXAMPLE, "generator: 5\n"), ["TASK_YAML=auto"], ERROR, "generator must hold keys and values"),
     ("mig", nothing, ["GPU_TYPE=1g.20gb"], WARNING, "= 2 of them are as many ranks"),
+    ("mig", say("sinfo", {"stdout": SLICES}, {"stdout": SLICES}), [], WARNING, "GPU_PARTITION=gpu_test has MIG slices alone (nvidia_a100_3g.20gb), and GPU_NODES × GPUS_PER_NODE = 2 of them"),
     ("memory", nothing, ["MODEL=big/Big-72B", "GPU_TYPE=a100"], ERROR, "an update takes 536G on each GPU"),
     ("memory", nothing, ["MODEL=m/M-7B", "GPU_TYPE=a100"], WARNING, "some GPUs of this type have 40G"),
     ("memory", nothing, ["GPU_TYPE=a100_1g.5gb", "MODEL=m/M-0.5B", "GPU_MEMORY_UTILIZATION=0.1"], ERROR, "weights and one sequence"),
@@ -188,7 +211,9 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("data", data("train.parquet", 3), [], ERROR, "has 3 rows, fewer than TRAIN_BATCH_SIZE=4"),
     ("data", data("train.parquet", 9, "prompt", "reward_model"), [], ERROR, "lacks the columns data_source, instance (or"),
     ("data", data("validation.parquet", 0), [], ERROR, "has no rows"),
-    ("data", data("validation.parquet", 9), [], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots"),
+    ("data", data("validation.parquet", 9), [], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots: what gets none (1) counts as unsolved, and while it waits the GPUs may be idle for 105 s; shorten VAL_DATA to 8 rows"),
+    ("data", data("validation.parquet", 500), [], ERROR, "may be idle for 14 h, which TIME_LIMIT=12:00:00 ends; shorten"),
+    ("data", data("validation.parquet", 500), ["TIME_LIMIT=1-0"], WARNING, "may be idle for 14 h; shorten"),
     ("folders", text("ckpts", "a file"), [], ERROR, "/ckpts is not a folder"),
     ("dotenv", unset("WANDB_API_KEY"), [], ERROR, "no WANDB_API_KEY, and none for api.wandb.ai in"),
     ("dotenv", text("project/SkyRL/skyrl-agent/.env", "WANDB_API_KEY=\n"), [], ERROR, "no WANDB_API_KEY"),  # it wins
@@ -201,6 +226,14 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("import", module("import tensordict_of_the_moon"), [], ERROR, "No module named 'tensordict_of_the_moon'; cd "),
     ("import", module("raise ImportError('libcuda.so.1: cannot open')"), [], WARNING, "ImportError: libcuda.so.1: cannot open; try it"),
     ("import", module("import os; os._exit(9)"), [], WARNING, "exit code 9"),
+    ("runtime", text(f"{JOINED}/training_complete.flag", SERVED), [], ERROR, "101 has ended (training_complete.flag: exit code 0, the trainer ended); start another with"),
+    ("runtime", text(f"{JOINED}/runtime_failed.flag", SERVED), [], ERROR, "has ended (runtime_failed.flag"),
+    ("runtime", remove(f"{JOINED}/runtime_ready.flag"), [], WARNING, "not ready yet: a training job that starts now holds its GPUs until it is, at most RUNTIME_READY_TIMEOUT=600 s"),
+    ("runtime", emptied, [], ERROR, "is no run's directory: no run.json"),
+    ("runtime", say("squeue", {}), [], ERROR, "the runtime job 101 has ended, by Slurm's word: no longer known"),
+    ("runtime", say("squeue", {"code": 1, "stderr": "Unable to contact"}), [], WARNING, "whether the runtime job 101 lives is not known"),
+    ("runtime", text(f"{JOINED}/runtime_url.txt", "http://127.0.0.1:1\n"), [], WARNING, "does not answer here (ConnectionRefusedError"),
+    ("runtime", nothing, ["RESTARTS=2"], WARNING, "RESTARTS=2 has no effect"),
     ("storage", nothing, ["LOCAL_SCRATCH=/" + "x" * 60], WARNING, "too long a path"),
     ("images", nothing, ["CONTAINER_IMAGE=Upper/Case"], ERROR, "CONTAINER_IMAGE=Upper/Case is not the name"),
     ("images", nothing, ["IMAGE_ARCHIVE=/nowhere.tar"], ERROR, "IMAGE_ARCHIVE=/nowhere.tar is not there"),
@@ -218,12 +251,13 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
 @pytest.mark.parametrize(("check", "spoil", "words", "level", "said"), BROKEN, ids=lambda value: str(value)[:40])
 def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str], level: Level, said: str) -> None:
     """Without the one thing the check has nothing worse than an estimate to say."""
-    before = of(world.check("MAX_CKPT_TO_KEEP=1"), check)
+    request = join(world) if check == "runtime" else None
+    before = of(world.check("MAX_CKPT_TO_KEEP=1", request=request), check)
     assert worst(before) in {None, ESTIMATE}, before
     spoil(world)
     given = [word.replace("@", str(world.folder)) for word in words]
-    found = of(world.check("MAX_CKPT_TO_KEEP=1", *given), check)
-    fitting = [finding for finding in found if said in str(finding)]
+    found = of(world.check("MAX_CKPT_TO_KEEP=1", *given, request=request), check)
+    fitting = [finding for finding in found if said.replace("@", str(world.folder)) in str(finding)]
     assert [finding.level for finding in fitting] == [level] * len(fitting) and fitting, found
     assert level is ESTIMATE or all(finding.fix for finding in fitting)
 
@@ -231,6 +265,26 @@ def test_what_breaks_it(world: World, check: str, spoil: Break, words: list[str]
 def test_before_a_submission_nothing_is_imported(world: World) -> None:
     (world.site_packages / "verl.py").write_text("raise ImportError")
     assert not of(run_checks(asked(world)), "import")
+
+
+@pytest.mark.parametrize("word", ["ADV_ESTIMATOR=grpo", "LOGGERS=tensorboard,console", "LOGGERS=tracking"])
+def test_values_that_the_release_knows_are_no_finding(world: World, word: str) -> None:
+    assert not of(world.check(word), "verl")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["GPUS_PER_NODE=1"], ["GPU_PARTITION=gpu"], ["GPU_PARTITION=gpu,gpu_test"], ["GPU_SBATCH_ARGS=--partition=x"]],
+)
+def test_slices_that_are_not_several_or_not_sure_are_no_finding(world: World, words: list[str]) -> None:
+    say("sinfo", {"stdout": SLICES}, {"stdout": SLICES})(world)
+    assert not of(world.check(*words), "mig")
+
+
+def test_what_slurm_says_about_slices_is_skipped_with_their_check(world: World) -> None:
+    say("sinfo", {"stdout": SLICES}, {"stdout": SLICES})(world)
+    assert of(run_checks(asked(world)), "mig")
+    assert not of(run_checks(asked(world), {"mig"}), "mig")
 
 
 def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -> None:
@@ -314,25 +368,36 @@ def test_a_fault_of_a_check_is_not_hidden(world: World) -> None:
     ("given", "skipped"),
     [
         (None, set()),
-        ([""], set(names())),
+        ([None], set(names())),
         (["slots"], {"slots"}),
         (["slots,data", "model"], {"slots", "data", "model"}),
-        (["slots", ""], set(names())),
+        (["slots", None], set(names())),
+        ([",slots, "], {"slots"}),
     ],
 )
-def test_what_is_left_out(given: list[str] | None, skipped: set[str]) -> None:
+def test_what_is_left_out(given: list[str | None] | None, skipped: set[str]) -> None:
     assert skipped_names(given) == skipped
 
 
 def test_an_unknown_name_is_met_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"there is no check nonsense; there are: slots, batch, .*account"):
         skipped_names(["slots,nonsense"])
-    with pytest.raises(UsageError, match="no check parts"):
-        skipped_names(["parts"])
+    for name in ("parts", "configuration"):
+        with pytest.raises(UsageError, match=f"no check {name}"):
+            skipped_names([name])
+
+
+@pytest.mark.parametrize("value", ["", ",", " "])
+def test_a_value_without_a_name_leaves_out_nothing(value: str) -> None:
+    """As a script's empty variable would bring it: --no-check=$LEFT_OUT."""
+    with pytest.raises(
+        UsageError, match=rf"--no-check={value} names no check; there are: slots, .*for all: --no-check$"
+    ):
+        skipped_names(["slots", value])
 
 
 def test_skipped_checks_ask_nothing(world: World) -> None:
-    assert run_checks(asked(world), skipped_names([""])) == []
+    assert run_checks(asked(world), skipped_names([None])) == []
     assert world.slurm.everything == []
 
 
@@ -345,6 +410,23 @@ def test_all_errors_are_one_message() -> None:
     refuse(found[1:2])
 
 
+def finding_of_words(number: int) -> Finding:
+    return error("slots", " ".join(["word"] * number), "look into " + "/a-long-folder" * 9)
+
+
+@pytest.mark.parametrize("columns", [100, 60, 20])
+def test_a_terminal_gets_lines_of_its_width_and_colour(columns: int) -> None:
+    """Words stay whole, a path that is too long for a line too; what is said is the same."""
+    lines = as_text([finding_of_words(50), warning("data", "odd", "even")], ["slots"] * 30, columns).splitlines()
+    assert lines[0].startswith("\x1b[31merror\x1b[0m    slots        word word")
+    assert "\x1b[33mwarning\x1b[0m  data         odd" in lines
+    plain = [re.sub(r"\x1b\[\d*m", "", line) for line in lines]
+    assert [line for line in plain if len(line) > max(columns, 60)] == [" " * 25 + "/a-long-folder" * 9]
+    assert all(line.startswith(" " * 22 + "word ") for line in plain[1:3])
+    unbroken = as_text([finding_of_words(50), warning("data", "odd", "even")], ["slots"] * 30)
+    assert " ".join(" ".join(plain).split()) == " ".join(unbroken.split())
+
+
 def test_findings_for_people_and_for_scripts() -> None:
     found = [estimate("data", "10 steps"), error("slots", "too few", "more")]
     assert as_text(found, ["slots", "data"]).splitlines() == [
@@ -354,6 +436,7 @@ def test_findings_for_people_and_for_scripts() -> None:
         "checked  slots, data",
         "1 error, 0 warnings, 1 estimate",
     ]
+    assert "\x1b" not in as_text([finding_of_words(300)], []) and as_text([finding_of_words(300)], []).count("\n") == 4
     said = json.loads(as_json(found, ["model"]))
     assert (said["errors"], said["estimates"], said["checked"]) == (1, 1, ["model"])
     assert said["findings"][0] == {"check": "slots", "level": "error", "sentence": "too few", "fix": "more"}

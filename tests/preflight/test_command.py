@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -30,7 +37,7 @@ def test_a_good_configuration_passes_and_nothing_is_queued(world: World) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("0 errors, 0 warnings, ")
     assert "steps in all" in done.stdout
-    assert "checked  parts, slots, batch, " in done.stdout
+    assert "checked  configuration, parts, slots, batch, " in done.stdout
     assert done.stderr == ""
     assert world.slurm.calls == []
     assert not world.slurm.jobs.exists()
@@ -56,6 +63,78 @@ def test_errors_stop_a_launch_and_the_rest_is_said(world: World) -> None:
     assert "[INFO] slots: a step opens 8 sandboxes" in done.stderr
     assert world.slurm.calls == []
     assert not world.slurm.jobs.exists()
+
+
+def test_unknown_keys_of_a_file_are_findings(world: World) -> None:
+    conf = world.folder / "mine.conf"
+    conf.write_text('source "$SKYRL_CONFIG_DIR/dev.conf"\nTRAIN_BATCHSIZE=8\n')
+    done = launch(world, "--config", str(conf), "--check", "--json", *ROOMY)
+    assert (done.returncode, done.stderr) == (0, "")
+    warnings = [finding for finding in json.loads(done.stdout)["findings"] if finding["level"] == "warning"]
+    assert [(finding["check"], finding["fix"]) for finding in warnings] == [
+        ("configuration", "did you mean TRAIN_BATCH_SIZE?")
+    ]
+    assert "mine.conf:2: not a key of this suite: TRAIN_BATCHSIZE" in warnings[0]["sentence"]
+    launched = launch(world, "--config", str(conf), "--no-check", *TRAINER)
+    assert launched.returncode == 0
+    assert launched.stderr.count("did you mean TRAIN_BATCH_SIZE?") == 1
+
+
+@pytest.mark.parametrize(("environment", "is_plain"), [({}, False), ({"NO_COLOR": "1"}, True)])
+def test_a_terminal_is_written_for_in_its_width(world: World, environment: dict[str, str], is_plain: bool) -> None:
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
+    argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "--config", "dev", "--set", *GOOD, "--check"]
+    seen = {**world.environment, **environment}
+    done = subprocess.run(argv, cwd=world.folder, env=seen, stdout=terminal, timeout=60, check=False)
+    os.close(terminal)
+    with contextlib.closing(os.fdopen(main, "rb", buffering=0)) as reader:
+        text = reader.read(65536).decode()
+    assert done.returncode == 0
+    assert ("\x1b[32mestimate\x1b[0m slots" in text) == (not is_plain)
+    slots = re.sub(r"\x1b\[\d*m", "", text).splitlines()[0]
+    assert slots.startswith("estimate slots        a step opens 8 sandboxes at once")
+    assert (len(slots) > 70) == is_plain
+
+
+MISTAKES = ("--set", "RESTART=3", "--set", "GPU_NODES=0")
+
+
+def test_mistakes_of_the_configuration_are_findings(world: World) -> None:
+    done = launch(world, "--check", *MISTAKES)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.splitlines() == [
+        "error    configuration --set GPU_NODES: GPU_NODES=0: must be at least 1",
+        "                      -> correct it there",
+        "error    configuration --set RESTART: not a key of this suite: RESTART",
+        "                      -> did you mean RESTARTS?",
+        "checked  configuration",
+        "2 errors, 0 warnings, 0 estimates",
+    ]
+    assert world.slurm.everything == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (MISTAKES, 2, ["--set GPU_NODES: GPU_NODES=0: must be at least 1", "not a key of this suite: RESTART"]),
+        (("--config", "prodution"), 2, ["there is no configuration of this name"]),
+        (("--config", "/nowhere/x.conf"), 2, ["/nowhere/x.conf: cannot read this configuration file"]),
+        (("--chekc",), 2, ["unrecognized arguments: --chekc"]),
+        (("--dry-run",), 2, ["--check and --dry-run exclude each other"]),
+        (("--skip-runtime",), 2, ["--skip-runtime needs a runtime"]),
+        (("--no-check=",), 2, ["names no check"]),
+    ],
+)
+def test_scripts_get_one_document_whatever_is_wrong(
+    world: World, options: tuple[str, ...], code: int, said: list[str]
+) -> None:
+    done = launch(world, "--check", "--json", *options)
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["errors"], document["checked"]) == (code, len(said), ["configuration"])
+    for finding, words in zip(document["findings"], said, strict=True):
+        assert (finding["check"], finding["level"]) == ("configuration", "error")
+        assert words in finding["sentence"] and finding["fix"]
 
 
 @pytest.mark.parametrize("option", ["--no-check", "--no-check=data", "--no-check=slots,data"])
@@ -99,6 +178,8 @@ def test_each_job_is_asked_about_once(world: World) -> None:
     [
         (["--json"], "--json goes with --check"),
         (["--check", "--dry-run"], "--check and --dry-run exclude each other"),
+        (["--no-check="], "--no-check= names no check; there are: slots, batch,"),
+        (["--chekc"], "unrecognized arguments: --chekc; launch.py --help lists the options"),
         (["--no-check=nonsense"], "there is no check nonsense; there are: slots, batch,"),
     ],
 )

@@ -13,14 +13,15 @@ import pytest
 from slurm.lib.api_server_child import common_flags
 from slurm.lib.checkpoints import TRACKER
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, model, node, places
+from slurm.lib.preflight import checkpoint, cluster, data, dotenv, memory, mig, model, node, places
 from slurm.lib.preflight.checkpoint import Saved, resume_findings, space_findings
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.model import ModelFacts
-from slurm.lib.preflight.words import number_of, size
+from slurm.lib.preflight.words import duration, number_of, size
 from slurm.lib.processes import Completed
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
+from slurm_runtime.config import ServerConfig
 from slurm_runtime.slots import share_out
 from tests.preflight.world import World
 
@@ -40,6 +41,15 @@ def test_numbers_of_things(number: int, said: str) -> None:
 @pytest.mark.parametrize(("amount", "said"), [(0, "0"), (1024, "1K"), (1536 * 1024**2, "1.5G"), (4e12, "3.64T")])
 def test_sizes(amount: float, said: str) -> None:
     assert size(amount) == said
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(105, "105 s"), (2100, "35 min"), (51660, "14 h")])
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_a_start_waits_as_long_as_the_server_says() -> None:
+    assert ServerConfig().list_patience_s == data.START_WAIT_S
 
 
 # --- sandboxes --------------------------------------------------------------------------------------------------------
@@ -228,7 +238,7 @@ def test_more_slices_are_no_help(kind: str) -> None:
     )
     found = [one for one in memory.memory_findings(settings, ModelFacts(None, False)) if one.level is ERROR]
     assert found
-    assert all(memory.SMALL_MODEL in one.fix and "GPU_NODES" not in one.fix for one in found), found
+    assert all(mig.SMALL_MODEL in one.fix and "GPU_NODES" not in one.fix for one in found), found
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,6 +12,7 @@ import pyarrow  # type: ignore[import-untyped]  # it brings no types
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from slurm.lib.config import load_config
+from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.plan import LaunchPlan, Request, make_plan
 from slurm.lib.preflight.asked import Asked
@@ -118,6 +120,19 @@ class World:
     def check(self, *overrides: str, config: str = "dev", request: Request | None = None) -> list[Finding]:
         """The findings of all checks."""
         return run_checks(Asked(self.plan(*overrides, config=config, request=request), ROOT, at_leisure=True))
+
+
+def join(world: World, job_id: str = "101", url: str = "", key: str = "") -> Request:
+    """A training job that joins a runtime job which is ready, and runs by Slurm's word."""
+    run = CoordinationDir(world.slurm.jobs / f"20260304_050607_{job_id}")
+    run.path.mkdir(parents=True)
+    run.run_record.write_text(json.dumps({"jobs": {"runtime": {"id": job_id}}}))
+    run.publish(run.runtime_ready, Flag.of_this_host(job_id, job_id))
+    if url:
+        run.publish_url(url)
+        run.publish_key(key)
+    world.slurm.answer("squeue", *[{"stdout": "RUNNING|None|cpu-a\n"}] * 9)
+    return Request(runtime=False, attach_dir=run.path, attach_id=job_id)
 
 
 def of(found: list[Finding], check: str, level: Level | None = None) -> list[Finding]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
-from slurm.lib.errors import EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.errors import ConfigError, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.preflight import (
     checkpoint,
     cluster,
@@ -22,6 +22,7 @@ from slurm.lib.preflight import (
     dotenv,
     environment,
     images,
+    joined,
     memory,
     mig,
     model,
@@ -37,7 +38,9 @@ from slurm.lib.trainer import task_example, task_file
 
 DEADLINE_S = 10.0  # more than a question to Slurm may take; shared storage that is slower says nothing for minutes
 AT_LEISURE_S = 60.0  # with --check
-ALWAYS = "parts"  # without these nothing can be submitted at all
+PARTS = "parts"  # without these nothing can be submitted at all
+CONFIGURATION = "configuration"  # read before anything else, so that there is nothing to leave out
+ALWAYS = frozenset({PARTS, CONFIGURATION})
 CheckRun = Callable[[Asked], Sequence[Finding]]
 
 
@@ -81,13 +84,23 @@ def verl_with_runtime(asked: Asked) -> bool:
     return asked.trains_with_verl and asked.brings_runtime
 
 
+def joining(asked: Asked) -> bool:
+    """Launches that join a runtime which runs already."""
+    return asked.plan.runtime is None
+
+
 def on_slurm(asked: Asked) -> bool:
     """Launches on Slurm, where it is."""
     return asked.uses_slurm and shutil.which("sbatch", path=asked.environment.get("PATH")) is not None
 
 
+def _configuration(asked: Asked) -> list[Finding]:
+    """What is wrong with it has ended the launch before."""
+    return [warning(CONFIGURATION, doubt.sentence, doubt.fix) for doubt in asked.plan.config.warnings]
+
+
 def _parts(asked: Asked) -> list[Finding]:
-    return [error(ALWAYS, part.sentence, part.fix) for part in places.missing_here(asked.plan, asked.checkout)]
+    return [error(PARTS, part.sentence, part.fix) for part in places.missing_here(asked.plan, asked.checkout)]
 
 
 def _facts(asked: Asked) -> model.ModelFacts:
@@ -183,13 +196,19 @@ def _partitions(asked: Asked) -> list[Finding]:
     return cluster.partitions_asked(_slurm_of(asked), asked.plan)
 
 
+def _runtime(asked: Asked) -> list[Finding]:
+    return joined.joined_findings(asked.plan, _slurm_of(asked))
+
+
 def _account(asked: Asked) -> list[Finding]:
     return cluster.account_asked(_slurm_of(asked), asked.settings, places.user_name())
 
 
 # In the order in which findings are shown. Entries of the same name are skipped together.
 CHECKS: tuple[Check, ...] = (
-    Check(ALWAYS, "Is what the run cannot do without on this machine? Never skipped.", everybody, _parts),
+    Check(CONFIGURATION, "Are all keys known, their values right, and do they hold together? Never skipped.", everybody,
+          _configuration),
+    Check(PARTS, "Is what the run cannot do without on this machine? Never skipped.", everybody, _parts),
     Check("slots", "Has the runtime a slot for every sandbox that a step starts, and CPUs and memory for them?",
           verl_with_runtime, lambda asked: shape.slot_findings(asked.settings)),
     Check("batch", "Can a step's trajectories be divided among GPUs and mini-batches?", verl,
@@ -213,6 +232,7 @@ CHECKS: tuple[Check, ...] = (
     Check("dotenv", "Does skyrl-agent's .env still hold placeholders, and can wandb log in?", verl, _dot_env),
     Check("environment", "Are uv and skyrl-agent's environment there?", verl, _environment),
     Check("import", "Can VERL be imported in that environment?", verl_at_leisure, _import),
+    Check(joined.CHECK, "Is the runtime there and alive, and does it take the key?", joining, _runtime),
     Check("storage", "Can Podman keep its storage: LOCAL_SCRATCH on a local disk, ranges of subordinate ids?", runtimes,
           _storage),
     Check("images", "Are names of images, archives and logins what they are said to be?", runtimes, _images),
@@ -224,12 +244,20 @@ CHECKS: tuple[Check, ...] = (
 
 def names() -> tuple[str, ...]:
     """The names that --no-check takes."""
-    return tuple(dict.fromkeys(check.name for check in CHECKS if check.name != ALWAYS))
+    return tuple(dict.fromkeys(check.name for check in CHECKS if check.name not in ALWAYS))
 
 
-def skipped_names(given: Sequence[str] | None) -> frozenset[str]:
-    """What the values of --no-check leave out; an empty value leaves out all. ``UsageError`` for an unknown name."""
-    wanted = {name.strip() for value in given or () for name in (value.split(",") if value else names())} - {""}
+def skipped_names(given: Sequence[str | None] | None) -> frozenset[str]:
+    """What the values of --no-check leave out; None among them leaves out all.
+
+    ``UsageError`` for a name that is unknown, and for a value without any.
+    """
+    wanted: set[str] = set()
+    for value in given or ():
+        named = set(names()) if value is None else {name.strip() for name in value.split(",")} - {""}
+        if not named:
+            raise UsageError(f"--no-check={value} names no check; there are: {', '.join(names())}; for all: --no-check")
+        wanted |= named
     unknown = sorted(wanted - set(names()))
     if unknown:
         raise UsageError(f"--no-check: there is no check {', '.join(unknown)}; there are: {', '.join(names())}")
@@ -281,12 +309,21 @@ def run_checks(
     deadline_s = deadline_s or (AT_LEISURE_S if asked.at_leisure else DEADLINE_S)
     end = time.monotonic() + deadline_s
     running = [_Running(check, asked) for check in concerning(asked, skipped, checks)]
-    found = (finding for check in running for finding in check.result(end, deadline_s))
-    return list(dict.fromkeys(found))  # those that ask Slurm may have the same to say
+    found = (finding for check in running for finding in check.result(end, deadline_s) if finding.check not in skipped)
+    return list(dict.fromkeys(found))  # the three that ask Slurm may have the same to say, one of them for `mig`
 
 
 class Refused(UsageError):
     """The checks found errors: nothing was queued."""
+
+
+def of_failure(problem: SuiteError) -> list[Finding]:
+    """What ended a launch before any check could run, as findings: each mistake of a configuration is one."""
+    if isinstance(problem, ConfigError):
+        return [
+            error(CONFIGURATION, mistake.sentence, mistake.fix or "correct it there") for mistake in problem.problems
+        ]
+    return [error(CONFIGURATION, str(problem), "correct the command line or what the message names")]
 
 
 def refuse(found: Sequence[Finding]) -> None:
@@ -296,5 +333,5 @@ def refuse(found: Sequence[Finding]) -> None:
         return
     lines = [f"{len(errors)} {'error' if len(errors) == 1 else 'errors'} before submission; nothing was queued:"]
     message = "\n".join([*lines, *(f"  {finding}" for finding in errors)])
-    kind = EnvironmentProblem if any(finding.check == ALWAYS for finding in errors) else Refused
+    kind = EnvironmentProblem if any(finding.check == PARTS for finding in errors) else Refused
     raise kind(message)

@@ -14,6 +14,7 @@ from datetime import datetime
 
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.mig import mig_findings
 from slurm.lib.preflight.words import duration, number_of
 from slurm.lib.processes import Completed
 from slurm.lib.scheduler import Slurm
@@ -257,7 +258,15 @@ def partitions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
     if not answer.ok or not groups:
         sentence = f"partitions are not compared: sinfo says {answer.complaint}"
         return [warning("slurm", sentence, "is SLURM_CONF set? does `sinfo` answer?")]
-    return [finding for job in job_shapes(plan) for finding in partition_findings(plan.settings, job, groups)]
+    found = [finding for job in job_shapes(plan) for finding in partition_findings(plan.settings, job, groups)]
+    return [*found, *_slice_findings(plan, groups)]
+
+
+def _slice_findings(plan: LaunchPlan, groups: Sequence[NodeGroup]) -> list[Finding]:
+    """Where GPU_TYPE does not say what the GPUs are, Slurm's list of them does; findings of the check ``mig``."""
+    training = [job for job in job_shapes(plan) if job.kind == "training" and not job.gpu_type]
+    mine = [group for job in training for group in groups if group.partition in job.partitions]
+    return mig_findings(plan.settings, frozenset(kind for group in mine for kind in group.gpus)) if mine else []
 
 
 def account_asked(slurm: Slurm, settings: Settings, user: str) -> list[Finding]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
-from slurm.lib.preflight.words import number_of
+from slurm.lib.preflight.words import duration, number_of
 from slurm.lib.sandbox_room import sandbox_room
-from slurm.lib.settings import Settings
+from slurm.lib.settings import Settings, slurm_seconds
 
 OVERRIDES = {"TRAIN_DATA": "data.train_files", "VAL_DATA": "data.val_files"}
+START_WAIT_S = 105  # how long /start waits for a slot at least (docs/api-server.md, "Slots and waiting")
 MOST_STEPS = "trainer.total_training_steps"
 MAKE = "`data/swe_data.py --output DATA_DIR` in skyrl-agent makes one"  # read in SkyRL, commit eea40bc
 NEEDED = ("prompt", "data_source")
@@ -109,7 +110,12 @@ def total_steps(settings: Settings, rows: int) -> int:
 
 
 def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
-    """VERL validates all rows in one batch, and SkyRL-agent starts a sandbox for each of them first."""
+    """VERL validates all rows in one batch, and SkyRL-agent starts a sandbox for each of them first.
+
+    What gets no slot does not end the run: its row counts as unsolved (read in SkyRL, commit eea40bc). But its fork
+    starts one sandbox after another before any agent runs, so that each such row holds up all GPUs for as long as
+    ``/start`` waits. An error where that alone outlasts the job.
+    """
     if rows == 0:
         sentence = (
             f"VAL_DATA={settings.val_data} has no rows: the validation after TEST_FREQ={settings.test_freq} fails"
@@ -119,9 +125,14 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
     batch = min(rows, int(given)) if given.isdigit() else rows
     if batch <= slots:
         return []
+    idle_s = (batch - slots) * START_WAIT_S
     there, shorter = number_of(slots, "slot"), f"shorten VAL_DATA to {number_of(slots, 'row')}"
     sentence = (
         f"a validation starts a sandbox for each of {number_of(batch, 'row')} of VAL_DATA, and the runtime has {there}"
+        f": what gets none ({batch - slots}) counts as unsolved, and while it waits the GPUs may be idle for "
+        f"{duration(idle_s)}"
     )
     fix = f"{shorter}, add data.val_batch_size={slots} to VERL_OVERRIDES, or set TEST_FREQ=-1"
-    return [warning("data", sentence, fix)]
+    if settings.skyrl_backend == "local" or idle_s < slurm_seconds(settings.time_limit):
+        return [warning("data", sentence, fix)]
+    return [error("data", f"{sentence}, which TIME_LIMIT={settings.time_limit} ends", fix)]

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
-from slurm.lib.preflight.mig import is_mig_type
+from slurm.lib.preflight.mig import SMALL_MODEL, is_mig_type
 from slurm.lib.preflight.model import ModelFacts, parameters_by_name
 from slurm.lib.preflight.shape import world_size
 from slurm.lib.preflight.words import size
@@ -19,7 +19,6 @@ from slurm.lib.settings import Settings, memory_bytes
 
 G = 1024**3
 UPDATE_BYTES, OFFLOADED_BYTES, WEIGHT_BYTES = 16, 12, 2  # a parameter
-SMALL_MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # Memory of GPUs by what Slurm calls them, in G, smallest and largest of the name (the vendor's data sheets).
 GPUS = {
     "v100": (16, 32),

@@ -7,14 +7,18 @@ one card are refused ("Duplicate GPU detected") until NCCL_MULTI_RANK_GPU_ENABLE
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.settings import Settings
 
 CHECK = "mig"
 SEVERAL_RANKS_A_CARD = (2, 30)  # NCCL's first version that knows NCCL_MULTI_RANK_GPU_ENABLE
-FIX = "set GPUS_PER_NODE=1 (and TP_SIZE=1, SP_SIZE=1), or take whole GPUs"
+SMALL_MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"  # what one slice of 20 GB trains
+FIX = (
+    f"set GPUS_PER_NODE=1 (TP_SIZE=1, SP_SIZE=1) and a MODEL that one slice holds, such as {SMALL_MODEL} in 20 GB; or "
+    "take whole GPUs"
+)
 _PROFILE = re.compile(r"(^|[_.-])(mig($|[_.-])|\d+g[._]\d+gb)", re.IGNORECASE)
 
 
@@ -28,14 +32,20 @@ def slices(visible: str) -> tuple[str, ...]:
     return tuple(name for entry in visible.split(",") if (name := entry.strip()).startswith("MIG-"))
 
 
-def mig_findings(settings: Settings) -> list[Finding]:
-    """What can be told before queueing, from GPU_TYPE alone; nothing for a trainer other than VERL."""
+def mig_findings(settings: Settings, there: Collection[str] = ()) -> list[Finding]:
+    """What can be told before queueing; nothing for a trainer other than VERL.
+
+    ``there``: the types of GPUs in GPU_PARTITION, which count where GPU_TYPE is not set and all are slices.
+    """
     ranks = settings.gpu_nodes * settings.gpus_per_node
-    if settings.training_command or ranks < 2 or not is_mig_type(settings.gpu_type):
+    kinds = [settings.gpu_type] if settings.gpu_type else sorted(there)
+    if settings.training_command or ranks < 2 or not kinds or not all(map(is_mig_type, kinds)):
         return []
+    shown = f"GPU_PARTITION={settings.gpu_partition} has MIG slices alone ({', '.join(kinds)})"
     sentence = (
-        f"GPU_TYPE={settings.gpu_type} is a MIG slice, and GPU_NODES × GPUS_PER_NODE = {ranks} of them are as many "
-        f"ranks: NCCL before 2.30 refuses two on one card, later ones try it without direct transfers"
+        f"{f'GPU_TYPE={kinds[0]} is a MIG slice' if settings.gpu_type else shown}, and GPU_NODES × GPUS_PER_NODE = "
+        f"{ranks} of them are as many ranks: NCCL before 2.30 refuses two on one card, later ones try it without "
+        "direct transfers"
     )
     return [Finding(CHECK, Level.WARNING, sentence, FIX)]
 

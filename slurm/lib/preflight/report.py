@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Collection, Sequence
 
+from slurm.lib.logs import COLOURS
 from slurm.lib.preflight.finding import Finding, Level
 
 ORDER = (Level.ERROR, Level.WARNING, Level.ESTIMATE)
+COLOUR = {Level.ERROR: COLOURS["ERROR"], Level.WARNING: COLOURS["WARN"], Level.ESTIMATE: COLOURS["INFO"]}
+INDENT, NARROWEST = 22, 60  # columns before a sentence, and the least that a line is broken to
 
 
 def ordered(found: Sequence[Finding]) -> list[Finding]:
@@ -20,15 +24,32 @@ def counted(found: Sequence[Finding]) -> dict[str, int]:
     return {f"{level.value}s": sum(finding.level is level for finding in found) for level in ORDER}
 
 
-def as_text(found: Sequence[Finding], checked: Collection[str]) -> str:
-    """A line a finding, below it what to do, then what was ``checked``, and a last line with the numbers."""
+def as_text(found: Sequence[Finding], checked: Collection[str], columns: int | None = None) -> str:
+    """A line a finding, below it what to do, then what was ``checked``, and a last line with the numbers.
+
+    For a terminal of so many ``columns`` long lines are broken, and the word of the level is in colour.
+    """
     lines = []
     for finding in ordered(found):
-        lines.append(f"{finding.level.value:<9}{finding.check:<12} {finding.sentence}")
-        lines += [f"{'':<22}-> {finding.fix}"] if finding.fix else []
+        line = f"{finding.level.value:<9}{finding.check:<12} {finding.sentence}"
+        broken = _broken(line, columns, INDENT)
+        lines.append(broken.replace(finding.level.value, _coloured(finding.level), 1) if columns else broken)
+        lines += [_broken(f"{'':<{INDENT}}-> {finding.fix}", columns, INDENT + 3)] if finding.fix else []
     numbers = [f"{number} {name[:-1] if number == 1 else name}" for name, number in counted(found).items()]
-    lines.append(f"{'checked':<9}{', '.join(checked)}")
+    lines.append(_broken(f"{'checked':<9}{', '.join(checked)}", columns, 9))
     return "\n".join([*lines, ", ".join(numbers)]) + "\n"
+
+
+def _coloured(level: Level) -> str:
+    return f"{COLOUR[level]}{level.value}\x1b[0m"
+
+
+def _broken(line: str, columns: int | None, indent: int) -> str:
+    """A line in several below ``indent``; a path or a command's word is not broken, so that it can be copied."""
+    if columns is None:
+        return line
+    width = max(columns, NARROWEST)
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def as_json(found: Sequence[Finding], checked: Collection[str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 from slurm.lib import verl_versions
@@ -10,6 +11,7 @@ from slurm.lib.hydra_grammar import Override, read_override
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, Level, warning
 from slurm.lib.preflight.shape import ESTIMATOR, MINI_BATCH
+from slurm.lib.preflight.words import nearest_word
 from slurm.lib.settings import Settings
 from slurm.lib.verl_command import ROWS, row_name
 from slurm.lib.verl_versions import KNOWN, LIKE_LOOP, LOOP, Origin, VerlVersion
@@ -25,9 +27,13 @@ def verl_findings(settings: Settings, version: VerlVersion | None) -> list[Findi
     if version is None:
         sentence = "neither uv.lock nor the environment of skyrl-agent names exactly one VERL, so it was not checked"
         unknown = warning(CHECK, sentence, f"{_known()}; run `uv lock` in skyrl-agent")
-        return [unknown, *_said_twice(settings, None)]
+        return [unknown, *_unknown_values(settings, None), *_said_twice(settings, None)]
     of_version = (_release(version), _origin(version), _estimator(settings, version), _overrides(settings, version))
-    return [*chain.from_iterable(of_version), *_said_twice(settings, version)]
+    return [
+        *chain.from_iterable(of_version),
+        *_unknown_values(settings, version),
+        *_said_twice(settings, version),
+    ]
 
 
 def _known() -> str:
@@ -59,6 +65,47 @@ def _estimator(settings: Settings, version: VerlVersion) -> Iterator[Finding]:
     where = f"which {version} is not" if sure else f"and {version} may lack it"
     level = Level.ERROR if sure else Level.WARNING
     yield Finding(CHECK, level, f"{key}: this estimator exists only in SkyRL's fork of VERL, {where}", fix)
+
+
+def _unknown_values(settings: Settings, version: VerlVersion | None) -> Iterator[Finding]:
+    """Estimators and loggers that this VERL's release does not have; a fork, or code that registers one, may."""
+    stock = version if version and version.known and version.origin is Origin.STOCK else None
+    said = override(settings, ESTIMATOR)
+    estimator = Value("advantage estimator", said or settings.adv_estimator, verl_versions.ESTIMATORS)
+    shown = f"VERL_OVERRIDES: {ESTIMATOR}={said}" if said else f"ADV_ESTIMATOR={settings.adv_estimator}"
+    fixed = stock is not None and stock.release < verl_versions.FIRST_REGISTRY
+    if estimator.value != LOOP:  # of which another finding speaks
+        yield from estimator.findings(shown, version, fixed)
+    for name in settings.loggers:
+        logger = Value("logger", name, verl_versions.LOGGERS)
+        yield from logger.findings(f"LOGGERS={','.join(settings.loggers)}", version, stock is not None)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that VERL must know: what it is, and ``since``, in which release each known one came."""
+
+    what: str
+    value: str
+    since: Mapping[str, verl_versions.Release]
+
+    def findings(self, shown: str, version: VerlVersion | None, sure: bool) -> Iterator[Finding]:
+        """Where ``version`` does not have it; ``sure`` that nothing but its own code can bring it."""
+        known = verl_versions.known_values(self.since, version.release if version and version.known else None)
+        if self.value in known:
+            return
+        sentence = f"{shown}: {version} has no {self.what} {self.value}"
+        if not sure:
+            sentence = f"{shown}: the suite knows no {self.what} {self.value} in {version or 'any VERL'}"
+        yield Finding(CHECK, Level.ERROR if sure else Level.WARNING, sentence, self._fix(known, sure))
+
+    def _fix(self, known: Sequence[str], sure: bool) -> str:
+        if self.value in self.since:
+            return f"it came with VERL {'.'.join(map(str, self.since[self.value]))}; choose one of {', '.join(known)}"
+        nearest = nearest_word(self.value, known)
+        if nearest:
+            return f"did you mean {nearest}?"
+        return f"{'choose' if sure else 'see whether yours has it, or choose'} one of {', '.join(known)}"
 
 
 def _overrides(settings: Settings, version: VerlVersion) -> Iterator[Finding]:
