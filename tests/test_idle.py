@@ -26,7 +26,6 @@ from slurm.lib.idle import (
     holdings,
 )
 from slurm.lib.job_context import JobContext
-from slurm.lib.preflight.words import duration
 from slurm.lib.run_record import partner_of, read_jobs, recorded_with
 from slurm.lib.scheduler import JobFacts, JobState, JobStatus
 from slurm.lib.settings import Settings
@@ -84,23 +83,6 @@ def test_what_is_held_is_slurms_word_where_there_is_one() -> None:
     assert holdings(settings, {}).startswith("16 CPUs and 32G of memory on ")
     told = {"SLURM_CPUS_ON_NODE": "8", "SLURM_MEM_PER_NODE": "4096"}
     assert holdings(settings, told).startswith("8 CPUs and 4G of memory on ")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "0 s"),
-        (59.9, "59 s"),
-        (60, "1 min"),
-        (3599, "59 min"),
-        (3600, "1 h"),
-        (12000, "3 h 20 min"),
-        (86400, "1 d"),
-        (187500, "2 d 4 h"),
-    ],
-)
-def test_lengths_of_time(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 # --- when Slurm is asked ---------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_the_components_of_a_job_in_their_order() -> None:
 
 
 def test_of_two_components_the_jobs_own_counts() -> None:
-    shown = answer("CANCELLED|None|cpu1|8\nRUNNING|None|gpu1|7\n")
+    shown = answer("CANCELLED|None|cpu1|N/A|8\nRUNNING|None|gpu1|1795870054|7\n")
     assert parse_status(shown, "7").state is JobState.RUNNING
     assert parse_status(shown, "8").state is JobState.ENDED_BADLY
     leader = SHOWN.format("RUNNING", "00:02:00", "1000", "1120", "1030")

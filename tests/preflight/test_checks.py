@@ -212,8 +212,8 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("data", data("train.parquet", 9, "prompt", "reward_model"), [], ERROR, "lacks the columns data_source, instance (or"),
     ("data", data("validation.parquet", 0), [], ERROR, "has no rows"),
     ("data", data("validation.parquet", 9), [], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots: what gets none (1) counts as unsolved, and while it waits the GPUs may be idle for 105 s; shorten VAL_DATA to 8 rows"),
-    ("data", data("validation.parquet", 500), [], ERROR, "may be idle for 14 h, which TIME_LIMIT=12:00:00 ends; shorten"),
-    ("data", data("validation.parquet", 500), ["TIME_LIMIT=1-0"], WARNING, "may be idle for 14 h; shorten"),
+    ("data", data("validation.parquet", 500), [], ERROR, "may be idle for 14 h 21 min, which TIME_LIMIT=12:00:00 ends; shorten"),
+    ("data", data("validation.parquet", 500), ["TIME_LIMIT=1-0"], WARNING, "may be idle for 14 h 21 min; shorten"),
     ("folders", text("ckpts", "a file"), [], ERROR, "/ckpts is not a folder"),
     ("dotenv", unset("WANDB_API_KEY"), [], ERROR, "no WANDB_API_KEY, and none for api.wandb.ai in"),
     ("dotenv", text("project/SkyRL/skyrl-agent/.env", "WANDB_API_KEY=\n"), [], ERROR, "no WANDB_API_KEY"),  # it wins

@@ -43,7 +43,20 @@ def test_sizes(amount: float, said: str) -> None:
     assert size(amount) == said
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(105, "105 s"), (2100, "35 min"), (51660, "14 h")])
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (105, "105 s"),
+        (3599, "59 min"),
+        (3600, "1 h"),
+        (12000, "3 h 20 min"),
+        (86400, "1 d"),
+        (187500, "2 d 4 h"),
+    ],
+)
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 

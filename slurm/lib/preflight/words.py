@@ -18,9 +18,9 @@ def number_of(number: int, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units, rounded down: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    """A length of time in at most two units, rounded down: ``105 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
     minutes, hours, days = (int(seconds) // unit for unit in (60, 3600, 86400))
-    if minutes == 0:
+    if minutes == 0 or (minutes < 5 and int(seconds) % 60):
         return f"{int(seconds)} s"
     if hours == 0:
         return f"{minutes} min"
