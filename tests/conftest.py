@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,27 +244,39 @@ def sweep(user: OrdinaryUser, before: Belongings) -> None:
             path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class NothingLeft:
+    """A check that a user left nothing on any node since ``before``."""
+
+    user: OrdinaryUser
+    before: Belongings
+
+    def now(self) -> list[str]:
+        """What is left at this moment."""
+        return leftovers(self.user, self.before)
+
+    def __call__(self) -> None:
+        """Wait until nothing is left, and fail with what still is."""
+        end = time.monotonic() + END_DEADLINE_S
+        while left := self.now():
+            if time.monotonic() > end:
+                raise AssertionError("left behind: " + "; ".join(left))
+            time.sleep(0.2)
+
+
 @pytest.fixture
-def nothing_left(user: OrdinaryUser) -> Iterator[Callable[[], None]]:
+def nothing_left(user: OrdinaryUser) -> Iterator[NothingLeft]:
     """A check that the user left nothing on any node; made once more at the test's end."""
     with leaving_nothing(user) as check:
         yield check
 
 
 @contextlib.contextmanager
-def leaving_nothing(user: OrdinaryUser) -> Iterator[Callable[[], None]]:
+def leaving_nothing(user: OrdinaryUser) -> Iterator[NothingLeft]:
     """A check that the user left nothing on any node since the block began; made once more at the block's end."""
-    before = belongings(user)
-
-    def check() -> None:
-        end = time.monotonic() + END_DEADLINE_S
-        while left := leftovers(user, before):
-            if time.monotonic() > end:
-                raise AssertionError("left behind: " + "; ".join(left))
-            time.sleep(0.2)
-
+    check = NothingLeft(user, belongings(user))
     try:
         yield check
         check()
     finally:
-        sweep(user, before)
+        sweep(user, check.before)

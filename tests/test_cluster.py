@@ -172,16 +172,17 @@ def test_a_disk_of_one_node_and_one_that_all_share() -> None:
     for folder in (shared, own):
         folder.mkdir()
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(shared)], check=True)
-        (shared / "file").touch()
-        with test_cluster.mounted("cpu-b", own, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
+        with (
+            test_cluster.mounted_here(shared, "-t", "tmpfs", "tmpfs"),
+            test_cluster.mounted("cpu-b", own, "-t", "tmpfs", "-o", "size=1m", "tmpfs"),
+        ):
+            (shared / "file").touch()
             test_cluster.on_node("cpu-b", "touch", str(own / "file"))
             for node in test_cluster.NODES:
                 assert test_cluster.on_node(node, "ls", str(shared)) == "file\n"
                 assert test_cluster.on_node(node, "ls", str(own)) == ("file\n" if node == "cpu-b" else "")
         assert test_cluster.on_node("cpu-b", "ls", str(own)) == ""
     finally:
-        subprocess.run(["umount", str(shared)], check=True)
         for folder in (shared, own):
             folder.rmdir()
 
@@ -225,7 +226,7 @@ def test_a_node_that_goes_off_takes_other_networks_on_it_along(user: OrdinaryUse
 
 def test_a_port_is_found_on_its_node(user: OrdinaryUser, jobs_base: Path) -> None:
     before = belongings(user)
-    serve = "exec busybox httpd -f -p 23457 -h /var/empty"
+    serve = "exec busybox httpd -f -p 23457 -h /usr/share"
     job = user.run(["sbatch", "--parsable", "--nodelist=cpu-b", "--output=/dev/null", f"--wrap={serve}"]).stdout
     until("the port", lambda: "port 23457 on cpu-b" in leftovers(user, before), 30)
     user.run(["scancel", job.strip()])

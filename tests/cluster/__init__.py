@@ -270,6 +270,16 @@ def mounted(name: str, target: Path, *what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def mounted_here(target: Path, *what: str) -> Iterator[None]:
+    """``mount WHAT TARGET`` on the login host for the length of the block; below ``SHARE`` on every node too."""
+    _call("mount", *what, str(target))
+    try:
+        yield
+    finally:
+        _call("umount", "--lazy", str(target))
+
+
+@contextlib.contextmanager
 def hide(name: str, path: Path) -> Iterator[None]:
     """A file of one node is empty, and no program, for the length of the block."""
     with mounted(name, path, "--bind", str(NOTHING)):
