@@ -246,7 +246,9 @@ def attempt(user: OrdinaryUser, goals: Mapping[str, Any], folder: Path) -> dict[
     script, out = folder / "try.py", folder / "try.out"
     user.run(["bash", "-c", f"mkdir -p '{folder}' && cat > '{script}' <<'END'\n{INTRUSION}\nEND"])
     words = f"python3 '{script}' {shlex.quote(json.dumps(goals))}"
-    done = user.run(["sbatch", "-W", "--nodelist=cpu-a", f"--output={out}", f"--wrap={words}"], cwd=folder)
+    done = user.run(
+        ["sbatch", "-W", "--mem=100M", "--nodelist=cpu-a", f"--output={out}", f"--wrap={words}"], cwd=folder
+    )
     assert done.returncode == 0, out.read_text()
     return dict(json.loads(out.read_text()))
 

@@ -1,0 +1,75 @@
+"""Does the fault matrix make its faults as the world does, and does its measure fail where it should?"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+from tests.faults import CASES, Case, within
+
+FILES = sorted(Path(__file__).parent.glob("test_slurm_faults_*.py"))
+FORBIDDEN = ("monkeypatch", "mock", "setattr")
+
+
+def names_in(tree: ast.AST) -> Iterator[str]:
+    """Every name that code uses: variables, attributes, parameters, modules and what is imported from them."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "module"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield name
+
+
+def forbidden_in(text: str) -> set[str]:
+    return {name for name in names_in(ast.parse(text)) if any(word in name for word in FORBIDDEN)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def test(monkeypatch): ...",
+        "from unittest import mock",
+        "import unittest.mock as m",
+        "from unittest.mock import patch",
+        "setattr(module, 'name', 1)",
+        "x.__setattr__('a', 1)",
+    ],
+)
+def test_code_that_changes_code_is_seen(text: str) -> None:
+    assert forbidden_in(text)
+
+
+@pytest.mark.parametrize("path", [Path(faults.__file__), *FILES], ids=lambda path: path.name)
+def test_faults_are_made_with_public_commands_signals_mounts_and_cables(path: Path) -> None:
+    assert forbidden_in(path.read_text(encoding="utf-8")) == set()
+
+
+def test_every_file_of_the_matrix_is_marked() -> None:
+    assert FILES
+    for path in FILES:
+        assert "pytest.mark.faults" in path.read_text(encoding="utf-8"), path
+
+
+def test_a_time_beyond_the_bound_is_no_pass_and_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = tmp_path / "times"
+    monkeypatch.setenv("SKYRL_FAULT_TIMES", str(times))
+    case = Case(1, "a fault", "an end", 10)
+    with pytest.raises(AssertionError, match="not within 10 s"):
+        within(case, 10.5)
+    assert not times.exists()
+    within(case, 9.44)
+    assert json.loads(times.read_text()) == {"row": 1, "case": "a fault", "bound": 10, "measured": 9.4}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.bound_s < math.inf], ids=lambda case: case.fault)
+def test_what_the_table_states_was_measured_and_is_within_the_bound(case: Case) -> None:
+    assert 0 <= faults.measured(case) < case.bound_s
+
+
+def test_cases_are_told_apart_by_their_words() -> None:
+    assert len({case.fault for case in CASES}) == len(CASES)
