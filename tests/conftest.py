@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 
 from slurm.lib.errors import EnvironmentProblem
 from tests import cluster as test_cluster
-from tests.users import ordinary_user, subordinate_uids
+from tests.users import OTHER_NAME, made_user, ordinary_user, subordinate_uids
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 END_DEADLINE_S = 20.0
@@ -89,7 +90,11 @@ class OrdinaryUser:
             owner = path.lstat().st_uid
         except FileNotFoundError:
             return False
-        return owner == self.uid or owner in self.subuids
+        return self.is_id(owner)
+
+    def is_id(self, uid: int) -> bool:
+        """Whether a user id is this user's or one of its subordinate ids."""
+        return uid == self.uid or uid in self.subuids
 
     def processes(self) -> dict[int, str]:
         """The living processes of this user and of its subordinate ids: pid → command line."""
@@ -98,7 +103,7 @@ class OrdinaryUser:
             try:
                 status = (entry / "status").read_text() if entry.name.isdigit() else ""
                 uid = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
-                owned = uid is not None and (int(uid[1]) == self.uid or int(uid[1]) in self.subuids)
+                owned = uid is not None and self.is_id(int(uid[1]))
                 if owned and "\nState:\tZ" not in status:
                     words = (entry / "cmdline").read_bytes().split(b"\0")
                     found[int(entry.name)] = b" ".join(words).decode(errors="replace")
@@ -120,7 +125,16 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def user(cluster: None) -> OrdinaryUser:
     """An ordinary user of the cluster, made where it is missing."""
-    entry = ordinary_user()
+    return _lent(ordinary_user())
+
+
+@pytest.fixture(scope="session")
+def other_user(cluster: None) -> OrdinaryUser:
+    """A second ordinary user of the cluster, with no rights on what the first one has."""
+    return _lent(made_user(OTHER_NAME))
+
+
+def _lent(entry: pwd.struct_passwd) -> OrdinaryUser:
     Path(entry.pw_dir).chmod(0o755)
     return OrdinaryUser(
         entry.pw_name,
@@ -197,28 +211,33 @@ def jobs_base(user: OrdinaryUser, request: pytest.FixtureRequest) -> Path:
 
 @dataclass(frozen=True)
 class Belongings:
-    """What a user has on the nodes: its processes, and its files outside its home."""
+    """What a user has on the nodes: its processes, its files outside its home, and the ports it listens on."""
 
     processes: Mapping[int, str]
     paths: frozenset[Path]
+    ports: frozenset[tuple[str, int]]
 
 
 def belongings(user: OrdinaryUser) -> Belongings:
     """Sockets are files too; a home holds one thing that is a node's own, Podman's default store."""
     store = user.home / ".local" / "share" / "containers"
     paths = [path for folder in SCRATCH for path in folder.iterdir() if user.owns(path)]
-    return Belongings(user.processes(), frozenset([*paths, store] if store.exists() else paths))
+    ports = {
+        (node, port) for node in test_cluster.NODES for port, uid in test_cluster.listeners(node) if user.is_id(uid)
+    }
+    return Belongings(user.processes(), frozenset([*paths, store] if store.exists() else paths), frozenset(ports))
 
 
 def leftovers(user: OrdinaryUser, before: Belongings) -> list[str]:
-    """Jobs, processes, Podman storage and sockets of the user that were not there before."""
+    """Jobs, processes, Podman storage, sockets and ports of the user that were not there before."""
     now = belongings(user)
     jobs = user.run(["squeue", "-h", "-u", user.name, "-o", "job %i %j %T %r"]).stdout.splitlines()
     processes = [f"process {pid}: {words[:150]}" for pid, words in now.processes.items() if pid not in before.processes]
     paths = [f"left on a node: {path}" for path in sorted(now.paths - before.paths)]
     names = re.compile(rf"skyrl-{user.uid}-|/run/user/{user.uid}/")
     sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if names.search(line)]
-    return jobs + processes + paths + [f"socket {line}" for line in sockets]
+    ports = [f"port {port} on {node}" for node, port in sorted(now.ports - before.ports)]
+    return jobs + processes + paths + [f"socket {line}" for line in sockets] + ports
 
 
 def sweep(user: OrdinaryUser, before: Belongings) -> None:
@@ -239,20 +258,39 @@ def sweep(user: OrdinaryUser, before: Belongings) -> None:
             path.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def nothing_left(user: OrdinaryUser) -> Iterator[Callable[[], None]]:
-    """A check that the user left nothing on any node; made once more at the test's end."""
-    before = belongings(user)
+@dataclass(frozen=True)
+class NothingLeft:
+    """A check that a user left nothing on any node since ``before``."""
 
-    def check() -> None:
+    user: OrdinaryUser
+    before: Belongings
+
+    def now(self) -> list[str]:
+        """What is left at this moment."""
+        return leftovers(self.user, self.before)
+
+    def __call__(self) -> None:
+        """Wait until nothing is left, and fail with what still is."""
         end = time.monotonic() + END_DEADLINE_S
-        while left := leftovers(user, before):
+        while left := self.now():
             if time.monotonic() > end:
                 raise AssertionError("left behind: " + "; ".join(left))
             time.sleep(0.2)
 
+
+@pytest.fixture
+def nothing_left(user: OrdinaryUser) -> Iterator[NothingLeft]:
+    """A check that the user left nothing on any node; made once more at the test's end."""
+    with leaving_nothing(user) as check:
+        yield check
+
+
+@contextlib.contextmanager
+def leaving_nothing(user: OrdinaryUser) -> Iterator[NothingLeft]:
+    """A check that the user left nothing on any node since the block began; made once more at the block's end."""
+    check = NothingLeft(user, belongings(user))
     try:
         yield check
         check()
     finally:
-        sweep(user, before)
+        sweep(user, check.before)

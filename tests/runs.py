@@ -92,6 +92,21 @@ def parse_report(user: User, stdout: str) -> Run:
     return Run(user, Path(directory.group(1)), jobs)
 
 
+def body_pid(run: Run, kind: str) -> int:
+    """The pid of a job's body: the process whose environment has the job's id and whose parent is slurmstepd."""
+    for entry in Path("/proc").iterdir():
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if environment else "0"
+            if f"SLURM_JOB_ID={run.jobs[kind]}".encode() in environment:
+                name = Path(f"/proc/{parent}/comm").read_text()
+                if name.startswith("slurmstepd"):
+                    return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no body of the {kind} job")
+
+
 # Sizes that fit two runs side by side on the test cluster's nodes, and start without a model.
 SMALL = (
     "CPUS_FOR_RUNTIME=8",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import cluster as test_cluster
-from tests.conftest import OrdinaryUser, belongings, leftovers, sweep
+from tests.conftest import OrdinaryUser, belongings, leaving_nothing, leftovers, sweep
 from tests.runs import until
 
 pytestmark = pytest.mark.slurm
@@ -28,7 +28,8 @@ printf '[engine]\\nruntime="runc"\\ncgroup_manager="cgroupfs"\\nevents_logger="f
     > "$CONTAINERS_CONF"
 end() {
     podman rm --all --force --time 0 >/dev/null || true
-    podman unshare rm -rf "$store/data"
+    # Podman's own clean-up of the container may still be writing.
+    for _ in 1 2 3 4 5; do podman unshare rm -rf "$store/data" && break; sleep 0.3; done
     kill "$(cat "$XDG_RUNTIME_DIR/libpod/tmp/pause.pid")" || true
     rm -rf "$store"
 }
@@ -151,6 +152,97 @@ def test_a_job_that_ignores_sigterm_is_killed_after_killwait(user: OrdinaryUser,
     until("the job", mark.exists, 30)
     user.run(["scancel", job])
     until("its end by SIGKILL", lambda: not user.run(["squeue", "-h", "-j", job]).stdout, 20)
+
+
+def test_a_file_is_hidden_on_one_node_alone() -> None:
+    words = "grep -c . /etc/subuid; [ -x /usr/bin/podman ] && echo there || echo none"
+
+    def seen(node: str) -> str:
+        return test_cluster.on_node(node, "bash", "-c", words)
+
+    with test_cluster.hide("cpu-a", Path("/etc/subuid")), test_cluster.hide("cpu-a", Path("/usr/bin/podman")):
+        assert seen("cpu-a").split() == ["0", "none"]
+        assert seen("cpu-b").split()[1] == "there"
+        assert Path("/etc/subuid").stat().st_size
+    assert seen("cpu-a") == seen("cpu-b")
+
+
+def test_a_disk_of_one_node_and_one_that_all_share() -> None:
+    shared, own = test_cluster.SHARE / "disk", test_cluster.SHARE / "own"
+    for folder in (shared, own):
+        folder.mkdir()
+    try:
+        with (
+            test_cluster.mounted_here(shared, "-t", "tmpfs", "tmpfs"),
+            test_cluster.mounted("cpu-b", own, "-t", "tmpfs", "-o", "size=1m", "tmpfs"),
+        ):
+            (shared / "file").touch()
+            test_cluster.on_node("cpu-b", "touch", str(own / "file"))
+            for node in test_cluster.NODES:
+                assert test_cluster.on_node(node, "ls", str(shared)) == "file\n"
+                assert test_cluster.on_node(node, "ls", str(own)) == ("file\n" if node == "cpu-b" else "")
+        assert test_cluster.on_node("cpu-b", "ls", str(own)) == ""
+    finally:
+        for folder in (shared, own):
+            folder.rmdir()
+
+
+def reaches(node: str, address: str) -> bool:
+    """Whether a node's slurmd port can be reached from a node."""
+    words = ["timeout", "1", "bash", "-c", f": < /dev/tcp/{address}/16818"]
+    try:
+        test_cluster.on_node(node, *words)
+    except test_cluster.ClusterError:
+        return False
+    return True
+
+
+def test_cables_are_unplugged_and_nodes_kept_apart() -> None:
+    a, b, c = (test_cluster.NODES[name] for name in ("cpu-a", "gpu-a", "gpu-b"))
+    assert reaches("cpu-a", b) and reaches("gpu-a", a)
+    with test_cluster.isolate("cpu-a", "gpu-a"):
+        assert not reaches("cpu-a", b) and not reaches("gpu-a", a)
+        assert reaches("cpu-a", c)
+        assert "NODE" in test_cluster.on_node("cpu-a", "env", f"SLURM_CONF={test_cluster.CONF}", "sinfo")
+    with test_cluster.unplug("cpu-a"):
+        assert not reaches("gpu-a", a)
+    until("the cable", lambda: reaches("gpu-a", a), 10)
+    assert reaches("cpu-a", b)
+
+
+def test_a_node_that_goes_off_takes_other_networks_on_it_along(user: OrdinaryUser, jobs_base: Path) -> None:
+    """As the sandboxes of rootless Podman have, whose processes are not in the node's own network."""
+    mark = jobs_base / "mark"
+    words = f"unshare --map-root-user --net sleep 600 & touch {mark}; wait"
+    user.run(["sbatch", "--no-requeue", "--nodelist=cpu-b", "--output=/dev/null", f"--wrap={words}"])
+    try:
+        until("the job", mark.exists, 30)
+        until("its sleep", lambda: any(words.startswith("sleep") for words in user.processes().values()), 10)
+        test_cluster.power_off("cpu-b")
+        assert not user.processes()
+    finally:
+        test_cluster.power_on("cpu-b")
+
+
+def test_a_port_is_found_on_its_node(user: OrdinaryUser, jobs_base: Path) -> None:
+    before = belongings(user)
+    serve = "exec busybox httpd -f -p 23457 -h /usr/share"
+    job = user.run(["sbatch", "--parsable", "--nodelist=cpu-b", "--output=/dev/null", f"--wrap={serve}"]).stdout
+    until("the port", lambda: "port 23457 on cpu-b" in leftovers(user, before), 30)
+    user.run(["scancel", job.strip()])
+    until("its end", lambda: not leftovers(user, before), 30)
+
+
+def test_two_users_who_have_no_rights_on_each_other(user: OrdinaryUser, other_user: OrdinaryUser) -> None:
+    assert user.uid != other_user.uid
+    assert not set(user.subuids) & set(other_user.subuids)
+    with leaving_nothing(other_user):
+        before = belongings(other_user)
+        with user.popen(["sleep", "60"]) as process:
+            assert leftovers(other_user, before) == []
+            assert other_user.run(["bash", "-c", f"kill {process.pid}"]).returncode != 0
+            assert process.poll() is None
+            process.kill()
 
 
 def _try_to_lock(path: Path) -> None:

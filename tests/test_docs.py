@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -37,12 +38,14 @@ from slurm_runtime.models import FIELDS_WITHOUT_EFFECT, RuntimeAnswer, StartRequ
 from slurm_runtime.openapi import MEANINGS
 from slurm_runtime.page import Snapshot
 from slurm_runtime.steps import STEPS, StepTimes
+from tests.faults import CASES, measured
 
 ROOT = Path(__file__).resolve().parent.parent
 README, LAUNCHER = ROOT / "README.md", ROOT / "slurm" / "README.md"
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
 API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
 PREFLIGHT = ROOT / "docs" / "preflight.md"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
 PACKAGES = (
@@ -161,9 +164,25 @@ def check_table() -> str:
     return table(("Check", "Question", "Concerns"), rows)
 
 
+def fault_table() -> str:
+    """One row a case of the fault matrix, by the matrix's rows."""
+    rows = (
+        row(
+            case.fault,
+            case.outcome,
+            f"{case.bound_s:g} s" if case.bound_s < math.inf else "–",
+            f"{measured(case):.1f} s" if case.bound_s < math.inf else "–",
+            f"`… {case.reads} …`" if case.reads else "–",
+        )
+        for case in sorted(CASES, key=lambda case: case.row)
+    )
+    return table(("What happens", "What then holds", "Within", "Measured", "What you read"), rows)
+
+
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     CONFIGURATION: {"keys": key_table},
     PREFLIGHT: {"checks": check_table},
+    RELIABILITY: {"faults": fault_table},
     ARCHITECTURE: {folder: lambda folder=folder: module_table(folder) for folder in PACKAGES},  # type: ignore[misc]
 }
 

@@ -17,9 +17,10 @@ import pytest
 from slurm.lib import podman_storage as ps
 from slurm.lib.api_server_child import AlarmFilter, listening_socket
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.images import has_image, image_source
+from slurm.lib.images import has_image, image_source, is_nowhere
 from slurm.lib.podman_storage import PodmanStorage
 from slurm_runtime.agent.tree import MOUNT_POINT
+from slurm_runtime.references import archive_name
 from tests.conftest import OrdinaryUser
 from tests.runtime import agent_tree
 from tests.runtime.agent_tree import ASK_FOR_KEYRING, REFUSED
@@ -85,6 +86,12 @@ def test_where_an_image_comes_from(tmp_path: Path) -> None:
     assert image_source("docker.io/org/x:2", None, overlay) == "registry"
     assert image_source("docker.io/org/x:1", tmp_path / "a.tar", overlay) == "archive"
     assert image_source("localhost/skyrl-busybox:latest", None, None) == "made here"
+
+
+def test_an_image_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / archive_name("localhost/kept:1")).touch()
+    wanted = ["localhost/kept:1", "localhost/kept", "localhost/kept@sha256:" + "0" * 64, "docker.io/org/x:1", "x"]
+    assert [is_nowhere(image, tmp_path) for image in wanted] == [False, True, True, False, False]
 
 
 def test_a_taken_port_is_replaced_and_a_full_range_is_an_error() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import lying_image
-from tests.runs import Run, User, launch, launch_argv, parse_report, podman_ps, until
+from tests.runs import Run, User, body_pid, launch, launch_argv, parse_report, podman_ps, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -30,21 +30,6 @@ def training(user: User, checkout: Path, jobs_base: Path, *settings: str) -> Run
     run = launch(user, checkout, jobs_base, TRAIN_LONG, *settings)
     run.wait_for_text("training", "trainer started")
     return run
-
-
-def body_pid(run: Run, kind: str) -> int:
-    """The pid of a job's body: the process whose environment has the job's id and whose parent is slurmstepd."""
-    for entry in Path("/proc").iterdir():
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if environment else "0"
-            if f"SLURM_JOB_ID={run.jobs[kind]}".encode() in environment:
-                name = Path(f"/proc/{parent}/comm").read_text()
-                if name.startswith("slurmstepd"):
-                    return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no body of the {kind} job")
 
 
 def trainer_pid(run: Run) -> int:

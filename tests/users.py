@@ -9,17 +9,21 @@ import subprocess
 from pathlib import Path
 
 USER_NAME = os.environ.get("SKYRL_TEST_USER", "skyrl-test")  # another name lets two test runs share a machine
+OTHER_NAME = f"{USER_NAME}-other"  # for what one user may not see of another
 
 
 def ordinary_user() -> pwd.struct_passwd:
-    """Ourselves, or for root the tests' user, made where it is missing (useradd gives it subordinate ids)."""
-    if os.geteuid() != 0:
-        return pwd.getpwuid(os.geteuid())
+    """Ourselves, or for root the tests' user, made where it is missing."""
+    return pwd.getpwuid(os.geteuid()) if os.geteuid() != 0 else made_user(USER_NAME)
+
+
+def made_user(name: str) -> pwd.struct_passwd:
+    """A user of this name, made where it is missing (useradd gives it subordinate ids); only root can."""
     try:
-        return pwd.getpwnam(USER_NAME)
+        return pwd.getpwnam(name)
     except KeyError:
-        subprocess.run(["useradd", "-m", "-s", "/bin/bash", USER_NAME], check=True)
-        return pwd.getpwnam(USER_NAME)
+        subprocess.run(["useradd", "-m", "-s", "/bin/bash", name], check=True)
+        return pwd.getpwnam(name)
 
 
 def subordinate_uids(name: str) -> range:

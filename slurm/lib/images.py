@@ -1,7 +1,8 @@
 """Brings the sandbox image into the job's store where that needs no registry.
 
 In this order: an archive on shared storage (IMAGE_ARCHIVE), the user's own store, the small image that the suite makes
-itself. Any other image is left to the API server, which pulls it when it is first asked for.
+itself. Any other image is left to the API server, which takes it from the folder of archives or pulls it when it is
+first asked for; one that no registry can have and no archive holds is refused at once.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ def load_images(job: JobContext, storage: PodmanStorage, check: Callable[[], Non
         loader.copy(settings.container_image, store)
     elif source == "made here":
         loader.load(busybox_archive(job, check))
+    elif is_nowhere(settings.container_image, archives_folder(settings)):
+        raise EnvironmentProblem(
+            f"CONTAINER_IMAGE={settings.container_image} is not on {socket.gethostname()}: neither in your Podman "
+            f"store there nor in {archives_folder(settings)}, and images of localhost/ are in no registry; name its "
+            "archive by IMAGE_ARCHIVE, or build it on that node"
+        )
+
+
+def is_nowhere(image: str, archives: Path) -> bool:
+    """Whether an image outside of the stores cannot be had: no registry has those of localhost/, and no archive is."""
+    from slurm_runtime.references import archive_name  # the server's own rule
+
+    if not image.startswith("localhost/"):
+        return False
+    try:
+        return not (archives / archive_name(image)).is_file()
+    except ValueError:
+        return True  # a digest, which an archive does not keep
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """A real Slurm of one login host and four nodes on this one machine, for the tests.
 
 Each node has a network namespace and a host name of its own on a private bridge, so that jobs see distinct hosts and
-reach each other only over the network. GPU nodes have a disk of their own too, at ``LOCAL_DISK``; the rest is shared.
-Everything lies below ``HOME`` and is found again by pid files; only the logs, in ``LOGS``, stay until the next start.
+reach each other only over the network. Each has a mount namespace too, so that one node alone can lack a file or have a
+full disk; what is mounted below ``SHARE`` is seen on every node. GPU nodes have a disk of their own, at ``LOCAL_DISK``;
+the rest is shared. Everything lies below ``HOME`` and is found again by pid files; only the logs, in ``LOGS``, stay
+until the next start.
 Needs root and the Debian packages that ``MISSING_HINT`` names; no systemd.
 """
 
@@ -19,11 +21,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from slurm.lib.processes import descendants
 from tests.users import open_tun
 
 HOME = Path("/run/skyrl-test-cluster")
 CONF = HOME / "etc" / "slurm.conf"
 LOCAL_DISK = HOME / "t"  # the same path on each GPU node, another folder; a short one, for Ray's sockets
+SHARE = HOME / "share"  # what is mounted below it, also later, is seen by every node
+NOTHING = HOME / "nothing"  # an empty file: what a hidden one shows
 LOGS = Path("/var/log/skyrl-test-cluster")
 LOCK = Path("/run/skyrl-test-cluster.lock")
 NODES = {"cpu-a": "10.79.0.11", "cpu-b": "10.79.0.12", "gpu-a": "10.79.0.13", "gpu-b": "10.79.0.14"}
@@ -37,6 +42,7 @@ UP_DEADLINE_S = 40.0
 STOP_DEADLINE_S = 10.0
 LOCK_DEADLINE_S = 1800.0
 SHOWN_LOG_LINES = 15
+LISTEN = "0A"  # TCP_LISTEN in the kernel's tables
 
 CONFIG = """\
 ClusterName=skyrltest
@@ -71,7 +77,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
 KillWait=5
 MinJobAge=600
-SlurmdTimeout=20
+SlurmdTimeout=60
 NodeName=cpu-a NodeAddr=10.79.0.11 CPUs=128 RealMemory=600000 State=UNKNOWN
 NodeName=cpu-b NodeAddr=10.79.0.12 CPUs=128 RealMemory=600000 State=UNKNOWN
 NodeName=gpu-a NodeAddr=10.79.0.13 CPUs=128 RealMemory=1100000 Gres=gpu:{gpus} State=UNKNOWN
@@ -171,9 +177,12 @@ def _make_folders() -> None:
         device = HOME / "dev" / f"nvidia{number}"
         if not device.exists():
             os.mknod(device, 0o020666, os.makedev(195, number))
-    for folder in (LOCAL_DISK, *map(disk_of, NODES)):
+    for folder in (LOCAL_DISK, SHARE, *map(disk_of, NODES)):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o1777)
+    NOTHING.touch(0o644)
+    _call("mount", "--bind", str(SHARE), str(SHARE))
+    _call("mount", "--make-shared", str(SHARE))
     open_tun()
 
 
@@ -231,8 +240,84 @@ def _start_node(name: str) -> None:
     """nsenter, not ``ip netns exec``: the latter remounts /sys, and slurmd no longer finds the cgroups."""
     own_disk = f"mount --bind {disk_of(name)} {LOCAL_DISK} && " if name.startswith("gpu") else ""
     command = f"hostname {name}; {own_disk}exec slurmd -f {CONF} -N {name}"
-    spaces = ("--uts", "--mount") if own_disk else ("--uts",)
+    spaces = ("--uts", "--mount", "--propagation=slave")
     _call("nsenter", f"--net=/var/run/netns/{_inside(name)}", "unshare", *spaces, "sh", "-c", command)
+
+
+def slurmd_pid(name: str) -> int | None:
+    """The pid of a node's slurmd, whose namespaces are the node; None while the node is off."""
+    return _alive(HOME / f"slurmd-{name}.pid")
+
+
+def on_node(name: str, *argv: str) -> str:
+    """Run a command on a node as root, as a person who logs in there would; what it printed."""
+    pid = slurmd_pid(name)
+    if pid is None:
+        raise ClusterError(f"{name} is off; power_on starts it")
+    return _call("nsenter", f"--target={pid}", "--net", "--mount", "--uts", *argv)
+
+
+@contextlib.contextmanager
+def mounted(name: str, target: Path, *what: str) -> Iterator[None]:
+    """``mount WHAT TARGET`` on one node alone, for the length of the block."""
+    on_node(name, "mount", *what, str(target))
+    pid = slurmd_pid(name)
+    try:
+        yield
+    finally:
+        if slurmd_pid(name) == pid:  # else the node was off meanwhile, and its mounts are gone
+            on_node(name, "umount", "--lazy", str(target))
+
+
+@contextlib.contextmanager
+def mounted_here(target: Path, *what: str) -> Iterator[None]:
+    """``mount WHAT TARGET`` on the login host for the length of the block; below ``SHARE`` on every node too."""
+    _call("mount", *what, str(target))
+    try:
+        yield
+    finally:
+        _call("umount", "--lazy", str(target))
+
+
+@contextlib.contextmanager
+def hide(name: str, path: Path) -> Iterator[None]:
+    """A file of one node is empty, and no program, for the length of the block."""
+    with mounted(name, path, "--bind", str(NOTHING)):
+        yield
+
+
+@contextlib.contextmanager
+def unplug(name: str) -> Iterator[None]:
+    """A node's cable is out for the length of the block: it reaches nobody, and nobody it."""
+    _call("ip", "link", "set", _cable(name), "down")
+    try:
+        yield
+    finally:
+        _call("ip", "link", "set", _cable(name), "up")
+
+
+@contextlib.contextmanager
+def isolate(*names: str) -> Iterator[None]:
+    """These nodes do not reach each other for the length of the block; the login host, and so Slurm, reaches all."""
+    try:
+        for name in names:
+            _call("ip", "link", "set", _cable(name), "type", "bridge_slave", "isolated", "on")
+        yield
+    finally:
+        for name in names:
+            _call("ip", "link", "set", _cable(name), "type", "bridge_slave", "isolated", "off")
+
+
+def _cable(name: str) -> str:
+    return _outer(list(NODES).index(name))
+
+
+def listeners(name: str) -> set[tuple[int, int]]:
+    """The TCP ports on which somebody listens on a node, each with its owner's uid (/proc/net/tcp, proc(5))."""
+    pid = slurmd_pid(name)
+    tables = [Path(f"/proc/{pid}/net/{table}").read_text() for table in ("tcp", "tcp6")] if pid else []
+    rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+    return {(int(row[1].rpartition(":")[2], 16), int(row[7])) for row in rows if row[3] == LISTEN}
 
 
 def power_off(name: str) -> None:
@@ -266,7 +351,16 @@ def down() -> None:
         _call("ip", "netns", "del", _inside(name), check=False)
     _call("ip", "link", "del", BRIDGE, check=False)
     _forget_hosts()
+    _unmount_all()
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+def _unmount_all() -> None:
+    """What is mounted below ``HOME`` on this host, the last one first: removing files must not reach into a mount."""
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        target = line.split()[4]
+        if target.startswith(f"{HOME}/"):
+            _call("umount", target)
 
 
 def _cancel_jobs() -> None:
@@ -290,10 +384,15 @@ def _stop(pid_file: Path) -> None:
 
 
 def _empty_node(name: str) -> None:
-    """Kill by pid what still runs on a node, as its power going off would."""
-    for pid in _call("ip", "netns", "pids", _inside(name), check=False).split():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+    """Kill by pid what still runs on a node, as its power going off would; containers have networks of their own."""
+    end = time.monotonic() + STOP_DEADLINE_S
+    while here := {int(pid) for pid in _call("ip", "netns", "pids", _inside(name), check=False).split()}:
+        if time.monotonic() > end:
+            raise ClusterError(f"processes {sorted(here)} of {name} do not end, not even by SIGKILL")
+        for pid in here | descendants(here):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def _forget_hosts() -> None:

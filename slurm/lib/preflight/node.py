@@ -57,7 +57,7 @@ def node_id_findings(ids: SubordinateIds) -> list[Finding]:
     if not ids.lacking:
         return []
     fix = f"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {ids.user}"
-    sentence = f"{' and '.join(ids.lacking)} have no range for {ids.user}"
+    sentence = f"no range for {ids.user} in {' and '.join(ids.lacking)}"
     return [error("storage", sentence, f"ask the administrator for: {fix}")]
 
 

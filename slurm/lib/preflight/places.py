@@ -149,7 +149,7 @@ def id_findings(ids: SubordinateIds) -> list[Finding]:
     if not ids.lacking:
         return []
     sentence = (
-        f"{' and '.join(ids.lacking)} here have no range for {ids.user}: rootless Podman cannot start containers (a "
+        f"no range for {ids.user} in {' and '.join(ids.lacking)} here: rootless Podman cannot start containers (a "
         "node may differ: the runtime job looks again and says so at once)"
     )
     fix = f"ask the administrator for: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {ids.user}"

@@ -1,0 +1,107 @@
+"""What the fault matrix measures: is a run released, how soon, and does everybody read why?
+
+Each case is a row of docs/reliability.md, and what a test of tests/test_slurm_faults_*.py asserts: its bound, and the
+words that stand in both logs and in the completion flag. SKYRL_FAULT_TIMES names a file for the measured times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import NothingLeft
+from tests.runs import Run
+
+TIMES = Path(__file__).parent / "fault_times.jsonl"  # those that docs/reliability.md states
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault.
+
+    :param row: its row in the matrix
+    :param fault: what happens
+    :param outcome: what then holds
+    :param bound_s: the seconds within which it does; where time is no matter, infinity
+    :param reads: words of the reason as the user reads them, on a node called cpu-a; empty where nothing is to be read
+    """
+
+    row: int
+    fault: str
+    outcome: str
+    bound_s: float = math.inf
+    reads: str = ""
+
+
+ENDS = "the training job ends too"
+NO_PODMAN = Case(3, "the CPU node has no Podman", ENDS, 10, "cpu-a cannot run this job: not on PATH: podman")
+NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a cannot run this job: no range for")
+FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
+NO_PORT = Case(3, "all of `RUNTIME_PORT_RANGE` is in use", ENDS, 10, "no free port in RUNTIME_PORT_RANGE on cpu-a")
+NO_IMAGE = Case(3, "the image is nowhere", ENDS, 10, "CONTAINER_IMAGE=localhost/nonesuch is not on cpu-a")
+DEAD_JOB = Case(
+    19,
+    "`kill -9` of a runtime job's body, guardian, API server and Podman service at once; its sandboxes live on",
+    "the next job on that node removes them; a living job's sandbox goes on answering",
+    20,
+    "removing Podman storage that a dead job left",
+)
+MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
+OTHER_USER = Case(
+    13,
+    "another user on the same node tries the key file, the run directory, the environments of the run's processes, its "
+    "Podman socket, and its API with the key of a run of its own",
+    "all refused",
+)
+HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
+CASES = (NO_PODMAN, NO_SUBUIDS, FULL_DISK, NO_PORT, NO_IMAGE, MANY_LAUNCHES, OTHER_USER, HOME_FULL, DEAD_JOB)
+
+
+def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "", in_record: bool = False) -> float:
+    """Wait until a run is released and return the seconds that took, which the case bounds.
+
+    Released: both jobs are out of the queue (one that is completing is in it); no process, container, port, socket or
+    storage of the user is left on a node that was not there before; and the reason (``reads``, else the case's) stands
+    in the logs of both jobs and in the completion flag, with ``in_record`` in run.json too. A training job that was
+    taken out of the queue before it began has written neither log nor flag; the runtime job's log then says so.
+    """
+    begin = time.monotonic()
+    while left := [*(f"{kind} job" for kind in run.jobs if not run.is_over(kind)), *nothing_left.now()]:
+        assert time.monotonic() - begin < case.bound_s, f"{case.fault}: after {case.bound_s:g} s still there: {left}"
+        time.sleep(0.1)
+    seconds = time.monotonic() - begin
+    reason = reads or case.reads
+    silent = [place for place, text in _places(run, in_record) if reason not in text]
+    assert not silent, f"{case.fault}: {reason!r} does not stand in {', '.join(silent)} of {run.directory}"
+    return within(case, seconds)
+
+
+def _places(run: Run, in_record: bool) -> Iterator[tuple[str, str]]:
+    withdrawn = f"cancelled the pending training job {run.jobs['training']}" in run.log("runtime")
+    for kind in ("runtime",) if withdrawn else ("runtime", "training"):
+        yield f"the {kind} job's log", run.log(kind) + run.log(kind, "err")
+    if not withdrawn:
+        yield "training_complete.flag", str(run.completion.get("reason", ""))
+    if in_record:
+        yield "run.json", run.text("run.json")
+
+
+def within(case: Case, seconds: float) -> float:
+    """Assert the case's bound, and note what was measured where SKYRL_FAULT_TIMES says so."""
+    assert seconds < case.bound_s, f"{case.fault}: {seconds:.1f} s, not within {case.bound_s:g} s"
+    if path := os.environ.get("SKYRL_FAULT_TIMES"):
+        entry = {"row": case.row, "case": case.fault, "bound": case.bound_s, "measured": round(seconds, 1)}
+        with Path(path).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    return seconds
+
+
+def measured(case: Case) -> float:
+    """The longest time that the kept measurements say of a case."""
+    entries = [json.loads(line) for line in TIMES.read_text().splitlines()]
+    return max(float(entry["measured"]) for entry in entries if entry["case"] == case.fault)

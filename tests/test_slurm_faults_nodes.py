@@ -1,0 +1,307 @@
+"""Faults of nodes and between users: what is missing on a node, what a dead job left there, who else works on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import cluster as test_cluster
+from tests import faults
+from tests.conftest import NothingLeft, OrdinaryUser, leaving_nothing
+from tests.faults import Case, released, within
+from tests.runs import Run, body_pid, launch, launch_argv, parse_report, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
+
+ON_A = "CPU_SBATCH_ARGS=--nodelist=cpu-a"
+NO_GPU = "GPUS_PER_NODE=0"
+TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 300"
+PODMAN = Path("/usr/bin/podman")
+PORT = 23460
+WITH_SANDBOXES = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
+import json, os, time, urllib.request
+url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
+def start(number):
+    body = {"image": os.environ["CONTAINER_IMAGE"], "session_id": f"s{number}", "working_dir": "/",
+            "command": ["/bin/sh", "-c", "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"]}
+    headers = {"X-API-Key": key, "Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/start", json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(request, timeout=60))
+with open("sandboxes.part", "w") as file:
+    json.dump([start(number) for number in range(2)], file)
+os.rename("sandboxes.part", "sandboxes.json")
+time.sleep(WAIT)
+END"""
+
+
+@pytest.fixture(autouse=True)
+def clean(nothing_left: NothingLeft) -> None:
+    """Every test here ends with nothing left on any node."""
+
+
+# --- 3: the runtime job cannot start ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def taken_port() -> Iterator[None]:
+    """Somebody else listens on the port of cpu-a."""
+    pid = test_cluster.slurmd_pid("cpu-a")
+    argv = ["nsenter", f"--target={pid}", "--net", "busybox", "httpd", "-f", "-p", str(PORT), "-h", "/usr/share"]
+    with subprocess.Popen(argv) as process:
+        try:
+            until("the port", lambda: (PORT, 0) in test_cluster.listeners("cpu-a"), 10)
+            yield
+        finally:
+            process.kill()
+
+
+def full_disk() -> contextlib.AbstractContextManager[None]:
+    tmpfs = ("-t", "tmpfs", "-o", "size=200m,mode=1777", "tmpfs")
+    return test_cluster.mounted("cpu-a", test_cluster.LOCAL_DISK, *tmpfs)
+
+
+CANNOT_START: dict[Case, tuple[Callable[[], contextlib.AbstractContextManager[None]], tuple[str, ...]]] = {
+    faults.NO_PODMAN: (lambda: test_cluster.hide("cpu-a", PODMAN), ()),
+    faults.NO_SUBUIDS: (lambda: test_cluster.hide("cpu-a", Path("/etc/subuid")), ()),
+    faults.FULL_DISK: (full_disk, (f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}",)),
+    faults.NO_PORT: (taken_port, (f"RUNTIME_PORT_RANGE={PORT}-{PORT}",)),
+    faults.NO_IMAGE: (contextlib.nullcontext, ("CONTAINER_IMAGE=localhost/nonesuch",)),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_START, ids=lambda case: case.fault)
+def test_a_runtime_that_cannot_start_ends_the_training_with_its_reason(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: NothingLeft, case: Case
+) -> None:
+    fault, settings = CANNOT_START[case]
+    with fault():
+        run = launch(user, checkout, jobs_base, TRAIN_LONG, ON_A, NO_GPU, *settings, options=("--no-check",))
+        until("the runtime's end", lambda: run.is_over("runtime"), 60)
+        released(run, nothing_left, case)
+    assert "trainer started" not in run.log("training")
+    assert run.exit_code("runtime") == "71"
+
+
+# --- 19: what a dead job left -----------------------------------------------------------------------------------------
+
+
+def with_sandboxes(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> tuple[Run, list[str]]:
+    """A run on cpu-a whose trainer has started two sandboxes and goes on, and their URLs."""
+    run = launch(user, checkout, jobs_base, WITH_SANDBOXES.replace("WAIT", "300"), ON_A, NO_GPU)
+    until("its sandboxes", lambda: run.text("sandboxes.json"), 60)
+    return run, [sandbox["url"] for sandbox in json.loads(run.text("sandboxes.json"))]
+
+
+def answers(url: str) -> bool:
+    """Whether a sandbox answers /health."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.read() == b"ok\n")
+    except OSError:
+        return False
+
+
+def engine(user: OrdinaryUser, run: Run) -> list[int]:
+    """The guardian, the Podman service, the API server and the body of a runtime job, in this order."""
+    job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
+    found = []
+    for words in ("slurm.lib.guardian", "podman system service", "slurm_runtime.api_server"):
+        pids = [pid for pid, line in user.processes().items() if words in line]
+        own = [pid for pid in pids if job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+        assert own, f"no {words} of job {run.jobs['runtime']}"
+        found += own
+    return [*found, body_pid(run, "runtime")]
+
+
+def test_sandboxes_of_a_dead_job_are_removed_and_a_living_ones_answer(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path
+) -> None:
+    dead, its_sandboxes = with_sandboxes(user, checkout, jobs_base / "dead")
+    living, other_sandboxes = with_sandboxes(user, checkout, jobs_base / "living")
+    for pid in engine(user, dead):
+        os.kill(pid, signal.SIGKILL)
+    dead.wait_over(seconds=40)
+    storage = Path(f"/tmp/skyrl-{user.uid}-{dead.jobs['runtime']}")
+    assert storage.is_dir(), "nobody was left to remove it"
+    assert all(map(answers, [*its_sandboxes, *other_sandboxes])), "nobody was left to stop them"
+    begin = time.monotonic()
+    following = launch(user, checkout, jobs_base / "next", "TRAINING_COMMAND=true", ON_A, NO_GPU)
+    while storage.exists() or any(map(answers, its_sandboxes)):
+        assert time.monotonic() - begin < faults.DEAD_JOB.bound_s
+        assert all(map(answers, other_sandboxes))
+        time.sleep(0.1)
+    within(faults.DEAD_JOB, time.monotonic() - begin)
+    following.wait_over(seconds=60)
+    assert following.completion["exit_code"] == 0
+    assert f"{faults.DEAD_JOB.reads}: {storage}" in following.log("runtime")
+    assert all(map(answers, other_sandboxes))
+    assert not living.is_over("runtime")
+    user.run(["scancel", *living.jobs.values()])
+    living.wait_over(seconds=20)
+
+
+# --- 13: many runs, and another user ----------------------------------------------------------------------------------
+
+LAUNCHES = 20
+# What somebody on the node of a run tries: argument → "done", or what refused it.
+INTRUSION = """
+import json, socket, sys, urllib.error, urllib.request
+from pathlib import Path
+goals = json.loads(sys.argv[1])
+def tried(act, *arguments):
+    try:
+        act(*arguments)
+        return "done"
+    except urllib.error.HTTPError as refusal:
+        return str(refusal.code)
+    except OSError as problem:
+        return problem.strerror or str(problem)
+def call(path, data=None):
+    headers = {"X-API-Key": goals["key"], "Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(goals["url"] + path, data, headers), timeout=10).read()
+def connect(path):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+said = {"list " + path: tried(lambda: list(Path(path).iterdir())) for path in goals["folders"]}
+said.update({"read " + path: tried(Path(path).read_bytes) for path in goals["files"]})
+said["connect"] = tried(connect, goals["socket"])
+for path in ("/list", "/sessions/s0", "/metrics"):
+    said["GET " + path] = tried(call, path)
+stop = json.dumps({"runtime_id": goals["runtime_id"]}).encode()
+said["POST /stop"] = tried(call, "/stop", stop)
+print(json.dumps(said))
+"""
+
+
+def test_many_launches_at_once(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    argv = launch_argv(
+        checkout, f"SKYRL_JOBS_BASE={jobs_base}", NO_GPU, "TRAINING_COMMAND=echo ${ALLHANDS_API_KEY:0:8}"
+    )
+    launcher = " ".join(f"'{word}'" for word in argv)
+    begin = time.monotonic()
+    script = f"for n in $(seq {LAUNCHES}); do {launcher} > report.$n & done; wait"
+    done = user.run(["bash", "-c", script], cwd=jobs_base, timeout=120)
+    assert done.returncode == 0, done.stderr
+    runs = [parse_report(user, path.read_text()) for path in jobs_base.glob("report.*")]
+    for run in runs:
+        run.wait_over(seconds=120)
+    within(faults.MANY_LAUNCHES, time.monotonic() - begin)
+    for run in runs:
+        assert run.completion["exit_code"] == 0, run.completion
+        assert run.completion["job_id"] == run.jobs["training"]
+        assert run.text("runtime_api_key.txt")[:8] in run.log("training")
+    assert len({job for run in runs for job in run.jobs.values()}) == 2 * LAUNCHES
+    assert len({run.text("runtime_api_key.txt") for run in runs}) == LAUNCHES
+
+
+def test_another_user_on_the_node_gets_at_nothing(
+    user: OrdinaryUser, other_user: OrdinaryUser, checkout: Path, jobs_base: Path
+) -> None:
+    theirs = other_user.home / "jobs"
+    shutil.rmtree(theirs, ignore_errors=True)
+    with leaving_nothing(other_user):
+        run, sandboxes = with_sandboxes(user, checkout, jobs_base)
+        other = launch(other_user, checkout, theirs, "TRAINING_COMMAND=sleep 300", ON_A, NO_GPU)
+        until("the other run's key", lambda: other.text("runtime_ready.flag"), 30)
+        goals = goals_in(user, run)
+        refused = attempt(other_user, {**goals, "key": other.text("runtime_api_key.txt").strip()}, theirs)
+        assert set(refused.values()) == {"Permission denied", "401"}, refused
+        assert all(map(answers, sandboxes))
+        allowed = attempt(user, {**goals, "key": run.text("runtime_api_key.txt").strip()}, jobs_base)
+        assert set(allowed.values()) == {"done"}, allowed
+        assert refused.keys() == allowed.keys()
+        for whose, its in ((user, run), (other_user, other)):
+            whose.run(["scancel", *its.jobs.values()])
+            its.wait_over(seconds=30)
+
+
+def goals_in(user: OrdinaryUser, run: Run) -> dict[str, Any]:
+    """What there is of a run that somebody else might want."""
+    storage = Path(f"/tmp/skyrl-{user.uid}-{run.jobs['runtime']}")
+    environments = [f"/proc/{pid}/environ" for pid in engine(user, run)]
+    return {
+        "folders": [str(run.directory), str(run.directory / "code"), str(storage), str(storage / "data")],
+        "files": [str(run.directory / "runtime_api_key.txt"), str(storage / "api_key"), *environments],
+        "socket": str(storage / "podman.sock"),
+        "url": run.text("runtime_url.txt").strip(),
+        "runtime_id": json.loads(run.text("sandboxes.json"))[0]["runtime_id"],
+    }
+
+
+def attempt(user: OrdinaryUser, goals: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Try everything in a job of a user on cpu-a."""
+    script, out = folder / "try.py", folder / "try.out"
+    user.run(["bash", "-c", f"mkdir -p '{folder}' && cat > '{script}' <<'END'\n{INTRUSION}\nEND"])
+    words = f"python3 '{script}' {shlex.quote(json.dumps(goals))}"
+    done = user.run(
+        ["sbatch", "-W", "--mem=100M", "--nodelist=cpu-a", f"--output={out}", f"--wrap={words}"], cwd=folder
+    )
+    assert done.returncode == 0, out.read_text()
+    return dict(json.loads(out.read_text()))
+
+
+# --- 15: the home -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_home(user: OrdinaryUser) -> Iterator[None]:
+    """The user's home is a disk without a free byte, the same on the login host and on every node."""
+    disk = test_cluster.SHARE / "home"
+    disk.mkdir()
+    with contextlib.ExitStack() as undo:
+        undo.callback(disk.rmdir)
+        tmpfs = ("-t", "tmpfs", "-o", f"size=64k,uid={user.uid},mode=755", "tmpfs")
+        undo.enter_context(test_cluster.mounted_here(disk, *tmpfs))
+        (disk / ".bashrc").write_text("# of the user\n")
+        with contextlib.suppress(OSError), (disk / "fill").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        undo.enter_context(test_cluster.mounted_here(user.home, "--bind", str(disk)))
+        for node in test_cluster.NODES:
+            undo.enter_context(test_cluster.mounted(node, user.home, "--bind", str(disk)))
+        refused = user.run(["bash", "-c", "echo x > probe; code=$?; rm -f probe; exit $code"])
+        assert "No space left" in refused.stderr
+        yield
+
+
+def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every path below a folder: its size, mode and time of change."""
+    found = {str(path): path.lstat() for path in [folder, *folder.rglob("*")]}
+    return {path: (status.st_size, status.st_mode, status.st_mtime_ns) for path, status in found.items()}
+
+
+@pytest.fixture
+def elsewhere(user: OrdinaryUser, checkout: Path) -> Iterator[Path]:
+    """A folder of the user's outside of the home, shared by all nodes, with a copy of the checkout in it."""
+    folder = test_cluster.SHARE / "work"
+    folder.mkdir()
+    try:
+        subprocess.run(["cp", "-a", str(checkout), str(folder / "SkyRL")], check=True)
+        os.chown(folder, user.uid, user.gid)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_run_writes_nothing_to_a_full_home(user: OrdinaryUser, elsewhere: Path) -> None:
+    command = 'TRAINING_COMMAND="$SKYRL_PYTHON" -m shell_rl.train --sandboxes 2 --steps 2 || test $? = 3'
+    with full_home(user):
+        before = listed(user.home)
+        run = launch(user, elsewhere / "SkyRL", elsewhere / "jobs", command, NO_GPU, cwd=elsewhere)
+        run.wait_over(seconds=120)
+        assert run.completion["exit_code"] == 0, run.log("training")
+        assert list(run.directory.rglob("summary.json"))
+        assert listed(user.home) == before
