@@ -152,7 +152,7 @@ MODEL = "MODEL=@/model"
 STOCK = '[[package]]\nname = "verl"\nversion = "0.5.0"\nsource = { registry = "https://an.index/simple" }\n'
 EXAMPLE = "project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml"
 BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
-    ("configuration", nothing, ["TRAINING_COMPLETE_TIMEOUT=60"], WARNING, "is less than TIME_LIMIT=12:00:00"),
+    ("config", nothing, ["TRAINING_COMPLETE_TIMEOUT=60"], WARNING, "is less than TIME_LIMIT=12:00:00"),
     ("parts", remove("project/SkyRL/skyrl-agent/uv.lock"), [], ERROR, "skyrl-agent/uv.lock is missing; make it: cd "),
     ("parts", remove("fake/bin/scontrol"), ["PATH=@/fake/bin"], ERROR, "not on PATH: scontrol"),
     ("slots", nothing, ["MAX_PARALLEL_AGENTS=6"], ERROR, "4 × 2 = 8 sandboxes before the first one runs, and the runtime has 6"),
@@ -382,7 +382,7 @@ def test_what_is_left_out(given: list[str | None] | None, skipped: set[str]) -> 
 def test_an_unknown_name_is_met_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"there is no check nonsense; there are: slots, batch, .*account"):
         skipped_names(["slots,nonsense"])
-    for name in ("parts", "configuration"):
+    for name in ("parts", "config"):
         with pytest.raises(UsageError, match=f"no check {name}"):
             skipped_names([name])
 

@@ -37,7 +37,7 @@ def test_a_good_configuration_passes_and_nothing_is_queued(world: World) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("0 errors, 0 warnings, ")
     assert "steps in all" in done.stdout
-    assert "checked  configuration, parts, slots, batch, " in done.stdout
+    assert "checked  config, parts, slots, batch, " in done.stdout
     assert done.stderr == ""
     assert world.slurm.calls == []
     assert not world.slurm.jobs.exists()
@@ -72,7 +72,7 @@ def test_unknown_keys_of_a_file_are_findings(world: World) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     warnings = [finding for finding in json.loads(done.stdout)["findings"] if finding["level"] == "warning"]
     assert [(finding["check"], finding["fix"]) for finding in warnings] == [
-        ("configuration", "did you mean TRAIN_BATCH_SIZE?")
+        ("config", "did you mean TRAIN_BATCH_SIZE?")
     ]
     assert "mine.conf:2: not a key of this suite: TRAIN_BATCHSIZE" in warnings[0]["sentence"]
     launched = launch(world, "--config", str(conf), "--no-check", *TRAINER)
@@ -104,11 +104,11 @@ def test_mistakes_of_the_configuration_are_findings(world: World) -> None:
     done = launch(world, "--check", *MISTAKES)
     assert (done.returncode, done.stderr) == (2, "")
     assert done.stdout.splitlines() == [
-        "error    configuration --set GPU_NODES: GPU_NODES=0: must be at least 1",
+        "error    config       --set GPU_NODES: GPU_NODES=0: must be at least 1",
         "                      -> correct it there",
-        "error    configuration --set RESTART: not a key of this suite: RESTART",
+        "error    config       --set RESTART: not a key of this suite: RESTART",
         "                      -> did you mean RESTARTS?",
-        "checked  configuration",
+        "checked  config",
         "2 errors, 0 warnings, 0 estimates",
     ]
     assert world.slurm.everything == []
@@ -131,9 +131,9 @@ def test_scripts_get_one_document_whatever_is_wrong(
 ) -> None:
     done = launch(world, "--check", "--json", *options)
     document = json.loads(done.stdout)
-    assert (done.returncode, document["errors"], document["checked"]) == (code, len(said), ["configuration"])
+    assert (done.returncode, document["errors"], document["checked"]) == (code, len(said), ["config"])
     for finding, words in zip(document["findings"], said, strict=True):
-        assert (finding["check"], finding["level"]) == ("configuration", "error")
+        assert (finding["check"], finding["level"]) == ("config", "error")
         assert words in finding["sentence"] and finding["fix"]
 
 

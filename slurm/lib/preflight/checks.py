@@ -39,7 +39,7 @@ from slurm.lib.trainer import task_example, task_file
 DEADLINE_S = 10.0  # more than a question to Slurm may take; shared storage that is slower says nothing for minutes
 AT_LEISURE_S = 60.0  # with --check
 PARTS = "parts"  # without these nothing can be submitted at all
-CONFIGURATION = "configuration"  # read before anything else, so that there is nothing to leave out
+CONFIGURATION = "config"  # read before anything else, so that there is nothing to leave out
 ALWAYS = frozenset({PARTS, CONFIGURATION})
 CheckRun = Callable[[Asked], Sequence[Finding]]
 
