@@ -85,6 +85,7 @@ def test_what_is_missing_is_named_one_by_one(tmp_path: Path) -> None:
 # --- what VERL is told ------------------------------------------------------------------------------------------------
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
+VAL = "data.val_batch_size"  # as many as a step starts, unless it is set
 DEV = {
     "data.train_batch_size": "4",
     "data.max_prompt_length": "4096",
@@ -130,8 +131,9 @@ KEYS = [
     ("MODEL", "/models/my model", {"actor_rollout_ref.model.path": "'/models/my model'"}),
     ("TP_SIZE", "2", {f"{ROLLOUT}.tensor_model_parallel_size": "2"}),
     ("SP_SIZE", "2", {f"{ACTOR}.ulysses_sequence_parallel_size": "2"}),
-    ("TRAIN_BATCH_SIZE", "32", {"data.train_batch_size": "32", f"{ACTOR}.ppo_mini_batch_size": "32"}),
-    ("ROLLOUT_N", "5", {f"{ROLLOUT}.n": "5", "+skyrl_agent.num_trajectories": "5"}),
+    ("VAL_BATCH_SIZE", "7", {VAL: "7"}),
+    ("TRAIN_BATCH_SIZE", "32", {"data.train_batch_size": "32", f"{ACTOR}.ppo_mini_batch_size": "32", VAL: "64"}),
+    ("ROLLOUT_N", "5", {f"{ROLLOUT}.n": "5", "+skyrl_agent.num_trajectories": "5", VAL: "20"}),
     ("MAX_PROMPT_LENGTH", "100", {"data.max_prompt_length": "100", f"{ROLLOUT}.max_model_len": "8292"}),
     ("MAX_RESPONSE_LENGTH", "100", {"data.max_response_length": "100", f"{ROLLOUT}.max_model_len": "4196"}),
     ("MAX_MODEL_LEN", "9999", {f"{ROLLOUT}.max_model_len": "9999"}),

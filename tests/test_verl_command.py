@@ -118,6 +118,8 @@ DIFFERENT = {
     "actor_rollout_ref.rollout.max_model_len": 40768,
     # Ray's workers have another current folder than the trainer.
     "+skyrl_agent.task_yaml": "/project/SkyRL/skyrl-agent/examples/run_verl/verl_oh.yaml",
+    # A validation of all rows at once wanted more sandboxes than there are slots.
+    "data.val_batch_size": 512,
 }
 
 

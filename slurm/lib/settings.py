@@ -728,6 +728,13 @@ class Settings:
     )
     save_freq: int = setting("SAVE_FREQ", frequency, 1, "A checkpoint every so many steps; -1 is never.", unit="steps")
     test_freq: int = setting("TEST_FREQ", frequency, 20, "A validation every so many steps; -1 is never.", unit="steps")
+    val_batch_size: int | None = setting(
+        "VAL_BATCH_SIZE",
+        optional(positive_int),
+        None,
+        "Rows of VAL_DATA that are validated at once; each has a sandbox from the beginning to the end.",
+        default_text="the runtime's slots",
+    )
     max_ckpt_to_keep: int = setting("MAX_CKPT_TO_KEEP", positive_int, 10, "Checkpoints that are kept.")
     task_yaml: str = setting(
         "TASK_YAML",

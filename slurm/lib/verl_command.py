@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.lib.hydra_grammar import hydra_value
+from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 from slurm.lib.verl_versions import Release, VerlVersion, exists_in, name_in
 
@@ -56,6 +57,12 @@ ROWS: tuple[Row, ...] = (
     Row(("TRAIN_DATA", "DATA_DIR"), "data.train_files", lambda t: t.settings.train_data),
     Row(("VAL_DATA", "DATA_DIR"), "data.val_files", lambda t: t.settings.val_data),
     Row(("TRAIN_BATCH_SIZE",), "data.train_batch_size", lambda t: t.settings.train_batch_size),
+    Row(
+        ("VAL_BATCH_SIZE",),
+        "data.val_batch_size",
+        lambda t: t.settings.val_batch_size or sandbox_room(t.settings).slots,
+        "read in VERL 0.5.0 to 0.9.1: all rows at once without it",
+    ),
     Row(("MAX_PROMPT_LENGTH",), "data.max_prompt_length", lambda t: t.settings.max_prompt_length),
     Row(("MAX_RESPONSE_LENGTH",), "data.max_response_length", lambda t: t.settings.max_response_length),
     Row(("MODEL",), "actor_rollout_ref.model.path", lambda t: t.settings.model),

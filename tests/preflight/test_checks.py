@@ -211,9 +211,9 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("data", data("train.parquet", 3), [], ERROR, "has 3 rows, fewer than TRAIN_BATCH_SIZE=4"),
     ("data", data("train.parquet", 9, "prompt", "reward_model"), [], ERROR, "lacks the columns data_source, instance (or"),
     ("data", data("validation.parquet", 0), [], ERROR, "has no rows"),
-    ("data", data("validation.parquet", 9), [], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots: what gets none (1) counts as unsolved, and while it waits the GPUs may be idle for 105 s; shorten VAL_DATA to 8 rows"),
-    ("data", data("validation.parquet", 500), [], ERROR, "may be idle for 14 h 21 min, which TIME_LIMIT=12:00:00 ends; shorten"),
-    ("data", data("validation.parquet", 500), ["TIME_LIMIT=1-0"], WARNING, "may be idle for 14 h 21 min; shorten"),
+    ("data", data("validation.parquet", 9), ["VAL_BATCH_SIZE=9"], WARNING, "a sandbox for each of 9 rows of VAL_DATA, and the runtime has 8 slots: what gets none (1) counts as unsolved, and while it waits the GPUs may be idle for 105 s; shorten VAL_DATA to 8 rows"),
+    ("data", data("validation.parquet", 500), ["VAL_BATCH_SIZE=500"], ERROR, "may be idle for 14 h 21 min, which TIME_LIMIT=12:00:00 ends; shorten"),
+    ("data", data("validation.parquet", 500), ["TIME_LIMIT=1-0", "VERL_OVERRIDES=data.val_batch_size=500"], WARNING, "may be idle for 14 h 21 min; shorten"),
     ("folders", text("ckpts", "a file"), [], ERROR, "/ckpts is not a folder"),
     ("dotenv", unset("WANDB_API_KEY"), [], ERROR, "no WANDB_API_KEY, and none for api.wandb.ai in"),
     ("dotenv", text("project/SkyRL/skyrl-agent/.env", "WANDB_API_KEY=\n"), [], ERROR, "no WANDB_API_KEY"),  # it wins
@@ -295,6 +295,11 @@ def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -
     assert [(finding.check, finding.fix) for finding in found] == [
         ("parts", "set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent")
     ]
+
+
+def test_a_validation_is_cut_into_batches_that_have_sandboxes(world: World) -> None:
+    write_parquet(world.data / "validation.parquet", 500)
+    assert worst(of(world.check(), "data")) is ESTIMATE
 
 
 def test_data_that_overrides_name_are_the_users_affair(world: World) -> None:

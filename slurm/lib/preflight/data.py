@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
+from slurm.lib.preflight.shape import VAL_BATCH
 from slurm.lib.preflight.words import duration, number_of
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings, slurm_seconds
@@ -110,7 +111,7 @@ def total_steps(settings: Settings, rows: int) -> int:
 
 
 def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
-    """VERL validates all rows in one batch, and SkyRL-agent starts a sandbox for each of them first.
+    """SkyRL-agent starts a sandbox for each row of a validation's batch first; VAL_BATCH_SIZE is as many as have one.
 
     What gets no slot does not end the run: its row counts as unsolved (read in SkyRL, commit eea40bc). But its fork
     starts one sandbox after another before any agent runs, so that each such row holds up all GPUs for as long as
@@ -121,8 +122,8 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
             f"VAL_DATA={settings.val_data} has no rows: the validation after TEST_FREQ={settings.test_freq} fails"
         )
         return [error("data", sentence, "give it rows, or set TEST_FREQ=-1")]
-    slots, given = sandbox_room(settings).slots, override(settings, "data.val_batch_size") or ""
-    batch = min(rows, int(given)) if given.isdigit() else rows
+    slots, given = sandbox_room(settings).slots, override(settings, VAL_BATCH) or ""
+    batch = min(rows, int(given) if given.isdigit() else settings.val_batch_size or slots)
     if batch <= slots:
         return []
     idle_s = (batch - slots) * START_WAIT_S
@@ -132,7 +133,7 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
         f": what gets none ({batch - slots}) counts as unsolved, and while it waits the GPUs may be idle for "
         f"{duration(idle_s)}"
     )
-    fix = f"{shorter}, add data.val_batch_size={slots} to VERL_OVERRIDES, or set TEST_FREQ=-1"
+    fix = f"{shorter}, leave VAL_BATCH_SIZE unset ({slots} then), or set TEST_FREQ=-1"
     if settings.skyrl_backend == "local" or idle_s < slurm_seconds(settings.time_limit):
         return [warning("data", sentence, fix)]
     return [error("data", f"{sentence}, which TIME_LIMIT={settings.time_limit} ends", fix)]

@@ -13,6 +13,7 @@ SMALLEST_SANDBOX = 20 * 1024**2
 COMPARING = frozenset({"loop", "rloo", "grpo", "grpo_passk", "opo"})  # advantages relative to a prompt's other rollouts
 ESTIMATOR = "algorithm.adv_estimator"
 MINI_BATCH = "actor_rollout_ref.actor.ppo_mini_batch_size"
+VAL_BATCH = "data.val_batch_size"
 
 
 def world_size(settings: Settings) -> int:

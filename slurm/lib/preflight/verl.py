@@ -10,14 +10,14 @@ from slurm.lib import verl_versions
 from slurm.lib.hydra_grammar import Override, read_override
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, Level, warning
-from slurm.lib.preflight.shape import ESTIMATOR, MINI_BATCH
+from slurm.lib.preflight.shape import ESTIMATOR, MINI_BATCH, VAL_BATCH
 from slurm.lib.preflight.words import nearest_word
 from slurm.lib.settings import Settings
 from slurm.lib.verl_command import ROWS, row_name
 from slurm.lib.verl_versions import KNOWN, LIKE_LOOP, LOOP, Origin, VerlVersion
 
 CHECK = "verl"
-READ = frozenset({ESTIMATOR, MINI_BATCH})  # what checks take from VERL_OVERRIDES before they look at the key
+READ = frozenset({ESTIMATOR, MINI_BATCH, VAL_BATCH})  # what checks take from VERL_OVERRIDES before they look at the key
 
 
 def verl_findings(settings: Settings, version: VerlVersion | None) -> list[Finding]:
