@@ -317,6 +317,36 @@ def test_a_runtime_that_gives_up_before_the_training_is_warned_of(load: Loader) 
 # --- problems --------------------------------------------------------------------------------------------------------
 
 
+def test_a_second_word_without_quotes_is_a_problem_whatever_it_is(load: Loader) -> None:
+    """Bash takes what stands before it for the environment of a command, and forgets it."""
+    text = "WANDB_PROJECT=my true\nGPU_SBATCH_ARGS=--exclusive --nice\nMODEL=my model/x\nLOGGERS=a b # two\n"
+    missing, no_file = "command not found", "No such file or directory"
+    assert [problem.partition(": ")[2] for problem in load.problems(text)] == [
+        "WANDB_PROJECT is set for the command behind its value alone, which bash has run, and then forgotten; quote a "
+        'value with a space: WANDB_PROJECT="…"; or, if the command was meant: env WANDB_PROJECT=… COMMAND',
+        f'bash says: --nice: {missing}; if the value has a space, quote it: GPU_SBATCH_ARGS="…"',
+        f'bash says: model/x: {no_file}; if the value has a space, quote it: MODEL="…"',
+        f'bash says: b: {missing}; if the value has a space, quote it: LOGGERS="…"',
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TRAINING_COMMAND='\nWANDB_PROJECT=x true\n'\n",
+        "OTHER=x true\n",
+        "WANDB_PROJECT=x true\nWANDB_PROJECT=y\n",
+        "WANDB_PROJECT=x # a comment\n",
+        "WANDB_PROJECT=x; true\n",
+        "WANDB_PROJECT='a b' && true\n",
+        "( WANDB_PROJECT=x true )\n",
+        "env WANDB_PROJECT=x true\n",
+    ],
+)
+def test_what_is_meant_for_a_command_or_is_one_word_is_none(load: Loader, text: str) -> None:
+    load(text)
+
+
 def test_all_problems_together_each_with_its_place(load: Loader) -> None:
     text = "GPU_NODES=0\nTIME_LIMIT=soon\nRUNTIME_MEMORY=lots\nTIME_LIMIT =5\nTP_SIZE=(1 2)\nif then\n"
     found = load.problems(text, "GPU_NODES", "PORT=1", "RUNTIME_PORT=0", MAX_PARALLEL_AGENTS="many")

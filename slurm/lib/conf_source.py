@@ -15,7 +15,7 @@ import stat
 import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm.lib.errors import Problem
@@ -70,6 +70,7 @@ _WORD = re.compile(r"(?:\$'(?:\\.|[^'\\])*'|'[^']*'|\\.|[^\s'\\])+", re.S)
 _DECLARING = frozenset({"export", "declare", "typeset", "readonly"})
 _DIAGNOSTIC = re.compile(r"(?P<file>.+?): \S+ (?P<line>\d+): (?P<what>.+)")  # `line` is translated in other locales
 _SPACED = re.compile(r"\s*(?:export\s+|declare\s+|readonly\s+)?([A-Za-z_]\w*)(?:\s+=|=\s+\S)", re.ASCII)
+_TWO_WORDS = re.compile(r"(?:^|[;{(]|\b(?:then|else|do))\s*([A-Za-z_]\w*)=[^\s;|&#'\"()]+[ \t]+[^\s#&|;]", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class SourcedConf:
     or in one it sources. ``problems``: what bash rejected; a complaint that the file itself sends to /dev/null is
     none. ``unset``: variables of the environment that the file removed. ``associative``: associative arrays, which no
     job can inherit; the file may use them, but they are not values. ``files``: the file and those it sourced.
+    ``for_a_command``: what the file set for one command alone (``X=1 command``), and where.
     """
 
     values: dict[str, Value]
@@ -89,6 +91,7 @@ class SourcedConf:
     unset: frozenset[str] = frozenset()
     associative: frozenset[str] = frozenset()
     files: tuple[Path, ...] = ()
+    for_a_command: dict[str, tuple[Path, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,9 @@ def _unquoted(word: str) -> str | None:
         return None
 
 
+NOT_THERE = ("command not found", "No such file or directory")
+
+
 def _diagnostics(said: str, sources: _Sources) -> list[Problem]:
     """Bash's complaints about the files as problems; everything else that was said goes on to our stderr."""
     found: dict[tuple[str, int], list[str]] = {}
@@ -329,6 +335,8 @@ def _complaint(sources: _Sources, file: str, number: int, words: list[str]) -> P
     spaced = _SPACED.match(line)
     if spaced:
         what += f"; an assignment has no space around '=': write {spaced[1]}=VALUE"
+    elif (split := _TWO_WORDS.search(line)) and all(word.endswith(NOT_THERE) for word in words):
+        what += f'; if the value has a space, quote it: {split[1]}="…"'
     elif any("command not found" in word for word in words):
         what += "; correct the command, or add 2>/dev/null where it may be missing"
     return Problem(f"{file}:{number}", what)
@@ -381,6 +389,7 @@ def _result(
         unset=_removed(dumped, environment),
         associative=frozenset(name for name, variable in changed.items() if "A" in variable.attributes),
         files=tuple(_absolute(name) for name in sources.names if Path(name).is_file()),
+        for_a_command=_for_a_command(steps, dumped, environment, sources) if dumped.status is not None else {},
     )
 
 
@@ -425,6 +434,20 @@ def _was_temporary(name: str, value: str | None, dumped: _Dump, environment: Map
     if variable is None or value is None or name not in environment or "a" in variable.attributes:
         return False
     return variable.elements == (environment[name],) and value != environment[name]
+
+
+def _for_a_command(
+    steps: Sequence[_Step], dumped: _Dump, environment: Mapping[str, str], sources: _Sources
+) -> dict[str, tuple[Path, int]]:
+    """What ``X=1 command`` set, and nothing after it: traced as an assignment, on a line of this form, and gone."""
+    found: dict[str, tuple[Path, int]] = {}
+    for step in (step for step in steps if step.subshell == 0):
+        for name, value in _assigned(step.text):
+            split = _TWO_WORDS.search(sources.line(step.file, step.line))
+            gone = name not in dumped.after or _was_temporary(name, value, dumped, environment)
+            if gone and split and split[1] == name:
+                found[name] = (_absolute(step.file), step.line)
+    return found
 
 
 def _removed(dumped: _Dump, environment: Mapping[str, str]) -> frozenset[str]:

@@ -85,7 +85,7 @@ def load_config(
     said = _merge(set_values, sourced, environment)
     parsed, bad = _parse(said)
     settings = complete(Settings(**parsed), said.keys() - bad.keys(), place)  # type: ignore[arg-type]  # parsed by key
-    problems += [*sourced.problems, *_associative_problems(sourced), *bad.values()]
+    problems += [*sourced.problems, *_associative_problems(sourced), *_lost_values(sourced), *bad.values()]
     problems += _unknown_overrides(set_values, said, sourced, environment)
     problems += _contradiction_problems(contradictions(settings), said, bad)
     if problems:
@@ -146,7 +146,9 @@ def _locate(config: str, config_folder: Path, place: Place) -> Path | Problem:
         return path
     known = ", ".join(sorted(file.stem for file in config_folder.glob("*.conf"))) or "none"
     return Problem(
-        f"--config {config}", f"there is no configuration of this name in {config_folder}; there are: {known}"
+        f"--config {config}",
+        f"there is no configuration of this name in {config_folder}; there are: {known}",
+        f"a file elsewhere needs its path: --config ./{config}.conf",
     )
 
 
@@ -203,6 +205,16 @@ def _where(name: str, given: _Said) -> str:
 def _associative_problems(sourced: SourcedConf) -> list[Problem]:
     what = "{} is an associative array, which is not a value for a key; use KEY=value or KEY=(a b)"
     return [Problem(_place_of(name, sourced), what.format(name)) for name in KEYS if name in sourced.associative]
+
+
+def _lost_values(sourced: SourcedConf) -> Iterator[Problem]:
+    """Keys whose value has a space and no quotes, where its second word happens to be a command."""
+    complained = {problem.where for problem in sourced.problems}
+    for name, (file, line) in sourced.for_a_command.items():
+        if name in KEYS and f"{file}:{line}" not in complained:
+            sentence = f"{name} is set for the command behind its value alone, which bash has run, and then forgotten"
+            fix = f'quote a value with a space: {name}="…"; or, if the command was meant: env {name}=… COMMAND'
+            yield Problem(f"{file}:{line}", sentence, fix)
 
 
 def _contradiction_problems(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -204,6 +205,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("resume", saved(25), ["TOTAL_EPOCHS=1"], ERROR, "is at step 25 of at most 25: this training is complete"),
     ("resume", saved(1), [MODEL], ERROR, "was saved from a model of 24 layers with hidden_size 896"),
     ("space", model(num_hidden_layers=28_000), [MODEL], ERROR, "not one fits"),
+    ("space", nothing, ["MAX_CKPT_TO_KEEP=1000", "RESTARTS=999"], WARNING, "up to 1000001 of them"),
     ("space", nothing, ["MAX_CKPT_TO_KEEP=1000000"], WARNING, "up to 1000001 of them"),
     ("data", remove("data/r2e-all/train.parquet"), [], ERROR, "train.parquet is not there"),
     ("data", nothing, ["TRAIN_DATA=@/data"], ERROR, "/data is a folder; set DATA_DIR to a data set's folder (`data/swe_data.py --output"),
@@ -235,6 +237,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("runtime", text(f"{JOINED}/runtime_url.txt", "http://127.0.0.1:1\n"), [], WARNING, "does not answer here (ConnectionRefusedError"),
     ("runtime", nothing, ["RESTARTS=2"], WARNING, "RESTARTS=2 has no effect"),
     ("storage", nothing, ["LOCAL_SCRATCH=/" + "x" * 60], WARNING, "too long a path"),
+    ("images", lambda world: shutil.rmtree(world.agent_tree), [], WARNING, "there is no agent server in"),
     ("images", nothing, ["CONTAINER_IMAGE=Upper/Case"], ERROR, "CONTAINER_IMAGE=Upper/Case is not the name"),
     ("images", nothing, ["IMAGE_ARCHIVE=/nowhere.tar"], ERROR, "IMAGE_ARCHIVE=/nowhere.tar is not there"),
     ("images", text("auth.json", "{}"), ["REGISTRY_AUTH_FILE=@/auth.json"], WARNING, "can be read by others"),
@@ -299,7 +302,9 @@ def test_without_skyrl_agent_nothing_is_said_about_what_is_in_it(world: World) -
 
 def test_a_validation_is_cut_into_batches_that_have_sandboxes(world: World) -> None:
     write_parquet(world.data / "validation.parquet", 500)
-    assert worst(of(world.check(), "data")) is ESTIMATE
+    found = of(world.check(), "data")
+    assert worst(found) is ESTIMATE
+    assert "a validation is 500 rows in 63 batches of at most 8, every 20 steps" in [one.sentence for one in found]
 
 
 def test_data_that_overrides_name_are_the_users_affair(world: World) -> None:

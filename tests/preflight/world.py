@@ -21,6 +21,7 @@ from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.settings import Settings
 from slurm.lib.task_yaml import EXAMPLE
 from slurm.lib.trainer import verl_of
+from slurm_runtime.agent.tree import MANIFEST, SHIM, AgentTree
 from tests.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,6 +41,15 @@ TASK = "generator: {num_trajectories: 2, max_prompt_length: 8192}\ndispatcher: {
 def write_parquet(path: Path, rows: int, columns: tuple[str, ...] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({name: ["x"] * rows for name in columns}), path)
+
+
+def make_agent_tree(root: Path) -> None:
+    """An agent tree of empty files."""
+    tree = AgentTree(root, "1.0", "python", "bin/python", "ld.so", ("lib",), "sleep")
+    for name in (tree.python, tree.loader, tree.holder, SHIM):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / MANIFEST).write_text(tree.manifest())
 
 
 @dataclass
@@ -63,6 +73,8 @@ class World:
         (self.venv / "bin" / "python").symlink_to(sys.executable)
         self.uv.write_text("#!/bin/sh\n")
         self.uv.chmod(0o755)
+        self.agent_tree.mkdir(parents=True)
+        make_agent_tree(self.agent_tree)
         (self.slurm.bin / "bash").symlink_to("/bin/bash")  # for a PATH of these alone
         write_parquet(self.data / "train.parquet", 100)
         write_parquet(self.data / "validation.parquet", 8)
@@ -80,6 +92,11 @@ class World:
     @property
     def agent(self) -> Path:
         return self.folder / "project" / "SkyRL" / "skyrl-agent"
+
+    @property
+    def agent_tree(self) -> Path:
+        """The agent server for images that have none."""
+        return self.folder / ".cache" / "skyrl" / "agent" / "1.0"
 
     @property
     def site_packages(self) -> Path:

@@ -148,7 +148,7 @@ def space_findings(settings: Settings, facts: ModelFacts, place: Path, free: int
     count, source = parameters(settings, facts)
     if not count or settings.save_freq == -1:
         return []
-    one, copies = BYTES * count, settings.max_ckpt_to_keep + 1
+    one, copies = BYTES * count, settings.max_ckpt_to_keep * (settings.restarts + 1) + 1  # each attempt keeps its own
     sentence = (
         f"a checkpoint takes {size(one)} ({BYTES} bytes a parameter, their number from {source}), up to {copies} of "
         f"them {size(one * copies)}; {size(free)} are free on {place}"

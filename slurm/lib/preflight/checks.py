@@ -181,7 +181,8 @@ def _import(asked: Asked) -> list[Finding]:
 def _images(asked: Asked) -> list[Finding]:
     settings = asked.settings
     logins = images.login_findings(settings.registry_auth_file, images.mode_of(settings.registry_auth_file))
-    return [*images.image_findings(settings, images.absent_files(settings)), *logins]
+    agent = images.agent_findings(settings, asked.environment) if asked.trains_with_verl else []
+    return [*images.image_findings(settings, images.absent_files(settings)), *logins, *agent]
 
 
 def _slurm_of(asked: Asked) -> Slurm:
@@ -235,7 +236,7 @@ CHECKS: tuple[Check, ...] = (
     Check(joined.CHECK, "Is the runtime there and alive, and does it take the key?", joining, _runtime),
     Check("storage", "Can Podman keep its storage: LOCAL_SCRATCH on a local disk, ranges of subordinate ids?", runtimes,
           _storage),
-    Check("images", "Are names of images, archives and logins what they are said to be?", runtimes, _images),
+    Check("images", "Are images, archives, logins and the agent server what they are said to be?", runtimes, _images),
     Check("slurm", "Would Slurm take the jobs, and have partitions the time, nodes and GPUs?", on_slurm, _partitions),
     Check("slurm", "", on_slurm, _submissions),
     Check("account", "Has the user an association with ACCOUNT and QOS?", on_slurm, _account),

@@ -110,6 +110,12 @@ def total_steps(settings: Settings, rows: int) -> int:
     return min(steps, int(most)) if most.isdigit() else steps
 
 
+def _validation_estimate(settings: Settings, rows: int, batch: int) -> Finding:
+    batches = "at once" if rows <= batch else f"in {-(-rows // batch)} batches of at most {batch}"
+    sentence = f"a validation is {number_of(rows, 'row')} {batches}, every {number_of(settings.test_freq, 'step')}"
+    return estimate("data", sentence)
+
+
 def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
     """SkyRL-agent starts a sandbox for each row of a validation's batch first; VAL_BATCH_SIZE is as many as have one.
 
@@ -125,7 +131,7 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
     slots, given = sandbox_room(settings).slots, override(settings, VAL_BATCH) or ""
     batch = min(rows, int(given) if given.isdigit() else settings.val_batch_size or slots)
     if batch <= slots:
-        return []
+        return [_validation_estimate(settings, rows, batch)]
     idle_s = (batch - slots) * START_WAIT_S
     there, shorter = number_of(slots, "slot"), f"shorten VAL_DATA to {number_of(slots, 'row')}"
     sentence = (

@@ -1,4 +1,4 @@
-"""Are images, their archives and logins what they are said to be?"""
+"""Are images, their archives, logins and the agent server for them what they are said to be?"""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def absent_files(settings: Settings) -> dict[str, Path]:
         "AGENT_DIR": settings.agent_dir,
     }
     return {key: path for key, path in named.items() if path is not None and not os.access(path, os.R_OK)}
+
+
+def agent_findings(settings: Settings, environment: Mapping[str, str]) -> list[Finding]:
+    """Whether sandboxes get an agent server; images that have one of their own need none."""
+    from slurm_runtime.agent.tree import default_cache, newest  # the server's own rule
+
+    cache = default_cache(environment)
+    if settings.agent_dir or settings.agent_image or newest(cache):
+        return []
+    sentence = (
+        f"there is no agent server in {cache}, nor by AGENT_DIR or AGENT_IMAGE: a sandbox of an image that has none of "
+        "its own, as those of R2E and SWE-bench, does not start"
+    )
+    return [warning("images", sentence, "make one, once: .venv/bin/python -m slurm_runtime.agent build")]
 
 
 def login_findings(path: Path | None, mode: int | None) -> list[Finding]:
