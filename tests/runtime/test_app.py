@@ -379,6 +379,14 @@ def test_an_orphan_that_podman_never_removes_holds_up_nothing_else(
     eventually(lambda: api.names() == [])
 
 
+def test_a_server_that_stops_while_it_takes_the_agent_out_leaves_no_container(server_with: MakeServer) -> None:
+    engine = FakePodman(delay_s=0.5, registry={IMAGE})
+    api = server_with(engine, agent_image=IMAGE)
+    eventually(lambda: engine.under_way == 1)
+    assert api.run(api.manager.close(5)) == []
+    assert (engine.most_under_way, engine.containers) == (1, {})
+
+
 def test_a_stopping_server_refuses_starts_and_removes_all(server_with: MakeServer) -> None:
     engine = FakePodman(delay_s=0.3)
     api = server_with(engine, slots=3)
