@@ -55,8 +55,8 @@ class Companions:
         spec = ContainerSpec(name, image, ("/",), {}, "/", self.launcher.labels.of(""), container_port=1)
         try:
             await self.launcher.images.pull(image, "missing")
-            await uninterrupted(engine.create(spec))
-            try:
+            try:  # cancelled while Podman creates it, the container is there all the same
+                await uninterrupted(engine.create(spec))
                 self.agent.provide(await take_out(engine.export(name), image, self._agent_folder))
             finally:
                 await uninterrupted(engine.remove(name))

@@ -15,7 +15,7 @@ from slurm_runtime.entries import Entry
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.ownership import SERVER_LABEL, is_orphan
-from slurm_runtime.podman import EngineError
+from slurm_runtime.podman import EngineError, EngineUnreachable
 from slurm_runtime.register import Register
 from slurm_runtime.sandbox import State
 
@@ -49,6 +49,8 @@ class Supervisor:
         self.idle_of = idle_of
         self._next_idle_look = 0.0
         self._next_listing = 0.0
+        self._orphans: list[str] = []
+        self._refused: set[str] = set()  # containers whose removal Podman refused, which has been said
 
     async def run(self) -> None:
         """Connect to Podman, then look once a period; ends only by cancellation."""
@@ -56,7 +58,9 @@ class Supervisor:
         while True:
             try:
                 await self.connection.ready()
-                if not swept:
+                if swept:
+                    await self._remove_orphans()
+                else:
                     await self.sweep()
                     swept = True
                 await self._look()
@@ -68,12 +72,34 @@ class Supervisor:
             await asyncio.sleep(self.config.watch_period_s)
 
     async def sweep(self) -> None:
-        """Remove sandboxes whose server is dead: it was killed before it could."""
+        """Remove sandboxes whose server is dead: it was killed before it could. Those that stay are tried again."""
         found = await self.engine.list(SERVER_LABEL)
-        orphans = [state.name for state, labels in found if is_orphan(labels.get(SERVER_LABEL, ""), self.mark)]
-        if orphans:
-            log.warning("removing %d sandboxes of a server that was killed", len(orphans))
-            await asyncio.gather(*(self.engine.remove(name) for name in orphans))
+        self._orphans = [state.name for state, labels in found if is_orphan(labels.get(SERVER_LABEL, ""), self.mark)]
+        if self._orphans:
+            log.warning("removing %d sandboxes of a server that was killed", len(self._orphans))
+            await self._remove_orphans()
+
+    async def _remove_orphans(self) -> None:
+        names = self._orphans
+        gone = await asyncio.gather(*(self._is_removed(name, self.engine.remove(name)) for name in names))
+        self._orphans = [name for name, is_gone in zip(names, gone, strict=True) if not is_gone]
+
+    async def _is_removed(self, name: str, removal: Awaitable[None]) -> bool:
+        """Whether ``removal`` of a container works; a refusal is said once and concerns that container only.
+
+        ``EngineUnreachable`` goes up: it is about Podman.
+        """
+        try:
+            await removal
+        except EngineUnreachable:
+            raise
+        except EngineError as problem:
+            if name not in self._refused:
+                log.error("container %s is not removed yet, which is tried again: %s", name, problem)
+            self._refused.add(name)
+            return False
+        self._refused.discard(name)
+        return True
 
     async def _look(self) -> None:
         """Bury every sandbox whose container is dead or gone; a second witness where the kernel tells of deaths."""
@@ -86,15 +112,12 @@ class Supervisor:
         listed = await self.engine.list(f"{SERVER_LABEL}={self.mark}")
         running = {state.name for state, _ in listed if state.running}
         dead = [entry for entry in serving if entry.name not in running]
-        await asyncio.gather(*(self.endings.bury(entry) for entry in dead))
+        await asyncio.gather(*(self._is_removed(entry.name, self.endings.bury(entry)) for entry in dead))
 
     async def _retry_cleaning(self) -> None:
         """Try again what Podman refused to remove."""
-        for entry in self.register.entries():
-            idle = entry.ending is None or entry.ending.done()
-            working = entry.bring_up is not None and not entry.bring_up.done()
-            if entry.sandbox.state.is_dead and not entry.is_clean and idle and not working:
-                await self.endings.clean(entry)
+        left = [entry for entry in self.register.entries() if _is_left(entry)]
+        await asyncio.gather(*(self._is_removed(entry.name, self.endings.clean(entry)) for entry in left))
 
     async def _reap_idle(self) -> None:
         """Stop sandboxes in which nothing runs and nothing was asked for; what cannot be told is left alone."""
@@ -120,7 +143,8 @@ class Supervisor:
             sentence = f"nothing happened in it for {idle_s:.0f} s (--idle-timeout)"
             wish = entry.specification
             log.warning("sandbox %s of session %s is stopped: %s", wish.runtime_id, wish.session_id, sentence)
-            await self.endings.end(entry, State.STOPPED, Diagnosis(sentence, ""))
+            ending = self.endings.end(entry, State.STOPPED, Diagnosis(sentence, ""))
+            await self._is_removed(entry.name, ending)
 
     def hear(self, event: Event) -> None:
         """What the warden saw of a sandbox: its forked server ended, or it took more than it may."""
@@ -134,3 +158,10 @@ class Supervisor:
             entry.offence = str(event.get("reason"))
             entry.become(entry.sandbox.blamed(entry.offence))
             self.background.start(self.endings.bury(entry))
+
+
+def _is_left(entry: Entry) -> bool:
+    """Whether something of a dead sandbox is left and nobody is at it. Pure."""
+    idle = entry.ending is None or entry.ending.done()
+    working = entry.bring_up is not None and not entry.bring_up.done()
+    return entry.sandbox.state.is_dead and not entry.is_clean and idle and not working

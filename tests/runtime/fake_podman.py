@@ -58,12 +58,14 @@ class FakeContainer:
 class FakePodman:
     """Each start takes ``delay_s``, a pull ``pull_delay_s`` more; removal fails ``refuse_removal`` times.
 
-    The first pulls fail with ``refusals``; ``archives`` says which image a file holds.
+    Removal of a container in ``unremovable`` fails with what stands there, until it is taken out of it. The first pulls
+    fail with ``refusals``; ``archives`` says which image a file holds.
     """
 
     delay_s: float = 0.0
     pull_delay_s: float = 0.0
     refuse_removal: int = 0
+    unremovable: dict[str, EngineError] = field(default_factory=dict)
     ports_taken_by_others: set[int] = field(default_factory=set)
     images: set[str] = field(default_factory=lambda: {commands.IMAGE, commands.IMAGE_WITH_ENTRYPOINT})
     registry: set[str] = field(default_factory=set)
@@ -72,6 +74,7 @@ class FakePodman:
     refusals: list[str] = field(default_factory=list)
     archives: dict[Path, str] = field(default_factory=dict)
     loads: list[Path] = field(default_factory=list)
+    removals: list[str] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
 
@@ -203,9 +206,12 @@ class FakePodman:
         return "".join(self._container(name).log.splitlines(keepends=True)[-lines:])
 
     async def remove(self, name: str) -> None:
+        self.removals.append(name)
         if self.refuse_removal:
             self.refuse_removal -= 1
             raise EngineError("device or resource busy")
+        if name in self.unremovable:
+            raise self.unremovable[name]
         container = self.containers.pop(name, None)
         if container:
             container.end(137)

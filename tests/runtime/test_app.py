@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -16,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from slurm_runtime.ownership import process_mark
+from slurm_runtime.podman import ContainerSpec, EngineError, EngineUnreachable
 from slurm_runtime.sandbox import Mount
 from tests.runtime.commands import IMAGE, SERVE, SILENT
 from tests.runtime.conftest import Api, serving
@@ -299,6 +302,89 @@ def test_a_removal_that_podman_refuses_keeps_the_slot_until_it_works(server_with
     assert api.manager.admission.slots.used == 1
     eventually(lambda: api.manager.admission.slots.used == 0)
     assert api.names() == []
+
+
+def podman_word(api: Api) -> str:
+    return str(api.client.get("/health").json()["podman"])
+
+
+def test_a_container_that_podman_never_removes_holds_up_nothing_else(
+    server_with: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakePodman()
+    api = server_with(engine, slots=2, watch_period_s=0.05, list_patience_s=0.5)
+    stuck, other = started(api)["runtime_id"], started(api)["runtime_id"]
+    for runtime_id in (stuck, other):
+        engine.unremovable[f"sandbox-{runtime_id}"] = EngineError("device or resource busy")
+        assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 502
+    del engine.unremovable[f"sandbox-{other}"]
+    eventually(lambda: api.names() == [f"sandbox-{stuck}"])
+    assert api.manager.admission.slots.used == 1
+    started(api, session_id="second")
+    tries = engine.removals.count(f"sandbox-{stuck}")
+    eventually(lambda: engine.removals.count(f"sandbox-{stuck}") > tries + 3)
+    assert podman_word(api) == "connected"
+    full = api.start(image=IMAGE, command=SERVE)
+    assert (full.status_code, "no room" in refusal(full)) == (503, True)
+    said = [record for record in caplog.records if f"container sandbox-{stuck} is not removed yet" in record.message]
+    assert len(said) == 1
+    engine.unremovable.clear()
+    eventually(lambda: api.manager.admission.slots.used == 1)
+
+
+def test_a_dead_sandbox_that_cannot_be_removed_does_not_make_podman_unreachable(server_with: MakeServer) -> None:
+    engine = FakePodman()
+    api = server_with(engine, watch_period_s=0.5)
+    name = f"sandbox-{started(api, session_id='killed')['runtime_id']}"
+    engine.unremovable[name] = EngineError("device or resource busy")
+    api.run(engine.kill(name))
+    eventually(lambda: name in engine.removals)
+    assert session(api, "killed")["pod_status"] == "failed"
+    time.sleep(0.2)  # within the same period
+    assert podman_word(api) == "connected"
+    engine.unremovable.clear()
+
+
+def test_podman_that_goes_away_during_a_removal_is_unreachable(server_with: MakeServer) -> None:
+    engine = FakePodman()
+    api = server_with(engine, watch_period_s=0.1)
+    runtime_id = started(api)["runtime_id"]
+    engine.unremovable[f"sandbox-{runtime_id}"] = EngineUnreachable("nobody listens")
+    api.client.post("/stop", json={"runtime_id": runtime_id})
+    eventually(lambda: podman_word(api) == "unreachable")
+    engine.unremovable.clear()
+    eventually(lambda: podman_word(api) == "connected")
+    assert api.names() == []
+
+
+def orphaned(name: str) -> ContainerSpec:
+    """A container of a server that is dead: number 1 started at another time."""
+    dead = "/".join([*process_mark().split("/")[:3], "1", "12345"])
+    return ContainerSpec(name, IMAGE, tuple(SERVE), {}, "/", {"skyrl.server": dead}, 60000)
+
+
+def test_an_orphan_that_podman_never_removes_holds_up_nothing_else(
+    server_with: MakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakePodman(unremovable={"stuck": EngineError("device or resource busy")})
+    for name in ("stuck", "other"):
+        asyncio.run(engine.create(orphaned(name)))
+    api = server_with(engine, watch_period_s=0.05)
+    eventually(lambda: engine.removals.count("stuck") > 3)
+    assert (api.names(), podman_word(api)) == (["stuck"], "connected")
+    api.run(engine.kill(f"sandbox-{started(api, session_id='killed')['runtime_id']}"))
+    eventually(lambda: session(api, "killed")["pod_status"] == "failed")
+    assert caplog.text.count("container stuck is not removed yet") == 1
+    engine.unremovable.clear()
+    eventually(lambda: api.names() == [])
+
+
+def test_a_server_that_stops_while_it_takes_the_agent_out_leaves_no_container(server_with: MakeServer) -> None:
+    engine = FakePodman(delay_s=0.5, registry={IMAGE})
+    api = server_with(engine, agent_image=IMAGE)
+    eventually(lambda: engine.under_way == 1)
+    assert api.run(api.manager.close(5)) == []
+    assert (engine.most_under_way, engine.containers) == (1, {})
 
 
 def test_a_stopping_server_refuses_starts_and_removes_all(server_with: MakeServer) -> None:
