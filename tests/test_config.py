@@ -308,6 +308,11 @@ def test_a_runtime_that_gives_up_before_the_training_is_warned_of(load: Loader) 
     assert load(lower, "SKYRL_BACKEND=local").warnings == (), "no time limit ends a local run"
     told = load("", "SKYRL_BACKEND=local", "RESTARTS=2", "RUNTIME_IDLE_LIMIT=60", "PAIRING=het").warnings
     assert ["has no effect" in str(warning) for warning in told] == [True, True, True]
+    (warning,) = load("", "RUNTIME_IDLE_LIMIT=60").warnings
+    assert "loses its age in the queue; give it 300 s or more, or set PAIRING=het" in str(warning)
+    (warning,) = load("", "TRAINING_COMMAND_IS_VERL=true").warnings
+    assert "TRAINING_COMMAND_IS_VERL has no effect" in str(warning)
+    assert load("", "SKYRL_BACKEND=local", "RESTARTS=1", "SAVE_FREQ=-1").warnings
     (warning,) = load("", "RUNTIME_IDLE_LIMIT=60", "PAIRING=het").warnings
     assert str(warning).startswith("--set RUNTIME_IDLE_LIMIT: RUNTIME_IDLE_LIMIT=60 has no effect: with PAIRING=het")
     (warning,) = load("TIME_LIMIT=UNLIMITED\n", "TRAINING_COMPLETE_TIMEOUT=43200").warnings

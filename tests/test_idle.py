@@ -386,6 +386,35 @@ def test_a_pair_that_cannot_be_released_stays_held(slurm: FakeSlurm, monkeypatch
     assert [call.argv for call in slurm.of("scancel")] == [["--state=PENDING", "102"]]
 
 
+def test_a_silence_after_the_cancellation_keeps_the_new_pair(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.lib.idle.CERTAIN_WITHIN_S", 0.0)
+    job = idle(slurm)
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, *[{"code": 1, "stderr": "Unable to contact slurm controller"}] * 9)
+    ending = given_back(slurm, job)
+    assert ending is not None
+    assert (ending.exit_code, ending.goes_on) == (73, False)
+    assert "which are held (waited 0 s for Slurm to say what became of the training job 102" in ending.reason
+    assert [call.argv for call in slurm.of("scancel")] == [["--state=PENDING", "102"]], "the new pair stays"
+
+
+def test_where_a_job_may_be_left_it_is_said_and_not_tried_again(
+    slurm: FakeSlurm, text: pytest.LogCaptureFixture
+) -> None:
+    refusal = {"code": 1, "stderr": "sbatch: error: no"}
+    slurm.answer("sbatch", {}, {}, {}, refusal)  # the new runtime job is taken, its training is not
+    slurm.answer("scancel", {"code": 1, "stderr": "Unable to contact slurm controller"})
+    slurm.answer("squeue", *[IN_QUEUE] * 100)
+    now = [0.0]
+    watch = IdleWatch(idle(slurm), SignalNotes(), clock=lambda: now[0])
+    while now[0] < 4000:
+        assert watch.look(heard=False) is None
+        now[0] = max(now[0] + 1, watch._next_question())
+    assert len(slurm.of("sbatch")) == 4
+    (warning,) = (record.message for record in text.records if record.levelno == logging.WARNING)
+    assert "could not cancel 103 (Unable to contact slurm controller): cancel by hand with scancel" in warning
+    assert "trying again" not in warning
+
+
 def test_one_more_attempt_releases_it(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slurm.lib.idle.RELEASE_PAUSES_S", (0.0, 0.0))
     job = idle(slurm)

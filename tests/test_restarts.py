@@ -12,8 +12,9 @@ from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.deadlines import EXPIRY_NAME, Deadline, announce, earlier, told_variables
 from slurm.lib.errors import ConfigError, TooLate
 from slurm.lib.plan import JobPlan, LaunchPlan, Request, Restart, make_plan
+from slurm.lib.processes import Completed
 from slurm.lib.restarts import Cause, Ended, cause_of, how_it_ended, verdict
-from slurm.lib.scheduler import JobFacts, JobState, JobStatus, parse_facts
+from slurm.lib.scheduler import JobFacts, JobState, JobStatus, parse_facts, parse_status
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import trainer_of
 
@@ -96,6 +97,15 @@ def test_only_what_was_interrupted_and_has_saved_goes_on(
     found = verdict("8", flag(ended), SILENT, before, now)
     assert (found.goes_on, found.exit_code) == (goes_on, code)
     assert words in found.reason
+
+
+@pytest.mark.parametrize("words", ["RUNNING, on gpu1", "PENDING, Resources", "SUSPENDED"])
+def test_none_goes_on_beside_a_training_that_has_not_ended(words: str) -> None:
+    found = verdict("8", None, parse_status(Completed((), 0, words.replace(", ", "|"), "")), "", "step 3")
+    assert (found.goes_on, found.exit_code) == (False, 76)
+    assert "the training job 8 has not ended, by Slurm's word" in found.reason
+    ending = verdict("8", None, parse_status(Completed((), 0, "COMPLETING", "")), "", "step 3")
+    assert ending.goes_on
 
 
 # --- why did Slurm end this job? -------------------------------------------------------------------------------------
@@ -297,6 +307,25 @@ def test_a_pair_that_goes_on() -> None:
     assert "SKYRL_RUNTIME_JOB_ID" not in runtime.environment
 
 
+@pytest.mark.parametrize("theirs", ["--dependency=afterok:5", "--dependency afterok:5", "-d afterok:5", "-dafterok:5"])
+def test_what_the_user_waits_for_is_waited_for_too_and_once(theirs: str) -> None:
+    waits = f"GPU_SBATCH_ARGS={theirs} --begin=now+60 --nice=5"
+    runtime, training = jobs_of(plan_for(waits, f"CPU_SBATCH_ARGS={theirs}"))
+    assert runtime.argv.count("--hold") == 1
+    assert set(theirs.split()) <= set(runtime.argv)
+    assert "--dependency=after:<runtime job id>,afterok:5" in training.argv
+    assert {"--begin=now+60", "--nice=5"} <= set(training.argv)
+    request = Request(attach_dir=RUN, restart=Restart(3, "8"))
+    runtime, training = jobs_of(plan_for("RESTARTS=4", waits, f"CPU_SBATCH_ARGS={theirs}", request=request))
+    assert "--nice=5" in training.argv
+    for job in (runtime, training):
+        assert not [word for word in job.argv if "afterok" in word or "begin" in word]
+    assert "--dependency=afterany:8" in runtime.argv
+    assert "--dependency=after:<runtime job id>,afterany:8" in training.argv
+
+
 def test_a_launch_from_inside_of_a_run_is_no_attempt_at_it() -> None:
-    plan = plan_for(SKYRL_ATTEMPT="2", SKYRL_AFTER_JOB_ID="8", SKYRL_RUNTIME_JOB_ID="7")
-    assert not {"SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID", "SKYRL_RUNTIME_JOB_ID"} & plan.inherited.keys()
+    plan = plan_for(
+        SKYRL_ATTEMPT="2", SKYRL_AFTER_JOB_ID="8", SKYRL_RUNTIME_JOB_ID="7", SKYRL_JOB_ID="9", SKYRL_LOCAL_JOBS="/jobs"
+    )
+    assert not [name for name in plan.inherited if name.startswith("SKYRL_")]

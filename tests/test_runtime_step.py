@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from slurm.lib.errors import SubmissionError
 from slurm.lib.job_context import JobContext, own_job_id
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.plan import LaunchPlan, Request, make_plan
+from slurm.lib.preflight.cluster import submissions_asked
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import GitState, partner_of, read_jobs
@@ -159,7 +161,29 @@ def first(slurm: FakeSlurm, directory: CoordinationDir, more: Mapping[str, str])
     return JobContext("101", directory, settings, environment, Slurm(environment), directory.code, own_dir=True)
 
 
-INSIDE = {"SLURM_JOB_ID": "101", "SLURM_JOB_ID_HET_GROUP_1": "102", "SLURM_HET_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0"}
+INSIDE = {
+    "SLURM_JOB_ID": "101",
+    "SLURM_JOB_ID_HET_GROUP_0": "101",
+    "SLURM_JOB_ID_HET_GROUP_1": "102",
+    "SLURM_HET_SIZE": "2",
+    "CUDA_VISIBLE_DEVICES": "0",
+}
+
+
+def test_anothers_components_are_not_this_jobs(slurm: FakeSlurm) -> None:
+    """A job submitted from a shell inside of a heterogeneous job inherits that one's names."""
+    settings = plan_for(slurm).settings
+    assert component_of(settings, INSIDE) == "102"
+    assert component_of(settings, {**INSIDE, "SLURM_JOB_ID": "200"}) == ""
+    assert component_of(replace(settings, pairing="jobs"), INSIDE) == ""
+
+
+def test_one_job_holds_no_part_while_it_waits_for_the_other(slurm: FakeSlurm) -> None:
+    starts = [f"sbatch: Job 1 to start at 2026-11-25T{hour}:00:00 using 8 processors" for hour in ("10", "19")]
+    slurm.answer("sbatch --test-only", *({"stderr": text} for text in starts))
+    asked = Slurm({"PATH": slurm.path})
+    found = submissions_asked(asked, plan_for(slurm))
+    assert not [finding for finding in found if "holds" in finding.sentence], found
 
 
 def test_the_next_attempt_is_one_job_too(slurm: FakeSlurm) -> None:

@@ -62,7 +62,7 @@ def checkpoint_at_start(directory: CoordinationDir, number: int) -> str:
 def checkpoints_of(settings: Settings, directory: CoordinationDir) -> Checkpoints:
     """Where the run saves."""
     folder = settings.checkpoint_dir or directory.checkpoints
-    return Checkpoints(folder, settings.wandb_experiment, tracked=settings.trains_with_verl)
+    return Checkpoints(folder, settings.wandb_experiment, tracked=settings.saves_like_verl)
 
 
 def number_of(environment: Mapping[str, str]) -> int:

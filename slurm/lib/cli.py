@@ -210,7 +210,16 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
         raise UsageError(f"SKYRL_COORD_DIR={attach} is not a folder")
     if url or attach is None:
         return Request(runtime=False, runtime_url=url)
-    return Request(runtime=False, attach_dir=attach, attach_id=read_jobs(CoordinationDir(attach)).get("runtime", ""))
+    return Request(runtime=False, attach_dir=attach, attach_id=_runtime_id(attach))
+
+
+def _runtime_id(attach: Path) -> str:
+    """The runtime job of the run in a folder; ``UsageError`` for another user's."""
+    try:
+        return read_jobs(CoordinationDir(attach)).get("runtime", "")
+    except OSError as problem:
+        sentence = f"SKYRL_COORD_DIR={attach} cannot be read: {problem.strerror}"
+        raise UsageError(f"{sentence}; name the directory of a run of your own") from None
 
 
 def show(plan: LaunchPlan) -> int:

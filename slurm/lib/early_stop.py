@@ -38,7 +38,7 @@ class EarlyStop:
 
     def signalled(self, number: int) -> None:
         """The handler of the forwarded signals; only notes SIGUSR1, whose turn comes with the next look."""
-        if number != signal.SIGUSR1 or not (self.settings.restarts or self.settings.trains_with_verl):
+        if number != signal.SIGUSR1 or not (self.settings.restarts or self.settings.saves_like_verl):
             self.send(number)
         elif self.settings.restarts:
             self.told = True
@@ -62,9 +62,9 @@ class EarlyStop:
         when = "soon" if left is None else f"in {left:.0f} s"
         what = "it is stopped after its next checkpoint" if self.goes_on else "this is the last attempt"
         log.warning("the time limit comes %s; %s (now: %s)", when, what, self._watch.before or "none")
-        if not self.settings.trains_with_verl:
+        if not self.settings.saves_like_verl:
             self.send(signal.SIGUSR1)
 
     def killed_by_it(self, code: int) -> bool:
         """Whether a trainer without a handler for SIGUSR1 died of ours."""
-        return self.told and not self.settings.trains_with_verl and code == 128 + signal.SIGUSR1
+        return self.told and not self.settings.saves_like_verl and code == 128 + signal.SIGUSR1

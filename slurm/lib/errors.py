@@ -40,9 +40,16 @@ class EnvironmentProblem(SuiteError):
 
 
 class SubmissionError(SuiteError):
-    """Slurm did not take the jobs; what had been submitted is cancelled."""
+    """Slurm did not take the jobs; what had been submitted is cancelled.
+
+    ``leaves_jobs`` where that could not be done, or is not known: then a held job may be in the queue.
+    """
 
     exit_code = EXIT_SUBMISSION
+
+    def __init__(self, message: str, *, leaves_jobs: bool = False) -> None:
+        super().__init__(message)
+        self.leaves_jobs = leaves_jobs
 
 
 class PartnerGone(SuiteError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from slurm.lib.attempts import number_of, plan_checkout, plan_here, why_ended
 from slurm.lib.deadlines import own_end
-from slurm.lib.errors import EXIT_OK, EXIT_SUBMISSION, EXIT_TIMEOUT, SubmissionError
+from slurm.lib.errors import EXIT_OK, EXIT_SUBMISSION, EXIT_TIMEOUT, SubmissionError, WaitTimeout
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.plan import AFTER, Request, Requeue
@@ -38,7 +38,7 @@ BEFORE_GPUS_S = 600.0
 # Slurm expects every job to last until its time limit, so GPUs come sooner, and the run is not in the queue for them
 # before its runtime job has started.
 MOST_ABSENT_S = 3600
-CERTAIN_WITHIN_S = 120.0  # a job that was cancelled as it started ends within Slurm's KillWait, 30 s by default
+CERTAIN_WITHIN_S = 900.0  # of a controller's silence; a job that was cancelled as it started ends within KillWait
 RELEASE_PAUSES_S = (0.0, 2.0, 10.0, 30.0)  # before each attempt; a controller that has just taken two jobs is busy
 
 
@@ -226,9 +226,12 @@ class IdleWatch:
         """The node was not given back; a run that can no longer begin is not worth another attempt."""
         if decision.is_late and not self.over:
             return Conclusion(EXIT_TIMEOUT, f"{story}; it could not be queued again: {problem}")
-        first = self._pause_s == ASK_AGAIN_S and not self.over
+        first = problem.leaves_jobs or (self._pause_s == ASK_AGAIN_S and not self.over)
         self._later()
-        what = "" if self.over else f"; trying again in {duration(self._try_at - self.clock())}"
+        if problem.leaves_jobs:  # held, and known by no id perhaps: another attempt might leave more
+            self._try_at = math.inf
+        tries = not self.over and math.isfinite(self._try_at)
+        what = f"; trying again in {duration(self._try_at - self.clock())}" if tries else ""
         (log.warning if first else log.info)("this job keeps its node: %s%s", problem, what)
         return None
 
@@ -276,7 +279,11 @@ class Swap:
         complaint = slurm.cancel_pending(self.training)
         if complaint:
             raise SubmissionError(f"the training job {self.training} could not be cancelled: {complaint}")
-        status = self._certain(slurm)
+        try:
+            status = self._certain(slurm)
+        except WaitTimeout as problem:  # the cancellation was taken; only what came of it is not known
+            self.still_held = str(problem)
+            return
         if status.state is not JobState.PURGED and not status.words.startswith("CANCELLED"):
             raise self._not_out(status)
         self._release(slurm, runtime)

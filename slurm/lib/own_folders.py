@@ -6,6 +6,7 @@ and is no link itself, was made by a process of this user, privately (0700), so 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -35,5 +36,6 @@ def remove_half_made(place: Path, pattern: str) -> None:
     By age: the files lie on a disk of this host, whose clock has set their times.
     """
     for path in own_folders(place, pattern):
-        if time.time() - path.lstat().st_mtime > HALF_MADE_FOR_S:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it may get its name, or be gone, meanwhile
+            if time.time() - path.lstat().st_mtime > HALF_MADE_FOR_S:
+                shutil.rmtree(path, ignore_errors=True)

@@ -8,7 +8,7 @@ launcher's pid.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +25,10 @@ from slurm.lib.verl_versions import VerlVersion
 
 RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
 ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
-OF_ONE_JOB = frozenset({ATTEMPT, AFTER, "SKYRL_RUNTIME_JOB_ID"})  # not for the jobs that a job of ours submits
+# Not for the jobs that a job of ours, or a process of a local run, submits.
+OF_ONE_JOB = frozenset({ATTEMPT, AFTER, "SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"})
 LOCAL_PID = "<pid>"
+DEPENDENCY, BEGIN = ("dependency", "d"), ("begin", "b")  # options of sbatch, in long and short
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
 
 
@@ -213,6 +215,21 @@ def training_options(settings: Settings) -> tuple[str, ...]:
     return _options(pairs) + _site_options(settings) + settings.gpu_sbatch_args
 
 
+def parted(words: Sequence[str], option: str, letter: str) -> tuple[tuple[str, ...], list[str]]:
+    """Options of sbatch without one of them, in any of its forms, and the values that it had."""
+    kept, values, rest = [], [], iter(words)
+    for word in rest:
+        if word in {f"--{option}", f"-{letter}"}:
+            values += [next(rest, "")]
+        elif word.startswith(f"--{option}="):
+            values += [word.partition("=")[2]]
+        elif word.startswith(f"-{letter}"):
+            values += [word[2:]]
+        else:
+            kept.append(word)
+    return tuple(kept), values
+
+
 SBATCH = ("sbatch", "--parsable", "--no-requeue", "--export=ALL")
 
 
@@ -324,6 +341,17 @@ class _Builder:
         known = self.request.restart or self.request.requeue
         return {ATTEMPT: str(known.attempt if known else 1)} | ({AFTER: known.after} if known and known.after else {})
 
+    def options_of(self, kind: str) -> tuple[str, ...]:
+        """A job's options.
+
+        The user's come last, and of --dependency and --begin the last one counts. What these say has been waited for
+        when the run goes on.
+        """
+        options = (runtime_options if kind == "runtime" else training_options)(self.settings)
+        if not self.request.goes_on:
+            return options
+        return parted(parted(options, *DEPENDENCY)[0], *BEGIN)[0]
+
     @property
     def held(self) -> tuple[str, ...]:
         """The first options of what is submitted first, which waits for its release and perhaps for more."""
@@ -340,9 +368,9 @@ class _Builder:
         """
         directory = self.directory_of(OWN_ID)
         script = self.script("verl_training.py")
-        training = training_options(self.settings) + _logs("training", self.base, directory)
+        training = self.options_of("training") + _logs("training", self.base, directory)
         # Without a log, which its body's step writes, and without a signal, which is the batch script's alone.
-        runtime = [word for word in runtime_options(self.settings) if not word.startswith("--signal=B:")]
+        runtime = [word for word in self.options_of("runtime") if not word.startswith("--signal=B:")]
         environment = _job_environment("training", self.base, directory, self.checkout, self.python) | self.attempt()
         argv = (*SBATCH, *self.held, *training, ":", *runtime, str(script))
         return JobPlan("training", argv, script, f"{self.base}/{directory}", environment)
@@ -350,7 +378,7 @@ class _Builder:
     def runtime(self) -> JobPlan:
         directory = self.directory_of(OWN_ID)
         script = self.script("runtime_server.py")
-        options = runtime_options(self.settings) + _logs("runtime", self.base, directory)
+        options = self.options_of("runtime") + _logs("runtime", self.base, directory)
         environment = _job_environment("runtime", self.base, directory, self.checkout, self.python) | self.attempt()
         return JobPlan(
             "runtime", (*SBATCH, *self.held, *options, str(script)), script, f"{self.base}/{directory}", environment
@@ -364,8 +392,12 @@ class _Builder:
         restart = self.request.restart
         # A restart's runtime job may be cancelled while it is queued, which fulfils `after` (Slurm 22.05).
         both = f"after:{RUNTIME_ID},afterany:{restart.after}" if restart else f"after:{RUNTIME_ID}"
+        options, theirs = self.options_of("training"), list[str]()
+        if paired:
+            options, theirs = parted(options, *DEPENDENCY)
+        both = ",".join([both, *theirs])
         first = (f"--dependency={both}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
-        options = training_options(self.settings) + _logs("training", self.base, directory)
+        options += _logs("training", self.base, directory)
         environment = _job_environment("training", self.base, directory, self.checkout, self.python)
         partner = RUNTIME_ID if paired else self.request.attach_id
         environment |= self.attempt() | ({"SKYRL_RUNTIME_JOB_ID": partner} if partner else {})

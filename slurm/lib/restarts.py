@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from slurm.lib.coordination import Flag
 from slurm.lib.errors import EXIT_NO_PROGRESS, EXIT_OK
-from slurm.lib.scheduler import JobFacts, JobStatus
+from slurm.lib.scheduler import JobFacts, JobState, JobStatus
 
 CLOCKS_DIFFER_S = 30.0  # between Slurm's controller and a node, and between Slurm's looks at time limits
 
@@ -90,6 +90,10 @@ def how_it_ended(after: str, flag: Flag | None, status: JobStatus) -> tuple[Ende
 
 def verdict(after: str, flag: Flag | None, status: JobStatus, before: str, now: str) -> Verdict:
     """Whether the training goes on after the job ``after``, whose checkpoints were ``before`` when it began."""
+    if flag is None and status.state in {JobState.PENDING, JobState.RUNNING} and "COMPLETING" not in status.words:
+        return Verdict(
+            False, f"the training job {after} has not ended, by Slurm's word ({status.words})", EXIT_NO_PROGRESS
+        )
     ended, words = how_it_ended(after, flag, status)
     verb = "was " if ended in {Ended.CANCELLED, Ended.INTERRUPTED} else ""
     story = f"the training job {after} {verb}{ended.value} ({words})"

@@ -25,7 +25,7 @@ from slurm.lib.scheduler import Slurm, component_step_argv
 from slurm.lib.settings import Settings
 
 GROUP = 1  # the runtime's place in the job, counted from 0
-COMPONENT_NAME = f"SLURM_JOB_ID_HET_GROUP_{GROUP}"
+FIRST_COMPONENT, COMPONENT_NAME = "SLURM_JOB_ID_HET_GROUP_0", f"SLURM_JOB_ID_HET_GROUP_{GROUP}"
 CPUS_NAME = f"SLURM_CPUS_PER_TASK_HET_GROUP_{GROUP}"
 SHOWN_LOG_LINES = 3
 # From the flag by which the runtime's body ends to the end of srun, beyond what the body itself takes (KillWait).
@@ -35,8 +35,12 @@ INTO_LOGS = 'exec "$@" >>"$0.out" 2>>"$0.err"'
 
 
 def component_of(settings: Settings, environment: Mapping[str, str]) -> str:
-    """The runtime's job id, where this training job is the first component of a heterogeneous job; else empty."""
-    return environment.get(COMPONENT_NAME, "") if settings.pairing == "het" else ""
+    """The runtime's job id, where this training job is the first component of a heterogeneous job; else empty.
+
+    Not where the names of components are another job's, from whose shell this one was submitted.
+    """
+    is_first = environment.get(FIRST_COMPONENT) == environment.get("SLURM_JOB_ID")
+    return environment.get(COMPONENT_NAME, "") if settings.pairing == "het" and is_first else ""
 
 
 def as_a_job_alone(environment: Mapping[str, str]) -> dict[str, str]:

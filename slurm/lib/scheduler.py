@@ -219,7 +219,8 @@ class Slurm:
             answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
         except WaitTimeout as problem:
             raise SubmissionError(
-                f"{problem}; it may have been queued all the same, held: look with squeue --me, end it with scancel"
+                f"{problem}; it may have been queued all the same, held: look with squeue --me, end it with scancel",
+                leaves_jobs=True,
             ) from None
         job_id = parse_job_id(answer)
         if not answer.ok or job_id is None:

@@ -805,7 +805,7 @@ class Settings:
     skyrl_debug: bool = setting("SKYRL_DEBUG", switch, False, "Whether debug lines are logged.")
 
     @property
-    def trains_with_verl(self) -> bool:
+    def saves_like_verl(self) -> bool:
         """Whether the trainer saves as VERL does: by its environment and not by a signal, with a tracker file."""
         return not self.training_command or self.training_command_is_verl
 
@@ -893,6 +893,9 @@ def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str, str]]:
     return list(_without_effect(settings) if local else _queued_doubts(settings))
 
 
+SHORT_WAIT_S = 300  # GPUs that come free now and then do so within minutes
+
+
 def _queued_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, str]]:
     waits, limit = settings.training_complete_timeout, time_limit_s(settings)
     if waits < limit:
@@ -907,6 +910,15 @@ def _queued_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, s
             "other"
         )
         yield ("RUNTIME_IDLE_LIMIT", "PAIRING"), sentence, "leave it unset"
+    elif 0 < settings.runtime_idle_limit < SHORT_WAIT_S:
+        sentence = (
+            f"RUNTIME_IDLE_LIMIT={settings.runtime_idle_limit}: each time that both jobs are queued again the training "
+            "loses its age in the queue"
+        )
+        yield ("RUNTIME_IDLE_LIMIT",), sentence, f"give it {SHORT_WAIT_S} s or more, or set PAIRING=het"
+    if settings.training_command_is_verl and not settings.training_command:
+        sentence = "TRAINING_COMMAND_IS_VERL has no effect: there is no TRAINING_COMMAND"
+        yield ("TRAINING_COMMAND_IS_VERL",), sentence, "leave it unset"
 
 
 def _without_effect(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, str]]:
@@ -972,7 +984,7 @@ SAID_ANYWAY = Override("trainer.resume_mode", "auto")
 
 def _restart_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
     """Of VERL alone: how another TRAINING_COMMAND saves is its own affair."""
-    if not settings.restarts or not settings.trains_with_verl:
+    if not settings.restarts or not settings.saves_like_verl or settings.skyrl_backend == "local":
         return
     if settings.save_freq == -1:
         sentence = f"RESTARTS={settings.restarts} with SAVE_FREQ=-1: without checkpoints there is nothing to go on from"

@@ -38,6 +38,7 @@ class _Undo:
     job_ids: list[str]
     made: Path | None = None
     added: list[Path] = field(default_factory=list)
+    failed: bool = False
 
     def __call__(self) -> str:
         complaint = self.slurm.cancel(list(reversed(self.job_ids)))
@@ -46,6 +47,7 @@ class _Undo:
         for path in self.added:
             path.unlink(missing_ok=True)
         if complaint:
+            self.failed = True
             return f"could not cancel {' '.join(self.job_ids)} ({complaint}): cancel by hand with scancel"
         return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
 
@@ -56,7 +58,9 @@ def _taken_back_on_failure(slurm: Slurm) -> Iterator[_Undo]:
     try:
         yield undo
     except SuiteError as problem:
-        raise SubmissionError(f"{problem}; {undo()}") from None
+        message = f"{problem}; {undo()}"
+        leaves = undo.failed or (isinstance(problem, SubmissionError) and problem.leaves_jobs)
+        raise SubmissionError(message, leaves_jobs=leaves) from None
     except Interrupted:
         log.warning("taking the submission back: %s", undo())
         raise
@@ -72,7 +76,8 @@ def submit(
     checkout: Path,
     release: Callable[[Slurm, str], None] = Slurm.release,
 ) -> Submitted:
-    """Submit the plan's jobs and ``release`` the first. ``SubmissionError`` says why not, with nothing left behind."""
+    """Submit the plan's jobs and ``release`` the first. ``SubmissionError`` says why not, with nothing left behind
+    that it does not name."""
     jobs: dict[str, str] = {}
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None

@@ -307,6 +307,12 @@ def test_a_validation_is_cut_into_batches_that_have_sandboxes(world: World) -> N
     assert "a validation is 500 rows in 63 batches of at most 8, every 20 steps" in [one.sentence for one in found]
 
 
+def test_of_a_runtime_that_is_joined_the_slots_are_not_known(world: World) -> None:
+    write_parquet(world.data / "validation.parquet", 500)
+    request = Request(runtime=False, runtime_url="http://127.0.0.1:1")
+    assert worst(of(world.check("VAL_BATCH_SIZE=500", request=request), "data")) is WARNING
+
+
 def test_data_that_overrides_name_are_the_users_affair(world: World) -> None:
     (world.data / "train.parquet").unlink()
     write_parquet(world.data / "validation.parquet", 900)

@@ -137,7 +137,8 @@ def _space(asked: Asked) -> list[Finding]:
 
 def _data(asked: Asked) -> list[Finding]:
     settings = asked.settings
-    return data.data_findings(settings, data.read_footer(settings.train_data), data.read_footer(settings.val_data))
+    train, val = data.read_footer(settings.train_data), data.read_footer(settings.val_data)
+    return data.data_findings(settings, train, val, joins=not asked.brings_runtime)
 
 
 def _folders(asked: Asked) -> list[Finding]:

@@ -245,7 +245,7 @@ def submissions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
     with ThreadPoolExecutor(len(plan.jobs)) as pool:
         answers = dict(zip([job.kind for job in plan.jobs], pool.map(ask, plan.jobs), strict=True))
     found = [finding for kind, answer in answers.items() for finding in submission_findings(kind, answer)]
-    both = plan.runtime and plan.training
+    both = plan.runtime and plan.training and not plan.combined
     return found + (wait_findings(plan.settings, answers["runtime"], answers["training"]) if both else [])
 
 

@@ -53,15 +53,15 @@ def read_footer(path: Path | None) -> Footer:
         return Footer(problem=f"={path} cannot be read: {' '.join(str(found).split())}")
 
 
-def data_findings(settings: Settings, train: Footer, val: Footer) -> list[Finding]:
-    """Columns, and rows against the batch."""
+def data_findings(settings: Settings, train: Footer, val: Footer, *, joins: bool = False) -> list[Finding]:
+    """Columns, and rows against the batch. Of a runtime that this launch ``joins`` the slots are not known."""
     used, found = files_used(settings), list[Finding]()
     if "TRAIN_DATA" in used:
         found += _file_findings("TRAIN_DATA", settings.train_data, train)
         found += _step_findings(settings, train.rows) if not train.problem else []
     if "VAL_DATA" in used and validates(settings):
         found += _file_findings("VAL_DATA", settings.val_data, val)
-        found += _validation_findings(settings, val.rows) if not val.problem else []
+        found += _validation_findings(settings, val.rows, joins) if not val.problem else []
     return found
 
 
@@ -116,7 +116,7 @@ def _validation_estimate(settings: Settings, rows: int, batch: int) -> Finding:
     return estimate("data", sentence)
 
 
-def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
+def _validation_findings(settings: Settings, rows: int, joins: bool) -> list[Finding]:
     """SkyRL-agent starts a sandbox for each row of a validation's batch first; VAL_BATCH_SIZE is as many as have one.
 
     What gets no slot does not end the run: its row counts as unsolved (read in SkyRL, commit eea40bc). But its fork
@@ -140,6 +140,6 @@ def _validation_findings(settings: Settings, rows: int) -> list[Finding]:
         f"{duration(idle_s)}"
     )
     fix = f"{shorter}, leave VAL_BATCH_SIZE unset ({slots} then), or set TEST_FREQ=-1"
-    if settings.skyrl_backend == "local" or idle_s < slurm_seconds(settings.time_limit):
+    if joins or settings.skyrl_backend == "local" or idle_s < slurm_seconds(settings.time_limit):
         return [warning("data", sentence, fix)]
     return [error("data", f"{sentence}, which TIME_LIMIT={settings.time_limit} ends", fix)]
