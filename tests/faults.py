@@ -62,13 +62,13 @@ HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing
 CASES = (NO_PODMAN, NO_SUBUIDS, FULL_DISK, NO_PORT, NO_IMAGE, MANY_LAUNCHES, OTHER_USER, HOME_FULL, DEAD_JOB)
 
 
-def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "", in_record: bool = False) -> float:
+def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "") -> float:
     """Wait until a run is released and return the seconds that took, which the case bounds.
 
     Released: both jobs are out of the queue (one that is completing is in it); no process, container, port, socket or
     storage of the user is left on a node that was not there before; and the reason (``reads``, else the case's) stands
-    in the logs of both jobs and in the completion flag, with ``in_record`` in run.json too. A training job that was
-    taken out of the queue before it began has written neither log nor flag; the runtime job's log then says so.
+    in the logs of both jobs, in the completion flag and in run.json. A training job that was taken out of the queue
+    before it began has written no log; the runtime job's then says so.
     """
     begin = time.monotonic()
     while left := [*(f"{kind} job" for kind in run.jobs if not run.is_over(kind)), *nothing_left.now()]:
@@ -76,19 +76,24 @@ def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "", i
         time.sleep(0.1)
     seconds = time.monotonic() - begin
     reason = reads or case.reads
-    silent = [place for place, text in _places(run, in_record) if reason not in text]
+    silent = [place for place, text in _places(run) if reason not in text]
     assert not silent, f"{case.fault}: {reason!r} does not stand in {', '.join(silent)} of {run.directory}"
     return within(case, seconds)
 
 
-def _places(run: Run, in_record: bool) -> Iterator[tuple[str, str]]:
+def _places(run: Run) -> Iterator[tuple[str, str]]:
     withdrawn = f"cancelled the pending training job {run.jobs['training']}" in run.log("runtime")
     for kind in ("runtime",) if withdrawn else ("runtime", "training"):
         yield f"the {kind} job's log", run.log(kind) + run.log(kind, "err")
-    if not withdrawn:
-        yield "training_complete.flag", str(run.completion.get("reason", ""))
-    if in_record:
-        yield "run.json", run.text("run.json")
+    yield "training_complete.flag", str(run.completion.get("reason", ""))
+    for kind in ("runtime", "training"):
+        yield f"run.json about the {kind} job", _recorded(run, kind)
+
+
+def _recorded(run: Run, kind: str) -> str:
+    """How a job ended, as run.json says it."""
+    record = json.loads(run.text("run.json") or "{}")
+    return str(record.get("jobs", {}).get(kind, {}).get("ended", {}).get("reason", ""))
 
 
 def within(case: Case, seconds: float) -> float:

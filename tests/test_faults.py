@@ -80,7 +80,7 @@ class Ended:
     def run(
         self, argv: list[str], env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60
     ) -> CompletedProcess[str]:
-        return CompletedProcess(argv, 0, self.state, "")
+        return CompletedProcess(argv, 0, f"7|{self.state}\n8|{self.state}\n", "")
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,12 @@ SAID = {
     "runtime_7.out": "ends: the cause",
     "training_8.err": "the runtime failed: the cause",
     "training_complete.flag": '{"reason": "the cause"}',
-    "run.json": "the cause",
+    "run.json": json.dumps({"jobs": {kind: {"ended": {"reason": "the cause"}} for kind in ("runtime", "training")}}),
 }
-WITHDRAWN = {"runtime_7.out": "the cause; cancelled the pending training job 8, which could only fail"}
+WITHDRAWN = {
+    **{name: SAID[name] for name in ("training_complete.flag", "run.json")},
+    "runtime_7.out": "the cause; cancelled the pending training job 8, which could only fail",
+}
 
 
 def release(folder: Path, files: Mapping[str, str], left: tuple[str, ...] = (), state: str = "FAILED") -> float:
@@ -109,7 +112,7 @@ def release(folder: Path, files: Mapping[str, str], left: tuple[str, ...] = (), 
     run = Run(Ended(folder, state), folder, {"runtime": "7", "training": "8"})
     nobody = OrdinaryUser("nobody", 0, 0, folder, range(0), {})
     check = Left(nobody, Belongings({}, frozenset(), frozenset()), left)
-    return released(run, check, QUICK, in_record="run.json" in files)
+    return released(run, check, QUICK)
 
 
 @pytest.mark.parametrize("files", [SAID, WITHDRAWN], ids=["both began", "the training was pending"])

@@ -153,8 +153,10 @@ def run_body(kind: str, script: str, argv: Sequence[str], run: Callable[[JobCont
             log.error("%s", problem)
             tell_partner(kind, arguments.coord_dir, os.environ, problem)
             return problem.exit_code
-        except Exception:  # the edge of the process: what no code of ours expected ends here, with its traceback
+        except Exception as fault:  # the edge of the process: what no code of ours expected ends here
             log.exception("an internal error of the %s job", kind)
+            words = f"an internal error of the {kind} job ({type(fault).__name__}: {fault}); see its .err"
+            tell_partner(kind, arguments.coord_dir, os.environ, SuiteError(words))
             return EXIT_INTERNAL
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from slurm.lib.coordination import utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
@@ -253,22 +254,28 @@ def podman_storage(
 
 @contextlib.contextmanager
 def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path], registries: str) -> Iterator[None]:
-    """Made under another name and locked before it gets its own, so that no sweep takes it for a dead job's."""
-    try:
-        making = Path(tempfile.mkdtemp(prefix=f".{storage.root.name}.", dir=storage.root.parent))
-        with (making / storage.lock.name).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now()}))
-            lock.flush()
-            making.rename(storage.root)
+    """The store, made and locked for the length of the block."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(_locked_folder(storage.root, storage.lock.name))
             _furnish(storage, image_stores, registries)
-            yield
-    except OSError as problem:
-        if problem.filename is None or not str(problem.filename).startswith(str(storage.root.parent)):
-            raise
-        raise EnvironmentProblem(
-            f"cannot make Podman storage {storage.root}: {problem.strerror}; see LOCAL_SCRATCH"
-        ) from None
+        except OSError as problem:
+            sentence = f"cannot make Podman storage {storage.root}: {problem.strerror}; see LOCAL_SCRATCH"
+            raise EnvironmentProblem(sentence) from None
+        assert not lock.closed
+        yield
+
+
+@contextlib.contextmanager
+def _locked_folder(root: Path, lock_name: str) -> Iterator[IO[str]]:
+    """Made under another name and locked before it gets its own, so that no sweep takes it for a dead job's."""
+    making = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    with (making / lock_name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now()}))
+        lock.flush()
+        making.rename(root)
+        yield lock
 
 
 def _furnish(storage: PodmanStorage, image_stores: Sequence[Path], registries: str = "") -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from slurm.lib.api_server_child import ApiServer, api_server
 from slurm.lib.attempts import refused, why_ended
 from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
+from slurm.lib.endings import End, note_ends
 from slurm.lib.errors import (
     EXIT_OK,
     EXIT_SIGNAL_BASE,
@@ -49,11 +50,15 @@ SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why the job ends: its exit code, a sentence, and whether that is as planned: no training loses its runtime."""
+    """Why the job ends: its exit code, a sentence, and whether that is as planned: no training loses its runtime.
+
+    ``others``: how the training ended, as far as that is known.
+    """
 
     exit_code: int
     reason: str
     as_planned: bool = False
+    others: tuple[End, ...] = ()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +82,8 @@ def run(job: JobContext, notes: SignalNotes) -> int:
         tell_training(job, outcome)
     (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job.job_id, outcome.reason)
     if not outcome.as_planned:
-        withdraw_training(job)
+        withdraw_training(job, outcome)
+    note_ends(job.directory, End("runtime", job.job_id, outcome.exit_code, outcome.reason, "runtime"), *outcome.others)
     return outcome.exit_code
 
 
@@ -98,12 +104,20 @@ def how_ended(job: JobContext, outcome: Outcome) -> str:
     return why_ended(job, "runtime", None).ended if signalled else Ended.INTERRUPTED
 
 
-def withdraw_training(job: JobContext) -> None:
-    """Take a training job that has not started out of the queue: it could only fail."""
+def withdraw_training(job: JobContext, outcome: Outcome) -> None:
+    """Take a training job that has not started out of the queue: it could only fail. Its flag says why."""
     training = partner_of(job.directory, "runtime", job.job_id)
-    if training and job.scheduler.status(training).state is JobState.PENDING:
-        complaint = job.scheduler.cancel([training])
-        log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")
+    if not training or job.scheduler.status(training).state is not JobState.PENDING:
+        return
+    complaint = job.scheduler.cancel([training])
+    log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")
+    reason = f"taken out of the queue before it began: the runtime job {job.job_id} failed: {outcome.reason}"
+    flag = Flag.of_this_host(training, job.job_id, EXIT_UNAVAILABLE, reason, Ended.FAILED)
+    try:
+        job.directory.publish(job.directory.training_complete, flag)
+    except EnvironmentProblem as problem:
+        log.error("%s", problem)
+    note_ends(job.directory, End("training", training, flag.exit_code, reason, "runtime"))
 
 
 @dataclass(frozen=True)
@@ -268,7 +282,10 @@ class TrainingWatcher:
         if why is None:
             return None
         late = self.complete.read()  # its last act may have been the flag
-        return outcome_of(late) if late else Outcome(EXIT_UNAVAILABLE, f"{why}, without a completion flag")
+        if late:
+            return outcome_of(late)
+        reason = f"{why}, without a completion flag"
+        return Outcome(EXIT_UNAVAILABLE, reason, others=(End("training", self.partner.job_id, None, why, "runtime"),))
 
     def _find_partner(self, server: ApiServer) -> PartnerWatch | None:
         training = partner_of(self.job.directory, "runtime", self.job.job_id)
@@ -287,4 +304,4 @@ def outcome_of(flag: Flag) -> Outcome:
     if flag.by_hand:
         return Outcome(EXIT_OK, "training_complete.flag was set by hand", as_planned=True)
     reason = f"training job {flag.job_id} is complete: {flag.reason or 'no reason given'} (exit code {flag.exit_code})"
-    return Outcome(EXIT_OK, reason, as_planned=True)
+    return Outcome(EXIT_OK, reason, as_planned=True, others=(End.of_flag("training", flag),))

@@ -24,6 +24,7 @@ from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, is_l
 from slurm.lib.deadlines import Deadline, announce, deadline_of, told_variables
 from slurm.lib.dot_env import read_dot_env
 from slurm.lib.early_stop import GRACE_S, EarlyStop
+from slurm.lib.endings import End, note_ends
 from slurm.lib.errors import (
     EXIT_INTERNAL,
     EXIT_SIGNAL_BASE,
@@ -119,6 +120,7 @@ def attempt(session: TrainingSession) -> int:
     finally:
         session.record(outcome)
         session.chain.conclude(outcome.ended)
+        session.note_ends(outcome)
     return outcome.exit_code
 
 
@@ -164,6 +166,15 @@ class TrainingSession:
             self.job.directory.publish(self.job.directory.training_complete, flag)
         except EnvironmentProblem as problem:
             log.error("%s; the runtime job will notice that this job has ended", problem)
+
+    def note_ends(self, outcome: Outcome) -> None:
+        """Say in the run's record how this job ended, and the runtime where that is gone."""
+        own = End("training", self.job.job_id, outcome.exit_code, outcome.reason, "training")
+        flag = self.failed.read()
+        gone = End("runtime", self.runtime_job_id, None, outcome.reason, "training")
+        is_gone = outcome.exit_code == PartnerGone.exit_code and bool(self.runtime_job_id)
+        others = [End.of_flag("runtime", flag)] if flag else [gone] if is_gone else []
+        note_ends(self.job.directory, own, *others)
 
     def train(self) -> Outcome:
         """The steps of the job."""

@@ -1,0 +1,82 @@
+"""How did each job of a run end? Said in the record that names it, so that ``run.json`` tells the whole story later.
+
+Both jobs of a pair write the same file, and there is no lock that every shared file system keeps. So each says of both
+what it knows, reads again, and says it again where the other one has written in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm.lib.coordination import CoordinationDir, Flag, read_if_there, utc_now, write_atomically
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.logs import log
+from slurm.lib.run_record import record_paths
+
+LOOKS, PAUSE_S = 4, 0.1  # the other job needs milliseconds from its reading to its writing
+
+
+@dataclass(frozen=True)
+class End:
+    """How one job ended: ``exit_code`` None where it could not say, ``by`` the kind of the job that says so."""
+
+    kind: str
+    job_id: str
+    exit_code: int | None
+    reason: str
+    by: str
+
+    @staticmethod
+    def of_flag(kind: str, flag: Flag) -> End:
+        """What a job has said of itself."""
+        return End(kind, flag.job_id, flag.exit_code, flag.reason, kind)
+
+
+def note_ends(directory: CoordinationDir, *ends: End) -> None:
+    """Write how jobs ended into the records that name them; a job's own word wins over its partner's.
+
+    A folder that cannot be written is said in the log alone: the flags have told the partner.
+    """
+    try:
+        for look in range(LOOKS):
+            time.sleep(PAUSE_S if look else 0.0)
+            news = [path for path in record_paths(directory) if _noted(path, ends)]
+            if not news:
+                return
+    except (EnvironmentProblem, OSError) as problem:
+        log.warning("how the jobs ended does not stand in run.json: %s", problem)
+
+
+def _noted(path: Path, ends: tuple[End, ...]) -> bool:
+    """Write what is new to one record; returns whether anything was."""
+    data = _read(path)
+    jobs = data.get("jobs")
+    told = [end for end in ends if isinstance(jobs, dict) and _is_news(jobs.get(end.kind), end)]
+    if not told or not isinstance(jobs, dict):
+        return False
+    for end in told:
+        what = {"exit_code": end.exit_code, "reason": end.reason, "said_by": end.by, "time": utc_now()}
+        jobs[end.kind] = {**jobs[end.kind], "ended": what}
+    write_atomically(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        data = json.loads(read_if_there(path) or "{}")
+        return data if isinstance(data, dict) else {}
+    return {}
+
+
+def _is_news(job: object, end: End) -> bool:
+    """Whether the record names this job, and says nothing of its end, or only its partner's word against its own."""
+    if not isinstance(job, Mapping) or str(job.get("id")) != end.job_id:
+        return False
+    said = job.get("ended")
+    return not isinstance(said, Mapping) or (said.get("said_by") != end.kind and end.by == end.kind)
