@@ -58,8 +58,16 @@ OTHER_USER = Case(
     "Podman socket, and its API with the key of a run of its own",
     "all refused",
 )
+SANDBOX_ATTACKS = Case(
+    18,
+    "a sandbox tries the API without a key and with its own, the node's files, processes, loopback and namespaces, "
+    "Podman's socket, munge, the job's environment, mounts, devices and the kernel's settings",
+    "all refused",
+)
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
-CASES = (NO_PODMAN, NO_SUBUIDS, FULL_DISK, NO_PORT, NO_IMAGE, MANY_LAUNCHES, OTHER_USER, HOME_FULL, DEAD_JOB)
+CASES = (
+    NO_PODMAN, NO_SUBUIDS, FULL_DISK, NO_PORT, NO_IMAGE, MANY_LAUNCHES, OTHER_USER, HOME_FULL, SANDBOX_ATTACKS, DEAD_JOB
+)  # fmt: skip
 
 
 def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "") -> float:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from slurm.lib.processes import descendants
+from slurm.lib.processes import descendants, start_ticks
 from tests.users import open_tun
 
 HOME = Path("/run/skyrl-test-cluster")
@@ -384,15 +384,25 @@ def _stop(pid_file: Path) -> None:
 
 
 def _empty_node(name: str) -> None:
-    """Kill by pid what still runs on a node, as its power going off would; containers have networks of their own."""
+    """Kill by pid what still runs on a node, as its power going off would, and see its end.
+
+    Containers have networks of their own: their processes are known as descendants of the node's.
+    """
     end = time.monotonic() + STOP_DEADLINE_S
-    while here := {int(pid) for pid in _call("ip", "netns", "pids", _inside(name), check=False).split()}:
+    doomed: dict[int, int | None] = {}
+    while left := _on_node(name) | {pid for pid, ticks in doomed.items() if ticks and start_ticks(pid) == ticks}:
         if time.monotonic() > end:
-            raise ClusterError(f"processes {sorted(here)} of {name} do not end, not even by SIGKILL")
-        for pid in here | descendants(here):
+            raise ClusterError(f"processes {sorted(left)} of {name} do not end, not even by SIGKILL")
+        for pid in left | descendants(left):
+            doomed[pid] = start_ticks(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def _on_node(name: str) -> set[int]:
+    """The processes in a node's network."""
+    return {int(pid) for pid in _call("ip", "netns", "pids", _inside(name), check=False).split()}
 
 
 def _forget_hosts() -> None:
