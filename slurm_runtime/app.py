@@ -72,7 +72,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     )
     builds, traffic = Builds(lambda *build: manager.engine.build(*build)), Traffic()
     app.state.builds = builds
-    app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(Guard, api_key=config.api_key, on_answer=traffic.note, body_s=body_s)
     _add_error_handlers(app)
     add_sandbox_routes(app, manager, config)

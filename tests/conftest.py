@@ -200,7 +200,11 @@ def verl_python() -> Path:
 @pytest.fixture
 def jobs_base(user: OrdinaryUser, request: pytest.FixtureRequest) -> Path:
     """A fresh folder for the runs of one test."""
-    name = re.sub(r"\W+", "_", request.node.name)[:60]
+    return fresh_folder(user, re.sub(r"\W+", "_", request.node.name)[:60])
+
+
+def fresh_folder(user: OrdinaryUser, name: str) -> Path:
+    """An empty folder of the user's, for runs."""
     folder = user.home / "jobs" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import cluster as test_cluster
-from tests.conftest import OrdinaryUser, belongings, leftovers, sweep
+from tests.conftest import OrdinaryUser, belongings, fresh_folder, leaving_nothing
 from tests.runs import Run, launch, launch_argv, until
 from tests.test_slurm_restarts import SAVES_AT_ONCE
 
@@ -139,20 +138,14 @@ def reason(user: OrdinaryUser, job_id: str) -> str:
 
 @pytest.fixture(scope="module")
 def told(user: OrdinaryUser, checkout: Path) -> Iterator[Story]:
-    before = belongings(user)
-    base = user.home / "jobs" / "idle"
-    shutil.rmtree(base, ignore_errors=True)
-    base.mkdir(parents=True)
-    for path in (base.parent, base):
-        os.chown(path, user.uid, user.gid)
-    story = Story(user, checkout, base)
-    try:
-        tell(story)
-        until("nothing left", lambda: not leftovers(user, before), 30)
-        yield story
-    finally:
-        set_state("urgent", "UP")
-        sweep(user, before)
+    with leaving_nothing(user) as check:
+        story = Story(user, checkout, fresh_folder(user, "idle"))
+        try:
+            tell(story)
+            check()
+            yield story
+        finally:
+            set_state("urgent", "UP")
 
 
 def was_given_back(story: Story, first: Run, second: Run, why: str) -> None:

@@ -7,9 +7,7 @@ reads what became of one of them.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,8 +17,8 @@ from typing import Any
 import pytest
 
 from tests import cluster as test_cluster
-from tests.conftest import OrdinaryUser, belongings, leftovers, sweep
-from tests.runs import Run, launch, until
+from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
+from tests.runs import Run, launch
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -125,20 +123,14 @@ def tell(story: Story) -> None:
 
 @pytest.fixture(scope="module")
 def told(user: OrdinaryUser, checkout: Path) -> Iterator[Story]:
-    before = belongings(user)
-    base = user.home / "jobs" / "restarts"
-    shutil.rmtree(base, ignore_errors=True)
-    base.mkdir(parents=True)
-    for path in (base.parent, base):
-        os.chown(path, user.uid, user.gid)
-    story = Story(user, checkout, base)
-    try:
-        tell(story)
-        until("nothing left", lambda: not leftovers(user, before), 20)
-        yield story
-    finally:
-        test_cluster.power_on("gpu-b")
-        sweep(user, before)
+    with leaving_nothing(user) as check:
+        story = Story(user, checkout, fresh_folder(user, "restarts"))
+        try:
+            tell(story)
+            check()
+            yield story
+        finally:
+            test_cluster.power_on("gpu-b")
 
 
 def went_on(story: Story, name: str) -> tuple[Run, Run]:

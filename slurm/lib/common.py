@@ -9,6 +9,7 @@ As a script it starts under any Python 3 and restarts itself in the project's en
 in slurm/lib/helpers.py.
 """
 
+# The names are the point of the import, and pathlib is not yet needed before the restart.
 # ruff: noqa: F403, PTH120
 import os
 import sys

@@ -71,6 +71,7 @@ _DECLARING = frozenset({"export", "declare", "typeset", "readonly"})
 _DIAGNOSTIC = re.compile(r"(?P<file>.+?): \S+ (?P<line>\d+): (?P<what>.+)")  # `line` is translated in other locales
 _SPACED = re.compile(r"\s*(?:export\s+|declare\s+|readonly\s+)?([A-Za-z_]\w*)(?:\s+=|=\s+\S)", re.ASCII)
 _TWO_WORDS = re.compile(r"(?:^|[;{(]|\b(?:then|else|do))\s*([A-Za-z_]\w*)=[^\s;|&#'\"()]+[ \t]+[^\s#&|;]", re.ASCII)
+_NOT_THERE = ("command not found", "No such file or directory")
 
 
 @dataclass(frozen=True)
@@ -312,9 +313,6 @@ def _unquoted(word: str) -> str | None:
         return None
 
 
-NOT_THERE = ("command not found", "No such file or directory")
-
-
 def _diagnostics(said: str, sources: _Sources) -> list[Problem]:
     """Bash's complaints about the files as problems; everything else that was said goes on to our stderr."""
     found: dict[tuple[str, int], list[str]] = {}
@@ -335,7 +333,7 @@ def _complaint(sources: _Sources, file: str, number: int, words: list[str]) -> P
     spaced = _SPACED.match(line)
     if spaced:
         what += f"; an assignment has no space around '=': write {spaced[1]}=VALUE"
-    elif (split := _TWO_WORDS.search(line)) and all(word.endswith(NOT_THERE) for word in words):
+    elif (split := _TWO_WORDS.search(line)) and all(word.endswith(_NOT_THERE) for word in words):
         what += f'; if the value has a space, quote it: {split[1]}="…"'
     elif any("command not found" in word for word in words):
         what += "; correct the command, or add 2>/dev/null where it may be missing"
@@ -442,8 +440,8 @@ def _for_a_command(
     """What ``X=1 command`` set, and nothing after it: traced as an assignment, on a line of this form, and gone."""
     found: dict[str, tuple[Path, int]] = {}
     for step in (step for step in steps if step.subshell == 0):
+        split = _TWO_WORDS.search(sources.line(step.file, step.line))
         for name, value in _assigned(step.text):
-            split = _TWO_WORDS.search(sources.line(step.file, step.line))
             gone = name not in dumped.after or _was_temporary(name, value, dumped, environment)
             if gone and split and split[1] == name:
                 found[name] = (_absolute(step.file), step.line)

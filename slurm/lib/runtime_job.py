@@ -81,9 +81,9 @@ def run(job: JobContext, notes: SignalNotes) -> int:
         outcome = Outcome(problem.exit_code, str(problem))
         tell_training(job, outcome)
     (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job.job_id, outcome.reason)
-    if not outcome.as_planned:
-        withdraw_training(job, outcome)
-    note_ends(job.directory, End("runtime", job.job_id, outcome.exit_code, outcome.reason, "runtime"), *outcome.others)
+    withdrawn = () if outcome.as_planned else withdraw_training(job, outcome)
+    own = End("runtime", job.job_id, outcome.exit_code, outcome.reason, "runtime")
+    note_ends(job.directory, own, *outcome.others, *withdrawn)
     return outcome.exit_code
 
 
@@ -104,11 +104,11 @@ def how_ended(job: JobContext, outcome: Outcome) -> str:
     return why_ended(job, "runtime", None).ended if signalled else Ended.INTERRUPTED
 
 
-def withdraw_training(job: JobContext, outcome: Outcome) -> None:
-    """Take a training job that has not started out of the queue: it could only fail. Its flag says why."""
+def withdraw_training(job: JobContext, outcome: Outcome) -> tuple[End, ...]:
+    """Take a training job that has not started out of the queue: it could only fail. Its flag says why; so it ended."""
     training = partner_of(job.directory, "runtime", job.job_id)
     if not training or job.scheduler.status(training).state is not JobState.PENDING:
-        return
+        return ()
     complaint = job.scheduler.cancel([training])
     log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")
     reason = f"taken out of the queue before it began: the runtime job {job.job_id} failed: {outcome.reason}"
@@ -117,7 +117,7 @@ def withdraw_training(job: JobContext, outcome: Outcome) -> None:
         job.directory.publish(job.directory.training_complete, flag)
     except EnvironmentProblem as problem:
         log.error("%s", problem)
-    note_ends(job.directory, End("training", training, flag.exit_code, reason, "runtime"))
+    return (End("training", training, flag.exit_code, reason, "runtime"),)
 
 
 @dataclass(frozen=True)

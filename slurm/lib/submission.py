@@ -76,8 +76,10 @@ def submit(
     checkout: Path,
     release: Callable[[Slurm, str], None] = Slurm.release,
 ) -> Submitted:
-    """Submit the plan's jobs and ``release`` the first. ``SubmissionError`` says why not, with nothing left behind
-    that it does not name."""
+    """Submit the plan's jobs and ``release`` the first.
+
+    ``SubmissionError`` says why not, and names what could not be taken back.
+    """
     jobs: dict[str, str] = {}
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
