@@ -66,8 +66,17 @@ SANDBOX_ATTACKS = Case(
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
 CASES = (
-    NO_PODMAN, NO_SUBUIDS, FULL_DISK, NO_PORT, NO_IMAGE, MANY_LAUNCHES, OTHER_USER, HOME_FULL, SANDBOX_ATTACKS, DEAD_JOB
-)  # fmt: skip
+    NO_PODMAN,
+    NO_SUBUIDS,
+    FULL_DISK,
+    NO_PORT,
+    NO_IMAGE,
+    MANY_LAUNCHES,
+    OTHER_USER,
+    HOME_FULL,
+    SANDBOX_ATTACKS,
+    DEAD_JOB,
+)
 
 
 def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "") -> float:
