@@ -28,7 +28,9 @@ case "$*" in
     "-m pip "*install*) [ ! -e {folder}/pip-fails ] || {{ echo 'pip: no such package'; exit 1; }} ;;
     "-m pip"* | "-m mypy"* | */bin/vermin*) ;;
     "-m ruff"*) [ ! -e {folder}/ruff-fails ] || {{ echo 'ruff: E501'; exit 1; }} ;;
-    "-m pytest"*) echo '== 1 failed, 2 passed in 0.10s =='; exit "$(cat {folder}/pytest-status)" ;;
+    "-m pytest"*)
+        printf '%s\\n' '= short test summary info =' '== 1 failed, 2 passed in 0.10s =='
+        exit "$(cat {folder}/pytest-status)" ;;
     "-m tests.cluster logs") echo {folder}/logs ;;
     *launch.py*) exit 7 ;;
     *) exec '{python}' "$@" ;;
@@ -246,13 +248,16 @@ class TestTestCommand:
         assert "failed: ruff check; ruff format;" in done.stderr
         assert done.stdout.splitlines()[-1] == "== 1 failed, 2 passed in 0.10s =="
 
-    def test_in_ci_shows_the_logs_of_slurm_when_it_fails(self, copy: Copy) -> None:
+    def test_in_ci_shows_the_logs_of_slurm_when_it_fails_and_last_what_did(self, copy: Copy) -> None:
+        (copy.folder / "ruff-fails").touch()
         (copy.folder / "pytest-status").write_text("3")
         (copy.folder / "logs").mkdir()
         (copy.folder / "logs" / "slurmctld.log").write_text("error: node down\n")
         done = copy.run(".ci/run")
         assert done.returncode == 3
-        assert "error: node down" in done.stdout
+        last = done.stdout.partition("error: node down")[2]
+        assert "failed: ruff check; ruff format;" in last
+        assert last.splitlines()[-1] == "== 1 failed, 2 passed in 0.10s =="
         assert "no_skips" in copy.calls("-m pytest")[0]
 
 
