@@ -1,6 +1,6 @@
 """What the fault matrix measures: is a run released, how soon, and does everybody read why?
 
-Each case is a row of docs/reliability.md, and what a test of tests/test_slurm_faults_*.py asserts: its bound, and the
+Each case is a row of docs/reliability.md, and what a test marked ``faults`` asserts: its bound, and the
 words that stand in both logs and in the completion flag. SKYRL_FAULT_TIMES names a file for the measured times.
 """
 
@@ -65,6 +65,11 @@ SANDBOX_ATTACKS = Case(
     "all refused",
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
+LAUNCHER_KILLED = Case(21, "`kill -9` of the launcher of a local run", "nothing of the run is left", 10)
+LAUNCHER_KILLED_EARLY = Case(
+    21, "`kill -9` of the launcher of a local run whose runtime is starting", "nothing of the run is left", 10
+)
+TERMINAL_CLOSED = Case(21, "the terminal of a local run is closed", "nothing of the run is left", 10)
 CASES = (
     NO_PODMAN,
     NO_SUBUIDS,
@@ -76,6 +81,9 @@ CASES = (
     HOME_FULL,
     SANDBOX_ATTACKS,
     DEAD_JOB,
+    LAUNCHER_KILLED,
+    LAUNCHER_KILLED_EARLY,
+    TERMINAL_CLOSED,
 )
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import faults
 from tests.conftest import CHECKOUT, OrdinaryUser
-from tests.local_runs import GONE_WITHIN_S, Local, Place
+from tests.faults import within
+from tests.local_runs import Local, Place
 from tests.runs import until
 
 pytestmark = pytest.mark.podman
@@ -139,6 +141,7 @@ def read_until(descriptor: int, text: bytes, seconds: float = 30) -> bytes:
     return seen
 
 
+@pytest.mark.faults
 @one_user
 def test_a_terminal_that_is_closed(place: Place) -> None:
     """SIGHUP, and nobody to read what is written from now on."""
@@ -147,8 +150,10 @@ def test_a_terminal_that_is_closed(place: Place) -> None:
     os.close(terminal)
     read_until(main, b"trainer has started")
     os.close(main)
+    begin = time.monotonic()
     assert run.wait(20) == 143
     place.assert_nothing_left()
+    within(faults.TERMINAL_CLOSED, time.monotonic() - begin)
     flags = [json.loads(path.read_text()) for path in place.base.glob("2*/training_complete.flag")]
     assert [flag["exit_code"] for flag in flags] == [143]
 
@@ -162,22 +167,24 @@ def test_other_signals_stop_both(place: Place, number: signal.Signals) -> None:
     assert run.completion()["exit_code"] == 143
 
 
+@pytest.mark.faults
 def test_a_killed_launcher_leaves_nothing(place: Place) -> None:
     run = running(place)
     directory = run.directory
     run.process.kill()
     run.process.wait()
-    place.assert_nothing_left(GONE_WITHIN_S)
+    within(faults.LAUNCHER_KILLED, place.assert_nothing_left())
     assert (directory / "training_complete.flag").exists()
 
 
+@pytest.mark.faults
 @one_user
 def test_a_launcher_killed_while_the_runtime_starts_leaves_nothing(place: Place) -> None:
     run = place.start(LONG)
     run.wait_for(" runtime | ")
     run.process.kill()
     run.process.wait()
-    place.assert_nothing_left(GONE_WITHIN_S)
+    within(faults.LAUNCHER_KILLED_EARLY, place.assert_nothing_left())
 
 
 @one_user
