@@ -138,7 +138,9 @@ def test_a_wait_ends_when_the_flag_comes(shell: Shell, directory: CoordinationDi
         assert process.communicate(timeout=30)[0] == "http://late:1\n"
 
 
-def test_ctrl_c_ends_a_wait_without_a_traceback(directory: CoordinationDir) -> None:
+def test_ctrl_c_ends_a_wait_without_a_traceback(directory: CoordinationDir, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts with "&"
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     try:
