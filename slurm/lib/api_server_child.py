@@ -24,7 +24,7 @@ from slurm.lib.images import archives_folder
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage
-from slurm.lib.processes import Child, ChildSpec, write_through
+from slurm.lib.processes import Child, ChildSpec, how_it_ended, write_through
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
@@ -176,9 +176,7 @@ class ApiServer:
         code = self._child.exit_code
         if code is not None:
             words = b" | ".join(line.strip() for line in self._last_words).decode("utf-8", "replace")
-            raise EnvironmentProblem(
-                f"the API server on {socket.gethostname()} ended with exit code {code}: {words or 'without a word'}"
-            )
+            raise EnvironmentProblem(f"the API server on {socket.gethostname()} ended with {how_it_ended(code, words)}")
 
     def stop(self) -> None:
         """Have it remove its sandboxes and end; killed when its share of the budget is over."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.podman_storage import PodmanStorage
-from slurm.lib.processes import Child, ChildSpec, write_through
+from slurm.lib.processes import Child, ChildSpec, how_it_ended, write_through
 from slurm.lib.waiting import wait_for
 
 START_DEADLINE_S = 30.0  # 0.3 s here; a busy node's first rootless start can take many times that
@@ -83,11 +83,11 @@ class PodmanService:
 
     def check_alive(self) -> None:
         """``EnvironmentProblem`` with the service's last words if it has ended."""
-        if self.exit_code is not None:
+        code = self.exit_code
+        if code is not None:
             words = " ".join(b" ".join(self._last_words).decode("utf-8", "replace").split())
             raise EnvironmentProblem(
-                f"the Podman service on {socket.gethostname()} ended with exit code {self.exit_code}: "
-                f"{words or 'without a word'}"
+                f"the Podman service on {socket.gethostname()} ended with {how_it_ended(code, words)}"
             )
 
 
