@@ -6,6 +6,7 @@ because it may take seconds to answer.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class RunWatch:
     server: ApiServer | None = None
     service: PodmanService | None = None
     idle: IdleWatch | None = None
-    _deadline: float = field(default=0.0, init=False)
+    _deadline: float = field(default=math.inf, init=False)
     _next_far_look: float = field(default=0.0, init=False)
 
     def serves(self, server: ApiServer) -> None:
