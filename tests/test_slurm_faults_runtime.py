@@ -69,6 +69,26 @@ def server_of(run: Run) -> RuntimeClient:
     return RuntimeClient(run.text("runtime_url.txt").strip(), run.text("runtime_api_key.txt").strip())
 
 
+# --- 2: the training ends while its runtime still starts --------------------------------------------------------------
+
+
+def test_a_runtime_that_loads_its_image_sees_its_training_end(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: NothingLeft
+) -> None:
+    """The load of the image is stopped by a signal: so it takes as long as that of the largest image."""
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=true", *SETTINGS)
+    end = time.monotonic() + 60
+    while not (loads := [pid for pid, words in user.processes().items() if "load --quiet --input" in words]):
+        assert time.monotonic() < end and not run.text("runtime_ready.flag"), "the load was not seen"
+        time.sleep(0.002)
+    os.kill(loads[0], signal.SIGSTOP)
+    run.wait_for_text("training", "waiting up to")
+    user.run(["scancel", run.jobs["training"]])
+    released(run, nothing_left, faults.CANCELLED_EARLY)
+    assert not run.text("runtime_ready.flag")
+    assert run.exit_code("runtime") == "0"
+
+
 # --- 4: the API server ------------------------------------------------------------------------------------------------
 
 
