@@ -168,7 +168,7 @@ class ApiServer:
         Who connects meanwhile waits in the socket's queue. The new server takes over the sandboxes of the dead one.
         """
         assert self.is_ours, "only our own server takes sandboxes over"
-        self._child.kill()
+        self._child.stop()
         self._start(replace(self._spec, argv=(*self._spec.argv, "--adopt")))
 
     def check_alive(self) -> None:
