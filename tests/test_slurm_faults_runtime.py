@@ -145,17 +145,25 @@ class Client:
             return False
 
 
-def kill_service(user: OrdinaryUser, run: Run, client: Client, case: Case) -> None:
-    """Kill one of the processes of the Podman service, and wait until a new sandbox runs a command.
+def service_processes(user: OrdinaryUser, run: Run) -> tuple[list[int], int]:
+    """The processes of a Podman service, and the one that serves.
 
-    The first service of a store is two processes, those after it one.
+    The first service of a store is two processes, the outer of which waits for the inner; one after it is one. What it
+    forks for a moment bears its name too.
     """
-    pids = runtime_processes(user, run, SERVICE)
-    served = [pid for pid in pids if int((living_fields(pid) or ["", "0"])[1]) in pids] or pids
-    doomed = served if case is faults.INNER_KILLED else [pid for pid in pids if pid not in served]
-    (pid,) = doomed
-    session, begin = f"after{pid}", time.monotonic()
-    os.kill(pid, signal.SIGKILL)
+    before = runtime_processes(user, run, SERVICE)
+    time.sleep(0.3)
+    pids = [pid for pid in runtime_processes(user, run, SERVICE) if pid in before]
+    parents = {pid: int((living_fields(pid) or ["", "0"])[1]) for pid in pids}
+    return pids, next((pid for pid in pids if parents[pid] in pids), pids[0])
+
+
+def kill_service(user: OrdinaryUser, run: Run, client: Client, case: Case) -> None:
+    """Kill one of the processes of the Podman service, and wait until a new sandbox runs a command."""
+    pids, serves = service_processes(user, run)
+    doomed = serves if case is faults.INNER_KILLED else next(pid for pid in pids if pid != serves)
+    session, begin = f"after{doomed}", time.monotonic()
+    os.kill(doomed, signal.SIGKILL)
     until("a new sandbox", lambda: client.starts(session), case.bound_s)
     within(case, time.monotonic() - begin)
     assert client.old_ones_are_whole()
