@@ -16,6 +16,7 @@ from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.podman import ContainerSpec, EngineError, EngineFacts
 
+FOLDER_PREFIX = "skyrl-agent-"
 MakeControl = Callable[[int, OnEvent], Control]  # for the process id of Podman's service
 
 
@@ -46,11 +47,15 @@ class Companions:
             await self.launcher.control.close()
         if self._agent_folder is not None:
             await asyncio.to_thread(remove, self._agent_folder)
+        for folder in map(Path, self.launcher.agent_folders):
+            if folder.name.startswith(FOLDER_PREFIX):
+                await asyncio.to_thread(remove, folder)
 
     async def _take_agent_out(self, image: str) -> None:
         """The agent tree of --agent-image, into a folder that lives as long as this server."""
         name, engine = f"agent-{secrets.token_hex(8)}", self.launcher.engine
-        self._agent_folder = Path(tempfile.mkdtemp(prefix="skyrl-agent-"))
+        self._agent_folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self.launcher.agent_folder = str(self._agent_folder)
         self._agent_folder.chmod(0o755)  # containers of a service under another user mount it too
         spec = ContainerSpec(name, image, ("/",), {}, "/", self.launcher.labels.of(""), container_port=1)
         try:

@@ -45,6 +45,10 @@ class Control(Protocol):
         """Fork the agent server into the container; its process id, or ``ForkRefused``."""
         ...
 
+    async def adopt(self, sandbox: str, pid: int) -> None:
+        """Know the agent server that another warden forked into the container; nobody tells of its exit."""
+        ...
+
     async def pause(self, sandbox: str, holder: int) -> None:
         """Stop all processes of the container."""
         ...

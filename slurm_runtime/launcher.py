@@ -12,6 +12,7 @@ from slurm_runtime.config import ServerConfig
 from slurm_runtime.control import Control, ControlError, ForkRefused
 from slurm_runtime.entries import Entry, uninterrupted
 from slurm_runtime.images import Images
+from slurm_runtime.labels import Labels, Notes
 from slurm_runtime.logs import log
 from slurm_runtime.podman import (
     ContainerSpec,
@@ -47,6 +48,8 @@ class Launcher:
         self.control: Control | None = None
         self.steps = StepTimes()
         self.holder_profile = ProfileFile()
+        self.agent_folder = ""  # of this server, where the agent tree was taken out of an image
+        self.agent_folders: set[str] = set()  # of servers before it, which sandboxes that were taken over still use
         self._starters = asyncio.Semaphore(config.starters)
         self._seccomp: Mapping[str, Any] | None = None
         self._knows_seccomp = False
@@ -74,7 +77,7 @@ class Launcher:
             if plan.start is Start.FORK:
                 with self.steps.of("fork"):
                     state = await self._fork(entry, plan, state, facts, slots)
-            await self._watch(entry, state, facts)
+            await self.watch(entry, state, facts)
 
     async def _image(self, entry: Entry) -> ImageFacts:
         return await self.images.need(entry.specification.image, entry.specification.pull_policy, entry.explain)
@@ -148,7 +151,8 @@ class Launcher:
         arguments, folder = plan.arguments, entry.specification.working_dir
         try:
             profile = await self._profile(state)
-            await uninterrupted(self.control.fork(entry.name, state.pid, arguments, folder, profile))
+            forking = self.control.fork(entry.name, state.pid, arguments, folder, profile)
+            entry.server = await uninterrupted(forking)
             return state
         except ForkRefused as problem:
             self._say_once(f"an agent server is started as a plain program, because {problem}")
@@ -169,7 +173,7 @@ class Launcher:
                 self.holder_profile.write(native_only(found, os.uname().machine) if found else None)
         return self._seccomp
 
-    async def _watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:
+    async def watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:
         """Sample every sandbox; bound by the watchdog what no cgroup and no quota bounds."""
         if self.control is None or not state.pid:
             return
@@ -191,7 +195,7 @@ class Launcher:
             command=plan.command,
             environment={**plan.environment, **wish.container_environment},
             working_dir=wish.working_dir,
-            labels=self.labels.of(wish.session_id),
+            labels=self.labels.of(wish.session_id, self._notes(entry, plan)),
             container_port=wish.container_port,
             host_ip=config.publish_ip,
             host_port=entry.port.number,
@@ -205,18 +209,21 @@ class Launcher:
             seccomp_profile=self.holder_profile.path if plan.start is Start.FORK else "",
         )
 
+    def _notes(self, entry: Entry, plan: StartPlan) -> Notes:
+        """What a server after this one, killed, has to know of the sandbox."""
+        wish = entry.specification
+        return Notes(
+            slots=tuple(sorted(entry.lease.numbers)) if entry.lease else (),
+            factor=wish.resource_factor,
+            dialect=wish.dialect.name,
+            start=plan.start.name,
+            url=entry.sandbox.url or "",
+            image=wish.image,
+            container_port=wish.container_port,
+            agent_folder=self.agent_folder if plan.start is not Start.PLAIN else "",
+        )
+
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
             log.warning("%s", sentence)
-
-
-class Labels:
-    """The labels of every container of this server."""
-
-    def __init__(self, common: Mapping[str, str], session_label: str) -> None:
-        self.common = common
-        self.session_label = session_label
-
-    def of(self, session_id: str) -> dict[str, str]:
-        return {**self.common, self.session_label: session_id}

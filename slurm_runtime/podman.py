@@ -17,7 +17,7 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -150,7 +150,8 @@ class ContainerState:
     """A container as Podman sees it.
 
     ``host_port`` is None until one is known; ``pid`` is its first process, 0 where it does not run. ``folders`` are
-    where its own files lie on this machine, ``oci_config`` its runtime's configuration file.
+    where its own files lie on this machine, ``oci_config`` its runtime's configuration file. ``variables`` is its
+    environment, ``created`` when it was made (ISO 8601); a list of containers tells neither.
     """
 
     name: str
@@ -162,6 +163,8 @@ class ContainerState:
     pid: int = 0
     folders: tuple[str, ...] = ()
     oci_config: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)  # the sandbox's key is among them
+    created: str = ""
 
 
 @dataclass(frozen=True)
@@ -448,6 +451,8 @@ def parse_inspect(answer: Mapping[str, Any]) -> ContainerState:
         pid=int(state.get("Pid") or 0),
         folders=_own_folders(answer),
         oci_config=str(answer.get("OCIConfigPath") or ""),
+        variables=dict(entry.partition("=")[::2] for entry in (answer.get("Config") or {}).get("Env") or ()),
+        created=str(answer.get("Created") or ""),
     )
 
 

@@ -71,11 +71,13 @@ class Starts:
         await self.endings.fail(entry, diagnosis)
 
     async def bring_back(self, entry: Entry) -> None:
-        """Of one that was paused: until its server answers again."""
+        """Of one that was paused, or taken over: until its server answers again."""
         try:
             await self._until_ready(entry)
             return
-        except (SandboxDied, NeverReady, EngineError):
+        except NeverReady as problem:
+            diagnosis = Diagnosis(str(problem), (await self.endings.diagnosis(entry)).last_lines)
+        except (SandboxDied, EngineError):
             diagnosis = await self.endings.diagnosis(entry)
         await self.endings.fail(entry, diagnosis)
 
@@ -84,7 +86,7 @@ class Starts:
         deadline = time.monotonic() + self.config.startup_timeout_s
         pause_s, next_look = FIRST_PAUSE_S, time.monotonic() + LOOK_PERIOD_S
         while not await self.probe(url, entry.specification.dialect):
-            if entry.has_ended or time.monotonic() > next_look:
+            if entry.has_ended or entry.server_ended or time.monotonic() > next_look:
                 await self._still_running(entry)
                 next_look = time.monotonic() + LOOK_PERIOD_S
             if time.monotonic() > deadline:
@@ -97,7 +99,7 @@ class Starts:
         log.debug("sandbox %s of session %s is ready at %s", wish.runtime_id, wish.session_id, url)
 
     async def _still_running(self, entry: Entry) -> None:
-        if entry.server_exit is not None or entry.has_ended:
+        if entry.server_ended or entry.has_ended:
             raise SandboxDied
         if not entry.is_watched and not (await self.engine.inspect(entry.name)).running:
             raise SandboxDied

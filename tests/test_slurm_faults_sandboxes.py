@@ -13,6 +13,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
+from tests.faults import runtime_processes
 from tests.runs import Run, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
@@ -106,13 +107,6 @@ def port_of(url: str) -> str:
     return url.strip().rpartition(":")[2]
 
 
-def server_pid(user: OrdinaryUser, run: Run) -> int:
-    """The API server's process, by the number that its node sees."""
-    job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
-    pids = [pid for pid, line in user.processes().items() if "slurm_runtime.api_server" in line]
-    return next(pid for pid in pids if job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-
-
 def test_a_sandbox_that_attacks_is_refused(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
     settings = ("TRAINING_COMMAND=sleep 300", "CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
     run = launch(user, checkout, jobs_base, *settings)
@@ -127,7 +121,7 @@ def test_a_sandbox_that_attacks_is_refused(user: OrdinaryUser, checkout: Path, j
 def attack(user: OrdinaryUser, run: Run) -> None:
     """Have a sandbox of the run try everything, and compare what it was told."""
     until("the API server", lambda: run.text("runtime_ready.flag"), 40)
-    pid = server_pid(user, run)
+    pid = runtime_processes(user, run, "slurm_runtime.api_server")[0]
     neighbour = started(run, "neighbour", SERVES)
     goals = {
         "NODE": test_cluster.NODES["cpu-a"],  # a static busybox cannot look a name up

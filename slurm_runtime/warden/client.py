@@ -73,6 +73,10 @@ class Warden:
         self._servers[sandbox] = int(answer["pid"])
         return self._servers[sandbox]
 
+    async def adopt(self, sandbox: str, pid: int) -> None:
+        self._servers[sandbox] = pid
+        await self._ask({"do": "adopt", "sandbox": sandbox, "pid": pid}, DEADLINE_S)
+
     async def pause(self, sandbox: str, holder: int) -> None:
         await self._about("pause", sandbox, holder)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,6 +76,7 @@ class FakePodman:
     archives: dict[Path, str] = field(default_factory=dict)
     loads: list[Path] = field(default_factory=list)
     removals: list[str] = field(default_factory=list)
+    clock: Iterator[int] = field(default_factory=itertools.count)
     under_way: int = 0
     most_under_way: int = 0
 
@@ -117,7 +119,15 @@ class FakePodman:
         self.most_under_way = max(self.most_under_way, self.under_way)
         await asyncio.sleep(self.delay_s)
         self.under_way -= 1
-        state = ContainerState(spec.name, running=False, status="created", exit_code=0, host_port=spec.host_port)
+        state = ContainerState(
+            spec.name,
+            running=False,
+            status="created",
+            exit_code=0,
+            host_port=spec.host_port,
+            variables=dict(spec.environment),
+            created=f"{next(self.clock):09}",
+        )
         self.containers[spec.name] = FakeContainer(spec, state)
 
     async def init(self, name: str) -> None:
