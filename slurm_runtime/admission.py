@@ -54,6 +54,9 @@ class Admission:
     def _grant(self) -> None:
         while self._queue:
             count, future = self._queue[0]
+            if future.cancelled():  # its asker has been cancelled too and has not yet run to withdraw it
+                self._queue.popleft()
+                continue
             granted = self.slots.take(count)
             if granted is None:
                 return

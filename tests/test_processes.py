@@ -85,10 +85,14 @@ def test_nothing_is_left_after_the_owner_is_killed(number: signal.Signals) -> No
     assert owner.stdout and owner.stdin
     with owner.stdout, owner.stdin:
         sid = int(owner.stdout.readline())
-        until(lambda: len(session_members(sid)) == 3)
-        owner.send_signal(number)
-        owner.wait()
-        until(lambda: session_members(sid) == [])
+        try:
+            until(lambda: len(session_members(sid)) == 3)
+            owner.send_signal(number)
+            owner.wait()
+            until(lambda: session_members(sid) == [])
+        finally:
+            for pid in session_members(sid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_the_guardian_ends_only_what_it_was_told() -> None:
@@ -96,6 +100,7 @@ def test_the_guardian_ends_only_what_it_was_told() -> None:
         ticks = start_ticks(child.pid)
         assert ticks is not None
         end_session(child.pid, ticks + 1)
+        time.sleep(0.3)  # one that was killed is gone by then
         assert child.exit_code is None, "another process of the same number"
         end_session(child.pid, ticks)
         until(lambda: child.exit_code is not None)

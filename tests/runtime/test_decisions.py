@@ -227,6 +227,25 @@ def test_admission_is_first_come_first_served_and_survives_cancellation() -> Non
     assert asyncio.run(scene()) == ["first", "large", "small"]
 
 
+def test_admission_loses_no_slot_when_several_give_up_at_once() -> None:
+    """All who wait are cancelled before any of them runs again: whoever comes first grants to the next one's wish."""
+
+    async def scene() -> int:
+        admission = Admission(Slots(2, 1.0))
+        held = await admission.lease(1)
+        asking = [asyncio.create_task(admission.lease(count)) for count in (2, 1, 1)]
+        await asyncio.sleep(0)
+        for task in asking:
+            task.cancel()
+        gone = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(problem) for problem in gone] == [asyncio.CancelledError] * 3
+        admission.give(held)
+        assert admission.waiting == 0
+        return admission.slots.used
+
+    assert asyncio.run(scene()) == 0
+
+
 # What Podman is told.
 
 FACTS = EngineFacts("4.3.1", rootless=True, controllers=frozenset())
