@@ -223,7 +223,10 @@ class Chain:
 
 
 def why_ended(job: JobContext, kind: str, known_end: float | None) -> Cause:
-    """Why Slurm, or a person, sends SIGTERM to this job of ``kind``; takes at most about two seconds."""
+    """Why Slurm, or a person, sends SIGTERM to this job of ``kind``; takes at most about two seconds.
+
+    ``known_end`` is its time limit as it was known before, in epoch seconds of this host's clock.
+    """
     facts = job.scheduler.facts(job.job_id, ASK_AT_END_S)
     stderr = _tail(job.directory.log(kind, job.job_id, "err"))
     return cause_of(facts, known_end, stderr, job.job_id, time.time())
