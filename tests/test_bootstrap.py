@@ -78,8 +78,10 @@ def test_without_any_one_line_says_which_command_makes_it(code: Path) -> None:
 
 
 def test_a_run_names_the_checkout_it_was_launched_from(code: Path) -> None:
+    done = start(code, "--version", SKYRL_CHECKOUT=str(ROOT))
+    assert f"'{ROOT}/scripts/setup'" in done.stderr
     done = start(code, "--version", SKYRL_CHECKOUT="/the/checkout")
-    assert "'/the/checkout/scripts/setup'" in done.stderr
+    assert "the checkout /the/checkout is gone: launch again from where it is now" in done.stderr
 
 
 def test_broken_ones_do_not_take_turns_for_ever(code: Path, tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_a_spooled_job_script_without_any_code_says_so(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(tmp_path / "slurm_script")], env=environment, capture_output=True, text=True
     )
-    assert done.returncode != 0
+    assert done.returncode == bootstrap.EXIT_ENVIRONMENT
     assert "cannot find the SkyRL checkout; submit it by its path inside the checkout" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -176,5 +178,5 @@ def test_the_job_scripts_find_their_code_in_the_same_way() -> None:
     functions = [
         {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)} for tree in trees
     ]
-    for name in ("has_code", "submitted_from", "find_code"):
+    for name in ("has_code", "submitted_from", "awaited", "find_code", "missing_code"):
         assert len({found[name] for found in functions}) == 1

@@ -19,6 +19,7 @@ from slurm.lib.checkpoints import Checkpoints
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import CoordinationDir, FlagReader, read_if_there, write_atomically
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.plan import AFTER, ATTEMPT, LaunchPlan, Request, Restart, make_plan
@@ -147,8 +148,8 @@ def next_plan(job: JobContext, number: int) -> LaunchPlan:
 def plan_here(job: JobContext, request: Request) -> LaunchPlan:
     """What a launch would do with this job's settings and environment, in this run's directory."""
     config = LoadedConfig(job.settings, exported={}, sources={}, files=(), warnings=())
-    python = job.environment["SKYRL_PYTHON"]
-    return make_plan(config, request, job.environment, plan_checkout(job), python, datetime.now())
+    python, mark = job.environment["SKYRL_PYTHON"], job.environment.get(MARK_NAME, "")
+    return make_plan(config, request, job.environment, plan_checkout(job), python, datetime.now(), mark=mark)
 
 
 class Chain:

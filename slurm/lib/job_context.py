@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from slurm.lib.config import Check, LoadedConfig, load_config
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
 from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
+from slurm.lib.interpreter import MARK_NAME, changes, mark
 from slurm.lib.logs import flush_or_give_up, log, setup_job_logging
 from slurm.lib.plan import SECRETS_FILE
 from slurm.lib.run_record import await_secrets, join, read_jobs, read_secrets
@@ -85,6 +87,8 @@ def context(
     named = coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or None
     secrets = _secrets(CoordinationDir(Path(named)), job_id, environment, notes) if named else {}
     loaded = load_job_config(config, overrides, {**secrets, **environment})
+    if rebuilt := ", ".join(changes(environment.get(MARK_NAME, ""), mark())):
+        log.warning("the environment of %s was rebuilt since this job was submitted: %s", sys.executable, rebuilt)
     for warning in loaded.warnings:
         log.debug("%s", warning)
     directory = _existing(named) if named else _made(loaded.settings, job_id)

@@ -16,6 +16,7 @@ from pathlib import Path
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
 from slurm.lib.gpu_environment import planned
+from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
@@ -268,8 +269,9 @@ def make_plan(
     python: str,
     now: datetime,
     verl: VerlVersion | None = None,
+    mark: str = "",
 ) -> LaunchPlan:
-    """The plan for these settings; pure."""
+    """The plan for these settings; pure. ``mark`` tells which versions ``python`` has (``interpreter``)."""
     settings = config.settings
     stamp = now.strftime(STAMP_FORMAT)
     shell, said = without_slurm(environment), {**config.exported, **settings.as_environment()}
@@ -280,7 +282,7 @@ def make_plan(
     ours, own_secrets = split_environment(said, values)
     secrets = {**shell_secrets, **own_secrets}
     where = environment.get(SECRETS_FILE, "") if request.goes_on else secrets_file(request) if secrets else ""
-    builder = _Builder(settings, request, stamp, checkout, python, where)
+    builder = _Builder(settings, request, stamp, checkout, python, mark, where)
     return LaunchPlan(
         config=config,
         request=request,
@@ -308,6 +310,7 @@ class _Builder:
     stamp: str
     checkout: Path
     python: str
+    mark: str
     secrets_file: str
 
     @property
@@ -343,6 +346,7 @@ class _Builder:
             "SKYRL_CODE_DIR": f"{self.base}/{directory}/code",
             "SKYRL_CHECKOUT": str(self.checkout),
             "SKYRL_PYTHON": self.python,
+            **({MARK_NAME: self.mark} if self.mark else {}),
             **({SECRETS_FILE: self.secrets_file} if self.secrets_file else {}),
             **self.attempt(),
         }
