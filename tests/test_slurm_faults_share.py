@@ -226,7 +226,7 @@ def ready(url: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class Plant:
-    """What lies in a training job's directory: ``files`` before it starts, ``later`` once it runs; what it then says."""
+    """What lies in a training job's directory, ``files`` at first and ``later`` once it runs; what it then says."""
 
     exit_code: int
     says: str
@@ -236,7 +236,7 @@ class Plant:
 
 
 HERE = {"runtime_url.txt": URL, "runtime_api_key.txt": KEY}
-DISAGREE = "runtime_url.txt and runtime_api_key.txt are not what it names"
+DISAGREE = "runtime_url.txt or runtime_api_key.txt is not what it names"
 PLANTS = {
     "half a flag": Plant(75, "to be ready", {**HERE, "runtime_ready.flag": ready(URL, KEY)[:40]}),
     "a list": Plant(75, "to be ready", {**HERE, "runtime_ready.flag": "[]", "run.json": "{", "run_7.json": "[1]"}),
