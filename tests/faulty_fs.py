@@ -54,7 +54,7 @@ class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
 
     def _hidden(self, path: str) -> bool:
         said = self.weather.now()
-        if not any(fnmatch.fnmatch(part, name) for part in path.split("/") for name in said.get("late", ())):
+        if not any(fnmatch.fnmatch(os.path.basename(path), name) for name in said.get("late", ())):
             return False
         try:
             inode = os.lstat(self._real(path)).st_ino
