@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import socket
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -28,12 +27,13 @@ class ArchiveFolder:
     def prepare(self) -> None:
         """Make the folder and remove what killed writers left in it; ``OSError`` if it cannot be written to."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(".part-*"):
-            if is_abandoned(path.name, socket.gethostname(), age_s(path)):
-                path.unlink(missing_ok=True)
         probe = self._unfinished()
         probe.touch()
+        now = probe.stat().st_mtime  # of the clock that stamps all files here, which on shared storage is not ours
         probe.unlink()
+        for path in self.folder.glob(".part-*"):
+            if is_abandoned(path.name, socket.gethostname(), age_s(path, now)):
+                path.unlink(missing_ok=True)
 
     def path_of(self, image: str) -> Path:
         """Where the image's archive lies or will lie; ``ValueError`` for an image that can have none."""
@@ -66,10 +66,10 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def age_s(path: Path) -> float:
+def age_s(path: Path, now: float) -> float:
     """Seconds since the file was last written to, 0 for one that is gone."""
     try:
-        return time.time() - path.stat().st_mtime
+        return now - path.stat().st_mtime
     except OSError:
         return 0.0
 

@@ -12,21 +12,22 @@ from typing import Any
 
 COMMANDS = ("sbatch", "scontrol", "scancel", "squeue", "sinfo", "sacctmgr")
 # What the checks ask before a submission: questions, which change nothing and count as no call.
-QUESTIONS = frozenset({"sbatch --test-only", "sinfo", "sacctmgr"})
+QUESTIONS = frozenset({"sbatch --test-only", "sinfo", "sacctmgr", "scontrol show config"})
 SINFO = "".join(f"{name}|up|infinite|4|gpu:8\n" for name in ("test", "gpu_test", "shared", "gpu"))
 
 # Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.
 PROGRAM = """
 import fcntl, json, os, sys, time
 home, name, argv, sinfo = sys.argv[1], sys.argv[2], sys.argv[4:], sys.argv[3]
-name += " --test-only" if "--test-only" in argv else ""
+name += " --test-only" if "--test-only" in argv else " show config" if argv[:2] == ["show", "config"] else ""
 calls = os.path.join(home, "calls.jsonl")
 record = open(calls, "r+")
 fcntl.flock(record, fcntl.LOCK_EX)  # the checks ask several things at the same time
 before = sum(json.loads(line)["name"] == name for line in record)
 with open(os.path.join(home, "answers.json")) as file:
     answers = json.load(file).get(name, [])
-said = {"sbatch": "%d\\n" % (101 + before), "sinfo": sinfo}.get(name, "")
+dated = "Configuration data as of %d\\n" % time.time()
+said = {"sbatch": "%d\\n" % (101 + before), "sinfo": sinfo, "scontrol show config": dated}.get(name, "")
 if argv[-1] == "%i|%A":  # the components of a heterogeneous job; their numbers are the next ones
     said = "".join("%s+%d|%d\\n" % (argv[-3], n, int(argv[-3]) + n) for n in range(2))
 answer = {"stdout": said, **dict(enumerate(answers)).get(before, {})}

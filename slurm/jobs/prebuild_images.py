@@ -11,10 +11,14 @@ slurm/lib/prebuild_job.py.
 """
 
 import os
+import socket
 import subprocess
 import sys
+import time
 
 JOB = "prebuild_images.py"
+EXIT_ENVIRONMENT = 71  # as in slurm/lib/errors.py
+CODE_DEADLINE_S = 60  # an NFS client may believe for so long what it saw before (nfs(5): acdirmax)
 
 
 def has_code(folder: str) -> bool:
@@ -37,23 +41,50 @@ def submitted_from() -> str:
     return ""
 
 
+def end_here(reason: str) -> None:
+    """End, and say why."""
+    sys.stderr.write(JOB + ": " + reason + "\n")
+    sys.exit(EXIT_ENVIRONMENT)
+
+
+def awaited(copy: str) -> str:
+    """The run's copy of the code once it is to be seen; that of the checkout would be other code. Empty in the end."""
+    end = time.monotonic() + CODE_DEADLINE_S
+    while not has_code(copy) and time.monotonic() < end:
+        time.sleep(0.5)
+    return copy if has_code(copy) else ""
+
+
 def find_code() -> str:
-    """The folder that holds slurm/lib: this file's own place, the run's copy, the checkout submitted from."""
+    """The folder that holds slurm/lib: this file's own place, the run's copy, else the checkout submitted from."""
     beside = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     if has_code(beside):
         return beside
     copy = os.environ.get("SKYRL_CODE_DIR", "").replace("%j", os.environ.get("SLURM_JOB_ID", ""))
-    if has_code(copy):
-        return copy
+    if copy:
+        return awaited(copy)
     for find in (submitted_from, lambda: os.environ.get("SLURM_SUBMIT_DIR", "")):
         folder = find()
         if has_code(folder):
             return folder
-    sys.exit(JOB + ": cannot find the SkyRL checkout; submit it by its path inside the checkout")
+    return ""
+
+
+def missing_code() -> str:
+    copy = os.environ.get("SKYRL_CODE_DIR")
+    if not copy:
+        return "cannot find the SkyRL checkout; submit it by its path inside the checkout"
+    return "the run's code %s is not to be seen on %s (waited %d s): it was removed, or its storage is not well" % (
+        copy,
+        socket.gethostname(),
+        CODE_DEADLINE_S,
+    )
 
 
 def main() -> None:
     code = find_code()
+    if not code:
+        end_here(missing_code())
     sys.path[0] = code  # instead of this file's folder, whose names are nobody's modules
     from slurm.lib.bootstrap import ensure_interpreter
 

@@ -10,11 +10,17 @@ Slurm runs a copy of this file under the node's Python; here it only finds its c
 slurm/lib/runtime_job.py.
 """
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 JOB = "runtime_server.py"
+FLAG = "runtime_failed.flag"
+EXIT_ENVIRONMENT = 71  # as in slurm/lib/errors.py
+CODE_DEADLINE_S = 60  # an NFS client may believe for so long what it saw before (nfs(5): acdirmax)
 
 
 def has_code(folder: str) -> bool:
@@ -37,27 +43,72 @@ def submitted_from() -> str:
     return ""
 
 
+def tell_partner(reason: str) -> None:
+    """Say why this job ends, by the flag that the other one looks for (slurm/lib/coordination.py)."""
+    own = os.environ.get("SKYRL_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
+    flag = {"schema": 1, "job_id": own, "runtime_job_id": own, "host": socket.gethostname(), "reason": reason}
+    path = os.path.join(os.environ.get("SKYRL_COORD_DIR", "").replace("%j", own), FLAG)
+    try:
+        with open(path + "." + own, "w") as file:
+            json.dump(dict(flag, exit_code=EXIT_ENVIRONMENT, ended=""), file)
+        os.rename(path + "." + own, path)
+    except OSError:
+        pass  # the reason stands in the log, and the other job notices that this one has ended
+
+
+def end_here(reason: str) -> None:
+    """End, and say why."""
+    sys.stderr.write(JOB + ": " + reason + "\n")
+    tell_partner(reason)
+    sys.exit(EXIT_ENVIRONMENT)
+
+
+def awaited(copy: str) -> str:
+    """The run's copy of the code once it is to be seen; that of the checkout would be other code. Empty in the end."""
+    end = time.monotonic() + CODE_DEADLINE_S
+    while not has_code(copy) and time.monotonic() < end:
+        time.sleep(0.5)
+    return copy if has_code(copy) else ""
+
+
 def find_code() -> str:
-    """The folder that holds slurm/lib: this file's own place, the run's copy, the checkout submitted from."""
+    """The folder that holds slurm/lib: this file's own place, the run's copy, else the checkout submitted from."""
     beside = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     if has_code(beside):
         return beside
     copy = os.environ.get("SKYRL_CODE_DIR", "").replace("%j", os.environ.get("SLURM_JOB_ID", ""))
-    if has_code(copy):
-        return copy
+    if copy:
+        return awaited(copy)
     for find in (submitted_from, lambda: os.environ.get("SLURM_SUBMIT_DIR", "")):
         folder = find()
         if has_code(folder):
             return folder
-    sys.exit(JOB + ": cannot find the SkyRL checkout; submit it by its path inside the checkout")
+    return ""
+
+
+def missing_code() -> str:
+    copy = os.environ.get("SKYRL_CODE_DIR")
+    if not copy:
+        return "cannot find the SkyRL checkout; submit it by its path inside the checkout"
+    return "the run's code %s is not to be seen on %s (waited %d s): it was removed, or its storage is not well" % (
+        copy,
+        socket.gethostname(),
+        CODE_DEADLINE_S,
+    )
 
 
 def main() -> None:
     code = find_code()
+    if not code:
+        end_here(missing_code())
     sys.path[0] = code  # instead of this file's folder, whose names are nobody's modules
-    from slurm.lib.bootstrap import ensure_interpreter
+    from slurm.lib.bootstrap import NoInterpreter, ensure_interpreter
 
-    ensure_interpreter(code, os.path.join(code, "slurm", "jobs", JOB))
+    try:
+        ensure_interpreter(code, os.path.join(code, "slurm", "jobs", JOB))
+    except NoInterpreter as problem:
+        tell_partner(problem.reason)
+        raise
     from slurm.lib.runtime_job import main as job
 
     sys.exit(job(sys.argv[1:]))

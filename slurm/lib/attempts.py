@@ -19,6 +19,7 @@ from slurm.lib.checkpoints import Checkpoints
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import CoordinationDir, FlagReader, read_if_there, write_atomically
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.plan import AFTER, ATTEMPT, LaunchPlan, Request, Restart, make_plan
@@ -147,8 +148,8 @@ def next_plan(job: JobContext, number: int) -> LaunchPlan:
 def plan_here(job: JobContext, request: Request) -> LaunchPlan:
     """What a launch would do with this job's settings and environment, in this run's directory."""
     config = LoadedConfig(job.settings, exported={}, sources={}, files=(), warnings=())
-    python = job.environment["SKYRL_PYTHON"]
-    return make_plan(config, request, job.environment, plan_checkout(job), python, datetime.now())
+    python, mark = job.environment["SKYRL_PYTHON"], job.environment.get(MARK_NAME, "")
+    return make_plan(config, request, job.environment, plan_checkout(job), python, datetime.now(), mark=mark)
 
 
 class Chain:
@@ -223,7 +224,10 @@ class Chain:
 
 
 def why_ended(job: JobContext, kind: str, known_end: float | None) -> Cause:
-    """Why Slurm, or a person, sends SIGTERM to this job of ``kind``; takes at most about two seconds."""
+    """Why Slurm, or a person, sends SIGTERM to this job of ``kind``; takes at most about two seconds.
+
+    ``known_end`` is its time limit as it was known before, in epoch seconds of this host's clock.
+    """
     facts = job.scheduler.facts(job.job_id, ASK_AT_END_S)
     stderr = _tail(job.directory.log(kind, job.job_id, "err"))
     return cause_of(facts, known_end, stderr, job.job_id, time.time())

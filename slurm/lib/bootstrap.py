@@ -13,6 +13,14 @@ MARKER = "SKYRL_BOOTSTRAPPED"  # the interpreters that have been tried, so that 
 EXIT_ENVIRONMENT = 71  # as in errors.py, which does not parse here
 
 
+class NoInterpreter(SystemExit):
+    """There is none that has our packages; ends the process with the exit code for that."""
+
+    def __init__(self, reason: str) -> None:
+        SystemExit.__init__(self, EXIT_ENVIRONMENT)
+        self.reason = reason
+
+
 def candidates(code: str) -> "list[tuple[str, str]]":
     """The interpreters to try, with where each was named: recorded at submission, then the checkout's own."""
     found = []
@@ -46,7 +54,7 @@ def _restart(python: str, script: str) -> None:
 
 
 def ensure_interpreter(code: str, script: str, packages: "tuple[str, ...]" = PACKAGES) -> None:
-    """Return if this interpreter will do; else restart ``script`` under one that does, or end saying what to run.
+    """Return if this interpreter will do; else restart ``script`` under one that does, or end saying what to do.
 
     The caller has put ``code`` on the path; a restarted script does so again.
     """
@@ -65,8 +73,12 @@ def ensure_interpreter(code: str, script: str, packages: "tuple[str, ...]" = PAC
             tried.append("%s (%s) cannot be started" % (python, origin))
         else:
             tried.append("%s (%s) is not there" % (python, origin))
-    setup = os.path.join(os.environ.get("SKYRL_CHECKOUT") or code, "scripts", "setup")
-    sys.stderr.write(
-        "%s: no suitable Python: %s; make the environment with:  '%s'\n" % (script, ", ".join(tried), setup)
-    )
-    sys.exit(EXIT_ENVIRONMENT)
+    reason = "no suitable Python: %s; %s" % (", ".join(tried), _remedy(os.environ.get("SKYRL_CHECKOUT") or code))
+    sys.stderr.write("%s: %s\n" % (script, reason))
+    raise NoInterpreter(reason)
+
+
+def _remedy(checkout: str) -> str:
+    if not os.path.isdir(checkout):
+        return "the checkout %s is gone: launch again from where it is now" % checkout
+    return "make the environment with:  '%s'" % os.path.join(checkout, "scripts", "setup")

@@ -18,6 +18,7 @@ from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.edge import exit_code_of
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, ConfigError, SuiteError, UsageError
+from slurm.lib.interpreter import mark
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging, wants_colour
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
@@ -105,7 +106,7 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
     if config.settings.skyrl_debug:
         setup_command_logging(debug=True)
     verl = verl_of(config.settings, {**seen, **config.exported})
-    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl)
+    plan = make_plan(config, request_of(arguments, config), seen, CHECKOUT, interpreter(), now, verl, mark())
     if config.settings.pairing == "het" and len(plan.jobs) == 1:
         log.info("PAIRING=het has no effect here: one job is submitted alone")
     if arguments.dry_run:

@@ -9,20 +9,25 @@ person's word if it is newer than the attempt.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
+PRESENCE_PATIENCE_S = 10.0
+# For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
+LATE_S = 60.0
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
@@ -37,7 +42,8 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as problem:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only file system even of what is not there
+            beside.unlink()
         raise EnvironmentProblem(f"cannot write {path}: {problem.strerror}") from None
 
 
@@ -71,7 +77,8 @@ class Flag:
 
     ``job_id`` wrote it on ``host``; ``runtime_job_id`` is the attempt it belongs to (the runtime job that the run is
     about); ``exit_code`` and ``reason`` say how the writer ended, where it has ended, and ``ended`` the same in a word
-    of ``restarts.Ended`` (empty where that is not known). ``by_hand`` marks an empty flag that a person touched.
+    of ``restarts.Ended`` (empty where that is not known). ``server`` is the ``server_digest`` of a runtime that is
+    ready. ``by_hand`` marks an empty flag that a person touched.
     """
 
     job_id: str = ""
@@ -82,6 +89,7 @@ class Flag:
     reason: str = ""
     by_hand: bool = False
     ended: str = ""
+    server: str = ""
 
     @staticmethod
     def of_this_host(
@@ -91,6 +99,11 @@ class Flag:
 
     def to_text(self) -> str:
         return json.dumps({"schema": 1, **{k: v for k, v in asdict(self).items() if k != "by_hand"}}) + "\n"
+
+
+def server_digest(url: str, key: str | None) -> str:
+    """What ties an address and a key to the ready flag: each is a file, and one may be old or seen late."""
+    return hashlib.sha256(f"{url.strip()}\n{(key or '').strip()}".encode()).hexdigest()
 
 
 def parse_flag(text: str) -> Flag | None:
@@ -192,6 +205,13 @@ class CoordinationDir:
     def publish_url(self, url: str) -> None:
         write_atomically(self.runtime_url, url + "\n")
 
+    def publish_server(self, url: str, key: str | None, flag: Flag) -> None:
+        """Key, address and ready flag, in this order; the flag names the other two by their digest."""
+        if key:
+            self.publish_key(key)
+        self.publish_url(url)
+        self.publish(self.runtime_ready, replace(flag, server=server_digest(url, key)))
+
     def publish(self, path: Path, flag: Flag) -> None:
         write_atomically(path, flag.to_text())
 
@@ -200,6 +220,16 @@ class CoordinationDir:
 
     def read_key(self) -> str | None:
         return (read_if_there(self.runtime_api_key) or "").strip() or None
+
+    def read_server(self, ready: Flag) -> tuple[str, str | None] | None:
+        """Address and key of the server that a ready flag is about; None while what is to be read here is another's.
+
+        A flag without a digest, a person's or an older release's, is believed.
+        """
+        url, key = self.read_url(), self.read_key()
+        if url is None or ready.server not in {"", server_digest(url, key)}:
+            return None
+        return url, key
 
 
 @dataclass(frozen=True)
@@ -240,6 +270,24 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+@dataclass
+class Presence:
+    """Is a directory still there? A file server that stumbles for a moment is no reason to give a run up."""
+
+    path: Path
+    clock: Callable[[], float] = time.monotonic
+    _missing_since: float | None = field(default=None, init=False)
+
+    def is_lost(self) -> bool:
+        """Whether every look at it has failed for ``PRESENCE_PATIENCE_S``."""
+        try:
+            with os.scandir(self.path):
+                self._missing_since = None
+        except OSError:
+            self._missing_since = self.clock() if self._missing_since is None else self._missing_since
+        return self._missing_since is not None and self.clock() - self._missing_since >= PRESENCE_PATIENCE_S
 
 
 class Counter:
@@ -288,8 +336,20 @@ def make_run_dir(path: Path) -> CoordinationDir:
     return CoordinationDir(path)
 
 
+def server_time(folder: Path) -> float:
+    """The time by the clock that stamps the files of a folder, which on shared storage is the file server's."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError as problem:
+        raise EnvironmentProblem(f"cannot write in {folder}: {problem.strerror}") from None
+
+
 def old_run_dirs(base: Path, days: float, now: float) -> list[Path]:
-    """The run directories below ``base`` that nothing has changed in for ``days`` days; never another folder."""
+    """The run directories below ``base`` that nothing has changed in for ``days`` days; never another folder.
+
+    ``now`` is the time by the clock that stamped them (``server_time``).
+    """
     if not base.is_dir():
         return []
     runs = [path for path in sorted(base.iterdir()) if is_run_dir(path)]

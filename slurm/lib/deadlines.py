@@ -1,7 +1,7 @@
 """Until when may this training go on, and what is its trainer told about that?
 
-Both jobs of a run are needed, so the earlier time limit is the deadline of both. Times are epoch seconds, since hosts
-share only those.
+Both jobs of a run are needed, so the earlier time limit is the deadline of both. It is kept as a moment of this
+process's monotonic clock: the clocks of two hosts may differ by minutes, and one may be set while a training runs.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from slurm.lib.errors import TooLate
 from slurm.lib.logs import log
+from slurm.lib.processes import own_age_s
 from slurm.lib.scheduler import Scheduler
 from slurm.lib.settings import Settings
 
-END_NAME = "SLURM_JOB_END_TIME"  # epoch seconds; from Slurm 23.02 on
+# Epoch seconds, both of one clock; from Slurm 23.02 on.
+START_NAME, END_NAME = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 # VERL saves after a step when what is left is at most its longest step + 60 s + trainer.esi_redundant_time; not after
 # its process's first step, when it knows of none (read and run in 0.5.0; not in the V1 trainer of 0.9).
 EXPIRY_NAME = "MLP_CURRENT_CAPACITY_BLOCK_EXPIRATION_TIMESTAMP"
@@ -23,7 +25,10 @@ EXPIRY_NAME = "MLP_CURRENT_CAPACITY_BLOCK_EXPIRATION_TIMESTAMP"
 
 @dataclass(frozen=True)
 class Deadline:
-    """When the first of both jobs reaches its time limit, and which one; ``at`` is None where no limit is known."""
+    """When the first of both jobs reaches its time limit, and which one.
+
+    ``at`` is a moment of ``time.monotonic``, None where no limit is known.
+    """
 
     at: float | None = None
     whose: str = ""
@@ -31,10 +36,15 @@ class Deadline:
     def left_s(self, now: float) -> float | None:
         return None if self.at is None else self.at - now
 
+    @property
+    def by_this_hosts_clock(self) -> float | None:
+        """The same in epoch seconds, as this host tells them now."""
+        return None if self.at is None else time.time() + self.at - time.monotonic()
+
     def __str__(self) -> str:
         if self.at is None:
             return "no time limit is known"
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.at))
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.by_this_hosts_clock))
         return f"until {moment}, the time limit of {self.whose}"
 
 
@@ -46,9 +56,14 @@ def earlier(ends: Mapping[str, float | None]) -> Deadline:
 
 
 def own_end(job_id: str, environment: Mapping[str, str], scheduler: Scheduler) -> float | None:
-    """When this job reaches its time limit: as Slurm told the job, else as it says now."""
-    told = environment.get(END_NAME, "")
-    return float(told) if told.isdigit() and int(told) else scheduler.facts(job_id).ends_at
+    """When this job reaches its time limit, by this host's clock: as Slurm says now, else as it told the job."""
+    said = scheduler.facts(job_id).ends_at
+    if said is not None:
+        return said
+    start, end = environment.get(START_NAME, ""), environment.get(END_NAME, "")
+    if not (start.isdigit() and end.isdigit() and int(end)):
+        return None
+    return time.time() - own_age_s() + int(end) - int(start)
 
 
 def deadline_of(job_id: str, runtime_job_id: str, environment: Mapping[str, str], scheduler: Scheduler) -> Deadline:
@@ -56,7 +71,8 @@ def deadline_of(job_id: str, runtime_job_id: str, environment: Mapping[str, str]
     ends = {"this job": own_end(job_id, environment, scheduler)}
     if runtime_job_id:
         ends[f"the runtime job {runtime_job_id}"] = scheduler.facts(runtime_job_id).ends_at
-    return earlier(ends)
+    now, here = time.monotonic(), time.time()
+    return earlier({whose: None if at is None else now + at - here for whose, at in ends.items()})
 
 
 def announce(deadline: Deadline, settings: Settings, now: float) -> None:
@@ -78,7 +94,8 @@ def told_variables(deadline: Deadline, settings: Settings, run: str, given: Mapp
 
     All attempts at the run named ``run`` are one run there; what the user has ``given`` for wandb stays.
     """
-    told = {} if deadline.at is None else {EXPIRY_NAME: str(int(deadline.at))}
+    at = deadline.by_this_hosts_clock
+    told = {} if at is None else {EXPIRY_NAME: str(int(at))}
     if not settings.restarts:
         return told
     wandb = {"WANDB_RUN_ID": run, "WANDB_RESUME": "allow"}

@@ -32,7 +32,7 @@ class EarlyStop:
     checkpoints: Checkpoints
     goes_on: bool
     send: Callable[[int], None]
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.monotonic
     told: bool = field(default=False, init=False)
     _watch: NewCheckpoint | None = field(default=None, init=False)
 

@@ -126,7 +126,12 @@ def wait_for_runtime_url(directory: str | Path, timeout_s: float | None = None) 
     where = _existing(directory)
     ready = FlagReader.of_new_directory(where.runtime_ready, lambda _flag: True)
     seconds = _deadline_s(timeout_s, "RUNTIME_READY_TIMEOUT", DEFAULT_READY_TIMEOUT_S)
-    return wait_for(f"a ready runtime in {where.path}", lambda: where.read_url() if ready.read() else None, seconds)
+    return wait_for(f"a ready runtime in {where.path}", lambda: _address(where, ready.read()), seconds)
+
+
+def _address(where: CoordinationDir, ready: Flag | None) -> str | None:
+    server = where.read_server(ready) if ready else None
+    return server[0] if server else None
 
 
 def wait_for_training_complete(directory: str | Path, timeout_s: float | None = None) -> int:
@@ -192,8 +197,9 @@ def cleanup_old_coordination_dirs(days: float = 7) -> list[Path]:
 
     Those with a job that is queued or runs stay, and so do all that Slurm says nothing about. Returns what is gone.
     """
-    is_over = _Ended()
-    old = [path for path in coordination.old_run_dirs(jobs_base(), days, time.time()) if is_over(path)]
+    base, is_over = jobs_base(), _Ended()
+    now = coordination.server_time(base) if base.is_dir() else 0.0
+    old = [path for path in coordination.old_run_dirs(base, days, now) if is_over(path)]
     for path in old:
         log.info("removing %s", path)
         coordination.remove_run_dir(path)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from pathlib import Path
 
 from slurm.lib.config import Check, LoadedConfig, load_config
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
-from slurm.lib.errors import EXIT_INTERNAL, EnvironmentProblem, SuiteError
-from slurm.lib.logs import log, setup_job_logging
-from slurm.lib.run_record import join, read_jobs, read_secrets
+from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
+from slurm.lib.interpreter import MARK_NAME, changes, mark
+from slurm.lib.logs import flush_or_give_up, log, setup_job_logging
+from slurm.lib.plan import SECRETS_FILE
+from slurm.lib.run_record import await_secrets, join, read_jobs, read_secrets
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.secrets import is_secret_name
 from slurm.lib.settings import Settings, contradictions
-from slurm.lib.signals import SignalNotes, noted_signals
+from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
 
 LOCAL_JOBS_NAME = "SKYRL_LOCAL_JOBS"
 
@@ -71,14 +74,21 @@ def load_job_config(
 
 
 def context(
-    kind: str, config: str | None, overrides: Sequence[str], coord_dir: str | None, environment: Mapping[str, str]
+    kind: str,
+    config: str | None,
+    overrides: Sequence[str],
+    coord_dir: str | None,
+    environment: Mapping[str, str],
+    notes: SignalNotes,
 ) -> JobContext:
     """The context of the job that this process is the body of."""
     job_id = own_job_id(environment)
     launched = bool(environment.get("SKYRL_CODE_DIR"))
     named = coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or None
-    secrets = read_secrets(CoordinationDir(Path(named)), job_id) if named else {}
+    secrets = _secrets(CoordinationDir(Path(named)), job_id, environment, notes) if named else {}
     loaded = load_job_config(config, overrides, {**secrets, **environment})
+    if rebuilt := ", ".join(changes(environment.get(MARK_NAME, ""), mark())):
+        log.warning("the environment of %s was rebuilt since this job was submitted: %s", sys.executable, rebuilt)
     for warning in loaded.warnings:
         log.debug("%s", warning)
     directory = _existing(named) if named else _made(loaded.settings, job_id)
@@ -95,6 +105,15 @@ def context(
         code=code_folder(),
         own_dir=launched or not named,
     )
+
+
+def _secrets(
+    directory: CoordinationDir, job_id: str, environment: Mapping[str, str], notes: SignalNotes
+) -> dict[str, str]:
+    expected = environment.get(SECRETS_FILE, "").replace("%j", job_id)
+    if expected:
+        await_secrets(directory.path / expected, notes.check, notes.sleep)
+    return read_secrets(directory, job_id)
 
 
 def _scheduler(environment: Mapping[str, str]) -> Scheduler:
@@ -145,22 +164,29 @@ def run_body(kind: str, script: str, argv: Sequence[str], run: Callable[[JobCont
     setup_job_logging()
     with noted_signals() as notes:
         try:
-            job = context(kind, arguments.config, arguments.set, arguments.coord_dir, dict(os.environ))
+            job = context(kind, arguments.config, arguments.set, arguments.coord_dir, dict(os.environ), notes)
             if job.settings.skyrl_debug:
                 setup_job_logging(debug=True)
             return run(job, notes)
         except SuiteError as problem:
             log.error("%s", problem)
-            tell_partner(kind, arguments.coord_dir, os.environ, problem)
+            tell_partner(kind, arguments.coord_dir, os.environ, str(problem), problem.exit_code)
             return problem.exit_code
+        except Interrupted as stop:
+            log.error("ended by %s before it began", stop)
+            code = EXIT_SIGNAL_BASE + stop.number
+            tell_partner(kind, arguments.coord_dir, os.environ, f"ended by {stop} before it began", code)
+            return code
         except Exception as fault:  # the edge of the process: what no code of ours expected ends here
             log.exception("an internal error of the %s job", kind)
             words = f"an internal error of the {kind} job ({type(fault).__name__}: {fault}); see its .err"
-            tell_partner(kind, arguments.coord_dir, os.environ, SuiteError(words))
+            tell_partner(kind, arguments.coord_dir, os.environ, words, EXIT_INTERNAL)
             return EXIT_INTERNAL
+        finally:
+            flush_or_give_up()
 
 
-def tell_partner(kind: str, coord_dir: str | None, environment: Mapping[str, str], problem: SuiteError) -> None:
+def tell_partner(kind: str, coord_dir: str | None, environment: Mapping[str, str], reason: str, exit_code: int) -> None:
     """Say in the coordination directory that this job could not begin, where that much is known."""
     job_id = own_job_id(environment)
     path = Path(coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or "/nonexistent")
@@ -169,6 +195,6 @@ def tell_partner(kind: str, coord_dir: str | None, environment: Mapping[str, str
     directory = CoordinationDir(path)
     runtime_id = job_id if kind == "runtime" else environment.get("SKYRL_RUNTIME_JOB_ID", "")
     runtime_id = runtime_id or read_jobs(directory).get("runtime", "")
-    flag = Flag.of_this_host(job_id, runtime_id, problem.exit_code, str(problem))
+    flag = Flag.of_this_host(job_id, runtime_id, exit_code, reason)
     with contextlib.suppress(EnvironmentProblem):  # it has been logged; the partner will notice the job's end
         directory.publish(directory.runtime_failed if kind == "runtime" else directory.training_complete, flag)

@@ -44,6 +44,15 @@ class ColourFormatter(logging.Formatter):
         return line.replace(level, f"{COLOURS.get(record.levelname, '')}{level}\x1b[0m", 1)
 
 
+def flush_or_give_up() -> None:
+    """Write what is still to be written, as the last act of a job body; a full disk does not change its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            give_up(stream)
+
+
 def debug_wanted(environment: Mapping[str, str] = os.environ) -> bool:
     """SKYRL_DEBUG, read as the bash suite did: 1 (or true, yes, on) turns debug lines on."""
     return environment.get("SKYRL_DEBUG", "").lower() in {"1", "true", "yes", "on"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
 from slurm.lib.gpu_environment import planned
+from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
@@ -25,8 +26,11 @@ from slurm.lib.verl_versions import VerlVersion
 
 RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
 ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
+# The file in the run's directory that a job's secrets are in; absent where it has none, so that a job that sees no such
+# file knows whether it is still to come. (A name that ends in FILE is not taken for a secret's.)
+SECRETS_FILE = "SKYRL_SECRETS_FILE"
 # Not for the jobs that a job of ours, or a process of a local run, submits.
-OF_ONE_JOB = frozenset({ATTEMPT, AFTER, "SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"})
+OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, "SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"})
 LOCAL_PID = "<pid>"
 DEPENDENCY, BEGIN = ("dependency", "d"), ("begin", "b")  # options of sbatch, in long and short
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
@@ -257,15 +261,6 @@ def split_environment(environment: Mapping[str, str], values: Iterable[str]) -> 
     return {name: value for name, value in environment.items() if name not in secrets}, secrets
 
 
-def _job_environment(kind: str, base: Path, directory: str, checkout: Path, python: str) -> dict[str, str]:
-    return {
-        "SKYRL_COORD_DIR": f"{base}/{directory}",
-        "SKYRL_CODE_DIR": f"{base}/{directory}/code",
-        "SKYRL_CHECKOUT": str(checkout),
-        "SKYRL_PYTHON": python,
-    }
-
-
 def make_plan(
     config: LoadedConfig,
     request: Request,
@@ -274,8 +269,9 @@ def make_plan(
     python: str,
     now: datetime,
     verl: VerlVersion | None = None,
+    mark: str = "",
 ) -> LaunchPlan:
-    """The plan for these settings; pure."""
+    """The plan for these settings; pure. ``mark`` tells which versions ``python`` has (``interpreter``)."""
     settings = config.settings
     stamp = now.strftime(STAMP_FORMAT)
     shell, said = without_slurm(environment), {**config.exported, **settings.as_environment()}
@@ -284,7 +280,9 @@ def make_plan(
     passed_on = {name: value for name, value in shell.items() if name not in overruled}
     inherited, shell_secrets = split_environment(passed_on, values)
     ours, own_secrets = split_environment(said, values)
-    builder = _Builder(settings, request, stamp, checkout, python)
+    secrets = {**shell_secrets, **own_secrets}
+    where = environment.get(SECRETS_FILE, "") if request.goes_on else secrets_file(request) if secrets else ""
+    builder = _Builder(settings, request, stamp, checkout, python, mark, where)
     return LaunchPlan(
         config=config,
         request=request,
@@ -294,10 +292,15 @@ def make_plan(
         training=builder.training() if request.training else None,
         environment=ours,
         inherited=inherited,
-        secrets={**shell_secrets, **own_secrets},
+        secrets=secrets,
         verl=verl,
         combined=builder.combined() if builder.is_het else None,
     )
+
+
+def secrets_file(request: Request) -> str:
+    """The name of the file that a launch puts its secrets into; what a shell knows that joins goes to its own job."""
+    return f"secrets_{OWN_ID}.json" if request.attach_dir else "secrets.json"
 
 
 @dataclass(frozen=True)
@@ -307,6 +310,8 @@ class _Builder:
     stamp: str
     checkout: Path
     python: str
+    mark: str
+    secrets_file: str
 
     @property
     def base(self) -> Path:
@@ -333,6 +338,18 @@ class _Builder:
     @property
     def is_het(self) -> bool:
         return self.is_pair and self.settings.pairing == "het"
+
+    def environment(self, directory: str) -> dict[str, str]:
+        """What every job is told: where it meets the other, its code, its interpreter, its secrets, its attempt."""
+        return {
+            "SKYRL_COORD_DIR": f"{self.base}/{directory}",
+            "SKYRL_CODE_DIR": f"{self.base}/{directory}/code",
+            "SKYRL_CHECKOUT": str(self.checkout),
+            "SKYRL_PYTHON": self.python,
+            **({MARK_NAME: self.mark} if self.mark else {}),
+            **({SECRETS_FILE: self.secrets_file} if self.secrets_file else {}),
+            **self.attempt(),
+        }
 
     def attempt(self) -> dict[str, str]:
         """For a pair of jobs that may be restarted or is a restart: which attempt it is, and after which job."""
@@ -371,7 +388,7 @@ class _Builder:
         training = self.options_of("training") + _logs("training", self.base, directory)
         # Without a log, which its body's step writes, and without a signal, which is the batch script's alone.
         runtime = [word for word in self.options_of("runtime") if not word.startswith("--signal=B:")]
-        environment = _job_environment("training", self.base, directory, self.checkout, self.python) | self.attempt()
+        environment = self.environment(directory)
         argv = (*SBATCH, *self.held, *training, ":", *runtime, str(script))
         return JobPlan("training", argv, script, f"{self.base}/{directory}", environment)
 
@@ -379,7 +396,7 @@ class _Builder:
         directory = self.directory_of(OWN_ID)
         script = self.script("runtime_server.py")
         options = self.options_of("runtime") + _logs("runtime", self.base, directory)
-        environment = _job_environment("runtime", self.base, directory, self.checkout, self.python) | self.attempt()
+        environment = self.environment(directory)
         return JobPlan(
             "runtime", (*SBATCH, *self.held, *options, str(script)), script, f"{self.base}/{directory}", environment
         )
@@ -398,9 +415,8 @@ class _Builder:
         both = ",".join([both, *theirs])
         first = (f"--dependency={both}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
         options += _logs("training", self.base, directory)
-        environment = _job_environment("training", self.base, directory, self.checkout, self.python)
         partner = RUNTIME_ID if paired else self.request.attach_id
-        environment |= self.attempt() | ({"SKYRL_RUNTIME_JOB_ID": partner} if partner else {})
+        environment = self.environment(directory) | ({"SKYRL_RUNTIME_JOB_ID": partner} if partner else {})
         return JobPlan(
             "training", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
         )

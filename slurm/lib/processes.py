@@ -118,6 +118,12 @@ def start_ticks(pid: int) -> int | None:
     return None if fields is None else int(fields[19])
 
 
+def own_age_s() -> float:
+    """Seconds since this process started: not since its last ``exec``, and whatever clocks are set meanwhile."""
+    up_s = float(Path("/proc/uptime").read_text().split()[0])
+    return up_s - (start_ticks(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
+
+
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none leaves this process's tree."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

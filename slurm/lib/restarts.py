@@ -14,7 +14,7 @@ from slurm.lib.coordination import Flag
 from slurm.lib.errors import EXIT_NO_PROGRESS, EXIT_OK
 from slurm.lib.scheduler import JobFacts, JobState, JobStatus
 
-CLOCKS_DIFFER_S = 30.0  # between Slurm's controller and a node, and between Slurm's looks at time limits
+LOOKS_APART_S = 30.0  # Slurm looks at time limits now and then, and its times are whole seconds
 
 
 class Ended(str, enum.Enum):
@@ -56,7 +56,7 @@ def cause_of(facts: JobFacts, known_end: float | None, stderr: str, job_id: str,
         if said and said[-1].startswith(words):
             return cause
     end = known_end if facts.ends_at is None else facts.ends_at  # an administrator may have given it more time
-    return Cause.TIME_LIMIT if end is not None and now >= end - CLOCKS_DIFFER_S else Cause.PERSON
+    return Cause.TIME_LIMIT if end is not None and now >= end - LOOKS_APART_S else Cause.PERSON
 
 
 @dataclass(frozen=True)

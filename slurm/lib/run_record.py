@@ -7,17 +7,18 @@ import getpass
 import json
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, is_listed, utc_now, write_atomically
-from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.plan import LaunchPlan
+from slurm.lib.coordination import LATE_S, CoordinationDir, is_listed, utc_now, write_atomically
+from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.plan import OWN_ID, LaunchPlan, secrets_file
 from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
 from slurm.lib.settings import Settings
 from slurm.lib.task_yaml import write_matching
 from slurm.lib.trainer import task_example
+from slurm.lib.waiting import wait_for
 
 SCHEMA = 1
 CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.toml")
@@ -91,10 +92,8 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
         added += [directory.task_yaml] if not directory.task_yaml.exists() else []
         write_matching(example, directory.task_yaml, plan.settings)
     if plan.secrets and not goes_on:
-        path = directory.secrets
-        if path.exists():  # of the runtime's launch; what this shell knows goes to this launch's job alone
-            path = _secrets_of(directory, next(iter(jobs.values())))
-            added.append(path)
+        path = directory.path / secrets_file(plan.request).replace(OWN_ID, next(iter(jobs.values())))
+        added.append(path)
         write_atomically(path, json.dumps(dict(plan.secrets)), 0o600)
     return added
 
@@ -156,6 +155,22 @@ def read_secrets(directory: CoordinationDir, job_id: str) -> dict[str, str]:
     return {**_read_secrets(directory.secrets), **_read_secrets(_secrets_of(directory, job_id))}
 
 
+def await_secrets(path: Path, still_possible: Callable[[], None], sleep: Callable[[float], None]) -> None:
+    """Wait for a job's file of secrets, which its launch has written: without it another key would be used, or none."""
+    try:
+        wait_for(
+            f"{path} to be seen on {socket.gethostname()}",
+            lambda: is_listed(path) or None,
+            LATE_S,
+            still_possible=still_possible,
+            sleep=sleep,
+        )
+    except WaitTimeout as problem:
+        raise EnvironmentProblem(
+            f"{problem}: the launch has put this run's secrets there; was it removed, or is the storage not well?"
+        ) from None
+
+
 def _read_secrets(path: Path) -> dict[str, str]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -163,6 +178,8 @@ def _read_secrets(path: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError) as problem:
         raise EnvironmentProblem(f"cannot read {path}: {problem}") from None
+    if not isinstance(data, dict):
+        raise EnvironmentProblem(f"cannot read {path}: it holds no names with their values")
     return {str(name): str(value) for name, value in data.items()}
 
 

@@ -260,8 +260,6 @@ def await_health(server: ApiServer, running: RuntimeJob) -> None:
 
 
 def publish(job: JobContext, server: ApiServer) -> None:
-    """Key, address and flag, in this order: who sees the flag finds the rest."""
-    job.directory.publish_key(server.key)
-    job.directory.publish_url(server.url)
-    job.directory.publish(job.directory.runtime_ready, Flag.of_this_host(job.job_id, job.job_id))
+    """Say where the server is, now that it answers."""
+    job.directory.publish_server(server.url, server.key, Flag.of_this_host(job.job_id, job.job_id))
     log.info("API server ready at %s", server.url)

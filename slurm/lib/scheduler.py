@@ -1,7 +1,8 @@
 """The only door to Slurm: submit, release, cancel, and what it says about a job in our words.
 
 A controller that is silent, or a word never seen before, is UNKNOWN and final of nothing. Works from Slurm 20.x on,
-without ``--json`` and without accounting.
+without ``--json`` and without accounting. Times are told by this host's clock, which may differ from the controller's
+by minutes: only what both say at one moment relates them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import enum
 import math
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -60,8 +62,8 @@ SLURM_STATES = {
 class JobStatus:
     """A job's state with the scheduler's own words for it.
 
-    ``starts_at`` is when it started, or when Slurm expects a pending one to start; epoch seconds, None where it does
-    not say.
+    ``starts_at`` is when it started, or when Slurm expects a pending one to start; epoch seconds of this host's clock,
+    None where it does not say.
     """
 
     state: JobState
@@ -76,8 +78,8 @@ class JobStatus:
 class JobFacts:
     """What Slurm says about the time of a job that runs or is being ended.
 
-    ``ends_at`` is its time limit in epoch seconds, None where it has none or Slurm does not say. ``preempted`` is true
-    once Slurm has begun to take its nodes away for another job.
+    ``ends_at`` is its time limit in epoch seconds of this host's clock, None where it has none or Slurm does not say.
+    ``preempted`` is true once Slurm has begun to take its nodes away for another job.
     """
 
     ends_at: float | None = None
@@ -99,8 +101,9 @@ class Scheduler(Protocol):
 def parse_facts(text: str, job_id: str = "") -> JobFacts:
     """The facts in the output of ``scontrol show job``; times as epoch seconds or as Slurm's standard format has them.
 
-    EndTime is the limit while a job runs, later the time of its end: then it is StartTime and TimeLimit. Of the first
-    component of a heterogeneous job Slurm shows all components; those of ``job_id`` count, else those of the first.
+    These are the controller's. EndTime is the limit while a job runs, later the time of its end: then it is
+    StartTime and TimeLimit. Of the first component of a heterogeneous job Slurm shows all components; those of
+    ``job_id`` count, else those of the first.
     """
     records = re.split(r"^(?=JobId=)", text.lstrip(), flags=re.MULTILINE)
     own = next((record for record in records if record.startswith(f"JobId={job_id} ")), "".join(records[:2]))
@@ -115,6 +118,12 @@ def parse_facts(text: str, job_id: str = "") -> JobFacts:
     start, end = _epoch(found.get("StartTime", "")), _epoch(found.get("EndTime", ""))
     running = found.get("JobState") in {"RUNNING", "SUSPENDED"} or start is None
     return JobFacts(end if running or start is None else start + limit_s, preempted)
+
+
+def parse_config_time(text: str) -> float | None:
+    """The controller's time in its answer to ``scontrol show config``, in whole seconds."""
+    dated = re.match(r"Configuration data as of (\S+)", text)
+    return _epoch(dated[1]) if dated else None
 
 
 def _epoch(stamp: str) -> float | None:
@@ -206,6 +215,7 @@ class Slurm:
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         given = os.environ if environment is None else environment
         self.environment = {name: value for name, value in given.items() if not name.startswith(FILTERS)}
+        self._controllers_lead: float | None = None
 
     def _ask(self, *argv: str, timeout_s: float = ASK_TIMEOUT_S) -> Completed:
         try:
@@ -244,7 +254,8 @@ class Slurm:
 
     def status(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobStatus:
         question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S|%A")
-        return parse_status(self._with_epochs()._ask(*question, timeout_s=timeout_s), job_id)
+        status = parse_status(self._with_epochs()._ask(*question, timeout_s=timeout_s), job_id)
+        return replace(status, starts_at=self._here(status.starts_at, timeout_s))
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
@@ -277,13 +288,29 @@ class Slurm:
 
     def kill_wait_s(self) -> float:
         """Seconds between the TERM of a cancellation and the KILL (``KillWait``)."""
-        match = re.search(r"^KillWait\s*=\s*(\d+)", self._ask("scontrol", "show", "config").stdout, re.MULTILINE)
+        match = re.search(r"^KillWait\s*=\s*(\d+)", self._config(ASK_TIMEOUT_S), re.MULTILINE)
         return float(match.group(1)) if match else DEFAULT_KILL_WAIT_S
 
     def facts(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobFacts:
         """What Slurm says about the job's time; nothing is known where it does not answer in time."""
         question = ("scontrol", "show", "job", job_id)
-        return parse_facts(self._with_epochs()._ask(*question, timeout_s=timeout_s).stdout, job_id)
+        facts = parse_facts(self._with_epochs()._ask(*question, timeout_s=timeout_s).stdout, job_id)
+        return replace(facts, ends_at=self._here(facts.ends_at, timeout_s))
+
+    def _config(self, timeout_s: float) -> str:
+        """Slurm's configuration, which is dated: so the controller's clock is known beside this host's."""
+        shown = self._with_epochs()._ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
+        dated = parse_config_time(shown)
+        self._controllers_lead = self._controllers_lead if dated is None else dated - time.monotonic()
+        return shown
+
+    def _here(self, controllers: float | None, timeout_s: float) -> float | None:
+        """A time of the controller's clock by this host's; None where the one is not known beside the other."""
+        if controllers is not None and self._controllers_lead is None:
+            self._config(timeout_s)
+        if controllers is None or self._controllers_lead is None:
+            return None
+        return controllers - self._controllers_lead - time.monotonic() + time.time()
 
     def _with_epochs(self) -> Slurm:
         """The same commands, which print times as epoch seconds; a person's own format could not be read back."""
@@ -323,10 +350,13 @@ class LocalJobs:
 
     def _process(self, job_id: str) -> tuple[int, int] | None:
         try:
-            lines = [line.split() for line in self.record.read_text().splitlines()]
+            text = self.record.read_text(errors="replace")
         except OSError:
             return None
-        return next(((int(pid), int(ticks)) for name, pid, ticks in lines if name == job_id), None)
+        found = re.search(
+            rf"^{re.escape(job_id)} (\d+) (\d+)$", text, re.MULTILINE | re.ASCII
+        )  # other lines say nothing
+        return (int(found[1]), int(found[2])) if found else None
 
     def status(self, job_id: str) -> JobStatus:
         process = self._process(job_id)

@@ -140,7 +140,4 @@ def _publish_foreign_runtime(directory: CoordinationDir, plan: LaunchPlan) -> No
     """For --runtime-url: address, key and ready flag of a server that no job of this run is."""
     if plan.request.runtime_url is None:
         return
-    if KEY_NAME in plan.secrets:
-        directory.publish_key(plan.secrets[KEY_NAME])
-    directory.publish_url(plan.request.runtime_url)
-    directory.publish(directory.runtime_ready, Flag.of_this_host("", ""))
+    directory.publish_server(plan.request.runtime_url, plan.secrets.get(KEY_NAME), Flag.of_this_host("", ""))

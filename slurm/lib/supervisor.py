@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from slurm.lib.coordination import Flag
 from slurm.lib.endings import End
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_SIGNAL_BASE, EXIT_TIMEOUT, EXIT_UNAVAILABLE
+from slurm.lib.partner import FLAG_LATE_S
 
 # What ends again and again has a cause that a restart does not mend: this many crashes within so many seconds end the
 # run. Two are two accidents, such as a node short of memory that killed the server and then the service.
@@ -98,10 +99,14 @@ class TrainingComplete:
 
 @dataclass(frozen=True)
 class TrainingGone:
-    """The training job ``job_id`` has ended without a flag; ``why`` is the sentence about it."""
+    """The training job ``job_id`` has ended without a flag that was seen here; ``why`` is the sentence about it.
+
+    ``ended_well``: Slurm says so, which is believed where a slow directory tells less.
+    """
 
     job_id: str
     why: str
+    ended_well: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,9 @@ def outcome_of(event: StopSignal | TrainingComplete | TrainingGone | NotBegun | 
         return _completed(event.flag)
     if isinstance(event, TrainingGone):
         others = (End("training", event.job_id, None, event.why, "runtime"),)
+        if event.ended_well:
+            reason = f"{event.why}; its completion flag was not seen here within {FLAG_LATE_S:g} s"
+            return Outcome(EXIT_OK, reason, as_planned=True, others=others)
         return Outcome(EXIT_UNAVAILABLE, f"{event.why}, without a completion flag", others=others)
     if isinstance(event, NotBegun):
         return Outcome(event.exit_code, event.reason, as_planned=event.goes_on)

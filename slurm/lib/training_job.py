@@ -20,7 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
-from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader, is_listed, read_if_there, write_atomically
+from slurm.lib.coordination import (
+    Counter,
+    CounterWatch,
+    Flag,
+    FlagReader,
+    Presence,
+    is_listed,
+    read_if_there,
+    write_atomically,
+)
 from slurm.lib.deadlines import Deadline, announce, deadline_of, told_variables
 from slurm.lib.dot_env import read_dot_env
 from slurm.lib.early_stop import GRACE_S, EarlyStop
@@ -34,6 +43,7 @@ from slurm.lib.errors import (
     PartnerGone,
     SuiteError,
     UsageError,
+    WaitTimeout,
 )
 from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
@@ -112,7 +122,7 @@ def attempt(session: TrainingSession) -> int:
     try:
         outcome = session.train()
     except Interrupted as stop:
-        cause = why_ended(session.job, "training", session.deadline.at)
+        cause = why_ended(session.job, "training", session.deadline.by_this_hosts_clock)
         reason = f"ended by {stop} before the trainer started"
         outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, reason, cause.ended)
     except SuiteError as problem:
@@ -230,7 +240,7 @@ class TrainingSession:
         """Find out until when both jobs may run, and say it; ``TooLate`` where that is too little."""
         job = self.job
         self.deadline = deadline_of(job.job_id, self.runtime_job_id, job.environment, job.scheduler)
-        announce(self.deadline, job.settings, time.time())
+        announce(self.deadline, job.settings, time.monotonic())
 
     def others_completion(self) -> Flag | None:
         """The completion flag of another training that this runtime has served."""
@@ -266,36 +276,50 @@ class TrainingSession:
         ready = FlagReader.of_new_directory(self.job.directory.runtime_ready, self._of_our_runtime)
         # It does not beat before it is ready, so Slurm is the witness: asked every few seconds in the first minute.
         watch = PartnerWatch("runtime", self.runtime_job_id, self.job.scheduler, lambda: None, expected=True)
+        presence = Presence(self.job.directory.path)
 
         def still_possible() -> None:
             self.notes.check()
             self._check_runtime()
+            if presence.is_lost():
+                raise EnvironmentProblem(
+                    f"the coordination directory {presence.path} can no longer be read on {socket.gethostname()}: "
+                    "it was removed, or its storage is gone from this node"
+                )
             gone = watch.gone()
             if gone and ready.read() is None:
                 self._check_runtime()
                 raise PartnerGone(f"{gone}, before its server was ready{self._runtime_log_tail()}")
 
         def endpoint() -> Endpoint | None:
-            flag, url = ready.read(), self.job.directory.read_url()
-            if flag is None or url is None:
+            flag = ready.read()
+            server = self.job.directory.read_server(flag) if flag else None
+            if flag is None or server is None:
                 return None
             if flag.by_hand:
                 log.warning("runtime_ready.flag was set by hand; believing it")
-            return Endpoint(url, self.job.directory.read_key(), flag.job_id or self.runtime_job_id)
+            url, key = server
+            return Endpoint(url, key, flag.job_id or self.runtime_job_id)
 
-        return wait_for(
-            f"the runtime job{' ' + self.runtime_job_id if self.runtime_job_id else ''} to be ready "
-            f"(RUNTIME_READY_TIMEOUT={deadline_s})",
-            endpoint,
-            deadline_s,
-            still_possible=still_possible,
-            sleep=self.notes.sleep,
-        )
+        what = f"the runtime job{' ' + self.runtime_job_id if self.runtime_job_id else ''} to be ready "
+        try:
+            return wait_for(
+                f"{what}(RUNTIME_READY_TIMEOUT={deadline_s})",
+                endpoint,
+                deadline_s,
+                still_possible=still_possible,
+                sleep=self.notes.sleep,
+            )
+        except WaitTimeout as problem:
+            disagree = "; runtime_ready.flag is here, but runtime_url.txt or runtime_api_key.txt is not what it names"
+            raise WaitTimeout(f"{problem}{disagree if ready.read() else ''}") from None
 
     def runtime_ended(self) -> str | None:
         """Why the runtime has ended, in its own words, else by the end of its step; None where neither is known."""
         seen = self.step.ended()  # first, since its flag is its last act
         flag = self.failed.read()
+        if flag and flag.by_hand:
+            return "runtime_failed.flag was set by hand"
         return f"the runtime job {flag.job_id} failed: {flag.reason}" if flag else seen
 
     def _check_runtime(self) -> None:
@@ -455,7 +479,7 @@ class TrainingSession:
         if not canary.wait(CANARY_S):
             child.send(number)
         end = time.monotonic() + max(1.0, self.kill_wait_s - 2.5)
-        cause = why_ended(self.job, "training", self.deadline.at)
+        cause = why_ended(self.job, "training", self.deadline.by_this_hosts_clock)
         child.wait(max(0.0, end - time.monotonic()))
         child.kill()
         code = child.exit_code
@@ -478,7 +502,7 @@ class TrainingSession:
         """The same, or what a signal means that came in the meantime: scancel may end another node's part first."""
         if self.notes.stop_signal is None:
             return outcome
-        cause = why_ended(self.job, "training", self.deadline.at)
+        cause = why_ended(self.job, "training", self.deadline.by_this_hosts_clock)
         return replace(outcome, reason=f"{outcome.reason}; meanwhile ended by {cause.value}", ended=cause.ended)
 
     def _without_runtime(self, why: str) -> Ended:

@@ -16,7 +16,7 @@ from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.idle import IdleWatch
 from slurm.lib.job_context import JobContext
-from slurm.lib.partner import PartnerWatch
+from slurm.lib.partner import FLAG_LATE_S, PartnerWatch
 from slurm.lib.podman_service import PodmanService
 from slurm.lib.run_record import partner_of
 from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
@@ -86,7 +86,8 @@ class TrainingWatcher:
         why = self.partner.gone() if self.partner else None
         if why is None or self.partner is None:
             return None
-        return self.complete() or TrainingGone(self.partner.job_id, why)  # its last act may have been the flag
+        # Its last act may have been the flag.
+        return self.complete() or TrainingGone(self.partner.job_id, why, self.partner.ended_well)
 
     def _find_partner(self) -> PartnerWatch | None:
         training = partner_of(self.job.directory, "runtime", self.job.job_id)
@@ -100,7 +101,7 @@ class TrainingWatcher:
             client = RuntimeClient(self.server.local_url, self.server.key)
             return client.heard_s_ago(f"training-{training}") if self.server.is_ours else watch.age_s()
 
-        return PartnerWatch("training", training, self.job.scheduler, age_s)
+        return PartnerWatch("training", training, self.job.scheduler, age_s, flag_late_s=FLAG_LATE_S)
 
 
 @dataclass

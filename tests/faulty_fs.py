@@ -1,0 +1,158 @@
+"""A shared folder as one node may see it on a bad day: every call slow, or new files there only later.
+
+A FUSE pass-through, started as a program of its own under the system's Python, in the mount namespace of the node that
+is to suffer: ``faulty_fs.py FOLDER CONTROL`` mounts over ``FOLDER`` what was there before. ``CONTROL`` is a JSON file
+that may be rewritten meanwhile: ``delay_s`` for each call; ``late_s`` during which a file whose name matches one of
+``late`` is not there, counted from this node's first look at it. What the node itself has made is there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fusepy  # type: ignore[import-not-found]  # Debian's, of the system's Python
+
+
+class Weather:
+    """What the control file says now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp, self._said = 0, dict[str, Any]()
+
+    def now(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            stamp = self.path.stat().st_mtime_ns
+            if stamp != self._stamp:
+                self._said, self._stamp = json.loads(self.path.read_text()), stamp
+        return self._said
+
+
+class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
+    """The calls of the folder that ``root``, an open descriptor, stands for."""
+
+    def __init__(self, root: int, weather: Weather) -> None:
+        self.root, self.weather = root, weather
+        self._own: set[int] = set()
+        self._first_look: dict[int, float] = {}
+
+    def __call__(self, operation: str, *arguments: Any) -> Any:
+        time.sleep(float(self.weather.now().get("delay_s", 0)))
+        return super().__call__(operation, *arguments)
+
+    def _real(self, path: str) -> str:
+        return f"/proc/self/fd/{self.root}/{path.lstrip('/')}"
+
+    def _hidden(self, path: str) -> bool:
+        said = self.weather.now()
+        if not any(fnmatch.fnmatch(os.path.basename(path), name) for name in said.get("late", ())):
+            return False
+        try:
+            inode = os.lstat(self._real(path)).st_ino
+        except OSError:
+            return False
+        since = self._first_look.setdefault(inode, time.monotonic())
+        return inode not in self._own and time.monotonic() - since < said["late_s"]
+
+    def _there(self, path: str) -> str:
+        if self._hidden(path):
+            raise fusepy.FuseOSError(errno.ENOENT)
+        return self._real(path)
+
+    def _made(self, path: str) -> None:
+        """Give what a call has made to its caller, and show it at once."""
+        uid, gid, _pid = fusepy.fuse_get_context()
+        os.lchown(self._real(path), uid, gid)
+        self._own.add(os.lstat(self._real(path)).st_ino)
+
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
+        status = os.fstat(fh) if fh is not None else os.lstat(self._there(path))
+        names = ("st_atime", "st_ctime", "st_gid", "st_mode", "st_mtime", "st_nlink", "st_size", "st_uid")
+        return {name: getattr(status, name) for name in names}
+
+    def readdir(self, path: str, _fh: int) -> Iterator[str]:
+        yield from (".", "..")
+        for name in os.listdir(self._there(path)):
+            if not self._hidden(f"{path.rstrip('/')}/{name}"):
+                yield name
+
+    def readlink(self, path: str) -> str:
+        return os.readlink(self._there(path))
+
+    def open(self, path: str, flags: int) -> int:
+        return os.open(self._there(path), flags)
+
+    def create(self, path: str, mode: int, _fi: object = None) -> int:
+        descriptor = os.open(self._real(path), os.O_RDWR | os.O_CREAT, mode)
+        self._made(path)
+        return descriptor
+
+    def mkdir(self, path: str, mode: int) -> None:
+        os.mkdir(self._real(path), mode)
+        self._made(path)
+
+    def symlink(self, target: str, source: str) -> None:
+        os.symlink(source, self._real(target))
+        self._made(target)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(self._there(old), self._real(new))
+
+    def unlink(self, path: str) -> None:
+        os.unlink(self._there(path))
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(self._there(path))
+
+    def chmod(self, path: str, mode: int) -> None:
+        os.chmod(self._there(path), mode)
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        os.lchown(self._there(path), uid, gid)
+
+    def utimens(self, path: str, times: tuple[float, float] | None = None) -> None:
+        os.utime(self._there(path), times)
+
+    def truncate(self, path: str, length: int, fh: int | None = None) -> None:
+        os.truncate(self._there(path) if fh is None else fh, length)
+
+    def read(self, _path: str, size: int, offset: int, fh: int) -> bytes:
+        return os.pread(fh, size, offset)
+
+    def write(self, _path: str, data: bytes, offset: int, fh: int) -> int:
+        return os.pwrite(fh, data, offset)
+
+    def fsync(self, _path: str, _datasync: bool, fh: int) -> None:
+        os.fsync(fh)
+
+    def release(self, _path: str, fh: int) -> None:
+        os.close(fh)
+
+
+def main(folder: str, control: str) -> None:
+    """Mount over the folder, and serve until it is unmounted."""
+    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    # Nothing is cached by the kernel, so that each look of the node's is a call here.
+    caches = {"attr_timeout": 0, "entry_timeout": 0, "negative_timeout": 0}
+    fusepy.FUSE(
+        FaultyFolder(root, Weather(Path(control))),
+        folder,
+        foreground=True,
+        allow_other=True,
+        default_permissions=True,
+        nonempty=True,
+        **caches,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
