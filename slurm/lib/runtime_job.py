@@ -296,7 +296,8 @@ class TrainingWatcher:
         def age_s() -> float | None:
             return self.client.heard_s_ago(f"training-{training}") if server.is_ours else watch.age_s()
 
-        return PartnerWatch("training", training, self.job.scheduler, age_s)
+        patience_s = self.job.settings.partner_patience
+        return PartnerWatch("training", training, self.job.scheduler, age_s, patience_s=patience_s)
 
 
 def outcome_of(flag: Flag) -> Outcome:
