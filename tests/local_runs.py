@@ -70,11 +70,11 @@ class Place:
         sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if any(i in line for i in ids)]
         return found + storage + sockets
 
-    def assert_nothing_left(self) -> float:
+    def assert_nothing_left(self, within_s: float = GONE_WITHIN_S) -> float:
         """Wait until nothing of this place's runs is left, and return the seconds that took."""
         begin = time.monotonic()
         while left := self.leftovers():
-            assert time.monotonic() - begin < GONE_WITHIN_S, left
+            assert time.monotonic() - begin < within_s, left
             time.sleep(0.1)
         return time.monotonic() - begin
 

@@ -258,6 +258,14 @@ def test_without_a_flag_slurms_word_counts(slurm: FakeSlurm) -> None:
     assert refused(first(slurm, job.directory), "training", SignalNotes()) is None, "the launch's own begins anyway"
 
 
+def test_the_flag_that_the_runtime_wrote_for_a_lost_training_is_not_its_word(slurm: FakeSlurm) -> None:
+    job, _ = begun(slurm)
+    save(job.directory, 1)
+    job.directory.publish(job.directory.training_complete, Flag("102", "101", reason="the training job 102 is gone"))
+    slurm.answer("squeue", {"stdout": "NODE_FAIL|NodeDown|gpu1\n"})
+    assert refused(second(slurm, job.directory, "runtime"), "runtime", SignalNotes()) is None
+
+
 def test_a_signal_while_it_decides(slurm: FakeSlurm) -> None:
     """A job that ended in order has a flag, which a file system may show late; the wait for it can be ended."""
     job, _ = begun(slurm)

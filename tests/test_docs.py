@@ -85,6 +85,7 @@ VALUES = {
     "frequency": "whole number ≥ 1, or -1",
     "gres_type": "name",
     "lead_seconds": "whole number 1 to 65535",
+    "patience_seconds": "whole number ≥ 60",
     "memory": "memory",
     "mirrors": "list of REGISTRY=MIRROR",
     "names": "list of names",

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from slurm.lib.coordination import CoordinationDir, Flag
+from slurm.lib.coordination import CoordinationDir, Flag, parse_flag
 from slurm.lib.endings import End, note_ends
+from slurm.lib.helpers import wait_for_training_complete
 
 JOBS = {"runtime": {"id": "7", "name": "skyrl-runtime"}, "training": {"id": "8", "name": "skyrl-train"}}
 RUNTIME = End("runtime", "7", 0, "training job 8 is complete", "runtime")
@@ -45,6 +46,25 @@ def test_a_jobs_own_word_wins_over_its_partners_and_not_the_other_way_round(dire
     assert ended(directory, "training")["reason"] == TRAINING.reason
     note_ends(directory, GONE)
     assert ended(directory, "training")["reason"] == TRAINING.reason
+
+
+def test_a_training_without_a_word_gets_its_flag_from_the_runtime(directory: CoordinationDir) -> None:
+    note_ends(directory, RUNTIME, GONE)
+    flag = parse_flag(directory.training_complete.read_text())
+    assert flag is not None
+    assert (flag.job_id, flag.runtime_job_id, flag.exit_code, flag.reason) == ("8", "7", None, GONE.reason)
+    assert wait_for_training_complete(directory.path, 1) == 69
+
+
+def test_a_training_that_spoke_keeps_its_flag(directory: CoordinationDir) -> None:
+    directory.publish(directory.training_complete, Flag("8", "7", exit_code=3, reason="its own word"))
+    note_ends(directory, RUNTIME, GONE)
+    assert wait_for_training_complete(directory.path, 1) == 3
+
+
+def test_what_the_training_says_of_its_runtime_is_no_completion(directory: CoordinationDir) -> None:
+    note_ends(directory, End("runtime", "7", None, "it is gone", "training"))
+    assert not directory.training_complete.exists()
 
 
 def test_only_the_record_of_the_pair_is_changed(directory: CoordinationDir) -> None:

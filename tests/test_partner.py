@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import pytest
 
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.scheduler import JobFacts, JobState, JobStatus
@@ -11,12 +14,13 @@ from slurm.lib.scheduler import JobFacts, JobState, JobStatus
 class FakeScheduler:
     def __init__(self) -> None:
         self.state = JobState.RUNNING
+        self.words = ""
         self.asked_at: list[float] = []
         self.now = 0.0
 
     def status(self, job_id: str) -> JobStatus:
         self.asked_at.append(self.now)
-        return JobStatus(self.state, job_id)
+        return JobStatus(self.state, self.words, node="cpu-a")
 
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         return None
@@ -75,25 +79,34 @@ def test_slurms_word_alone_ends_nothing_while_the_heart_beats() -> None:
     assert world.run(300) is None
 
 
-def test_a_job_that_never_beat_ends_on_slurms_word() -> None:
+@pytest.mark.parametrize("after", [1, 30, 300])
+def test_the_end_of_a_job_that_never_beat_is_seen_within_8_seconds(after: int) -> None:
+    world = World(expected=False)
+    world.age, world.scheduler.state = None, JobState.PENDING
+    assert world.run(after) is None
+    world.scheduler.state = JobState.ENDED_BADLY
+    assert world.run(8) is not None
+
+
+def test_a_job_that_had_ended_before_is_seen_at_once() -> None:
     world = World(expected=False)
     world.age, world.scheduler.state = None, JobState.ENDED_BADLY
-    assert world.run(61) is not None
+    assert world.run(1) is not None
 
 
 def test_a_job_that_slurm_no_longer_lists_is_missed_twice() -> None:
     world = World(expected=False)
     world.age, world.scheduler.state = None, JobState.PURGED
-    assert world.run(61) is None
-    assert world.run(61) is not None
+    assert world.run(2) is None
+    assert world.run(1) is not None
+    assert world.scheduler.asked_at == [1, 3]
 
 
-def test_a_job_that_runs_without_a_beat_is_asked_about_more_often() -> None:
+def test_a_job_that_is_listed_again_was_not_missed_twice() -> None:
     world = World(expected=False)
-    world.age = None
-    world.run(61)
-    world.scheduler.state = JobState.ENDED_BADLY
-    assert world.run(10) is not None
+    for state in (JobState.PURGED, JobState.RUNNING, JobState.PURGED):
+        world.age, world.scheduler.state = None, state
+        assert world.run(2) is None
 
 
 def test_an_unknown_state_is_no_end() -> None:
@@ -106,12 +119,15 @@ def test_a_partner_that_has_not_started_is_not_silent() -> None:
     world = World(expected=False)
     world.age, world.scheduler.state = None, JobState.PENDING
     world.run(120)
-    assert len(world.scheduler.asked_at) == 2
+    assert len(world.scheduler.asked_at) == 15
+    world.age = 0.0
+    assert world.run(600) is None
+    assert len(world.scheduler.asked_at) == 25
 
 
 def test_the_flag_of_a_job_that_ended_well_may_be_late() -> None:
     """On a shared directory that is slow; one that ended badly may have left none."""
-    for state, seconds in ((JobState.ENDED_WELL, 15), (JobState.ENDED_BADLY, 5)):
+    for state, seconds in ((JobState.ENDED_WELL, 11), (JobState.ENDED_BADLY, 1)):
         world = World()
         world.watch.flag_late_s = 10.0
         world.age = 1000.0
@@ -122,3 +138,68 @@ def test_the_flag_of_a_job_that_ended_well_may_be_late() -> None:
         assert state.value in why
         assert world.watch.ended_well == (state is JobState.ENDED_WELL)
         assert len(world.scheduler.asked_at) == 1, "its word is final"
+
+
+def test_a_job_that_was_heard_once_and_of_which_nothing_is_known_now_is_silent_from_then_on() -> None:
+    """As where an API server that counted the beats was started anew."""
+    world = World()
+    world.run(30)
+    world.age, world.scheduler.state = None, JobState.ENDED_BADLY
+    assert world.run(3) is None
+    assert world.run(3) is not None
+
+
+def impatient(patience_s: float = 60) -> World:
+    world = World()
+    world.watch.patience_s = patience_s
+    world.run(5)
+    world.age = math.inf
+    return world
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "said"),
+    [
+        (JobState.RUNNING, "RUNNING, on cpu-a", "Slurm says RUNNING"),
+        (JobState.UNKNOWN, "connection refused", "Slurm does not answer (connection refused)"),
+    ],
+)
+def test_silence_of_a_patience_ends_the_run_whatever_slurm_says(state: JobState, words: str, said: str) -> None:
+    world = impatient()
+    world.scheduler.state, world.scheduler.words = state, words
+    assert world.run(59) is None
+    why = world.run(2)
+    assert why == f"the runtime job 7 on cpu-a was not heard of for 60 s; {said} (PARTNER_PATIENCE)"
+
+
+def test_a_beat_in_between_restores_the_patience() -> None:
+    world = impatient()
+    world.run(50)
+    world.age = 0.0
+    world.run(1)
+    world.age = math.inf
+    assert world.run(50) is None
+    assert world.run(11) is not None
+
+
+def test_time_in_which_this_job_did_not_run_is_not_its_partners_silence() -> None:
+    world = impatient()
+    world.scheduler.now += 1000
+    assert world.run(40) is None
+    assert world.run(10) is not None
+
+
+def test_a_partner_that_slurm_suspended_is_waited_for() -> None:
+    world = impatient()
+    world.scheduler.words = "SUSPENDED, on cpu-a"
+    assert world.run(1000) is None
+    world.scheduler.words = "RUNNING, on cpu-a"
+    assert world.run(59) is None
+    assert world.run(30) is not None
+
+
+def test_a_partner_that_has_not_started_is_waited_for_without_end() -> None:
+    world = World(expected=False)
+    world.watch.patience_s = 60
+    world.age, world.scheduler.state = None, JobState.PENDING
+    assert world.run(5000) is None

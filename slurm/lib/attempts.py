@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slurm.lib.checkpoints import Checkpoints
 from slurm.lib.config import LoadedConfig
-from slurm.lib.coordination import CoordinationDir, FlagReader, read_if_there, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, FlagReader, read_if_there, write_atomically
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SubmissionError, WaitTimeout
 from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
@@ -97,7 +97,11 @@ def refused(job: JobContext, kind: str, notes: SignalNotes) -> int | None:
 
 def judge(job: JobContext, after: str, notes: SignalNotes) -> Verdict:
     """The verdict about going on after the training job ``after``."""
-    reader = FlagReader.of_new_directory(job.directory.training_complete, lambda flag: flag.job_id == after)
+
+    def own_word(flag: Flag) -> bool:  # not what its runtime job said for it, without an exit code
+        return flag.job_id == after and flag.exit_code is not None
+
+    reader = FlagReader.of_new_directory(job.directory.training_complete, own_word)
     status = job.scheduler.status(after)
     if reader.read() is None and _ended_in_order(status):
         _await_flag(reader, after, notes)

@@ -1,5 +1,8 @@
 """How did each job of a run end? Said in the record that names it, so that ``run.json`` tells the whole story later.
 
+A training that ends without a word, such as one cancelled in the queue, gets its completion flag from the runtime job,
+so that whoever waits for the flag has an end.
+
 Both jobs of a pair write the same file, and there is no lock that every shared file system keeps. So each says of both
 what it knows, reads again, and says it again where the other one has written in between.
 """
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.lib.coordination import CoordinationDir, Flag, read_if_there, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, parse_flag, read_if_there, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
 from slurm.lib.run_record import record_paths
@@ -44,6 +47,7 @@ def note_ends(directory: CoordinationDir, *ends: End) -> None:
     A folder that cannot be written is said in the log alone: the flags have told the partner.
     """
     try:
+        _speak_for_the_training(directory, ends)
         for look in range(LOOKS):
             time.sleep(PAUSE_S if look else 0.0)
             news = [path for path in record_paths(directory) if _noted(path, ends)]
@@ -51,6 +55,16 @@ def note_ends(directory: CoordinationDir, *ends: End) -> None:
                 return
     except (EnvironmentProblem, OSError) as problem:
         log.warning("how the jobs ended does not stand in run.json: %s", problem)
+
+
+def _speak_for_the_training(directory: CoordinationDir, ends: tuple[End, ...]) -> None:
+    """Write the completion flag, without an exit code, of a training that could not do so."""
+    runtime = next((end.job_id for end in ends if end.kind == "runtime"), "")
+    for end in ends:
+        flag = parse_flag(read_if_there(directory.training_complete) or "{}")
+        spoke = flag is not None and flag.job_id == end.job_id
+        if end.kind == "training" and end.by == "runtime" and end.exit_code is None and not spoke:
+            directory.publish(directory.training_complete, Flag.of_this_host(end.job_id, runtime, None, end.reason))
 
 
 def _noted(path: Path, ends: tuple[End, ...]) -> bool:

@@ -24,7 +24,15 @@ from pathlib import Path
 
 from slurm.lib import coordination
 from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
-from slurm.lib.errors import EXIT_OK, EXIT_SIGNAL_BASE, EXIT_USAGE, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.errors import (
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    EnvironmentProblem,
+    SuiteError,
+    UsageError,
+)
 from slurm.lib.logs import log, setup_command_logging
 
 CODE = Path(__file__).resolve().parent.parent.parent
@@ -135,14 +143,18 @@ def _address(where: CoordinationDir, ready: Flag | None) -> str | None:
 
 
 def wait_for_training_complete(directory: str | Path, timeout_s: float | None = None) -> int:
-    """The trainer's exit code once the training is complete (0 for a flag set by hand)."""
+    """The trainer's exit code once the training is complete.
+
+    0 for a flag set by hand, 69 where the training job could not say it and the runtime job says that it is gone.
+    """
     from slurm.lib.waiting import wait_for
 
     where = _existing(directory)
     complete = FlagReader.of_new_directory(where.training_complete, lambda _flag: True)
     seconds = _deadline_s(timeout_s, "TRAINING_COMPLETE_TIMEOUT", DEFAULT_COMPLETE_TIMEOUT_S)
     flag = wait_for(f"the training in {where.path} to be complete", complete.read, seconds)
-    return flag.exit_code or 0
+    unknown = EXIT_OK if flag.by_hand else EXIT_UNAVAILABLE
+    return unknown if flag.exit_code is None else flag.exit_code
 
 
 def load_env_file(path: str | Path) -> dict[str, str]:

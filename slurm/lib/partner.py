@@ -1,13 +1,17 @@
 """Is the other job of the run still there? The one place that decides that it is gone.
 
 Two witnesses are heard. The heartbeat is cheap and quick, but silence may be the network's; Slurm knows, but must not
-be asked often. So Slurm is asked when the heartbeat has fallen silent, and otherwise at most once a minute. Neither
-alone ends a run: not a silent heartbeat while Slurm says RUNNING, not a word of Slurm while the heart beats. A job that
-Slurm no longer lists counts as ended when it is missing twice.
+be asked often. A partner that has never been heard of is asked about at once and then every few seconds, so that its
+end in the queue, or in its first seconds, is seen as soon as any other. Later Slurm is asked when the heartbeat has
+fallen silent, and otherwise at most once a minute. Neither alone ends a run: not a silent heartbeat while Slurm says
+RUNNING, not a word of Slurm while the heart beats. A job that Slurm no longer lists counts as ended when it is missing
+twice. But nobody waits for ever: silence of ``patience_s`` seconds ends the run whatever Slurm says, since the two
+jobs may be cut off from each other while Slurm reaches both.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +19,14 @@ from dataclasses import dataclass, field
 from slurm.lib.scheduler import JobState, JobStatus, Scheduler
 
 SILENT_AFTER_S = 4.0  # two beats and a half of the partner
+ASK_UNHEARD_EVERY_S = 8.0  # with the end of the other job, a run is released within 15 s
+ASK_AGAIN_S = 2.0  # about a job that Slurm does not list
 ASK_WHEN_SILENT_S = (5.0, 5.0, 5.0, 10.0, 20.0)  # seconds to the next question while the silence lasts
 ASK_OTHERWISE_S = 60.0  # sites forbid polling their controller more often
 FLAG_LATE_S = 10.0  # from Slurm's word that a job ended well to its completion flag, on a shared directory that is slow
+# Between two looks; more is time in which this job itself did not run, and says nothing of its partner.
+MOST_GAP_S = 15.0
+SUSPENDED = ("SUSPENDED", "STOPPED")  # squeue's words for a partner that cannot beat, by Slurm's own will
 
 
 @dataclass
@@ -25,8 +34,9 @@ class PartnerWatch:
     """Watches one partner job.
 
     ``heartbeat_age_s`` tells how long ago the partner was last heard of, None if never (then it counts as silent only
-    once ``expected`` is set, as a job that has not started does not beat). One that ended well has left a flag: for
-    ``flag_late_s`` seconds it is not called gone, so that the flag can still be seen.
+    once ``expected`` is set, as a job that has not started does not beat). ``patience_s``: how much silence ends the
+    run, by this host's monotonic clock alone; infinite while the partner cannot be heard yet. One that ended well has
+    left a flag: for ``flag_late_s`` seconds it is not called gone, so that the flag can still be seen.
     """
 
     kind: str
@@ -35,41 +45,74 @@ class PartnerWatch:
     heartbeat_age_s: Callable[[], float | None]
     expected: bool = False
     clock: Callable[[], float] = time.monotonic
+    patience_s: float = math.inf
     flag_late_s: float = 0.0
     _ended_well: tuple[float, str] | None = field(default=None, init=False)
-    _asked_at: float = field(default=0.0, init=False)
+    _heard_at: float | None = field(default=None, init=False)
+    _looked_at: float = field(init=False)
+    _silence_s: float = field(default=0.0, init=False)
+    _asked_at: float = field(default=-math.inf, init=False)
     _asked_in_silence: int = field(default=0, init=False)
     _times_missing: int = field(default=0, init=False)
+    _said: JobStatus = field(default=JobStatus(JobState.UNKNOWN, ""), init=False)
+    _node: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        self._asked_at = self.clock()
+        self._looked_at = self.clock()
 
     def gone(self) -> str | None:
-        """Why the partner is gone, as a sentence, or None while it may be there."""
+        """Why the partner is gone, as a sentence, or None while it may be there. Slurm's answer is waited for."""
         if not self.job_id:
             return None
         if self._ended_well:
-            at, why = self._ended_well
-            return why if self.clock() - at >= self.flag_late_s else None
-        age = self.heartbeat_age_s()
-        self.expected = self.expected or age is not None
-        silent = self.expected if age is None else age > SILENT_AFTER_S
-        self._asked_in_silence = self._asked_in_silence if silent else 0
-        if self.clock() - self._asked_at < self._patience_s(silent):
-            return None
+            at, words = self._ended_well
+            return words if self.clock() - at >= self.flag_late_s else None
+        silent = self._listen()
+        why = None
+        if self.clock() - self._asked_at >= self._pause_s(silent):
+            self._ask(silent)
+            why = self._verdict() if silent or self._heard_at is None else None
+        return why or self._impatience()
+
+    def _listen(self) -> bool:
+        """Whether the partner is silent though it should be heard; sums up for how long it has been."""
+        age, now = self.heartbeat_age_s(), self.clock()
+        if age is not None:
+            self.expected, self._heard_at = True, now - age
+        silent = self.expected and (self._heard_at is None or now - self._heard_at > SILENT_AFTER_S)
+        counts = silent and not self._said.words.startswith(SUSPENDED)
+        self._silence_s = self._silence_s + min(now - self._looked_at, MOST_GAP_S) if counts else 0.0
+        self._looked_at = now
+        if not silent:
+            self._asked_in_silence = 0
+        if not silent and age is not None:
+            self._times_missing = 0
+        return silent
+
+    def _pause_s(self, silent: bool) -> float:
+        """Seconds from one question to the next."""
+        if self._times_missing:
+            return ASK_AGAIN_S
+        if self._heard_at is None:
+            return ASK_UNHEARD_EVERY_S
+        if not silent:
+            return ASK_OTHERWISE_S
+        return ASK_WHEN_SILENT_S[min(self._asked_in_silence, len(ASK_WHEN_SILENT_S) - 1)]
+
+    def _ask(self, silent: bool) -> None:
         self._asked_in_silence += silent
         self._asked_at = self.clock()
-        status = self.scheduler.status(self.job_id)
-        return self._verdict(status) if silent or age is None else None
+        self._said = self.scheduler.status(self.job_id)
+        self._node = self._said.node or self._node
+        self.expected = self.expected or self._said.state is JobState.RUNNING
+        self._times_missing = self._times_missing + 1 if self._said.state is JobState.PURGED else 0
 
-    def _verdict(self, status: JobStatus) -> str | None:
+    def _verdict(self) -> str | None:
         """The sentence for a final status, None for any other."""
-        self.expected = self.expected or status.state is JobState.RUNNING
-        self._times_missing = self._times_missing + 1 if status.state is JobState.PURGED else 0
-        if not status.state.is_final or self._times_missing == 1:
+        if not self._said.state.is_final or self._times_missing == 1:
             return None
-        why = f"the {self.kind} job {self.job_id} is gone: {status.state.value} ({status.words})"
-        if status.state is not JobState.ENDED_WELL:
+        why = f"the {self.kind} job {self.job_id} is gone: {self._said.state.value} ({self._said.words})"
+        if self._said.state is not JobState.ENDED_WELL:
             return why
         self._ended_well = (self.clock(), why)
         return None if self.flag_late_s else why
@@ -79,7 +122,12 @@ class PartnerWatch:
         """Whether Slurm has said so."""
         return self._ended_well is not None
 
-    def _patience_s(self, silent: bool) -> float:
-        if not silent:
-            return ASK_OTHERWISE_S
-        return ASK_WHEN_SILENT_S[min(self._asked_in_silence, len(ASK_WHEN_SILENT_S) - 1)]
+    def _impatience(self) -> str | None:
+        """The sentence for a silence that has lasted too long."""
+        if self._silence_s < self.patience_s:
+            return None
+        place = f" on {self._node}" if self._node else ""
+        answers = self._said.state is not JobState.UNKNOWN
+        word = f"says {self._said.words.partition(',')[0]}" if answers else f"does not answer ({self._said.words})"
+        silence = f"was not heard of for {self.patience_s:g} s"
+        return f"the {self.kind} job {self.job_id}{place} {silence}; Slurm {word} (PARTNER_PATIENCE)"

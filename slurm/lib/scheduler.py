@@ -63,12 +63,13 @@ class JobStatus:
     """A job's state with the scheduler's own words for it.
 
     ``starts_at`` is when it started, or when Slurm expects a pending one to start; epoch seconds of this host's clock,
-    None where it does not say.
+    None where it does not say. ``node``: where it runs or ran, as Slurm writes it.
     """
 
     state: JobState
     words: str
     starts_at: float | None = None
+    node: str = ""
 
     def __str__(self) -> str:
         return f"{self.state.value} ({self.words})" if self.words else self.state.value
@@ -150,7 +151,7 @@ def parse_status(answer: Completed, job_id: str = "") -> JobStatus:
     if not word:
         return JobStatus(JobState.PURGED, "not in the queue any more")
     details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
-    return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), _epoch(start))
+    return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), _epoch(start), node)
 
 
 def parse_job_id(answer: Completed) -> str | None:

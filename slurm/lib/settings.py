@@ -78,6 +78,14 @@ def lead_seconds(raw: str) -> int:
     return number
 
 
+def patience_seconds(raw: str) -> int:
+    """Seconds of silence, more than a slow file system or a busy node explains."""
+    number = integer(raw)
+    if number < 60:
+        raise ValueError("must be at least 60")
+    return number
+
+
 def frequency(raw: str) -> int:
     """Every so many steps; -1 is never."""
     number = integer(raw)
@@ -655,6 +663,14 @@ class Settings:
         "How long the runtime job waits for the training, from its own readiness on.",
         unit="s",
         default_text="TIME_LIMIT in seconds, at least 43200; 366 days for UNLIMITED",
+    )
+
+    partner_patience: int = setting(
+        "PARTNER_PATIENCE",
+        patience_seconds,
+        600,
+        "How long one job of a run waits for a sign of life of the other, which by Slurm's word still runs.",
+        unit="s",
     )
 
     # Data and results

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from slurm.lib.errors import (
 from slurm.lib.guardian import guarded
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
+from slurm.lib.lookout import Lookout, answered
 from slurm.lib.node_environment import TrainerEnvironment, for_trainer, job_folder
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
@@ -55,7 +56,7 @@ from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendant
 from slurm.lib.ray_cluster import RayCluster, ray_cluster
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import ensure_task_yaml, read_jobs
-from slurm.lib.runtime_client import Answer, Heartbeat, RuntimeClient
+from slurm.lib.runtime_client import QUICK_TIMEOUT_S, Answer, Heartbeat, RuntimeClient
 from slurm.lib.runtime_step import RuntimeStep, as_a_job_alone, runtime_step
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import (
@@ -80,6 +81,7 @@ VERIFY_DEADLINE_S = 20.0
 FOREIGN_SERVERS = frozenset({404, 405})  # a server that is not ours need not have /list
 # How long a trainer may take to stop after its runtime is gone; with SILENT_AFTER_S the GPUs are free within 15 s.
 STOP_GRACE_S = 5.0
+SERVER_BACK_S = 10.0  # twice what an API server that crashed needs to be there again
 NODE_WORD_S = 3.0  # from the death of a node's Ray, which fails the trainer, to where we see it
 
 
@@ -199,17 +201,17 @@ class TrainingSession:
             log.info("skyrl-agent has %s", verl)
         trainer = trainer_of(self.job.settings, self.job.directory, verl)
         client = RuntimeClient(endpoint.url, endpoint.key)
-        self.kill_wait_s = self.job.scheduler.kill_wait_s()
+        self.kill_wait_s = answered(self.job.scheduler.kill_wait_s, self.notes)
         marker = f"{self.job.job_id}.{secrets.token_hex(8)}"
         with (
             guarded(self.job.code) as guardian,
             job_folder(self.job, guardian) as folder,
             Heartbeat(client, f"training-{self.job.job_id}") as heartbeat,
+            self.partner_watch(endpoint, heartbeat) as watch,
         ):
             environment = self.prepare(trainer, endpoint, folder).plus({TRAINER_MARKER: marker})
             guardian.own_marker(TRAINER_MARKER, marker)
             self.chain.begin(endpoint.runtime_job_id, self.notes)
-            watch = self.partner_watch(endpoint, heartbeat)
             guardian.await_detached()
             adopt_orphans()
 
@@ -239,7 +241,9 @@ class TrainingSession:
     def know_deadline(self) -> None:
         """Find out until when both jobs may run, and say it; ``TooLate`` where that is too little."""
         job = self.job
-        self.deadline = deadline_of(job.job_id, self.runtime_job_id, job.environment, job.scheduler)
+        self.deadline = answered(
+            lambda: deadline_of(job.job_id, self.runtime_job_id, job.environment, job.scheduler), self.notes
+        )
         announce(self.deadline, job.settings, time.monotonic())
 
     def others_completion(self) -> Flag | None:
@@ -389,23 +393,34 @@ class TrainingSession:
         write_atomically(self.job.directory.training_env, env_file_text(values), 0o600)
         return environment
 
-    def partner_watch(self, endpoint: Endpoint, heartbeat: Heartbeat) -> Callable[[], str | None]:
-        """A function that says why the runtime is gone, or None; asked about once a second.
+    @contextlib.contextmanager
+    def partner_watch(self, endpoint: Endpoint, heartbeat: Heartbeat) -> Iterator[Callable[[], str | None]]:
+        """A function that says at once why the runtime is gone, or None.
 
-        Where the server is not ours the runtime job beats by a counter in the directory, and so does this job.
+        Flags and Slurm are asked in the background, each by itself. Where the server is not ours the runtime job beats
+        by a counter in the directory, and so does this job.
         """
-        watch = PartnerWatch("runtime", endpoint.runtime_job_id, self.job.scheduler, heartbeat.age_s, expected=True)
+        patience_s = self.job.settings.partner_patience
+        partner = PartnerWatch(
+            "runtime",
+            endpoint.runtime_job_id,
+            self.job.scheduler,
+            heartbeat.age_s,
+            expected=True,
+            patience_s=patience_s,
+        )
         partners = self.job.directory.heartbeat("runtime", endpoint.runtime_job_id)
         counter = Counter(self.job.directory.heartbeat("training", self.job.job_id)) if is_listed(partners) else None
         if counter:
-            watch.heartbeat_age_s = CounterWatch(partners).age_s
+            partner.heartbeat_age_s = CounterWatch(partners).age_s
 
-        def gone() -> str | None:
+        def flags() -> str | None:
             if counter:
                 counter.beat()
-            return self.runtime_ended() or watch.gone()
+            return self.runtime_ended()
 
-        return gone
+        with Lookout(flags, PARTNER_LOOK_EVERY_S) as flag, Lookout(partner.gone, PARTNER_LOOK_EVERY_S) as witness:
+            yield lambda: flag.seen() or witness.seen()
 
     def early_stop(self, child: Child) -> EarlyStop:
         """What is done with this trainer when the time limit is near."""
@@ -456,12 +471,23 @@ class TrainingSession:
         return self._lost_runtime() if self.chain.successor else None
 
     def _lost_runtime(self) -> Outcome | None:
-        """The outcome where a trainer has failed because its sandboxes were gone."""
-        why, url = self.runtime_ended(), self.job.directory.read_url()
-        if why is None and url is not None and RuntimeClient(url, None).health().ok:
+        """The outcome where a trainer has failed because its sandboxes were gone, and stay so."""
+        end = time.monotonic() + SERVER_BACK_S
+        while (why := self.runtime_ended()) is None and self.notes.stop_signal is None:
+            if self._answers():
+                return None
+            if time.monotonic() > end:
+                why = "the runtime does not answer"
+                break
+            self.notes.sleep(LOOK_EVERY_S)
+        if why is None:
             return None
-        why = why or "the runtime does not answer"
         return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", self._without_runtime(why))
+
+    def _answers(self) -> bool:
+        """Whether the server answers; yes where none is known."""
+        url = self.job.directory.read_url()
+        return url is None or RuntimeClient(url, None).ask("GET", "/health", QUICK_TIMEOUT_S).ok
 
     def _nap(self, child: Child) -> None:
         """Wait a little, but not past the trainer's end or a signal."""

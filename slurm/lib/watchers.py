@@ -101,7 +101,10 @@ class TrainingWatcher:
             client = RuntimeClient(self.server.local_url, self.server.key)
             return client.heard_s_ago(f"training-{training}") if self.server.is_ours else watch.age_s()
 
-        return PartnerWatch("training", training, self.job.scheduler, age_s, flag_late_s=FLAG_LATE_S)
+        patience_s = self.job.settings.partner_patience
+        return PartnerWatch(
+            "training", training, self.job.scheduler, age_s, patience_s=patience_s, flag_late_s=FLAG_LATE_S
+        )
 
 
 @dataclass
