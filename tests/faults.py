@@ -39,6 +39,27 @@ class Case:
 
 
 ENDS = "the training job ends too"
+CANCELLED = Case(
+    2,
+    "`launch.py cancel` of five runs at once: one with its next attempt queued, a heterogeneous one, one whose trainer "
+    "ignores SIGTERM, one whose job has just started, a local one",
+    "all their jobs end, in order",
+    15,
+    "ended by SIGTERM",
+)
+CANCELLED_PENDING = Case(
+    2,
+    "`launch.py cancel` of runs that are pending, as two jobs, as one heterogeneous job, and by a lone `sbatch`",
+    "their jobs leave the queue",
+    15,
+    "cancelled before it began",
+)
+CANCELLED_HUNG = Case(
+    2, "`launch.py cancel` of a run whose job bodies do nothing any more (SIGSTOP)", "its jobs are killed", 15, "killed"
+)
+CANCELLED_UNHEARD = Case(
+    2, "`launch.py cancel` while `slurmctld` does not answer", "it says so, exit code 75", 15, "has not ended"
+)
 NO_PODMAN = Case(3, "the CPU node has no Podman", ENDS, 10, "cpu-a cannot run this job: not on PATH: podman")
 NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a cannot run this job: no range for")
 FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
@@ -66,6 +87,10 @@ SANDBOX_ATTACKS = Case(
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
 CASES = (
+    CANCELLED,
+    CANCELLED_PENDING,
+    CANCELLED_HUNG,
+    CANCELLED_UNHEARD,
     NO_PODMAN,
     NO_SUBUIDS,
     FULL_DISK,

@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 from slurm.lib import local, submission
+from slurm.lib.command_line import Parser, say
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.edge import exit_code_of
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, ConfigError, SuiteError, UsageError
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging, wants_colour
+from slurm.lib.logs import debug_wanted, log, setup_command_logging, wants_colour
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
 from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
@@ -36,6 +36,8 @@ from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
+verbs: cancel RUN… ends runs (launch.py cancel --help).
+
 exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong,
 or a check found an error (also with --check); 69 the partner job is gone; 70 a fault of this suite; 71 something is
 missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 74 a node of the training job was lost;
@@ -43,17 +45,11 @@ missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ``UsageError`` for a wrong command line, in place of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; {self.prog} --help lists the options")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
         description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
+        usage="%(prog)s --config NAME|PATH [OPTION…]\n       %(prog)s cancel RUN… [--json]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -78,9 +74,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _cancel(argv: Sequence[str], notes: SignalNotes) -> int:
+    from slurm.lib import cancel
+
+    return cancel.main(argv, notes)
+
+
+# What comes before everything else on the command line; without a verb it is a launch.
+VERBS: Mapping[str, Callable[[Sequence[str], SignalNotes], int]] = {"cancel": _cancel}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     setup_command_logging("--debug" in argv)
+    if argv and argv[0] in VERBS:
+        return exit_code_of(lambda notes: VERBS[argv[0]](argv[1:], notes), "stopped by %s; what was begun goes on")
     stopped = "stopped by %s; nothing was submitted, or it was taken back"
     return exit_code_of(lambda notes: _answer(argv, notes), stopped)
 
@@ -229,22 +237,6 @@ def show(plan: LaunchPlan) -> int:
     if gone := ended(plan):
         log.warning("%s", gone)
     return EXIT_OK if say(shown(plan)) else EXIT_ENVIRONMENT
-
-
-def say(text: str) -> bool:
-    """Write to stdout, undecodable bytes of the command line as they came; returns whether that went well.
-
-    A reader that has left is no error. What cannot be written goes to the log.
-    """
-    try:
-        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-        sys.stdout.flush()
-    except OSError as problem:
-        give_up(sys.stdout)
-        if not isinstance(problem, BrokenPipeError):
-            log.error("cannot write to stdout: %s; it would have said:\n%s", problem.strerror, text)
-            return False
-    return True
 
 
 def refuse_options(arguments: argparse.Namespace) -> None:

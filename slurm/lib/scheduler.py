@@ -6,6 +6,7 @@ without ``--json`` and without accounting.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import os
@@ -26,6 +27,11 @@ SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
 # A person's defaults for these commands, such as SQUEUE_PARTITION, would hide living jobs from us.
 FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_")
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
+# What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
+SILENCE = re.compile(
+    r"contact slurm controller|Socket timed out|Zero Bytes were transmitted|connection failure|Connection refused"
+    r"|controller not responding|standby mode|Unexpected missing socket|temporarily unable to accept|no answer within"
+)
 
 
 class JobState(enum.Enum):
@@ -144,6 +150,24 @@ def parse_status(answer: Completed, job_id: str = "") -> JobStatus:
     return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), _epoch(start))
 
 
+def parse_statuses(answer: Completed, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+    """The status of each of several jobs in an answer of ``squeue -h -t all -o '%A|%T|%r|%N'``."""
+    if not answer.ok and "Invalid job id" not in answer.stderr:
+        return dict.fromkeys(job_ids, JobStatus(JobState.UNKNOWN, answer.complaint))
+    found = {}
+    for line in answer.stdout.split("\n"):
+        job_id, word, reason, node = [*line.strip().split("|"), "", "", ""][:4]
+        details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
+        found[job_id] = JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details))
+    gone = JobStatus(JobState.PURGED, "not in the queue any more")
+    return {job_id: found.get(job_id, gone) for job_id in job_ids}
+
+
+def is_silence(complaint: str) -> bool:
+    """Whether a complaint of Slurm's commands says only that the controller was not heard."""
+    return bool(SILENCE.search(complaint))
+
+
 def parse_job_id(answer: Completed) -> str | None:
     """The id that ``sbatch --parsable`` printed: ``ID`` or ``ID;CLUSTER``, perhaps after lines of a site's plugin."""
     for line in reversed(answer.stdout.split("\n")):
@@ -246,15 +270,26 @@ class Slurm:
         question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S|%A")
         return parse_status(self._with_epochs()._ask(*question, timeout_s=timeout_s), job_id)
 
-    def cancel(self, job_ids: Sequence[str]) -> str | None:
-        """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
-        if not job_ids:
-            return None
-        return self._complaint(self._ask("scancel", *job_ids, timeout_s=SUBMIT_TIMEOUT_S))
+    def statuses(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, JobStatus]:
+        """The status of each of several jobs, by one question."""
+        question = ("squeue", "-h", "--all", "-t", "all", "-j", ",".join(job_ids), "-o", "%A|%T|%r|%N")
+        return parse_statuses(self._ask(*question, timeout_s=timeout_s), job_ids)
 
-    def cancel_pending(self, job_id: str) -> str | None:
-        """Cancel a job only if it has not started; returns Slurm's complaint or None, which says nothing of the job."""
-        return self._complaint(self._ask("scancel", "--state=PENDING", job_id, timeout_s=SUBMIT_TIMEOUT_S))
+    def cancel(self, job_ids: Sequence[str], timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
+        """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
+        return self._complaint(self._ask("scancel", *job_ids, timeout_s=timeout_s)) if job_ids else None
+
+    def tell_bodies(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """SIGTERM to the batch scripts of running jobs alone, which end their jobs in order."""
+        return self._complaint(self._ask("scancel", "--batch", "--signal=TERM", *job_ids, timeout_s=timeout_s))
+
+    def kill(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """SIGKILL to every process of running jobs, batch scripts included."""
+        return self._complaint(self._ask("scancel", "--full", "--signal=KILL", *job_ids, timeout_s=timeout_s))
+
+    def cancel_pending(self, *job_ids: str, timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
+        """Cancel jobs only if they have not started; returns Slurm's complaint or None, which says nothing of them."""
+        return self._complaint(self._ask("scancel", "--state=PENDING", *job_ids, timeout_s=timeout_s))
 
     @staticmethod
     def _complaint(answer: Completed) -> str | None:
@@ -289,10 +324,16 @@ class Slurm:
         """The same commands, which print times as epoch seconds; a person's own format could not be read back."""
         return Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})
 
-    def detail(self, job_id: str, field: str) -> str | None:
+    def detail(self, job_id: str, field: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """One field of ``scontrol show job`` whose value reaches to the end of its line, such as ``StdOut``."""
-        answer = self._ask("scontrol", "show", "job", job_id)
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
         match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
+        return match.group(1).strip() if match else None
+
+    def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """The name of a job that Slurm knows."""
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
+        match = re.search(r"^\s*JobId=\d+ .*?\bJobName=(.*)$", answer.stdout, re.MULTILINE)
         return match.group(1).strip() if match else None
 
     def would_take(self, argv: Sequence[str]) -> Completed:
@@ -316,6 +357,7 @@ class LocalJobs:
     ``record`` is the file in which the launcher keeps them, a line ``ID PID TICKS`` each.
     """
 
+    FILE = "local_jobs.txt"
     KILL_WAIT_S = 8.0  # the launcher promises that nothing is left 10 s after its end
 
     def __init__(self, record: Path) -> None:
@@ -326,7 +368,8 @@ class LocalJobs:
             lines = [line.split() for line in self.record.read_text().splitlines()]
         except OSError:
             return None
-        return next(((int(pid), int(ticks)) for name, pid, ticks in lines if name == job_id), None)
+        whole = [words for words in lines if len(words) == 3 and words[1].isdigit() and words[2].isdigit()]
+        return next(((int(pid), int(ticks)) for name, pid, ticks in whole if name == job_id), None)
 
     def status(self, job_id: str) -> JobStatus:
         process = self._process(job_id)
@@ -341,6 +384,18 @@ class LocalJobs:
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Local jobs end with their launcher and with each other; nobody cancels a partner from outside."""
         return None
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """The status of each of several jobs."""
+        return {job_id: self.status(job_id) for job_id in job_ids}
+
+    def signal(self, job_ids: Sequence[str], number: int) -> None:
+        """Send a signal to the bodies of jobs, as far as these are still the processes that the record names."""
+        for job_id in job_ids:
+            process = self._process(job_id)
+            if process and start_ticks(process[0]) == process[1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process[0], number)
 
     def kill_wait_s(self) -> float:
         return self.KILL_WAIT_S
