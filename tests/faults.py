@@ -72,6 +72,39 @@ DEAD_JOB = Case(
     20,
     "removing Podman storage that a dead job left",
 )
+KILLED_AT_A_CALL = Case(
+    12,
+    "`kill -9` of `launch.py` before and after each call of `sbatch` and `scontrol release`",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+KILLED_ANY_TIME = Case(
+    12,
+    "`kill -9` of `launch.py` at 20 moments, 60 ms apart",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+NOT_ITS_OWN = Case(
+    12,
+    "a launch while another one is between its two `sbatch`, a person holds a run, and one of another host is held",
+    "all three stay; of the last one it warns",
+)
+SILENT_CONTROLLER = Case(
+    8,
+    "`slurmctld` does not answer for two minutes (SIGSTOP): a launch begun then, one at its first `sbatch`",
+    "both wait, and go on with what Slurm has taken",
+    240,
+    "Slurm does not answer",
+)
+NO_CONTROLLER = Case(
+    8,
+    "`slurmctld` is stopped, and started two minutes later: a launch begun then, one between its two `sbatch`",
+    "each completes, or says that nothing was queued",
+    240,
+)
+HOSTILE_VALUES = Case(
+    16,
+    "300 variables of a `.conf` with arbitrary text (line ends, quotes, `$( )`, `;`), in a folder named like that",
+    "the trainer's environment has each of them exactly",
+)
 MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
 OTHER_USER = Case(
     13,
@@ -87,6 +120,12 @@ SANDBOX_ATTACKS = Case(
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
 CASES = (
+    KILLED_AT_A_CALL,
+    KILLED_ANY_TIME,
+    NOT_ITS_OWN,
+    SILENT_CONTROLLER,
+    NO_CONTROLLER,
+    HOSTILE_VALUES,
     CANCELLED,
     CANCELLED_PENDING,
     CANCELLED_HUNG,

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
-from slurm.lib import local, submission
+from slurm.lib import leftovers, local, submission
 from slurm.lib.command_line import Parser, say
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir
@@ -27,12 +28,15 @@ from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.joined import ended
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
-from slurm.lib.run_record import GitState, git_state, read_jobs
+from slurm.lib.run_record import git_state, read_jobs
+from slurm.lib.scheduler import Slurm
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
 from slurm.lib.signals import SignalNotes
 from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
+from slurm.lib.unheard import PATIENCE_S
 
+T = TypeVar("T")
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
@@ -121,13 +125,20 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
             log.warning("%s", warning)
         return show(plan)
     asked = Asked(plan, CHECKOUT, at_leisure=arguments.check)
+    on_slurm = config.settings.skyrl_backend == "slurm"
+    cleared = background(lambda: clear_leftovers(plan)) if on_slurm and not arguments.check else None
     found = run_checks(asked, skipped)
     if arguments.check:
         return show_findings(found, dict.fromkeys(check.name for check in concerning(asked, skipped)), arguments.json)
+    if cleared:
+        cleared()
     before_submission(found)
-    if config.settings.skyrl_backend == "local":
-        return local.run(plan, notes, CHECKOUT)
-    return submit(plan, notes)
+    return submit(plan, notes) if on_slurm else local.run(plan, notes, CHECKOUT)
+
+
+def clear_leftovers(plan: LaunchPlan) -> None:
+    """Remove what killed launches left in the queue and in the jobs base."""
+    leftovers.clear(Slurm({**plan.inherited, **plan.environment}), plan.settings.skyrl_jobs_base)
 
 
 def interpreter() -> str:
@@ -279,13 +290,13 @@ def before_submission(found: Sequence[Finding]) -> None:
 def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
     git = background(lambda: git_state(CHECKOUT))
-    done = submission.submit(plan, notes, git, CHECKOUT)
+    done = submission.submit(plan, notes, git, CHECKOUT, patience_s=PATIENCE_S)
     more = joining(done, plan) if plan.training is None else stopping(done) if plan.combined else ""
     say(report(done) + more)
     return EXIT_OK
 
 
-def background(task: Callable[[], GitState]) -> Callable[[], GitState]:
+def background(task: Callable[[], T]) -> Callable[[], T]:
     """Start a task in a thread; the returned function waits for its result."""
     import concurrent.futures
 

@@ -90,6 +90,16 @@ class JobFacts:
     preempted: bool = False
 
 
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in the queue, its comment as Slurm prints it; ``submitted_at`` by the controller's clock, epoch seconds."""
+
+    job_id: str
+    is_held: bool
+    submitted_at: float | None
+    comment: str
+
+
 class Scheduler(Protocol):
     """What a job body asks of whoever runs the jobs."""
 
@@ -161,6 +171,17 @@ def parse_statuses(answer: Completed, job_ids: Sequence[str]) -> dict[str, JobSt
         found[job_id] = JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details))
     gone = JobStatus(JobState.PURGED, "not in the queue any more")
     return {job_id: found.get(job_id, gone) for job_id in job_ids}
+
+
+def parse_queue(text: str) -> list[QueuedJob]:
+    """The jobs in the output of ``squeue -h -o '%A|%T|%r|%V|%k'``, the oldest first."""
+    lines = [line.strip().split("|", 4) for line in text.split("\n") if line.count("|") >= 4]
+    found = [
+        QueuedJob(job_id, word == "PENDING" and reason == "JobHeldUser", _epoch(submitted), comment)
+        for job_id, word, reason, submitted, comment in lines
+        if job_id.isdigit()
+    ]
+    return sorted(found, key=lambda job: int(job.job_id))
 
 
 def is_silence(complaint: str) -> bool:
@@ -242,14 +263,30 @@ class Slurm:
         try:
             answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
         except WaitTimeout as problem:
-            raise SubmissionError(
-                f"{problem}; it may have been queued all the same, held: look with squeue --me, end it with scancel",
-                leaves_jobs=True,
-            ) from None
+            raise self._unheard(str(problem)) from None
         job_id = parse_job_id(answer)
+        if not answer.ok and is_silence(answer.complaint):
+            raise self._unheard(answer.complaint)
         if not answer.ok or job_id is None:
             raise SubmissionError(f"Slurm did not take the job: {answer.complaint}")
         return job_id
+
+    @staticmethod
+    def _unheard(words: str) -> SubmissionError:
+        advice = "the next launch removes it, or: look with squeue --me, end it with scancel"
+        return SubmissionError(f"{words}; it may have been queued all the same, held: {advice}", leaves_jobs=True)
+
+    def own_jobs(self, timeout_s: float = ASK_TIMEOUT_S) -> list[QueuedJob] | None:
+        """This user's jobs in the queue, the oldest first; None while Slurm is silent."""
+        question = ("squeue", "-h", f"--user={os.getuid()}", "-o", "%A|%T|%r|%V|%k")
+        answer = self._with_epochs()._ask(*question, timeout_s=timeout_s)
+        return parse_queue(answer.stdout) if answer.ok else None
+
+    def clock(self) -> float | None:
+        """The controller's time in epoch seconds, to compare with what it says of jobs; None while it is silent."""
+        answer = self._with_epochs()._ask("scontrol", "show", "config", timeout_s=QUESTION_TIMEOUT_S)
+        match = re.match(r"Configuration data as of (\S+)", answer.stdout)
+        return _epoch(match.group(1)) if match else None
 
     def components(self, job_id: str) -> list[str]:
         """The ids of the components of the queued heterogeneous job ``job_id``, in order; the first is its own."""
@@ -264,7 +301,8 @@ class Slurm:
         """Let a held job start; ``SubmissionError`` with Slurm's words if that fails."""
         answer = self._ask("scontrol", "release", job_id, timeout_s=SUBMIT_TIMEOUT_S)
         if not answer.ok:
-            raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
+            unheard = is_silence(answer.complaint)
+            raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}", leaves_jobs=unheard)
 
     def status(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobStatus:
         question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S|%A")
