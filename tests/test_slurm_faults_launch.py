@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -13,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
+from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import within
-from tests.runs import Run, launch_argv, parse_report, until
+from tests.runs import SMALL, Run, launch_argv, parse_report, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 
@@ -203,3 +208,122 @@ def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
     assert {job.job_id for job in desk.queue()} == ids
     assert len(ids) == 7
     within(faults.NOT_ITS_OWN, 0.0)
+
+
+# --- 8: the controller ------------------------------------------------------------------------------------------------
+
+
+def controller() -> int:
+    return int((test_cluster.HOME / "slurmctld.pid").read_text())
+
+
+@contextlib.contextmanager
+def silent_controller() -> Iterator[None]:
+    """slurmctld does not answer for the length of the block, and then does what it was told meanwhile."""
+    pid = controller()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def no_controller() -> Iterator[None]:
+    """slurmctld is stopped in order for the length of the block, and started again."""
+    pid = controller()
+    os.kill(pid, signal.SIGTERM)
+    until("slurmctld to end", lambda: not Path(f"/proc/{pid}").exists(), 30)
+    try:
+        yield
+    finally:
+        environment = {**os.environ, **test_cluster.environment()}
+        subprocess.run(["slurmctld", "-f", test_cluster.environment()["SLURM_CONF"]], env=environment, check=True)
+
+
+OUTAGES = {faults.SILENT_CONTROLLER: silent_controller, faults.NO_CONTROLLER: no_controller}
+
+
+CAUGHT_AT = ("sbatch 1 before", "sbatch 2 before", "scontrol 1 before", "scontrol 2 before")
+
+
+@pytest.mark.parametrize("case", OUTAGES, ids=lambda case: case.fault)
+def test_launches_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
+    """Some are caught by it at one of their calls, one begins in it."""
+    with contextlib.ExitStack() as end:
+        folders = [desk.folder / f"bin{number}" for number in range(len(CAUGHT_AT))]
+        environments = [desk.wrapped(path.name, point, "wait") for path, point in zip(folders, CAUGHT_AT, strict=True)]
+        launchers = [end.enter_context(desk.start(LATER, env=env)) for env in environments]
+        until("their calls", lambda: all((path / "reached").exists() for path in folders), 60)
+        begin = time.monotonic()
+        with OUTAGES[case]():
+            for path in folders:
+                (path / "go").touch()
+            launchers.append(end.enter_context(desk.start(LATER)))
+            time.sleep(OUTAGE_S)
+        said = [launcher.communicate(timeout=case.bound_s) for launcher in launchers]
+        within(case, time.monotonic() - begin)
+    taken: set[str] = set()
+    for launcher, (out, err) in zip(launchers, said, strict=True):
+        assert launcher.returncode in {0, 73}, err
+        assert "Traceback" not in err
+        assert "Slurm does not answer; waiting up to" in err
+        if launcher.returncode == 0:
+            jobs = set(parse_report(desk.user, out).jobs.values())
+            assert len(jobs) == 2
+            taken |= jobs
+    jobs_left = desk.queue()
+    assert {job.job_id for job in jobs_left} == taken, (said, jobs_left)
+    assert not [job for job in jobs_left if job.reason == "JobHeldUser"], "all of them have been let go"
+    assert set().union(*desk.whole_runs().values()) == taken
+    assert len(desk.folders()) * 2 == len(taken)
+
+
+# --- 16: hostile input ------------------------------------------------------------------------------------------------
+
+HOSTILE_NAME = """it's $(touch pwned) "a"; b `c` $HOME & *?"""
+DUMPS = """TRAINING_COMMAND="$SKYRL_PYTHON" -c "import json, os
+found = {name.decode(): value.hex() for name, value in os.environb.items() if name.startswith(b'HOSTILE_')}
+json.dump(found, open('found.json', 'w'))\""""
+
+
+def hostile_values(count: int) -> list[bytes]:
+    """Arbitrary values; without NUL, which no environment can hold, and Windows' line ends, which are refused."""
+    found: list[bytes] = []
+    text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30).map(str.encode)
+    pieces = st.sampled_from(
+        [b"$(touch pwned)", b"`x`", b"'", b'"', b"\n", b";", b"\\", b"${HOME}", b"%j", b"!", b"\xff"]
+    )
+    mixed = st.lists(pieces | text, max_size=6).map(b"".join)
+
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate])
+    @given(mixed | st.binary(max_size=20).filter(lambda value: b"\0" not in value))
+    def collect(value: bytes) -> None:
+        found.append(value.replace(b"\r\n", b"\n"))
+
+    collect()
+    return found
+
+
+@pytest.mark.podman
+def test_values_reach_the_trainer_exactly(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    values = {f"HOSTILE_{number}": value for number, value in enumerate(hostile_values(300))}
+    assert len(values) > 250
+    place = jobs_base / HOSTILE_NAME
+    shutil.copytree(checkout, place / "SkyRL", symlinks=True)
+    conf = place / "mine.conf"
+    quoted = [name.encode() + b"='" + value.replace(b"'", b"'\\''") + b"'\n" for name, value in values.items()]
+    conf.write_bytes(b'source "$SKYRL_CONFIG_DIR/dev.conf"\n' + b"".join(quoted))
+    subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(place)], check=True)
+    words = [word for setting in (*SMALL, NO_GPU, DUMPS) for word in ("--set", setting)]
+    argv = [str(place / "SkyRL" / "slurm" / "launch.py"), "--config", str(conf), *words]
+    done = user.run([*argv, "--set", f"SKYRL_JOBS_BASE={place / 'runs'}"], cwd=place)
+    assert done.returncode == 0, done.stderr
+    run = parse_report(user, done.stdout)
+    assert run.directory.parent == place / "runs"
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0, run.log("training") + run.log("training", "err")
+    found = {name: bytes.fromhex(value) for name, value in json.loads(run.text("found.json")).items()}
+    assert found == values
+    assert not list(jobs_base.rglob("pwned"))
+    within(faults.HOSTILE_VALUES, 0.0)

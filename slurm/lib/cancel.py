@@ -1,7 +1,7 @@
 """``launch.py cancel``: end runs, within 15 s, and say of each job what was done.
 
 A job body that is told alone (``scancel --batch``) ends its job in order: the trainer may save, sandboxes go, flags say
-why. So bodies are told first; what is left after 10 s is cancelled as ``scancel`` does it, and killed 2 s later, for
+why. So bodies are told first; what is left after 8 s is cancelled as ``scancel`` does it, and killed 2 s later, for
 Slurm itself gives a job KillWait, 30 s by default. Which step is due is decided by ``due``, from what Slurm says.
 """
 
@@ -35,11 +35,11 @@ from slurm.lib.runs import FoundRun, RunJob, find
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.signals import SignalNotes
 
-CANCEL_AFTER_S, KILL_AFTER_S = 10.0, 12.0
-END_S = 14.0  # of all: 15 s are promised
+CANCEL_AFTER_S, KILL_AFTER_S = 8.0, 10.0
+END_S = 14.2  # of all: 15 s are promised
 COMMAND_S = 3.0  # one question or order, to a controller that may be silent
 FIND_S = 5.0  # for all questions about which runs are meant
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 1.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
 WITHDRAWN = "cancelled before it began (launch.py cancel)"
 EPILOG = """\
 exit codes: 0 all jobs of the runs have ended, or had before; 2 there is no such run; 71 a local run of another host;

@@ -207,6 +207,9 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
     skip = arguments.skip_runtime or arguments.runtime_url is not None
     if "%j" in str(settings.skyrl_jobs_base):
         raise UsageError(f"SKYRL_JOBS_BASE={settings.skyrl_jobs_base}: %j would stand for a job's id; choose another")
+    if "\\" in str(settings.skyrl_jobs_base) and settings.skyrl_backend == "slurm":
+        sentence = "after a backslash Slurm fills in no job id in the name of a log"
+        raise UsageError(f"SKYRL_JOBS_BASE={settings.skyrl_jobs_base}: {sentence}; choose a folder without one")
     if skip and arguments.runtime_only:
         raise UsageError("--runtime-only and --skip-runtime exclude each other")
     if skip and settings.skyrl_backend == "local":

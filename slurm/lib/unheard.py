@@ -61,10 +61,11 @@ def submitted(slurm: Slurm, argv: Sequence[str], mark: str, insistence: Insisten
         found = insistence.until_heard("say whether it took the job", lambda: _looked_for(slurm, mark))
         if found is None:
             raise
-        if not found:
-            raise SubmissionError("Slurm did not take the job: sbatch got no answer, and nothing was queued") from None
-        log.info("Slurm took the job %s all the same", found)
-        return found
+        if found:
+            log.info("Slurm took job %s without saying so", found)
+            return found
+    log.info("Slurm answers again, and has not taken the job; submitting it once more")
+    return slurm.submit(argv, cwd)
 
 
 def _comments(argv: Sequence[str]) -> list[str]:
