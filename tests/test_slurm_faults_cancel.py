@@ -160,7 +160,10 @@ def test_bodies_that_hang_are_killed(user: OrdinaryUser, checkout: Path, jobs_ba
         done = cancel(run.directory)
     within(faults.CANCELLED_HUNG, time.monotonic() - begin)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(f"told to end, cancelled, {faults.CANCELLED_HUNG.reads}; ended after") == 2, done.stdout
+    assert done.stdout.count(f"told to end, {faults.CANCELLED_HUNG.reads}; ended after") == 2, done.stdout
+    assert "killed by launch.py cancel" in run.completion["reason"]
+    recorded = json.loads(run.text("run.json"))["jobs"]
+    assert all("killed by launch.py cancel" in recorded[kind]["ended"]["reason"] for kind in run.jobs), recorded
     assert all(run.is_over(kind) for kind in run.jobs)
 
 

@@ -1,8 +1,9 @@
 """``launch.py cancel``: end runs, within 15 s, and say of each job what was done.
 
 A job body that is told alone (``scancel --batch``) ends its job in order: the trainer may save, sandboxes go, flags say
-why. So bodies are told first; what is left after 8 s is cancelled as ``scancel`` does it, and killed 2 s later, for
-Slurm itself gives a job KillWait, 30 s by default. Which step is due is decided by ``due``, from what Slurm says.
+why. So bodies are told first, and those that are left after 9 s are killed, whereupon Slurm and their guardians end the
+rest. They are not cancelled before: Slurm would give them KillWait, 30 s by default, and takes no signal for a job that
+it is ending. Which step is due is decided by ``due``, from what Slurm says.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from slurm.lib.runs import FoundRun, RunJob, find
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.signals import SignalNotes
 
-CANCEL_AFTER_S, KILL_AFTER_S = 8.0, 10.0
+KILL_AFTER_S, CANCEL_AFTER_S = 9.0, 11.0
 END_S = 14.2  # of all: 15 s are promised
 COMMAND_S = 3.0  # one question or order, to a controller that may be silent
 FIND_S = 5.0  # for all questions about which runs are meant
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
 WITHDRAWN = "cancelled before it began (launch.py cancel)"
+KILLED = "killed by launch.py cancel: it did not end when it was told"
 EPILOG = """\
 exit codes: 0 all jobs of the runs have ended, or had before; 2 there is no such run; 71 a local run of another host;
 75 a job has not ended within 15 s, or Slurm did not answer.
@@ -52,24 +54,22 @@ class Act(str, enum.Enum):
 
     WITHDRAW = "taken out of the queue"
     TELL = "told to end"
-    CANCEL = "cancelled"
     KILL = "killed"
+    CANCEL = "cancelled"
+
+
+SIGNALS = {Act.TELL: signal.SIGTERM, Act.KILL: signal.SIGKILL}
 
 
 def due(status: JobStatus, done: Sequence[Act], elapsed_s: float) -> Act | None:
     """The step that a job is to be given now; None while there is nothing to do but wait."""
     if status.state is JobState.PENDING:
-        again = done.count(Act.WITHDRAW) <= elapsed_s / CANCEL_AFTER_S  # where the first one was not heard
+        again = done.count(Act.WITHDRAW) <= elapsed_s / KILL_AFTER_S  # where the first one was not heard
         return Act.WITHDRAW if again else None
-    if status.state is not JobState.RUNNING:
+    if status.state is not JobState.RUNNING or status.words.startswith("COMPLETING"):
         return None
-    if elapsed_s >= KILL_AFTER_S:
-        return None if Act.KILL in done else Act.KILL
-    if status.words.startswith("COMPLETING"):
-        return None
-    if elapsed_s >= CANCEL_AFTER_S:
-        return None if Act.CANCEL in done else Act.CANCEL
-    return None if Act.TELL in done else Act.TELL
+    step = Act.TELL if elapsed_s < KILL_AFTER_S else Act.KILL if elapsed_s < CANCEL_AFTER_S else Act.CANCEL
+    return None if step in done else step
 
 
 @dataclass
@@ -89,9 +89,10 @@ class Watched:
         return self.now is not None and self.now.state.is_final
 
     @property
-    def never_began(self) -> bool:
-        """Whether it was in the queue, and was taken out before it began."""
-        return self.is_over and self.was is not None and set(self.done) == {Act.WITHDRAW}
+    def reason(self) -> str:
+        """Why it ended, where it could not say so itself; empty where it could."""
+        withdrawn = KILLED if Act.KILL in self.done else WITHDRAWN if set(self.done) == {Act.WITHDRAW} else ""
+        return withdrawn if self.is_over else ""
 
     def see(self, status: JobStatus, elapsed_s: float) -> None:
         """Note what Slurm says; its silence says nothing about the job."""
@@ -150,10 +151,8 @@ class SlurmHand:
 
     def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None:
         ids = list(dict.fromkeys(one.job.leader or one.job.job_id for one in jobs))
-        if act is Act.TELL:
-            return self.slurm.tell_bodies(ids, timeout_s)
-        if act is Act.KILL:
-            return self.slurm.kill(ids, timeout_s)
+        if act in SIGNALS:
+            return self.slurm.signal_bodies(ids, SIGNALS[act], timeout_s)
         if act is Act.CANCEL or not all(one.now and one.now.words.startswith("PENDING") for one in jobs):
             return self.slurm.cancel(ids, timeout_s)
         # A training before its runtime, whose end would let it start; what starts meanwhile is told.
@@ -161,9 +160,6 @@ class SlurmHand:
         groups = [first, [job_id for job_id in ids if job_id not in first]]
         complaints = [self.slurm.cancel_pending(*group, timeout_s=timeout_s / 2) for group in groups if group]
         return "; ".join(filter(None, complaints)) or None
-
-
-SIGNALS = {Act.TELL: signal.SIGTERM, Act.KILL: signal.SIGKILL}
 
 
 @dataclass(frozen=True)
@@ -243,15 +239,15 @@ class Cancellation:
 
 
 def conclude(watched: Sequence[Watched]) -> None:
-    """Say in a run's directory of the jobs that never began how they ended: nobody else can."""
+    """Say in a run's directory how those jobs ended that never began, or were killed: nobody else can."""
     for one in watched:
-        if not one.never_began or one.run.directory is None:
+        if not one.reason or one.run.directory is None:
             continue
         directory, job_id = one.run.directory, one.job.job_id
-        note_ends(directory, End(one.job.kind, job_id, None, WITHDRAWN, "launcher"))
+        note_ends(directory, End(one.job.kind, job_id, None, one.reason, "launcher"))
         if one.job.kind == "training" and not is_listed(directory.training_complete):
             runtime = next((job.job_id for job in one.run.jobs() if job.kind == "runtime"), "")
-            flag = Flag.of_this_host(job_id, runtime, EXIT_SIGNAL_BASE + signal.SIGTERM, WITHDRAWN, Ended.CANCELLED)
+            flag = Flag.of_this_host(job_id, runtime, EXIT_SIGNAL_BASE + signal.SIGTERM, one.reason, Ended.CANCELLED)
             try:
                 directory.publish(directory.training_complete, flag)
             except EnvironmentProblem as problem:

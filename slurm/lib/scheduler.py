@@ -11,6 +11,7 @@ import enum
 import math
 import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -317,13 +318,13 @@ class Slurm:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
         return self._complaint(self._ask("scancel", *job_ids, timeout_s=timeout_s)) if job_ids else None
 
-    def tell_bodies(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> str | None:
-        """SIGTERM to the batch scripts of running jobs alone, which end their jobs in order."""
-        return self._complaint(self._ask("scancel", "--batch", "--signal=TERM", *job_ids, timeout_s=timeout_s))
+    def signal_bodies(self, job_ids: Sequence[str], number: int, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """A signal to the batch scripts of running jobs alone; returns Slurm's complaint or None.
 
-    def kill(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> str | None:
-        """SIGKILL to every process of running jobs, batch scripts included."""
-        return self._complaint(self._ask("scancel", "--full", "--signal=KILL", *job_ids, timeout_s=timeout_s))
+        A KILL that is not meant for them alone Slurm takes for a cancellation, and gives the job KillWait.
+        """
+        name = signal.Signals(number).name.removeprefix("SIG")
+        return self._complaint(self._ask("scancel", "--batch", f"--signal={name}", *job_ids, timeout_s=timeout_s))
 
     def cancel_pending(self, *job_ids: str, timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
         """Cancel jobs only if they have not started; returns Slurm's complaint or None, which says nothing of them."""

@@ -109,8 +109,9 @@ def submit(
         if plan.combined:
             jobs["runtime"] = _runtime_component(slurm, jobs["training"])
         directory = _directory(plan, jobs, undo)
-        unfinished = write_marker(directory, undo.job_ids, made=not joining)
-        undo.added.append(unfinished)
+        # A pair in place of another is what is left of the run if its submitter dies: a person decides about it.
+        unfinished = None if plan.request.requeue else write_marker(directory, undo.job_ids, made=not joining)
+        undo.added += [unfinished] if unfinished else []
         added = furnish(directory, plan, jobs, checkout)
         undo.added += added if joining else []
         _publish_foreign_runtime(directory, plan)
@@ -122,7 +123,8 @@ def submit(
             released(slurm, job_id, insistence)
         first = undo.job_ids[0]
         release(slurm, first) if release else _commit(slurm, first, directory, insistence)
-    unfinished.unlink(missing_ok=True)
+    if unfinished:
+        unfinished.unlink(missing_ok=True)
     if late:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
         _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
