@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = ("sbatch", "scontrol", "scancel", "squeue", "sinfo", "sacctmgr")
-# What the checks ask before a submission: questions, which change nothing and count as no call.
-QUESTIONS = frozenset({"sbatch --test-only", "sinfo", "sacctmgr", "scontrol show config"})
+# What is asked before a submission: questions, which change nothing and count as no call.
+QUESTIONS = frozenset({"sbatch --test-only", "squeue --user", "sinfo", "sacctmgr", "scontrol show config"})
 SINFO = "".join(f"{name}|up|infinite|4|gpu:8\n" for name in ("test", "gpu_test", "shared", "gpu"))
 
 # Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.
@@ -20,6 +20,7 @@ PROGRAM = """
 import fcntl, json, os, sys, time
 home, name, argv, sinfo = sys.argv[1], sys.argv[2], sys.argv[4:], sys.argv[3]
 name += " --test-only" if "--test-only" in argv else " show config" if argv[:2] == ["show", "config"] else ""
+name += " --user" if any(word.startswith("--user=") for word in argv) else ""
 calls = os.path.join(home, "calls.jsonl")
 record = open(calls, "r+")
 fcntl.flock(record, fcntl.LOCK_EX)  # the checks ask several things at the same time
@@ -103,12 +104,12 @@ class FakeSlurm:
 
     @property
     def calls(self) -> list[Call]:
-        """All calls but the questions of the checks."""
+        """All calls but the questions before a submission."""
         return [call for call in self.everything if call.name not in QUESTIONS]
 
     @property
     def questions(self) -> list[Call]:
-        """What the checks asked; ``sbatch --test-only`` has a name of its own."""
+        """What was asked before a submission; ``sbatch --test-only`` and ``squeue --user`` have names of their own."""
         return [call for call in self.everything if call.name in QUESTIONS]
 
     @property

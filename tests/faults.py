@@ -43,6 +43,27 @@ ENDS = "the training job ends too"
 ENDS_OTHER = "the runtime job ends too"
 BOTH_END = "both jobs end"
 GONE = "is gone: ended badly (CANCELLED"
+CANCELLED = Case(
+    2,
+    "`launch.py cancel` of five runs at once: one with its next attempt queued, a heterogeneous one, one whose trainer "
+    "ignores SIGTERM, one whose job has just started, a local one",
+    "all their jobs end, in order",
+    15,
+    "ended by SIGTERM",
+)
+CANCELLED_PENDING = Case(
+    2,
+    "`launch.py cancel` of runs that are pending, as two jobs, as one heterogeneous job, and by a lone `sbatch`",
+    "their jobs leave the queue",
+    15,
+    "cancelled before it began",
+)
+CANCELLED_HUNG = Case(
+    2, "`launch.py cancel` of a run whose job bodies do nothing any more (SIGSTOP)", "its jobs are killed", 15, "killed"
+)
+CANCELLED_UNHEARD = Case(
+    2, "`launch.py cancel` while `slurmctld` does not answer", "it says so, exit code 75", 15, "has not ended"
+)
 NO_PODMAN = Case(3, "the CPU node has no Podman", ENDS, 10, "cpu-a cannot run this job: not on PATH: podman")
 NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a cannot run this job: no range for")
 FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
@@ -112,6 +133,39 @@ DEAD_JOB = Case(
     "the next job on that node removes them; a living job's sandbox goes on answering",
     20,
     "removing Podman storage that a dead job left",
+)
+KILLED_AT_A_CALL = Case(
+    12,
+    "`kill -9` of `launch.py` before and after each call of `sbatch` and `scontrol release`",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+KILLED_ANY_TIME = Case(
+    12,
+    "`kill -9` of `launch.py` at 20 moments, 60 ms apart",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+NOT_ITS_OWN = Case(
+    12,
+    "a launch while another one is between its two `sbatch`, a person holds a run, and one of another host is held",
+    "all three stay; of the last one it warns",
+)
+SILENT_CONTROLLER = Case(
+    8,
+    "`slurmctld` does not answer for two minutes (SIGSTOP): a launch begun then, one at its first `sbatch`",
+    "both wait, and go on with what Slurm has taken",
+    240,
+    "Slurm does not answer",
+)
+NO_CONTROLLER = Case(
+    8,
+    "`slurmctld` is stopped, and started two minutes later: a launch begun then, one between its two `sbatch`",
+    "each completes, or says that nothing was queued",
+    240,
+)
+HOSTILE_VALUES = Case(
+    16,
+    "300 variables of a `.conf` with arbitrary text (line ends, quotes, `$( )`, `;`), in a folder named like that",
+    "the trainer's environment has each of them exactly",
 )
 MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
 OTHER_USER = Case(
@@ -200,6 +254,16 @@ MOVED = Case(
     22, "the checkout is moved while both jobs are queued", "the run completes, from its own copy of the code", 60
 )
 CASES = (
+    KILLED_AT_A_CALL,
+    KILLED_ANY_TIME,
+    NOT_ITS_OWN,
+    SILENT_CONTROLLER,
+    NO_CONTROLLER,
+    HOSTILE_VALUES,
+    CANCELLED,
+    CANCELLED_PENDING,
+    CANCELLED_HUNG,
+    CANCELLED_UNHEARD,
     NO_PODMAN,
     NO_SUBUIDS,
     FULL_DISK,

@@ -83,7 +83,7 @@ def test_the_next_pair_is_queued_like_the_first_one(slurm: FakeSlurm) -> None:
     job, chain = begun(slurm)
     assert chain.successor == {"runtime": "103", "training": "104"}
     runtime, training = slurm.of("sbatch")[2:]
-    assert slurm.names[-3:] == ["sbatch", "sbatch", "scontrol release"]
+    assert slurm.names[-4:] == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
     assert slurm.of("scontrol")[-1].argv == ["release", "103"]
     assert {"--hold", "--dependency=afterany:102", "--signal=B:USR1@900"} <= set(runtime.argv)
     assert {"--dependency=after:103,afterany:102", "--kill-on-invalid-dep=yes"} <= set(training.argv)

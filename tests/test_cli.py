@@ -326,6 +326,7 @@ BAD: list[tuple[list[str], str]] = [
     ([*DEV, "--set", "GPU_MEMORY_UTILIZATION=nan"], "must be a number"),
     ([*DEV, "--set", "SKYRL_JOBS_BASE=/a\n/b"], "must be one path"),
     ([*DEV, "--set", "SKYRL_JOBS_BASE=/a/%j/b"], "%j would stand for a job's id"),
+    ([*DEV, "--set", "SKYRL_JOBS_BASE=/a\\b"], "choose a folder without one"),
     ([*DEV, "--set", "SKYRL_BACKEND=cloud"], "must be slurm or local"),
     ([*DEV, "--set", "CPUS_PER_WORKER=1000"], "not one sandbox would fit"),
     ([*DEV, "--set", "ALLHANDS_API_KEY=two words"], "must be printable ASCII"),
@@ -404,6 +405,53 @@ def test_no_override_gives_a_traceback(launch: Launcher, slurm: FakeSlurm, name:
     assert done.code in {0, 2}
     assert (done.out == "") == (done.code == 2)
     assert "Traceback" not in done.err
+    assert slurm.calls == []
+
+
+# Pieces of bash, whole and broken; none calls a program.
+PIECES = st.sampled_from(
+    [
+        *("X=", "MODEL=", "GPU_NODES=2", "$(", ")", "'", '"', "\n", ";", "{", "}", "if ", "then ", "fi", "((", "]]"),
+        *("<<E\n", "\0", "\r\n", "\udcff", "declare -A X", "unset HOME", "readonly X", "exit 3", "return 5", "set -eu"),
+        *(
+            "${!",
+            "${X:?no}",
+            "exec 2>&-",
+            "trap : EXIT",
+            "f() {",
+            "X=(a b",
+            "$'\\x00'",
+            "\\",
+            "&",
+            "|",
+            "#",
+            "\t",
+            "=",
+            "\x1f",
+        ),
+    ]
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(content=st.binary(max_size=60) | st.lists(PIECES, max_size=12).map(lambda pieces: os.fsencode("".join(pieces))))
+def test_any_bytes_as_a_conf_are_read_once_and_give_no_traceback(
+    launch: Launcher, slurm: FakeSlurm, tmp_path: Path, content: bytes
+) -> None:
+    conf, count = tmp_path / "any.conf", tmp_path / "count"
+    count.write_text("")
+    conf.write_bytes(b'builtin printf x >> "$HOME/count"\nPATH=\n' + content)
+    done = launch("--config", str(conf), "--dry-run", "--set", "TRAINING_COMMAND=true")
+    assert done.code in {0, 2}, done.err
+    assert (done.out == "") == (done.code == 2)
+    assert "Traceback" not in done.err
+    is_text = not {b"\0", b"\r\n"} & {content[n : n + size] for n in range(len(content)) for size in (1, 2)}
+    assert count.read_text() == ("x" if is_text else "")
     assert slurm.calls == []
 
 

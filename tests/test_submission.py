@@ -62,14 +62,14 @@ def carry_out(plan: LaunchPlan, notes: SignalNotes | None = None, **options: Any
 def test_held_then_dependent_then_complete_then_one_release(slurm: FakeSlurm) -> None:
     done = carry_out(plan_for(slurm))
     assert done.jobs == {"runtime": "101", "training": "102"}
-    assert slurm.names == ["sbatch", "sbatch", "scontrol release"]
-    runtime, training, release = slurm.calls
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
+    runtime, training, *releases = slurm.calls
     assert "--hold" in runtime.argv
     assert runtime.argv[-1] == str(ROOT / "slurm/jobs/runtime_server.py")
     assert "--dependency=after:101" in training.argv
-    assert "--hold" not in training.argv
+    assert "--hold" in training.argv, "the end of a runtime job that is taken back would let it start"
     assert training.argv[-1] == str(ROOT / "slurm/jobs/verl_training.py")
-    assert release.argv == ["release", "101"]
+    assert [call.argv for call in releases] == [["release", "102"], ["release", "101"]]
     for call in (runtime, training):
         assert {"--parsable", "--no-requeue", "--export=ALL"} <= set(call.argv)
         assert not call.modes  # nothing was made before both ids were known
@@ -83,7 +83,8 @@ def test_the_directory_is_complete_at_the_release(slurm: FakeSlurm) -> None:
     assert modes[f"{RUN}/secrets.json"] == 0o600
     assert {f"{RUN}/{name}" for name in ("run.json", "dev.conf", "code/slurm/lib/runtime_job.py")} <= modes.keys()
     after = {str(path.relative_to(slurm.jobs)) for path in slurm.jobs.rglob("*")}
-    assert after == modes.keys()
+    assert modes.keys() - after == {f"{RUN}/submission_101.json"}, "what says that it is not finished"
+    assert after < modes.keys()
     assert not [name for name in modes if Path(name).name.startswith(".")]  # nothing half-written
 
 
@@ -117,7 +118,7 @@ def test_path_and_slurm_conf_of_the_conf_reach_every_command(slurm: FakeSlurm, t
     environment = {"PATH": os.environ["PATH"]}
     with pytest.raises(SubmissionError, match="cancelled 101 102"):
         carry_out(plan_for(slurm, config=str(conf), environment=environment))
-    assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scancel"]
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release", "squeue", "scancel", "scancel"]
     assert {call.environment["SLURM_CONF"] for call in slurm.calls} == {"/site/slurm.conf"}
 
 
@@ -232,7 +233,7 @@ def no_base(slurm: FakeSlurm) -> str:
 
 def no_release(slurm: FakeSlurm) -> str:
     slurm.answer("scontrol", {"code": 1, "stderr": "slurm_update error: Access denied"})
-    return "did not release job 101: slurm_update error: Access denied; cancelled 101 102"
+    return "did not release job 102: slurm_update error: Access denied; cancelled 101 102"
 
 
 def no_cancel(slurm: FakeSlurm) -> str:
@@ -246,9 +247,11 @@ def test_a_failure_takes_everything_back(slurm: FakeSlurm, fail: Callable[[FakeS
     with pytest.raises(SubmissionError, match=words) as caught:
         carry_out(plan_for(slurm))
     assert caught.value.exit_code == EXIT_SUBMISSION
-    assert not slurm.jobs.is_dir() or not list(slurm.jobs.iterdir())
+    left = list(slurm.jobs.iterdir()) if slurm.jobs.is_dir() else []
+    assert bool(left) is (fail is no_cancel), "the directory of a job that may live stays"
     taken = [str(101 + n) for n, call in enumerate(slurm.of("sbatch")) if succeeded(slurm, n)]
-    assert [call.argv for call in slurm.of("scancel")] == ([list(reversed(taken))] if taken else [])
+    asked = [call.argv[0] for call in slurm.of("scancel")]
+    assert asked == (["102"] if fail is no_cancel else list(reversed(taken)))
     assert slurm.names[-1] == ("scancel" if taken else "sbatch")
 
 
@@ -263,7 +266,7 @@ def test_a_code_that_cannot_be_copied_takes_everything_back(slurm: FakeSlurm, tm
     (broken / "gone.py").symlink_to("nowhere")
     with pytest.raises(SubmissionError, match=r"cannot copy the code into .*; cancelled 101 102"):
         carry_out(plan_for(slurm), checkout=tmp_path / "checkout")
-    assert [call.argv for call in slurm.of("scancel")] == [["102", "101"]]
+    assert [call.argv for call in slurm.of("scancel")] == [["102"], ["101"]]
     assert not list(slurm.jobs.iterdir())
 
 
@@ -284,8 +287,8 @@ def test_a_signal_during_submission_takes_everything_back(slurm: FakeSlurm) -> N
 
     with pytest.raises(Interrupted):
         carry_out(plan_for(slurm), notes, git=signalled)
-    assert slurm.names == ["sbatch", "sbatch", "scancel"]
-    assert slurm.of("scancel")[0].argv == ["102", "101"]
+    assert slurm.names == ["sbatch", "sbatch", "scancel", "scancel"]
+    assert [call.argv for call in slurm.of("scancel")] == [["102"], ["101"]]
     assert not list(slurm.jobs.iterdir())
 
 
@@ -304,18 +307,18 @@ def test_a_real_signal_to_the_launcher(slurm: FakeSlurm, number: signal.Signals,
     taken = [str(101 + n) for n in range(step + 1)]
     assert f"cancelled {' '.join(taken)}" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [call.argv for call in slurm.of("scancel")] == [list(reversed(taken))]
+    assert [call.argv for call in slurm.of("scancel")] == [[job] for job in reversed(taken)]
     assert "scontrol release" not in slurm.names
     assert not slurm.jobs.exists() or not list(slurm.jobs.iterdir())
 
 
 def test_a_signal_after_the_commit_changes_nothing(slurm: FakeSlurm) -> None:
-    slurm.answer("scontrol", {"signal": signal.SIGTERM})
+    slurm.answer("scontrol", {}, {"signal": signal.SIGTERM})
     environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}
     done = subprocess.run(LAUNCH, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert "training job: 102" in done.stdout
-    assert slurm.names == ["sbatch", "sbatch", "scontrol release"]
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
 
 
 # --- joining a runtime ------------------------------------------------------------------------------------------------

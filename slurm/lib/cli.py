@@ -11,16 +11,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import TypeVar
 
-from slurm.lib import local, submission
+from slurm.lib import leftovers, local, submission
+from slurm.lib.command_line import Parser, say
 from slurm.lib.config import LoadedConfig, load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.edge import exit_code_of
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, ConfigError, SuiteError, UsageError
 from slurm.lib.interpreter import mark
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.logs import debug_wanted, give_up, log, setup_command_logging, wants_colour
+from slurm.lib.logs import debug_wanted, log, setup_command_logging, wants_colour
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
 from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
@@ -28,15 +29,20 @@ from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.joined import ended
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
-from slurm.lib.run_record import GitState, git_state, read_jobs
+from slurm.lib.run_record import git_state, read_jobs
+from slurm.lib.scheduler import Slurm
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
 from slurm.lib.signals import SignalNotes
 from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
+from slurm.lib.unheard import PATIENCE_S
 
+T = TypeVar("T")
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
+verbs: cancel RUN… ends runs (launch.py cancel --help).
+
 exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong,
 or a check found an error (also with --check); 69 the partner job is gone; 70 a fault of this suite; 71 something is
 missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 74 a node of the training job was lost;
@@ -44,17 +50,11 @@ missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ``UsageError`` for a wrong command line, in place of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; {self.prog} --help lists the options")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
         description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
+        usage="%(prog)s --config NAME|PATH [OPTION…]\n       %(prog)s cancel RUN… [--json]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -79,9 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _cancel(argv: Sequence[str], notes: SignalNotes) -> int:
+    from slurm.lib import cancel
+
+    return cancel.main(argv, notes)
+
+
+# What comes before everything else on the command line; without a verb it is a launch.
+VERBS: Mapping[str, Callable[[Sequence[str], SignalNotes], int]] = {"cancel": _cancel}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     setup_command_logging("--debug" in argv)
+    if argv and argv[0] in VERBS:
+        return exit_code_of(lambda notes: VERBS[argv[0]](argv[1:], notes), "stopped by %s; what was begun goes on")
     stopped = "stopped by %s; nothing was submitted, or it was taken back"
     return exit_code_of(lambda notes: _answer(argv, notes), stopped)
 
@@ -114,13 +126,20 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
             log.warning("%s", warning)
         return show(plan)
     asked = Asked(plan, CHECKOUT, at_leisure=arguments.check)
+    on_slurm = config.settings.skyrl_backend == "slurm"
+    cleared = background(lambda: clear_leftovers(plan)) if on_slurm and not arguments.check else None
     found = run_checks(asked, skipped)
     if arguments.check:
         return show_findings(found, dict.fromkeys(check.name for check in concerning(asked, skipped)), arguments.json)
+    if cleared:
+        cleared()
     before_submission(found)
-    if config.settings.skyrl_backend == "local":
-        return local.run(plan, notes, CHECKOUT)
-    return submit(plan, notes)
+    return submit(plan, notes) if on_slurm else local.run(plan, notes, CHECKOUT)
+
+
+def clear_leftovers(plan: LaunchPlan) -> None:
+    """Remove what killed launches left in the queue and in the jobs base."""
+    leftovers.clear(Slurm({**plan.inherited, **plan.environment}), plan.settings.skyrl_jobs_base)
 
 
 def interpreter() -> str:
@@ -189,6 +208,9 @@ def request_of(arguments: argparse.Namespace, config: LoadedConfig) -> Request:
     skip = arguments.skip_runtime or arguments.runtime_url is not None
     if "%j" in str(settings.skyrl_jobs_base):
         raise UsageError(f"SKYRL_JOBS_BASE={settings.skyrl_jobs_base}: %j would stand for a job's id; choose another")
+    if "\\" in str(settings.skyrl_jobs_base) and settings.skyrl_backend == "slurm":
+        sentence = "after a backslash Slurm fills in no job id in the name of a log"
+        raise UsageError(f"SKYRL_JOBS_BASE={settings.skyrl_jobs_base}: {sentence}; choose a folder without one")
     if skip and arguments.runtime_only:
         raise UsageError("--runtime-only and --skip-runtime exclude each other")
     if skip and settings.skyrl_backend == "local":
@@ -232,22 +254,6 @@ def show(plan: LaunchPlan) -> int:
     return EXIT_OK if say(shown(plan)) else EXIT_ENVIRONMENT
 
 
-def say(text: str) -> bool:
-    """Write to stdout, undecodable bytes of the command line as they came; returns whether that went well.
-
-    A reader that has left is no error. What cannot be written goes to the log.
-    """
-    try:
-        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-        sys.stdout.flush()
-    except OSError as problem:
-        give_up(sys.stdout)
-        if not isinstance(problem, BrokenPipeError):
-            log.error("cannot write to stdout: %s; it would have said:\n%s", problem.strerror, text)
-            return False
-    return True
-
-
 def refuse_options(arguments: argparse.Namespace) -> None:
     """``UsageError`` for options of the checks that cannot go together."""
     if arguments.check and arguments.dry_run:
@@ -288,13 +294,13 @@ def before_submission(found: Sequence[Finding]) -> None:
 def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
     git = background(lambda: git_state(CHECKOUT))
-    done = submission.submit(plan, notes, git, CHECKOUT)
+    done = submission.submit(plan, notes, git, CHECKOUT, patience_s=PATIENCE_S)
     more = joining(done, plan) if plan.training is None else stopping(done) if plan.combined else ""
     say(report(done) + more)
     return EXIT_OK
 
 
-def background(task: Callable[[], GitState]) -> Callable[[], GitState]:
+def background(task: Callable[[], T]) -> Callable[[], T]:
     """Start a task in a thread; the returned function waits for its result."""
     import concurrent.futures
 

@@ -42,14 +42,16 @@ class EnvironmentProblem(SuiteError):
 class SubmissionError(SuiteError):
     """Slurm did not take the jobs; what had been submitted is cancelled.
 
-    ``leaves_jobs`` where that could not be done, or is not known: then a held job may be in the queue.
+    ``leaves_jobs`` where that could not be done, or is not known: then a held job may be in the queue. ``may_start``
+    where all is ready and only Slurm's word about the last step is missing: then nothing is taken back.
     """
 
     exit_code = EXIT_SUBMISSION
 
-    def __init__(self, message: str, *, leaves_jobs: bool = False) -> None:
+    def __init__(self, message: str, *, leaves_jobs: bool = False, may_start: bool = False) -> None:
         super().__init__(message)
         self.leaves_jobs = leaves_jobs
+        self.may_start = may_start
 
 
 class PartnerGone(SuiteError):

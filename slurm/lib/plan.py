@@ -18,6 +18,7 @@ from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
 from slurm.lib.gpu_environment import planned
 from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_environment import without_slurm
+from slurm.lib.launch_mark import PREFIX
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings, gpu_gres
@@ -25,6 +26,7 @@ from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_versions import VerlVersion
 
 RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
+MARK = "<mark>"  # which launcher submits it (launch_mark.py)
 ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
 # The file in the run's directory that a job's secrets are in; absent where it has none, so that a job that sees no such
 # file knows whether it is still to come. (A name that ends in FILE is not taken for a secret's.)
@@ -102,6 +104,10 @@ class JobPlan:
             environment={name: value.replace(RUNTIME_ID, job_id) for name, value in self.environment.items()},
         )
 
+    def with_mark(self, mark: str) -> JobPlan:
+        """The same job with the mark of its submission filled in."""
+        return replace(self, argv=tuple(word.replace(MARK, mark) for word in self.argv))
+
     def with_local_ids(self, ids: Mapping[str, str]) -> JobPlan:
         """The same job as a process of this machine, where nobody fills in ``%j``."""
         job = self.with_runtime_id(ids.get("runtime", ""))
@@ -151,7 +157,7 @@ class LaunchPlan:
 
     @property
     def submissions(self) -> tuple[JobPlan, ...]:
-        """What sbatch is asked to take, in this order; the first is held until its release."""
+        """What sbatch is asked to take, in this order, held; the release of the first lets them start."""
         return (self.combined,) if self.combined else self.jobs
 
     @property
@@ -282,7 +288,8 @@ def make_plan(
     ours, own_secrets = split_environment(said, values)
     secrets = {**shell_secrets, **own_secrets}
     where = environment.get(SECRETS_FILE, "") if request.goes_on else secrets_file(request) if secrets else ""
-    builder = _Builder(settings, request, stamp, checkout, python, mark, where)
+    marked = not {**shell, **said}.get("SBATCH_COMMENT")  # a person's own comment stays, as in *_SBATCH_ARGS
+    builder = _Builder(settings, request, stamp, checkout, python, mark, where, marked)
     return LaunchPlan(
         config=config,
         request=request,
@@ -312,6 +319,12 @@ class _Builder:
     python: str
     mark: str
     secrets_file: str
+    marked: bool
+
+    @property
+    def sbatch(self) -> tuple[str, ...]:
+        """How each job is submitted: held until all is ready, with the mark of its launcher."""
+        return (*SBATCH, *_options([("comment", f"{PREFIX}{MARK}" if self.marked else None)]), "--hold")
 
     @property
     def base(self) -> Path:
@@ -370,12 +383,12 @@ class _Builder:
         return parted(parted(options, *DEPENDENCY)[0], *BEGIN)[0]
 
     @property
-    def held(self) -> tuple[str, ...]:
-        """The first options of what is submitted first, which waits for its release and perhaps for more."""
+    def waits(self) -> tuple[str, ...]:
+        """What the job that is submitted first waits for beside its release."""
         requeue, restart = self.request.requeue, self.request.restart
         after = restart.after if restart else requeue.instead_of if requeue else None
         begin = f"now+{requeue.begin_in_s}" if requeue and requeue.begin_in_s else None
-        return ("--hold", *_options([("dependency", f"afterany:{after}" if after else None), ("begin", begin)]))
+        return _options([("dependency", f"afterany:{after}" if after else None), ("begin", begin)])
 
     def combined(self) -> JobPlan:
         """Both jobs as one: the training, whose body is the batch script, and the runtime, which that one starts.
@@ -389,7 +402,7 @@ class _Builder:
         # Without a log, which its body's step writes, and without a signal, which is the batch script's alone.
         runtime = [word for word in self.options_of("runtime") if not word.startswith("--signal=B:")]
         environment = self.environment(directory)
-        argv = (*SBATCH, *self.held, *training, ":", *runtime, str(script))
+        argv = (*self.sbatch, *self.waits, *training, ":", *runtime, str(script))
         return JobPlan("training", argv, script, f"{self.base}/{directory}", environment)
 
     def runtime(self) -> JobPlan:
@@ -398,11 +411,18 @@ class _Builder:
         options = self.options_of("runtime") + _logs("runtime", self.base, directory)
         environment = self.environment(directory)
         return JobPlan(
-            "runtime", (*SBATCH, *self.held, *options, str(script)), script, f"{self.base}/{directory}", environment
+            "runtime",
+            (*self.sbatch, *self.waits, *options, str(script)),
+            script,
+            f"{self.base}/{directory}",
+            environment,
         )
 
     def training(self) -> JobPlan:
-        """With a runtime job of its own it waits for that one's start, so that it never holds GPUs before."""
+        """With a runtime job of its own it waits for that one's start, so that it never holds GPUs before.
+
+        It is held too: the end of a runtime job that is taken back would let it start.
+        """
         paired = self.request.runtime
         directory = self.directory_of(RUNTIME_ID if paired else OWN_ID)
         script = self.script("verl_training.py")
@@ -413,13 +433,12 @@ class _Builder:
         if paired:
             options, theirs = parted(options, *DEPENDENCY)
         both = ",".join([both, *theirs])
-        first = (f"--dependency={both}", "--kill-on-invalid-dep=yes") if paired else ("--hold",)
+        first = (f"--dependency={both}", "--kill-on-invalid-dep=yes") if paired else ()
         options += _logs("training", self.base, directory)
         partner = RUNTIME_ID if paired else self.request.attach_id
         environment = self.environment(directory) | ({"SKYRL_RUNTIME_JOB_ID": partner} if partner else {})
-        return JobPlan(
-            "training", (*SBATCH, *first, *options, str(script)), script, f"{self.base}/{directory}", environment
-        )
+        argv = (*self.sbatch, *first, *options, str(script))
+        return JobPlan("training", argv, script, f"{self.base}/{directory}", environment)
 
 
 def shown(plan: LaunchPlan) -> str:
@@ -459,8 +478,11 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
     for job in plan.submissions:
         title = "both jobs, as one heterogeneous job" if plan.combined else f"{job.kind} job"
         lines += [f"# {title}", _readable(job.argv), ""]
-    released = RUNTIME_ID if plan.runtime and not plan.combined else TRAINING_ID
-    return [*lines, "# then, with the run directory complete", f"scontrol release {shlex.quote(released)}", ""]
+    ids = {"runtime": RUNTIME_ID, "training": TRAINING_ID}
+    titles = ["# then, with the run directory complete", "# and last, which lets both start"]
+    for title, job in zip(titles, reversed(plan.submissions), strict=False):
+        lines += [title, f"scontrol release {shlex.quote(ids[job.kind])}", ""]
+    return lines
 
 
 def _readable(argv: tuple[str, ...]) -> str:

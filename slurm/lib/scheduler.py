@@ -7,10 +7,12 @@ by minutes: only what both say at one moment relates them.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import os
 import re
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +30,11 @@ SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
 # A person's defaults for these commands, such as SQUEUE_PARTITION, would hide living jobs from us.
 FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_")
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
+# What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
+SILENCE = re.compile(
+    r"contact slurm controller|Socket timed out|Zero Bytes were transmitted|connection failure|Connection refused"
+    r"|controller not responding|standby mode|Unexpected missing socket|temporarily unable to accept|no answer within"
+)
 
 
 class JobState(enum.Enum):
@@ -85,6 +92,16 @@ class JobFacts:
 
     ends_at: float | None = None
     preempted: bool = False
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in the queue, its comment as Slurm prints it; ``submitted_at`` by the controller's clock, epoch seconds."""
+
+    job_id: str
+    is_held: bool
+    submitted_at: float | None
+    comment: str
 
 
 class Scheduler(Protocol):
@@ -152,6 +169,35 @@ def parse_status(answer: Completed, job_id: str = "") -> JobStatus:
         return JobStatus(JobState.PURGED, "not in the queue any more")
     details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
     return JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), _epoch(start), node)
+
+
+def parse_statuses(answer: Completed, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+    """The status of each of several jobs in an answer of ``squeue -h -t all -o '%A|%T|%r|%N'``."""
+    if not answer.ok and "Invalid job id" not in answer.stderr:
+        return dict.fromkeys(job_ids, JobStatus(JobState.UNKNOWN, answer.complaint))
+    found = {}
+    for line in answer.stdout.split("\n"):
+        job_id, word, reason, node = [*line.strip().split("|"), "", "", ""][:4]
+        details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
+        found[job_id] = JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), node=node)
+    gone = JobStatus(JobState.PURGED, "not in the queue any more")
+    return {job_id: found.get(job_id, gone) for job_id in job_ids}
+
+
+def parse_queue(text: str) -> list[QueuedJob]:
+    """The jobs in the output of ``squeue -h -o '%A|%T|%r|%V|%k'``, the oldest first."""
+    lines = [line.strip().split("|", 4) for line in text.split("\n") if line.count("|") >= 4]
+    found = [
+        QueuedJob(job_id, word == "PENDING" and reason == "JobHeldUser", _epoch(submitted), comment)
+        for job_id, word, reason, submitted, comment in lines
+        if job_id.isdigit()
+    ]
+    return sorted(found, key=lambda job: int(job.job_id))
+
+
+def is_silence(complaint: str) -> bool:
+    """Whether a complaint of Slurm's commands says only that the controller was not heard."""
+    return bool(SILENCE.search(complaint))
 
 
 def parse_job_id(answer: Completed) -> str | None:
@@ -229,14 +275,30 @@ class Slurm:
         try:
             answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
         except WaitTimeout as problem:
-            raise SubmissionError(
-                f"{problem}; it may have been queued all the same, held: look with squeue --me, end it with scancel",
-                leaves_jobs=True,
-            ) from None
+            raise self._unheard(str(problem)) from None
         job_id = parse_job_id(answer)
+        if not answer.ok and is_silence(answer.complaint):
+            raise self._unheard(answer.complaint)
         if not answer.ok or job_id is None:
             raise SubmissionError(f"Slurm did not take the job: {answer.complaint}")
         return job_id
+
+    @staticmethod
+    def _unheard(words: str) -> SubmissionError:
+        advice = "the next launch removes it, or: look with squeue --me, end it with scancel"
+        return SubmissionError(f"{words}; it may have been queued all the same, held: {advice}", leaves_jobs=True)
+
+    def own_jobs(self, timeout_s: float = ASK_TIMEOUT_S) -> list[QueuedJob] | None:
+        """This user's jobs in the queue, the oldest first; None while Slurm is silent."""
+        question = ("squeue", "-h", f"--user={os.getuid()}", "-o", "%A|%T|%r|%V|%k")
+        answer = self._with_epochs()._ask(*question, timeout_s=timeout_s)
+        return parse_queue(answer.stdout) if answer.ok else None
+
+    def clock(self) -> float | None:
+        """The controller's time in epoch seconds, to compare with what it says of jobs; None while it is silent."""
+        answer = self._with_epochs()._ask("scontrol", "show", "config", timeout_s=QUESTION_TIMEOUT_S)
+        match = re.match(r"Configuration data as of (\S+)", answer.stdout)
+        return _epoch(match.group(1)) if match else None
 
     def components(self, job_id: str) -> list[str]:
         """The ids of the components of the queued heterogeneous job ``job_id``, in order; the first is its own."""
@@ -251,22 +313,34 @@ class Slurm:
         """Let a held job start; ``SubmissionError`` with Slurm's words if that fails."""
         answer = self._ask("scontrol", "release", job_id, timeout_s=SUBMIT_TIMEOUT_S)
         if not answer.ok:
-            raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}")
+            unheard = is_silence(answer.complaint)
+            raise SubmissionError(f"Slurm did not release job {job_id}: {answer.complaint}", leaves_jobs=unheard)
 
     def status(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobStatus:
         question = ("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%T|%r|%N|%S|%A")
         status = parse_status(self._with_epochs()._ask(*question, timeout_s=timeout_s), job_id)
         return replace(status, starts_at=self._here(status.starts_at, timeout_s))
 
-    def cancel(self, job_ids: Sequence[str]) -> str | None:
-        """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
-        if not job_ids:
-            return None
-        return self._complaint(self._ask("scancel", *job_ids, timeout_s=SUBMIT_TIMEOUT_S))
+    def statuses(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, JobStatus]:
+        """The status of each of several jobs, by one question."""
+        question = ("squeue", "-h", "--all", "-t", "all", "-j", ",".join(job_ids), "-o", "%A|%T|%r|%N")
+        return parse_statuses(self._ask(*question, timeout_s=timeout_s), job_ids)
 
-    def cancel_pending(self, job_id: str) -> str | None:
-        """Cancel a job only if it has not started; returns Slurm's complaint or None, which says nothing of the job."""
-        return self._complaint(self._ask("scancel", "--state=PENDING", job_id, timeout_s=SUBMIT_TIMEOUT_S))
+    def cancel(self, job_ids: Sequence[str], timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
+        """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
+        return self._complaint(self._ask("scancel", *job_ids, timeout_s=timeout_s)) if job_ids else None
+
+    def signal_bodies(self, job_ids: Sequence[str], number: int, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """A signal to the batch scripts of running jobs alone; returns Slurm's complaint or None.
+
+        A KILL that is not meant for them alone Slurm takes for a cancellation, and gives the job KillWait.
+        """
+        name = signal.Signals(number).name.removeprefix("SIG")
+        return self._complaint(self._ask("scancel", "--batch", f"--signal={name}", *job_ids, timeout_s=timeout_s))
+
+    def cancel_pending(self, *job_ids: str, timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
+        """Cancel jobs only if they have not started; returns Slurm's complaint or None, which says nothing of them."""
+        return self._complaint(self._ask("scancel", "--state=PENDING", *job_ids, timeout_s=timeout_s))
 
     @staticmethod
     def _complaint(answer: Completed) -> str | None:
@@ -317,10 +391,16 @@ class Slurm:
         """The same commands, which print times as epoch seconds; a person's own format could not be read back."""
         return Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})
 
-    def detail(self, job_id: str, field: str) -> str | None:
+    def detail(self, job_id: str, field: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """One field of ``scontrol show job`` whose value reaches to the end of its line, such as ``StdOut``."""
-        answer = self._ask("scontrol", "show", "job", job_id)
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
         match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
+        return match.group(1).strip() if match else None
+
+    def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """The name of a job that Slurm knows."""
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
+        match = re.search(r"^\s*JobId=\d+ .*?\bJobName=(.*)$", answer.stdout, re.MULTILINE)
         return match.group(1).strip() if match else None
 
     def would_take(self, argv: Sequence[str]) -> Completed:
@@ -344,6 +424,7 @@ class LocalJobs:
     ``record`` is the file in which the launcher keeps them, a line ``ID PID TICKS`` each.
     """
 
+    FILE = "local_jobs.txt"
     KILL_WAIT_S = 8.0  # the launcher promises that nothing is left 10 s after its end
 
     def __init__(self, record: Path) -> None:
@@ -354,9 +435,7 @@ class LocalJobs:
             text = self.record.read_text(errors="replace")
         except OSError:
             return None
-        found = re.search(
-            rf"^{re.escape(job_id)} (\d+) (\d+)$", text, re.MULTILINE | re.ASCII
-        )  # other lines say nothing
+        found = re.search(rf"^{re.escape(job_id)} (\d+) (\d+)$", text, re.MULTILINE | re.ASCII)  # others say nothing
         return (int(found[1]), int(found[2])) if found else None
 
     def status(self, job_id: str) -> JobStatus:
@@ -372,6 +451,18 @@ class LocalJobs:
     def cancel(self, job_ids: Sequence[str]) -> str | None:
         """Local jobs end with their launcher and with each other; nobody cancels a partner from outside."""
         return None
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """The status of each of several jobs."""
+        return {job_id: self.status(job_id) for job_id in job_ids}
+
+    def signal(self, job_ids: Sequence[str], number: int) -> None:
+        """Send a signal to the bodies of jobs, as far as these are still the processes that the record names."""
+        for job_id in job_ids:
+            process = self._process(job_id)
+            if process and start_ticks(process[0]) == process[1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process[0], number)
 
     def kill_wait_s(self) -> float:
         return self.KILL_WAIT_S

@@ -1,8 +1,9 @@
 """Carries out a plan on Slurm, all or nothing.
 
-The runtime job is submitted held, the training job depends on it (with PAIRING=het both are one job, held); only when
-the run's directory is complete does one ``scontrol release`` let them start. Until then a failure cancels what was
-submitted, and a launcher that is killed leaves nothing that can start.
+Both jobs are submitted held, and the training job depends on the runtime job (with PAIRING=het both are one job).
+When the run's directory is complete the training job is released, which still waits for the other, and then the runtime
+job: this is the commit. Until then a failure cancels what was submitted, and a launcher that is killed leaves nothing
+that can start; ``submission_<id>.json`` tells the next launch that it was never finished (leftovers.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir, remove_run_dir
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
+from slurm.lib.launch_mark import new_mark
+from slurm.lib.leftovers import write_marker
 from slurm.lib.logs import log
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.run_record import GitState, furnish, write_record
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import KEY_NAME
+from slurm.lib.unheard import Insistence, cancelled, released, submitted
 
 
 @dataclass(frozen=True)
@@ -32,35 +36,44 @@ class Submitted:
 
 @dataclass
 class _Undo:
-    """What has to be taken back if the commit is not reached; the training job first, which waits for the other."""
+    """What has to be taken back if the commit is not reached; the training job first, which waits for the other.
+
+    The files of a job that may live are left to it.
+    """
 
     slurm: Slurm
     job_ids: list[str]
+    insistence: Insistence
     made: Path | None = None
     added: list[Path] = field(default_factory=list)
     failed: bool = False
 
     def __call__(self) -> str:
-        complaint = self.slurm.cancel(list(reversed(self.job_ids)))
+        complaint = cancelled(self.slurm, list(reversed(self.job_ids)), self.insistence)
+        if complaint:
+            self.failed = True
+            by_hand = "cancel by hand with scancel, or let the next launch do it; until then nothing of it starts"
+            return f"could not cancel {' '.join(self.job_ids)} ({complaint}): {by_hand}"
         if self.made is not None:
             remove_run_dir(self.made)
         for path in self.added:
             path.unlink(missing_ok=True)
-        if complaint:
-            self.failed = True
-            return f"could not cancel {' '.join(self.job_ids)} ({complaint}): cancel by hand with scancel"
         return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
 
 
 @contextlib.contextmanager
-def _taken_back_on_failure(slurm: Slurm) -> Iterator[_Undo]:
-    undo = _Undo(slurm, [])
+def _taken_back_on_failure(slurm: Slurm, insistence: Insistence) -> Iterator[_Undo]:
+    undo = _Undo(slurm, [], insistence)
     try:
         yield undo
+    except SubmissionError as problem:
+        if problem.may_start:
+            raise
+        message = f"{problem}; {undo()}"
+        raise SubmissionError(message, leaves_jobs=undo.failed or problem.leaves_jobs) from None
     except SuiteError as problem:
         message = f"{problem}; {undo()}"
-        leaves = undo.failed or (isinstance(problem, SubmissionError) and problem.leaves_jobs)
-        raise SubmissionError(message, leaves_jobs=leaves) from None
+        raise SubmissionError(message, leaves_jobs=undo.failed) from None
     except Interrupted:
         log.warning("taking the submission back: %s", undo())
         raise
@@ -74,24 +87,31 @@ def submit(
     notes: SignalNotes,
     git: Callable[[], GitState],
     checkout: Path,
-    release: Callable[[Slurm, str], None] = Slurm.release,
+    release: Callable[[Slurm, str], None] | None = None,
+    patience_s: float = 0.0,
 ) -> Submitted:
-    """Submit the plan's jobs and ``release`` the first.
+    """Submit the plan's jobs and let them start; in place of the last step, the first job's release, ``release``.
 
-    ``SubmissionError`` says why not, and names what could not be taken back.
+    A Slurm that is silent is waited for, ``patience_s`` seconds in all. ``SubmissionError`` says why not, and names
+    what could not be taken back.
     """
     jobs: dict[str, str] = {}
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
-    with _taken_back_on_failure(slurm) as undo:
+    insistence = Insistence(notes, patience_s)
+    with _taken_back_on_failure(slurm, insistence) as undo:
         for job in plan.submissions:
             notes.check()
-            planned = job.with_runtime_id(jobs.get("runtime", ""))
-            jobs[job.kind] = _slurm_for(plan, planned).submit(planned.argv)
+            mark = new_mark()
+            planned = job.with_runtime_id(jobs.get("runtime", "")).with_mark(mark)
+            jobs[job.kind] = submitted(_slurm_for(plan, planned), planned.argv, mark, insistence)
             undo.job_ids.append(jobs[job.kind])
         if plan.combined:
             jobs["runtime"] = _runtime_component(slurm, jobs["training"])
         directory = _directory(plan, jobs, undo)
+        # A pair in place of another is what is left of the run if its submitter dies: a person decides about it.
+        unfinished = None if plan.request.requeue else write_marker(directory, undo.job_ids, made=not joining)
+        undo.added += [unfinished] if unfinished else []
         added = furnish(directory, plan, jobs, checkout)
         undo.added += added if joining else []
         _publish_foreign_runtime(directory, plan)
@@ -99,10 +119,30 @@ def submit(
         if not late:
             undo.added.append(write_record(directory, plan, jobs, git()))
         notes.check()
-        release(slurm, next(iter(jobs.values())))
+        for job_id in undo.job_ids[:0:-1]:  # they wait for the first all the same
+            released(slurm, job_id, insistence)
+        first = undo.job_ids[0]
+        release(slurm, first) if release else _commit(slurm, first, directory, insistence)
+    if unfinished:
+        unfinished.unlink(missing_ok=True)
     if late:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
         _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
+
+
+def _commit(slurm: Slurm, job_id: str, directory: CoordinationDir, insistence: Insistence) -> None:
+    """Release the first job, which is what all wait for; if it may or may not be released, nothing is taken back."""
+    try:
+        released(slurm, job_id, insistence)
+    except SubmissionError as problem:
+        if not problem.leaves_jobs:
+            raise
+        advice = f"look with squeue --me, or end it with: launch.py cancel {directory.path}"
+        raise SubmissionError(
+            f"{problem}; the run {directory.path} is complete, and may start: {advice}",
+            leaves_jobs=True,
+            may_start=True,
+        ) from None
 
 
 def _runtime_component(slurm: Slurm, job_id: str) -> str:

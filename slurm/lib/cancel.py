@@ -1,0 +1,322 @@
+"""``launch.py cancel``: end runs, within 15 s, and say of each job what was done.
+
+A job body that is told alone (``scancel --batch``) ends its job in order: the trainer may save, sandboxes go, flags say
+why. So bodies are told first, and those that are left after 9 s are killed, whereupon Slurm and their guardians end the
+rest. They are not cancelled before: Slurm would give them KillWait, 30 s by default, and takes no signal for a job that
+it is ending. Which step is due is decided by ``due``, from what Slurm says.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from slurm.lib.command_line import Parser, say
+from slurm.lib.coordination import Flag, is_listed
+from slurm.lib.endings import End, note_ends
+from slurm.lib.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_OK,
+    EXIT_SIGNAL_BASE,
+    EXIT_TIMEOUT,
+    EnvironmentProblem,
+    UsageError,
+)
+from slurm.lib.helpers import jobs_base
+from slurm.lib.logs import log
+from slurm.lib.restarts import Ended
+from slurm.lib.runs import FoundRun, RunJob, find
+from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
+from slurm.lib.signals import SignalNotes
+
+KILL_AFTER_S, CANCEL_AFTER_S = 9.0, 11.0
+END_S = 14.2  # of all: 15 s are promised
+COMMAND_S = 3.0  # one question or order, to a controller that may be silent
+FIND_S = 5.0  # for all questions about which runs are meant
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
+WITHDRAWN = "cancelled before it began (launch.py cancel)"
+KILLED = "killed by launch.py cancel: it did not end when it was told"
+EPILOG = """\
+exit codes: 0 all jobs of the runs have ended, or had before; 2 there is no such run; 71 a local run of another host;
+75 a job has not ended within 15 s, or Slurm did not answer.
+"""
+
+
+class Act(str, enum.Enum):
+    """What is done to one job, as it is said afterwards."""
+
+    WITHDRAW = "taken out of the queue"
+    TELL = "told to end"
+    KILL = "killed"
+    CANCEL = "cancelled"
+
+
+SIGNALS = {Act.TELL: signal.SIGTERM, Act.KILL: signal.SIGKILL}
+
+
+def due(status: JobStatus, done: Sequence[Act], elapsed_s: float) -> Act | None:
+    """The step that a job is to be given now; None while there is nothing to do but wait."""
+    if status.state is JobState.PENDING:
+        again = done.count(Act.WITHDRAW) <= elapsed_s / KILL_AFTER_S  # where the first one was not heard
+        return Act.WITHDRAW if again else None
+    if status.state is not JobState.RUNNING or status.words.startswith("COMPLETING"):
+        return None
+    step = Act.TELL if elapsed_s < KILL_AFTER_S else Act.KILL if elapsed_s < CANCEL_AFTER_S else Act.CANCEL
+    return None if step in done else step
+
+
+@dataclass
+class Watched:
+    """A job that is being ended: what it was at first, what has been done, what it is now."""
+
+    run: FoundRun
+    job: RunJob
+    was: JobStatus | None = None
+    now: JobStatus | None = None
+    done: list[Act] = field(default_factory=list)
+    complaint: str = ""
+    seconds: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self.now is not None and self.now.state.is_final
+
+    @property
+    def reason(self) -> str:
+        """Why it ended, where it could not say so itself; empty where it could."""
+        withdrawn = KILLED if Act.KILL in self.done else WITHDRAWN if set(self.done) == {Act.WITHDRAW} else ""
+        return withdrawn if self.is_over else ""
+
+    def see(self, status: JobStatus, elapsed_s: float) -> None:
+        """Note what Slurm says; its silence says nothing about the job."""
+        if status.state is JobState.UNKNOWN:
+            self.complaint = status.words
+        if status.state is JobState.UNKNOWN and self.was is not None:
+            return
+        self.seconds = elapsed_s
+        self.now = status
+        if self.was is None or self.was.state is JobState.UNKNOWN:
+            self.was = status
+
+    @property
+    def sentence(self) -> str:
+        """What became of it, in a line."""
+        assert self.was and self.now
+        what = f"{self.job.kind} job {self.job.job_id}"
+        if self.is_over and not self.done and self.was.state.is_final:
+            return f"{what}: had ended ({self.was.words})"
+        acts = ", ".join(dict.fromkeys(act.value for act in self.done)) or "nothing done"
+        end = f"ended after {self.seconds:.1f} s" if self.is_over else f"has not ended ({self.now.words})"
+        more = f"; {self.complaint}" if self.complaint and not self.is_over else ""
+        return f"{what}: was {self.was.words}; {acts}; {end}{more}"
+
+    @property
+    def as_dict(self) -> dict[str, object]:
+        """The same for programs."""
+        assert self.was and self.now
+        return {
+            "kind": self.job.kind,
+            "id": self.job.job_id,
+            "was": self.was.words,
+            "done": [act.name.lower() for act in self.done],
+            "ended": self.is_over,
+            "now": self.now.words,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class Hand(Protocol):
+    """Who carries out the steps: Slurm, or signals on this machine."""
+
+    def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]: ...
+
+    def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class SlurmHand:
+    """The steps by Slurm's commands; what acts for a heterogeneous job is its first part."""
+
+    slurm: Slurm
+
+    def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]:
+        return self.slurm.statuses([one.job.job_id for one in jobs], timeout_s)
+
+    def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None:
+        ids = list(dict.fromkeys(one.job.leader or one.job.job_id for one in jobs))
+        if act in SIGNALS:
+            return self.slurm.signal_bodies(ids, SIGNALS[act], timeout_s)
+        if act is Act.CANCEL or not all(one.now and one.now.words.startswith("PENDING") for one in jobs):
+            return self.slurm.cancel(ids, timeout_s)
+        # A training before its runtime, whose end would let it start; what starts meanwhile is told.
+        first = [one.job.job_id for one in jobs if one.job.kind == "training"]
+        groups = [first, [job_id for job_id in ids if job_id not in first]]
+        complaints = [self.slurm.cancel_pending(*group, timeout_s=timeout_s / 2) for group in groups if group]
+        return "; ".join(filter(None, complaints)) or None
+
+
+@dataclass(frozen=True)
+class LocalHand:
+    """The steps by signals to processes of this machine, whose guardians clean up after those that are killed."""
+
+    def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]:
+        return {one.job.job_id: self._seen(one) for one in jobs}
+
+    def _seen(self, one: Watched) -> JobStatus:
+        status = self._processes(one).status(one.job.job_id)
+        gone = status.state is JobState.UNKNOWN  # a launcher writes what it has started at once
+        return JobStatus(JobState.ENDED_BADLY, status.words) if gone else status
+
+    def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None:
+        for one in jobs:
+            if act in SIGNALS:
+                self._processes(one).signal([one.job.job_id], SIGNALS[act])
+        return None
+
+    @staticmethod
+    def _processes(one: Watched) -> LocalJobs:
+        assert one.run.directory
+        return LocalJobs(one.run.directory.path / LocalJobs.FILE)
+
+
+@dataclass
+class Cancellation:
+    """Ends runs, watching all of their jobs at once."""
+
+    runs: Sequence[FoundRun]
+    hands: Mapping[bool, Hand]  # by whether a job is local
+    notes: SignalNotes
+    begin: float
+    watched: dict[str, Watched] = field(default_factory=dict)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.begin
+
+    def carry_out(self) -> list[Watched]:
+        """Every job of the runs with what became of it; returns once all have ended, or time is up."""
+        pause = FIRST_PAUSE_S
+        while True:
+            self._look()
+            left = [one for one in self.watched.values() if not one.is_over]
+            if not left or self.elapsed_s + pause > END_S:
+                return list(self.watched.values())
+            for act in Act:
+                self._do(act, [one for one in left if one.now and due(one.now, one.done, self.elapsed_s) is act])
+            self.notes.sleep(pause)
+            self.notes.check()
+            pause = min(LONGEST_PAUSE_S, pause * 1.3)
+
+    def _look(self) -> None:
+        """Ask about all that have not ended, among them what a run has queued since: a further attempt."""
+        for run in self.runs:
+            for job in run.jobs():
+                self.watched.setdefault(job.job_id, Watched(run, job))
+        for local, hand in self.hands.items():
+            asked = [one for one in self.watched.values() if one.job.is_local is local and not one.is_over]
+            seen = hand.statuses(asked, self._left_s()) if asked else {}
+            for one in asked:
+                one.see(seen[one.job.job_id], self.elapsed_s)
+
+    def _do(self, act: Act, jobs: Iterable[Watched]) -> None:
+        jobs = list(jobs)
+        for local, hand in self.hands.items():
+            if mine := [one for one in jobs if one.job.is_local is local]:
+                complaint = hand.do(act, mine, self._left_s())
+                for one in mine:
+                    one.complaint = complaint or ""
+                    one.done += [] if complaint else [act]
+
+    def _left_s(self) -> float:
+        return max(0.2, min(COMMAND_S, END_S - self.elapsed_s))
+
+
+def conclude(watched: Sequence[Watched]) -> None:
+    """Say in a run's directory how those jobs ended that never began, or were killed: nobody else can."""
+    for one in watched:
+        if not one.reason or one.run.directory is None:
+            continue
+        directory, job_id = one.run.directory, one.job.job_id
+        note_ends(directory, End(one.job.kind, job_id, None, one.reason, "launcher"))
+        if one.job.kind == "training" and not is_listed(directory.training_complete):
+            runtime = next((job.job_id for job in one.run.jobs() if job.kind == "runtime"), "")
+            flag = Flag.of_this_host(job_id, runtime, EXIT_SIGNAL_BASE + signal.SIGTERM, one.reason, Ended.CANCELLED)
+            try:
+                directory.publish(directory.training_complete, flag)
+            except EnvironmentProblem as problem:
+                log.warning("%s", problem)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, the id of either job, or latest")
+    parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str], notes: SignalNotes) -> int:
+    """The verb; returns its exit code."""
+    begin = time.monotonic()
+    arguments = build_parser().parse_args(argv)
+    slurm = Slurm()
+    runs = _found(arguments.runs, slurm, begin + FIND_S)
+    watched = Cancellation(runs, {False: SlurmHand(slurm), True: LocalHand()}, notes, begin).carry_out()
+    conclude(watched)
+    said = say(as_json(runs, watched) if arguments.json else as_text(runs, watched))
+    left = [one.job.job_id for one in watched if not one.is_over]
+    if left:
+        log.error("not ended within 15 s: %s; look with squeue, and try again", ", ".join(left))
+    return EXIT_TIMEOUT if left else EXIT_OK if said else EXIT_ENVIRONMENT
+
+
+def _found(names: Sequence[str], slurm: Slurm, until: float) -> list[FoundRun]:
+    """The runs, each once; all names that mean none are reported together."""
+    found: dict[object, FoundRun] = {}
+    problems = []
+    for name in names:
+        try:
+            run = find(name, jobs_base(os.environ), slurm, max(0.2, until - time.monotonic()))
+        except UsageError as problem:
+            problems.append(str(problem))
+            continue
+        found.setdefault(run.directory or run.alone, run)
+    if problems:
+        raise UsageError("\n".join([*problems, *(["nothing was cancelled"] if found else [])]))
+    for run in found.values():
+        _refuse_elsewhere(run)
+    return list(found.values())
+
+
+def _refuse_elsewhere(run: FoundRun) -> None:
+    here = socket.gethostname()
+    if run.host not in {"", here} and any(job.is_local for job in run.jobs()):
+        raise EnvironmentProblem(f"{run.name} is a local run on {run.host}, and this is {here}: cancel it there")
+
+
+def as_text(runs: Sequence[FoundRun], watched: Sequence[Watched]) -> str:
+    """A line for each run, and below it one for each of its jobs."""
+    lines = []
+    for run in runs:
+        lines.append(f"run {run.directory.path if run.directory else run.name}")
+        lines += [f"  {one.sentence}" for one in watched if one.run is run]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(runs: Sequence[FoundRun], watched: Sequence[Watched]) -> str:
+    """The same for programs."""
+    told = [
+        {
+            "run": run.name,
+            "directory": str(run.directory.path) if run.directory else None,
+            "jobs": [one.as_dict for one in watched if one.run is run],
+        }
+        for run in runs
+    ]
+    return json.dumps({"schema": 1, "runs": told}, indent=2) + "\n"

@@ -1,0 +1,171 @@
+"""What did launchers leave that were killed before their commit? The next launch removes it.
+
+Nothing of it can start: its jobs are held. A job is removed if its comment names a launcher that is dead, and its run
+was never finished: there is no directory yet, or ``submission_<id>.json`` lies in it, which goes with the commit. So a
+job that a person holds stays, and what a living launcher is about to release too. Whether a launcher on another host
+lives cannot be seen from here; a launch takes seconds, so after a quarter of an hour, by the controller's clock, it is
+dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, read_if_there, remove_run_dir, write_atomically
+from slurm.lib.launch_mark import Launcher, host_of, launcher_of, own_launcher, state_of
+from slurm.lib.logs import log
+from slurm.lib.runs import run_folders, stamp_of
+from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
+
+SCHEMA = 1
+DEAD_AFTER_S = 900.0  # of a launcher on another host, since its job was submitted
+LOOK_BACK_S = 7 * 86400.0  # older directories are not looked into: a jobs base may hold thousands
+
+
+@dataclass(frozen=True)
+class Marker:
+    """``submission_<id>.json``: a submission to a run's directory that is not finished.
+
+    ``jobs``: its jobs, in the order of their submission; ``made``: whether the directory was made for it.
+    """
+
+    path: Path
+    launcher: str
+    jobs: tuple[str, ...]
+    made: bool
+
+
+def write_marker(directory: CoordinationDir, jobs: Sequence[str], *, made: bool) -> Path:
+    """Note that this process is submitting these jobs; the file goes once they can start, or are taken back."""
+    path = directory.path / f"submission_{jobs[0]}.json"
+    data = {"schema": SCHEMA, "launcher": own_launcher(), "jobs": list(jobs), "made": made}
+    write_atomically(path, json.dumps(data) + "\n")
+    return path
+
+
+def markers(folder: Path) -> list[Marker]:
+    """The unfinished submissions to a directory."""
+    found = [_marker(path) for path in sorted(folder.glob("submission_*.json"))]
+    return [marker for marker in found if marker]
+
+
+def _marker(path: Path) -> Marker | None:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        data = json.loads(read_if_there(path) or "{}")
+        return Marker(path, str(data["launcher"]), tuple(map(str, data["jobs"])), data["made"] is True)
+    return None
+
+
+class Fate(enum.Enum):
+    """What becomes of a held job with a launcher's mark."""
+
+    STAYS = "stays"
+    GOES = "goes"
+    IS_UNSURE = "is unsure"
+
+
+def fate(launcher: Launcher, age_s: float | None, is_finished: bool) -> Fate:
+    """Whether a held job is a leftover; ``age_s`` is the time since its submission, None where it is not known."""
+    if launcher is Launcher.LIVES or is_finished:
+        return Fate.STAYS
+    if launcher is Launcher.IS_DEAD or (age_s is not None and age_s > DEAD_AFTER_S):
+        return Fate.GOES
+    return Fate.IS_UNSURE
+
+
+def clear(slurm: Slurm, base: Path) -> None:
+    """Remove what dead launchers left of this user; says so. A silent Slurm is left alone."""
+    jobs = slurm.own_jobs(QUESTION_TIMEOUT_S)
+    if jobs is None:
+        log.debug("Slurm does not answer; what killed launchers left, if anything, stays")
+        return
+    for folder in _recent(base):
+        for marker in markers(folder):
+            _clear_folder(slurm, marker, jobs)
+    for job in reversed(jobs):  # a training before its runtime
+        if job.is_held and launcher_of(job.comment):
+            _clear_job(slurm, job)
+
+
+def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
+    launcher = launcher_of(job.comment) or ""
+    state = state_of(launcher, own_launcher())
+    if state is Launcher.LIVES:
+        return
+    log_path = slurm.detail(job.job_id, "StdOut")
+    if log_path is None:  # out of the queue by now, with its partner
+        return
+    folder = Path(log_path).parent
+    marker = next((marker for marker in markers(folder) if job.job_id in marker.jobs), None)
+    age_s = _age_s(slurm, job) if state is Launcher.IS_ELSEWHERE else None
+    decided = fate(state, age_s, is_finished=marker is None and folder.is_dir())
+    if decided is Fate.IS_UNSURE:
+        log.warning(
+            "job %s is held by a launch on %s; if that was killed, remove it with: scancel %s",
+            *(job.job_id, host_of(launcher), job.job_id),
+        )
+    if decided is Fate.GOES:
+        _remove(slurm, marker.jobs if marker else (job.job_id,), marker)
+
+
+def _age_s(slurm: Slurm, job: QueuedJob) -> float | None:
+    now = slurm.clock()
+    return None if now is None or job.submitted_at is None else now - job.submitted_at
+
+
+def _remove(slurm: Slurm, jobs: Sequence[str], marker: Marker | None) -> None:
+    """Cancel the jobs, one after the other, so that none starts by the end of another; then remove their directory."""
+    for job_id in reversed(jobs):
+        complaint = slurm.cancel([job_id], QUESTION_TIMEOUT_S)
+        if complaint:
+            log.warning("a killed launch left the held job %s, which cannot be cancelled: %s", job_id, complaint)
+            return
+    log.info("removed what a killed launch left: the held %s %s", "jobs" if jobs[1:] else "job", " ".join(jobs))
+    if marker:
+        _remove_files(marker)
+
+
+def _recent(base: Path) -> Iterator[Path]:
+    """Run directories of the last days, by their names."""
+    since = datetime.fromtimestamp(time.time() - LOOK_BACK_S).strftime(STAMP_FORMAT)
+    yield from (path for path in run_folders(base) if stamp_of(path.name) >= since)
+
+
+def _clear_folder(slurm: Slurm, marker: Marker, jobs: Sequence[QueuedJob]) -> None:
+    """What was left of a directory, and of its jobs; where these are in the queue and not held, it was finished."""
+    if state_of(marker.launcher, own_launcher()) is not Launcher.IS_DEAD:
+        return
+    left = [job for job in jobs if job.job_id in marker.jobs]
+    if any(job.is_held for job in left):
+        _remove(slurm, marker.jobs, marker)
+    elif left:
+        _unlink(marker)
+    else:
+        _remove_files(marker)
+
+
+def _remove_files(marker: Marker) -> None:
+    """The directory, if it was made for these jobs and none of them has ever been in it; else the marker alone."""
+    folder = marker.path.parent
+    if marker.made and not _was_used(folder):
+        log.info("removing the unfinished run directory %s", folder)
+        remove_run_dir(folder)
+    else:
+        _unlink(marker)
+
+
+def _unlink(marker: Marker) -> None:
+    with contextlib.suppress(OSError):  # of a directory that cannot be written any more
+        marker.path.unlink()
+
+
+def _was_used(folder: Path) -> bool:
+    """Whether a job has logged into a run's directory, or has said something there."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.out", "*.err", "*.flag", "heartbeat_*"))

@@ -1,0 +1,156 @@
+"""Which run does a person mean? Its directory, the id of either of its jobs, or ``latest``; and which jobs has it?
+
+A run is a directory: all its attempts, and jobs that joined it, are its jobs. What is known of them stands in its
+records, and Slurm knows the directory of a job by its log. A job that has not recorded itself yet (submitted with
+sbatch directly, and pending) is a run of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, read_if_there
+from slurm.lib.errors import UsageError
+from slurm.lib.run_record import record_paths
+from slurm.lib.scheduler import Slurm
+
+LATEST = "latest"
+KINDS = {"skyrl-runtime": "runtime", "skyrl-train": "training"}  # by the names of our jobs
+SHOWN = 5  # names of runs in a message
+_LOCAL_ID = re.compile(r"local\d+\.\d+")
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """One job of a run; ``leader`` is the job that acts for it, where it is the second part of a heterogeneous job."""
+
+    kind: str
+    job_id: str
+    leader: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a process of the machine that it was launched on."""
+        return bool(_LOCAL_ID.fullmatch(self.job_id))
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run as a person named it: its directory, or the one job that is known of it."""
+
+    name: str
+    directory: CoordinationDir | None
+    alone: RunJob | None = None
+
+    def jobs(self) -> list[RunJob]:
+        """Its jobs as its records have them at this moment, a training job before its runtime job."""
+        if self.directory is None:
+            return [self.alone] if self.alone else []
+        found = {job.job_id: job for jobs, het in _pairs(self.directory) for job in _as_jobs(jobs, het)}
+        return list(found.values())
+
+    @property
+    def host(self) -> str:
+        """The host that it was launched from; empty where that is not known."""
+        return str(_read(self.directory.run_record).get("host", "")) if self.directory else ""
+
+
+def _as_jobs(jobs: Mapping[str, str], het: bool) -> Iterator[RunJob]:
+    for kind in sorted(jobs, reverse=True):
+        yield RunJob(kind, jobs[kind], jobs["training"] if het and kind == "runtime" and len(jobs) == 2 else "")
+
+
+def _pairs(directory: CoordinationDir) -> Iterator[tuple[dict[str, str], bool]]:
+    """The ids of jobs by kind, of each record; and whether they are one heterogeneous job."""
+    het = False
+    for path in record_paths(directory):
+        data = _read(path)
+        het = het or data.get("pairing") == "het"
+        yield _ids(data.get("jobs")), data.get("pairing") == "het"
+    for path in sorted(directory.path.glob("attempt_*.json")):
+        yield _ids(_read(path).get("successor")), het
+
+
+def _ids(jobs: object) -> dict[str, str]:
+    named = jobs.items() if isinstance(jobs, Mapping) else ()
+    ids = {str(kind): str(job["id"] if isinstance(job, Mapping) else job) for kind, job in named}
+    return {kind: job_id for kind, job_id in ids.items() if kind in KINDS.values() and job_id}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        data = json.loads(read_if_there(path) or "{}")
+        return data if isinstance(data, dict) else {}
+    return {}
+
+
+def run_folders(base: Path) -> list[Path]:
+    """The folders in a jobs base that are named like runs, the newest first."""
+    try:
+        names = [(path, stamp_of(path.name)) for path in base.iterdir()]
+    except OSError:
+        return []
+    return [path for path, stamp in sorted(names, key=lambda pair: pair[1], reverse=True) if stamp]
+
+
+def stamp_of(name: str) -> str:
+    """The time in a run directory's name, as it stands there; empty for any other name."""
+    stamp, _, job_id = name.rpartition("_")
+    with contextlib.suppress(ValueError):
+        datetime.strptime(stamp, STAMP_FORMAT)
+        return stamp if job_id else ""
+    return ""
+
+
+def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
+    """The run that a person means; ``UsageError`` with what there is instead. Slurm has ``ask_s`` seconds to answer."""
+    if name == LATEST:
+        found = next((path for path in run_folders(base) if record_paths(CoordinationDir(path))), None)
+    elif name.isdigit() or _LOCAL_ID.fullmatch(name):
+        return _by_id(name, base, slurm, ask_s)
+    else:
+        found = _folder(name, base)
+    if found is None:
+        raise UsageError(f"there is no run {name!r}{_what_there_is(base)}")
+    return FoundRun(name, CoordinationDir(found))
+
+
+def _folder(name: str, base: Path) -> Path | None:
+    """A run's directory by its path, or by its name alone."""
+    places = [Path(name).expanduser().absolute(), base / name] if not name.startswith("~") else [_home(name)]
+    return next((path for path in places if record_paths(CoordinationDir(path))), None)
+
+
+def _home(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
+
+
+def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
+    """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone."""
+    folders = run_folders(base)
+    likely = [path for path in folders if path.name.endswith(f"_{job_id}")]
+    log = slurm.detail(job_id, "StdOut", ask_s) if job_id.isdigit() else None
+    for path in [*likely, *([Path(log).parent] if log else []), *folders]:
+        directory = CoordinationDir(path)
+        if any(job_id in jobs.values() for jobs, _het in _pairs(directory)):
+            return FoundRun(job_id, directory)
+    kind = KINDS.get(slurm.job_name(job_id, ask_s) or "") if log else None
+    if kind is None:
+        raise UsageError(f"there is no run with a job {job_id}{_what_there_is(base)}")
+    return FoundRun(job_id, None, RunJob(kind, job_id))
+
+
+def _what_there_is(base: Path) -> str:
+    known = [path.name for path in run_folders(base)[:SHOWN]]
+    where = f" below SKYRL_JOBS_BASE={base}"
+    return f"; the newest{where}: {', '.join(known)}" if known else f"; there are no runs{where}"

@@ -1,0 +1,178 @@
+"""What a killed launch left, and what is none of it: decided from marks, ages and files; cleared by fake commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.launch_mark import Launcher, launcher_of, new_mark, own_launcher, state_of
+from slurm.lib.leftovers import DEAD_AFTER_S, Fate, clear, fate, markers, write_marker
+from slurm.lib.scheduler import Slurm, parse_queue
+from tests.fake_slurm import FakeSlurm
+
+OWN = "host/boot/9/100/555"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "fake")
+
+
+def door(fake: FakeSlurm) -> Slurm:
+    return Slurm({"PATH": fake.path})
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ticks", "state"),
+    [
+        ("host/boot/9/7/50", 50, Launcher.LIVES),
+        ("host/boot/9/7/50", 51, Launcher.IS_DEAD),  # another process has its number
+        ("host/boot/9/7/50", None, Launcher.IS_DEAD),
+        ("host/earlier/9/7/50", 50, Launcher.IS_DEAD),
+        ("host/boot/8/7/50", None, Launcher.IS_ELSEWHERE),
+        ("login2/boot/9/7/50", None, Launcher.IS_ELSEWHERE),
+        ("host/boot/9/x/50", None, Launcher.IS_ELSEWHERE),
+        ("host", None, Launcher.IS_ELSEWHERE),
+    ],
+)
+def test_whether_a_launcher_lives(launcher: str, ticks: int | None, state: Launcher) -> None:
+    assert state_of(launcher, OWN, lambda pid: ticks) is state
+
+
+def test_the_mark_of_this_process() -> None:
+    first, second = new_mark(), new_mark()
+    assert first != second
+    assert launcher_of(f"skyrl:{first}") == launcher_of(f"skyrl:{second}") == own_launcher()
+    assert state_of(own_launcher(), own_launcher()) is Launcher.LIVES
+    assert [launcher_of(comment) for comment in ("", "(null)", first, "skyrl:x", "of a person: a/b/c/d/e/f")] == [
+        None
+    ] * 5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "age_s", "is_finished", "expected"),
+    [
+        (Launcher.LIVES, None, False, Fate.STAYS),
+        (Launcher.IS_DEAD, None, False, Fate.GOES),
+        (Launcher.IS_DEAD, None, True, Fate.STAYS),  # a person holds it
+        (Launcher.IS_ELSEWHERE, None, False, Fate.IS_UNSURE),
+        (Launcher.IS_ELSEWHERE, DEAD_AFTER_S - 1, False, Fate.IS_UNSURE),
+        (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, False, Fate.GOES),
+        (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, True, Fate.STAYS),
+    ],
+)
+def test_the_fate_of_a_held_job(launcher: Launcher, age_s: float | None, is_finished: bool, expected: Fate) -> None:
+    assert fate(launcher, age_s, is_finished) is expected
+
+
+def test_the_queue_is_read_with_any_comment() -> None:
+    jobs = parse_queue(
+        "7|PENDING|JobHeldUser|1795884803|a|b\nnoise\n5|RUNNING|None|N/A|(null)\n6|PENDING|Resources|1|\n"
+    )
+    assert [(job.job_id, job.is_held, job.submitted_at, job.comment) for job in jobs] == [
+        ("5", False, None, "(null)"),
+        ("6", False, 1.0, ""),
+        ("7", True, 1795884803.0, "a|b"),
+    ]
+
+
+def dead() -> str:
+    """The launcher's name of a process of this host that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        pid = process.pid
+    return "/".join([*own_launcher().split("/")[:3], str(pid), "1"])
+
+
+def unfinished(slurm: FakeSlurm, launcher: str, *, made: bool = True) -> Path:
+    """A run's directory whose launch was not finished, as a launcher of this name left it."""
+    folder = slurm.jobs / "29990304_050607_101"
+    folder.mkdir(parents=True)
+    path = write_marker(CoordinationDir(folder), ["101", "102"], made=made)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "launcher": launcher}))
+    return folder
+
+
+HELD = "102|PENDING|JobHeldUser|1|skyrl:{0}/1\n101|PENDING|JobHeldUser|1|skyrl:{0}/0\n"
+
+
+def test_a_dead_launchers_jobs_go_the_training_first_and_then_the_directory(slurm: FakeSlurm) -> None:
+    launcher = dead()
+    folder = unfinished(slurm, launcher)
+    slurm.answer("squeue --user", {"stdout": HELD.format(launcher)})
+    clear(door(slurm), slurm.jobs)
+    assert [call.argv for call in slurm.of("scancel")] == [["102"], ["101"]]
+    assert all(f"{folder.name}/submission_101.json" in call.modes for call in slurm.of("scancel")), (
+        "until they are gone"
+    )
+    assert not folder.exists()
+
+
+def test_jobs_that_cannot_be_cancelled_keep_their_directory(slurm: FakeSlurm) -> None:
+    launcher = dead()
+    folder = unfinished(slurm, launcher)
+    slurm.answer("squeue --user", {"stdout": HELD.format(launcher)})
+    slurm.answer("scancel", *[{"code": 1, "stderr": "Unable to contact slurm controller"}] * 9)
+    clear(door(slurm), slurm.jobs)
+    assert markers(folder)
+
+
+def test_what_a_living_launcher_is_about_to_release_stays(slurm: FakeSlurm) -> None:
+    folder = unfinished(slurm, own_launcher())
+    slurm.answer("squeue --user", {"stdout": HELD.format(own_launcher())})
+    clear(door(slurm), slurm.jobs)
+    assert not slurm.of("scancel")
+    assert markers(folder)
+
+
+def test_a_launcher_that_died_after_its_commit_leaves_a_run(slurm: FakeSlurm) -> None:
+    launcher = dead()
+    folder = unfinished(slurm, launcher)
+    slurm.answer("squeue --user", {"stdout": HELD.format(launcher).replace("JobHeldUser", "Priority")})
+    clear(door(slurm), slurm.jobs)
+    assert not slurm.of("scancel")
+    assert folder.is_dir()
+    assert not markers(folder)
+
+
+@pytest.mark.parametrize("used", ["runtime_101.out", "training_complete.flag"])
+def test_the_directory_of_a_run_that_has_been_stays(slurm: FakeSlurm, used: str) -> None:
+    folder = unfinished(slurm, dead())
+    (folder / used).touch()
+    clear(door(slurm), slurm.jobs)  # its jobs are out of the queue
+    assert [path.name for path in folder.iterdir()] == [used]
+
+
+def test_the_directory_that_was_joined_stays(slurm: FakeSlurm) -> None:
+    folder = unfinished(slurm, dead(), made=False)
+    clear(door(slurm), slurm.jobs)
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
+
+
+def test_a_directory_without_jobs_goes(slurm: FakeSlurm) -> None:
+    folder = unfinished(slurm, dead())
+    clear(door(slurm), slurm.jobs)
+    assert not folder.exists()
+
+
+def test_a_silent_slurm_changes_nothing(slurm: FakeSlurm) -> None:
+    folder = unfinished(slurm, dead())
+    slurm.answer("squeue --user", {"code": 1, "stderr": "Unable to contact slurm controller"})
+    clear(door(slurm), slurm.jobs)
+    assert markers(folder)
+    assert not slurm.of("scancel")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"jobs": 3}', '{"launcher": "x"}', "\x00"])
+def test_a_marker_that_is_half_written_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "submission_1.json").write_text(text)
+    assert markers(tmp_path) == []
+
+
+def test_an_own_mark_names_this_process() -> None:
+    assert own_launcher().split("/")[3] == str(os.getpid())

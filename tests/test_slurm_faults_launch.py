@@ -1,0 +1,329 @@
+"""A launch that is killed, or whose Slurm falls silent: never half a pair, and nothing left for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from tests import cluster as test_cluster
+from tests import faults
+from tests.conftest import NothingLeft, OrdinaryUser
+from tests.faults import within
+from tests.runs import SMALL, Run, launch_argv, parse_report, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.faults]
+
+NO_GPU = "GPUS_PER_NODE=0"
+TRUE = "TRAINING_COMMAND=true"
+LATER = "CPU_SBATCH_ARGS=--begin=now+3600"
+OUTAGE_S = 120.0
+ELSEWHERE = "skyrl:login9.example/boot/1/2/3/0"
+# Does what Slurm's command does; at one of its calls, before or after it, kills the launcher or waits to go on.
+WRAPPER = """#!/bin/sh
+case " $* " in *" --test-only "*|*" show "*) exec {real} "$@" ;; esac
+n=$(($(cat {folder}/{name}.count 2>/dev/null || echo 0) + 1))
+echo $n > {folder}/{name}.count
+at() {{
+    [ "$SKYRL_TEST_POINT" = "$1" ] || return
+    [ "$SKYRL_TEST_ACT" = kill ] && kill -9 $PPID && exit 1
+    touch {folder}/reached
+    while [ ! -e {folder}/go ]; do sleep 0.1; done
+}}
+at "{name} $n before"
+{real} "$@"
+code=$?
+at "{name} $n after"
+exit $code
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean(nothing_left: NothingLeft) -> None:
+    """Every test here ends with nothing left on any node."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in the queue, as squeue prints it."""
+
+    job_id: str
+    name: str
+    state: str
+    reason: str
+
+    @property
+    def can_start(self) -> bool:
+        """Whether it has been let go: a training that waits for its runtime depends on that one's."""
+        return self.reason not in {"JobHeldUser", "Dependency"}
+
+
+@dataclass
+class Desk:
+    """Where a user launches from: a folder for wrappers of Slurm's commands, and one for runs."""
+
+    user: OrdinaryUser
+    checkout: Path
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "runs"
+
+    def argv(self, *settings: str) -> list[str]:
+        return launch_argv(self.checkout, f"SKYRL_JOBS_BASE={self.base}", TRUE, NO_GPU, *settings)
+
+    def wrapped(self, name: str, point: str, act: str) -> dict[str, str]:
+        """The environment of a launch that is killed, or waits, at a point such as ``sbatch 2 before``."""
+        folder = self.folder / name
+        folder.mkdir()
+        os.chown(folder, self.user.uid, self.user.gid)
+        for command in ("sbatch", "scontrol"):
+            real = self.user.run(["sh", "-c", f"command -v {command}"]).stdout.strip()
+            script = folder / command
+            script.write_text(WRAPPER.format(real=real, folder=shlex.quote(str(folder)), name=command))
+            script.chmod(0o755)
+        path = f"{folder}:{self.user.environment['PATH']}"
+        return {"PATH": path, "SKYRL_TEST_POINT": point, "SKYRL_TEST_ACT": act}
+
+    def start(self, *settings: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        return self.user.popen(self.argv(*settings), env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def launch(self, *settings: str) -> tuple[Run, str]:
+        """A launch that succeeds: its run, and what it said."""
+        done = self.user.run(self.argv(*settings))
+        assert done.returncode == 0, done.stderr
+        return parse_report(self.user, done.stdout), done.stderr
+
+    def queue(self) -> list[Job]:
+        answer = self.user.run(["squeue", "-h", f"--user={self.user.name}", "-o", "%A|%j|%T|%r"])
+        assert answer.returncode == 0, answer.stderr
+        return [Job(*line.split("|")) for line in answer.stdout.splitlines()]
+
+    def folders(self) -> set[Path]:
+        return set(self.base.glob("2*")) if self.base.is_dir() else set()
+
+    def whole_runs(self) -> dict[Path, set[str]]:
+        """The runs with a complete directory, whose last file is the record, and the ids of their jobs."""
+        finished = [path for path in self.folders() if (path / "run.json").exists()]
+        records = {path: json.loads((path / "run.json").read_text()) for path in finished}
+        return {path: {job["id"] for job in record["jobs"].values()} for path, record in records.items()}
+
+
+@pytest.fixture
+def desk(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Iterator[Desk]:
+    yield Desk(user, checkout, jobs_base)
+    user.run(["scancel", "-u", user.name])
+
+
+def assert_nothing_can_start(desk: Desk) -> None:
+    """What may start belongs to a run with its whole directory and both jobs."""
+    jobs = desk.queue()
+    whole = desk.whole_runs()
+    for job in jobs:
+        ids = next((ids for ids in whole.values() if job.job_id in ids), set())
+        if job.can_start:
+            assert ids, jobs
+            assert len(ids) == 2, jobs
+        if job.reason == "Dependency":
+            runtime = [other for other in jobs if other.name == "skyrl-runtime" and other.reason == "JobHeldUser"]
+            assert ids or runtime, jobs
+
+
+POINTS = [
+    *(f"{command} {n} {when}" for command in ("sbatch", "scontrol") for n in (1, 2) for when in ("before", "after"))
+]
+
+
+def test_a_launcher_killed_at_each_call(desk: Desk) -> None:
+    """Without anything to wait for: what could start would have started."""
+    for number, point in enumerate(POINTS):
+        env = desk.wrapped(f"bin{number}", point, "kill")
+        with desk.start(env=env) as launcher:
+            out, err = launcher.communicate(timeout=60)
+        assert launcher.returncode == -signal.SIGKILL, (point, out, err)
+        time.sleep(1)
+        assert_nothing_can_start(desk)
+        left = [job for job in desk.queue() if job.name.startswith("skyrl")]
+        if point != POINTS[-1]:
+            assert len(left) == [0, 1, 1, 2, 2, 2, 2][number], (point, left)
+            assert not [job for job in left if job.can_start], (point, left)
+    finished = {path for path in desk.folders() if list(path.glob("*.out"))}
+    assert len(finished) == 1, "the one that was killed after its commit"
+    until("its end", lambda: not desk.queue(), 60)
+    run, said = desk.launch(LATER)
+    assert {job.job_id for job in desk.queue()} == set(run.jobs.values())
+    assert desk.folders() == {*finished, run.directory}
+    assert not list(desk.base.glob("*/submission_*")), said
+    within(faults.KILLED_AT_A_CALL, 0.0)
+
+
+def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
+    kept: set[Path] = set()
+    for number in range(20):
+        launcher = desk.start(LATER)
+        time.sleep(0.3 + 0.06 * number)
+        launcher.kill()
+        launcher.communicate()
+        time.sleep(0.2)  # a call of sbatch goes on without it
+        assert_nothing_can_start(desk)
+        started = {job.job_id for job in desk.queue() if job.can_start}
+        kept |= {path for path, ids in desk.whole_runs().items() if ids & started}
+    run, _ = desk.launch(LATER)
+    whole = desk.whole_runs()
+    assert desk.folders() == whole.keys()
+    assert whole.keys() == {*kept, run.directory}
+    assert {job.job_id for job in desk.queue()} == set().union(*whole.values())
+    within(faults.KILLED_ANY_TIME, 0.0)
+
+
+def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
+    held, _ = desk.launch(LATER)
+    assert desk.user.run(["scontrol", "hold", held.jobs["runtime"]]).returncode == 0
+    script = ["sbatch", "--parsable", "--hold", f"--comment={ELSEWHERE}", f"--output={desk.base}/made-later/%j.out"]
+    foreign = desk.user.run([*script, "--wrap=true"]).stdout.strip()
+    env = desk.wrapped("bin", "sbatch 2 before", "wait")
+    with desk.start(LATER, env=env) as living:
+        until("its second sbatch", lambda: (desk.folder / "bin" / "reached").exists(), 30)
+        other, said = desk.launch(LATER)
+        assert f"job {foreign} is held by a launch on login9.example" in said
+        assert f"scancel {foreign}" in said
+        assert "removed what" not in said
+        (desk.folder / "bin" / "go").touch()
+        out, err = living.communicate(timeout=60)
+    assert living.returncode == 0, err
+    ids = {foreign, *held.jobs.values(), *other.jobs.values(), *parse_report(desk.user, out).jobs.values()}
+    assert {job.job_id for job in desk.queue()} == ids
+    assert len(ids) == 7
+    within(faults.NOT_ITS_OWN, 0.0)
+
+
+# --- 8: the controller ------------------------------------------------------------------------------------------------
+
+
+def controller() -> int:
+    return int((test_cluster.HOME / "slurmctld.pid").read_text())
+
+
+@contextlib.contextmanager
+def silent_controller() -> Iterator[None]:
+    """slurmctld does not answer for the length of the block, and then does what it was told meanwhile."""
+    pid = controller()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def no_controller() -> Iterator[None]:
+    """slurmctld is stopped in order for the length of the block, and started again."""
+    pid = controller()
+    os.kill(pid, signal.SIGTERM)
+    until("slurmctld to end", lambda: not Path(f"/proc/{pid}").exists(), 30)
+    try:
+        yield
+    finally:
+        environment = {**os.environ, **test_cluster.environment()}
+        subprocess.run(["slurmctld", "-f", test_cluster.environment()["SLURM_CONF"]], env=environment, check=True)
+
+
+OUTAGES = {faults.SILENT_CONTROLLER: silent_controller, faults.NO_CONTROLLER: no_controller}
+
+
+CAUGHT_AT = ("sbatch 1 before", "sbatch 2 before", "scontrol 1 before", "scontrol 2 before")
+
+
+@pytest.mark.parametrize("case", OUTAGES, ids=lambda case: case.fault)
+def test_launches_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
+    """Some are caught by it at one of their calls, one begins in it."""
+    with contextlib.ExitStack() as end:
+        folders = [desk.folder / f"bin{number}" for number in range(len(CAUGHT_AT))]
+        environments = [desk.wrapped(path.name, point, "wait") for path, point in zip(folders, CAUGHT_AT, strict=True)]
+        launchers = [end.enter_context(desk.start(LATER, env=env)) for env in environments]
+        until("their calls", lambda: all((path / "reached").exists() for path in folders), 60)
+        begin = time.monotonic()
+        with OUTAGES[case]():
+            for path in folders:
+                (path / "go").touch()
+            launchers.append(end.enter_context(desk.start(LATER)))
+            time.sleep(OUTAGE_S)
+        said = [launcher.communicate(timeout=case.bound_s) for launcher in launchers]
+        within(case, time.monotonic() - begin)
+    taken: set[str] = set()
+    for launcher, (out, err) in zip(launchers, said, strict=True):
+        assert launcher.returncode in {0, 73}, err
+        assert "Traceback" not in err
+        assert "Slurm does not answer; waiting up to" in err
+        if launcher.returncode == 0:
+            jobs = set(parse_report(desk.user, out).jobs.values())
+            assert len(jobs) == 2
+            taken |= jobs
+    jobs_left = desk.queue()
+    assert {job.job_id for job in jobs_left} == taken, (said, jobs_left)
+    assert not [job for job in jobs_left if job.reason == "JobHeldUser"], "all of them have been let go"
+    assert set().union(*desk.whole_runs().values()) == taken
+    assert len(desk.folders()) * 2 == len(taken)
+
+
+# --- 16: hostile input ------------------------------------------------------------------------------------------------
+
+HOSTILE_NAME = """it's $(touch pwned) "a"; b `c` $HOME & *?"""
+DUMPS = """TRAINING_COMMAND="$SKYRL_PYTHON" -c "import json, os
+found = {name.decode(): value.hex() for name, value in os.environb.items() if name.startswith(b'HOSTILE_')}
+json.dump(found, open('found.json', 'w'))\""""
+
+
+def hostile_values(count: int) -> list[bytes]:
+    """Arbitrary values; without NUL, which no environment can hold, and Windows' line ends, which are refused."""
+    found: list[bytes] = []
+    text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30).map(str.encode)
+    pieces = st.sampled_from(
+        [b"$(touch pwned)", b"`x`", b"'", b'"', b"\n", b";", b"\\", b"${HOME}", b"%j", b"!", b"\xff"]
+    )
+    mixed = st.lists(pieces | text, max_size=6).map(b"".join)
+
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate])
+    @given(mixed | st.binary(max_size=20).filter(lambda value: b"\0" not in value))
+    def collect(value: bytes) -> None:
+        found.append(value.replace(b"\r\n", b"\n"))
+
+    collect()
+    return found
+
+
+@pytest.mark.podman
+def test_values_reach_the_trainer_exactly(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    values = {f"HOSTILE_{number}": value for number, value in enumerate(hostile_values(300))}
+    assert len(values) > 250
+    place = jobs_base / HOSTILE_NAME
+    shutil.copytree(checkout, place / "SkyRL", symlinks=True)
+    conf = place / "mine.conf"
+    quoted = [name.encode() + b"='" + value.replace(b"'", b"'\\''") + b"'\n" for name, value in values.items()]
+    conf.write_bytes(b'source "$SKYRL_CONFIG_DIR/dev.conf"\n' + b"".join(quoted))
+    subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(place)], check=True)
+    words = [word for setting in (*SMALL, NO_GPU, DUMPS) for word in ("--set", setting)]
+    argv = [str(place / "SkyRL" / "slurm" / "launch.py"), "--config", str(conf), *words]
+    done = user.run([*argv, "--set", f"SKYRL_JOBS_BASE={place / 'runs'}"], cwd=place)
+    assert done.returncode == 0, done.stderr
+    run = parse_report(user, done.stdout)
+    assert run.directory.parent == place / "runs"
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0, run.log("training") + run.log("training", "err")
+    found = {name: bytes.fromhex(value) for name, value in json.loads(run.text("found.json")).items()}
+    assert found == values
+    assert not list(jobs_base.rglob("pwned"))
+    within(faults.HOSTILE_VALUES, 0.0)
