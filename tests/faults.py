@@ -53,8 +53,12 @@ CANCELLED_EARLY = Case(
     "before the trainer started",
 )
 SERVER_KILLED = Case(4, "`kill -9` of the API server, with three sandboxes, one of them paused", ALL_GOES_ON, 5)
-INNER_KILLED = Case(5, "`kill -9` of the Podman service, the process that serves", ALL_GOES_ON, 5)
-OUTER_KILLED = Case(5, "`kill -9` of the Podman service, the process that waits for it", ALL_GOES_ON, 5)
+INNER_KILLED = Case(
+    5, "`kill -9` of the Podman service, the process that serves, in the middle of a start", ALL_GOES_ON, 5
+)
+OUTER_KILLED = Case(
+    5, "`kill -9` of the Podman service, the process that waits for it, in the middle of a start", ALL_GOES_ON, 5
+)
 THREE_CRASHES = Case(
     4,
     "the API server or the Podman service is killed for the third time within a minute",
