@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from slurm_runtime.admission import Admission
 from slurm_runtime.agent_support import Start
 from slurm_runtime.control import ControlError
-from slurm_runtime.diagnostics import diagnose
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry
 from slurm_runtime.labels import JOB_LABEL, SESSION_LABEL, Notes, read
@@ -264,7 +263,7 @@ class Adoption:
     async def _bury(self, decision: Decision) -> None:
         """A record that says why, and a container that the supervisor removes."""
         assert decision.specification is not None
-        diagnosis = await diagnose(self.engine, decision.found.state.name)
+        diagnosis = await self.endings.learned(decision.found.state.name)
         reason = decision.reason or f"{diagnosis.sentence}, while no API server was there"
         entry = Entry(Sandbox(decision.specification))
         failed = entry.sandbox.changed(State.FAILED, reason, last_lines=diagnosis.last_lines)

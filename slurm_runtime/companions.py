@@ -37,8 +37,8 @@ class Companions:
         self._agent_folder: Path | None = None
 
     async def start(self, facts: EngineFacts) -> None:
-        """Begin; returns once the warden runs, or cannot."""
-        if self.launcher.config.agent_image:
+        """Begin; returns once the warden runs, or cannot. Again when Podman's service is another one."""
+        if self.launcher.config.agent_image and self._agent_folder is None:
             self.background.start(self._take_agent_out(self.launcher.config.agent_image))
         await self._start_control(facts)
 
@@ -73,7 +73,10 @@ class Companions:
 
     async def _start_control(self, facts: EngineFacts) -> None:
         """The warden, and its fork server as soon as there is a tree."""
-        if self.make_control is None or self.launcher.control is not None:
+        if self.launcher.control is not None:
+            self.launcher.control.podman_is(facts.pid)
+            return
+        if self.make_control is None:
             return
         control = self.make_control(facts.pid, self._hear)
         try:

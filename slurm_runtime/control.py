@@ -30,6 +30,10 @@ class Control(Protocol):
         """Begin; the events come from now on."""
         ...
 
+    def podman_is(self, pid: int) -> None:
+        """Podman's service is another process now."""
+        ...
+
     async def start_fork_server(self, tree: AgentTree) -> None:
         """Import the agent server of ``tree`` once; ``fork`` works afterwards."""
         ...

@@ -16,7 +16,7 @@ from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_me
 from slurm_runtime.entries import Entry, uninterrupted
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
-from slurm_runtime.podman import EngineError
+from slurm_runtime.podman import EngineError, EngineUnreachable
 from slurm_runtime.sandbox import Sandbox, State
 
 SERVING = frozenset({State.READY, State.PAUSED})  # those whose end nobody else sees to
@@ -86,7 +86,7 @@ class Endings:
         if entry.has_container:
             await self._unwatch(entry)
             async with self._removers:
-                await uninterrupted(self.engine.remove(entry.name))
+                await self.connection.patiently(lambda: uninterrupted(self.engine.remove(entry.name)))
             entry.has_container = False
         if entry.port:
             self.launcher.ports.give(entry.port)
@@ -130,11 +130,18 @@ class Endings:
 
     async def diagnosis(self, entry: Entry) -> Diagnosis:
         """Why it died. A forked server's exit code is known, its container may still idle."""
-        found = await diagnose(self.engine, entry.name, entry.has_ended)
+        found = await self.learned(entry.name, entry.has_ended)
         kernel_killed = killed_for_memory(entry.holder)
         if entry.server_ended and entry.server_exit is None and not entry.offence:
             return Diagnosis(SERVER_ENDED, found.last_lines)
         return judged(found, entry.offence, entry.server_exit, kernel_killed, self._memory_bites)
+
+    async def learned(self, name: str, has_ended: bool = False) -> Diagnosis:
+        """What Podman tells of a container that has ended, as soon as it answers."""
+        try:
+            return await self.connection.patiently(lambda: diagnose(self.engine, name, has_ended))
+        except EngineUnreachable as problem:
+            return Diagnosis(f"it ended while Podman did not answer, so how is not known: {problem}", "")
 
     @property
     def _memory_bites(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -67,6 +68,17 @@ class Launcher:
         except NoSuchImage:  # somebody removed it from the store since it was last seen there
             self.images.forget(entry.specification.image)
             await self._launch(entry, facts, slots, host)
+
+    async def discard(self, entry: Entry) -> None:
+        """Remove a container whose start was cut off, and forget what was known of it."""
+        if not entry.has_container:
+            return
+        if self.control is not None:  # the end of its processes is our doing
+            with contextlib.suppress(ControlError):
+                await self.control.forget(entry.name)
+        await uninterrupted(self.engine.remove(entry.name))
+        entry.has_container = entry.forked = False
+        entry.holder = entry.server = 0
 
     async def _launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
         with self.steps.of("image"):

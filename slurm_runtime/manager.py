@@ -212,6 +212,7 @@ class Manager:
     async def close(self, timeout_s: float) -> list[str]:
         """Start no more, remove everything in parallel; names of the containers left after ``timeout_s`` seconds."""
         self._closing = True
+        self.connection.close()
         await self.supervisor.close(timeout_s)
         entries = self.register.entries()
         left = [entry for entry in entries if not (entry.is_clean and entry.sandbox.state.is_dead)]

@@ -70,6 +70,7 @@ FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little f
 NO_PORT = Case(3, "all of `RUNTIME_PORT_RANGE` is in use", ENDS, 10, "no free port in RUNTIME_PORT_RANGE on cpu-a")
 NO_IMAGE = Case(3, "the image is nowhere", ENDS, 10, "CONTAINER_IMAGE=localhost/nonesuch is not on cpu-a")
 ALL_GOES_ON = "the same address, key and sandboxes answer; the run goes on"
+RECOVERED = "the API server and the Podman service answer again, after"
 CANCELLED_EARLY = Case(
     2,
     "`scancel` of the training job while the runtime job still loads its image",
@@ -77,9 +78,19 @@ CANCELLED_EARLY = Case(
     10,
     "before the trainer started",
 )
-SERVER_KILLED = Case(4, "`kill -9` of the API server, with three sandboxes, one of them paused", ALL_GOES_ON, 5)
-INNER_KILLED = Case(5, "`kill -9` of the Podman service, the process that serves", ALL_GOES_ON, 5)
-OUTER_KILLED = Case(5, "`kill -9` of the Podman service, the process that waits for it", ALL_GOES_ON, 5)
+SERVER_KILLED = Case(
+    4, "`kill -9` of the API server, with three sandboxes, one of them paused", ALL_GOES_ON, 5, RECOVERED
+)
+INNER_KILLED = Case(
+    5, "`kill -9` of the Podman service, the process that serves, in the middle of a start", ALL_GOES_ON, 5, RECOVERED
+)
+OUTER_KILLED = Case(
+    5,
+    "`kill -9` of the Podman service, the process that waits for it, in the middle of a start",
+    ALL_GOES_ON,
+    5,
+    RECOVERED,
+)
 THREE_CRASHES = Case(
     4,
     "the API server or the Podman service is killed for the third time within a minute",
