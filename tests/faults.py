@@ -10,11 +10,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import NothingLeft
+from tests import cluster
+from tests.conftest import SCRATCH, NothingLeft
 from tests.runs import Run
 
 TIMES = Path(__file__).parent / "fault_times.jsonl"  # those that docs/reliability.md states
@@ -39,11 +40,54 @@ class Case:
 
 
 ENDS = "the training job ends too"
+ENDS_OTHER = "the runtime job ends too"
+BOTH_END = "both jobs end"
+GONE = "is gone: ended badly (CANCELLED"
 NO_PODMAN = Case(3, "the CPU node has no Podman", ENDS, 10, "cpu-a cannot run this job: not on PATH: podman")
 NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a cannot run this job: no range for")
 FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
 NO_PORT = Case(3, "all of `RUNTIME_PORT_RANGE` is in use", ENDS, 10, "no free port in RUNTIME_PORT_RANGE on cpu-a")
 NO_IMAGE = Case(3, "the image is nowhere", ENDS, 10, "CONTAINER_IMAGE=localhost/nonesuch is not on cpu-a")
+TRAINER_FAILS = Case(1, "the trainer ends with exit code 3", BOTH_END, 10, "the trainer failed with exit code 3")
+TRAINER_RAISES = Case(1, "the trainer raises an exception", BOTH_END, 10, "the trainer failed with exit code 1")
+TRAINER_KILLED = Case(1, "`kill -9` of the trainer", BOTH_END, 10, "the trainer was ended by SIGKILL")
+TRAINER_CRASHES = Case(1, "the trainer dies of a segmentation fault", BOTH_END, 10, "the trainer was ended by SIGSEGV")
+CANCEL_TRAINING = Case(2, "`scancel` of a running training job", ENDS_OTHER, 15, "ended by SIGTERM (scancel)")
+CANCEL_RUNTIME = Case(2, "`scancel` of a runtime job whose training runs", ENDS, 15, "ended by SIGTERM")
+CANCEL_BOTH = Case(2, "`scancel` of both jobs, which run", BOTH_END, 15, "ended by SIGTERM")
+CANCEL_STARTING_TRAINING = Case(2, "`scancel` of a training job the moment it starts", ENDS_OTHER, 15)
+CANCEL_STARTING_RUNTIME = Case(2, "`scancel` of a runtime job the moment it starts", ENDS, 15)
+CANCEL_STARTING_BOTH = Case(2, "`scancel` of both jobs the moment the second starts", BOTH_END, 15)
+CANCEL_PENDING_TRAINING = Case(2, "`scancel` of a training job that waits for GPUs", ENDS_OTHER, 15, GONE)
+CANCEL_PENDING_RUNTIME = Case(2, "`scancel` of a runtime job that waits for its node", ENDS, 15, GONE)
+CANCEL_TRAINING_FIRST = Case(
+    2, "`scancel` of a training job before its runtime job starts", "the runtime job ends after its start", 10, GONE
+)
+RUNTIME_NODE_OFF = Case(7, "the power of the CPU node goes off", ENDS, 20, "on cpu-a)")
+TRAINING_NODE_OFF = Case(7, "the power of the GPU node goes off", ENDS_OTHER, 20, "on gpu-a)")
+LINK_CUT = Case(7, "the CPU node's link is cut for 30 s", "the run goes on; its sandboxes answer again", 5)
+PARTED = Case(
+    7,
+    "the two nodes do not reach each other, and Slurm says that both jobs run (`PARTNER_PATIENCE=60`)",
+    "both jobs end by themselves",
+    75,
+    "was not heard of for 60 s; Slurm says RUNNING",
+)
+CONTROLLER_SILENT = Case(
+    8,
+    "the controller does not answer for a minute, and is down for another",
+    "the run goes on and its sandboxes answer, by the time the controller is back too",
+    10,
+)
+SIGNAL_IN_SILENCE = Case(
+    8,
+    "SIGTERM to a training job's body while the controller does not answer",
+    "the trainer is stopped, and nothing of the run is left on its nodes",
+    15,
+)
+RUNTIMES_LIMIT = Case(11, "the runtime job's time limit comes first", ENDS, 15, "ended by SIGTERM")
+TRAININGS_LIMIT = Case(11, "the training job's time limit comes first", ENDS_OTHER, 15, "SIGTERM (the time limit)")
+BOTH_LIMITS = Case(11, "both jobs reach their time limit", BOTH_END, 15, "ended by SIGTERM")
 DEAD_JOB = Case(
     19,
     "`kill -9` of a runtime job's body, guardian, API server and Podman service at once; its sandboxes live on",
@@ -71,6 +115,28 @@ CASES = (
     FULL_DISK,
     NO_PORT,
     NO_IMAGE,
+    TRAINER_FAILS,
+    TRAINER_RAISES,
+    TRAINER_KILLED,
+    TRAINER_CRASHES,
+    CANCEL_TRAINING,
+    CANCEL_RUNTIME,
+    CANCEL_BOTH,
+    CANCEL_STARTING_TRAINING,
+    CANCEL_STARTING_RUNTIME,
+    CANCEL_STARTING_BOTH,
+    CANCEL_PENDING_TRAINING,
+    CANCEL_PENDING_RUNTIME,
+    CANCEL_TRAINING_FIRST,
+    RUNTIME_NODE_OFF,
+    TRAINING_NODE_OFF,
+    LINK_CUT,
+    PARTED,
+    CONTROLLER_SILENT,
+    SIGNAL_IN_SILENCE,
+    RUNTIMES_LIMIT,
+    TRAININGS_LIMIT,
+    BOTH_LIMITS,
     MANY_LAUNCHES,
     OTHER_USER,
     HOME_FULL,
@@ -79,28 +145,74 @@ CASES = (
 )
 
 
-def released(run: Run, nothing_left: NothingLeft, case: Case, reads: str = "") -> float:
+@dataclass(frozen=True)
+class NothingLeftOfRun(NothingLeft):
+    """A check that one run left nothing, while others of its user go on: what names its jobs, and its port.
+
+    ``disk_in_reach``: its CPU node is on; of one that is off, the next runtime job there removes the storage.
+    """
+
+    run: Run
+    disk_in_reach: bool = True
+
+    def now(self) -> list[str]:
+        """What is left at this moment. Sandboxes are processes of the storage, which ends with the last of them."""
+        ids = set(self.run.jobs.values())
+        marks = {f"SLURM_JOB_ID={job_id}".encode() for job_id in ids}
+        living = self.user.processes().items()
+        processes = [f"process {pid}: {words[:100]}" for pid, words in living if marks & _environment(pid)]
+        names = [f"skyrl-{self.user.uid}-{job_id}" for job_id in ids]
+        storage = [
+            f"{name}" for name in names if self.disk_in_reach and any((folder / name).exists() for folder in SCRATCH)
+        ]
+        sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if any(n in line for n in names)]
+        return [*processes, *storage, *sockets, *self._ports()]
+
+    def _ports(self) -> list[str]:
+        host, _, port = self.run.text("runtime_url.txt").strip().rpartition("//")[2].rpartition(":")
+        taken = bool(host) and host in cluster.NODES and (int(port), self.user.uid) in cluster.listeners(host)
+        return [f"port {port} on {host}"] if taken else []
+
+
+def _environment(pid: int) -> set[bytes]:
+    try:
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    except OSError:
+        return set()
+
+
+def released(
+    run: Run,
+    nothing_left: NothingLeft,
+    case: Case,
+    reads: str = "",
+    since: float | None = None,
+    mute: Collection[str] = (),
+) -> float:
     """Wait until a run is released and return the seconds that took, which the case bounds.
 
     Released: both jobs are out of the queue (one that is completing is in it); no process, container, port, socket or
     storage of the user is left on a node that was not there before; and the reason (``reads``, else the case's) stands
     in the logs of both jobs, in the completion flag and in run.json. A training job that was taken out of the queue
     before it began has written no log; the runtime job's then says so.
+
+    The clock, a monotonic one, starts ``since``, else now. ``mute``: the kinds of jobs that were killed with no chance
+    to write a log.
     """
-    begin = time.monotonic()
+    begin = time.monotonic() if since is None else since
     while left := [*(f"{kind} job" for kind in run.jobs if not run.is_over(kind)), *nothing_left.now()]:
         assert time.monotonic() - begin < case.bound_s, f"{case.fault}: after {case.bound_s:g} s still there: {left}"
         time.sleep(0.1)
     seconds = time.monotonic() - begin
     reason = reads or case.reads
-    silent = [place for place, text in _places(run) if reason not in text]
+    silent = [place for place, text in _places(run, mute) if reason not in text]
     assert not silent, f"{case.fault}: {reason!r} does not stand in {', '.join(silent)} of {run.directory}"
     return within(case, seconds)
 
 
-def _places(run: Run) -> Iterator[tuple[str, str]]:
+def _places(run: Run, mute: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     withdrawn = f"cancelled the pending training job {run.jobs['training']}" in run.log("runtime")
-    for kind in ("runtime",) if withdrawn else ("runtime", "training"):
+    for kind in {"runtime", "training"} - {*mute, *(("training",) if withdrawn else ())}:
         yield f"the {kind} job's log", run.log(kind) + run.log(kind, "err")
     yield "training_complete.flag", str(run.completion.get("reason", ""))
     for kind in ("runtime", "training"):

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,39 @@ def launch(
     done = user.run(argv, timeout=60, **more)
     assert done.returncode == 0, done.stderr
     return parse_report(user, done.stdout)
+
+
+# A trainer that starts two sandboxes, writes what it knows of them, and goes on.
+WITH_SANDBOXES = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
+import json, os, time, urllib.request
+url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
+def start(number):
+    body = {"image": os.environ["CONTAINER_IMAGE"], "session_id": f"s{number}", "working_dir": "/",
+            "command": ["/bin/sh", "-c", "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"]}
+    headers = {"X-API-Key": key, "Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/start", json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(request, timeout=60))
+with open("sandboxes.part", "w") as file:
+    json.dump([start(number) for number in range(2)], file)
+os.rename("sandboxes.part", "sandboxes.json")
+time.sleep(600)
+END"""
+
+
+def with_sandboxes(user: User, checkout: Path, jobs_base: Path, *settings: str) -> tuple[Run, list[str]]:
+    """A run whose trainer has started two sandboxes and goes on, and their URLs."""
+    run = launch(user, checkout, jobs_base, WITH_SANDBOXES, *settings)
+    until("its sandboxes", lambda: run.text("sandboxes.json"), 60)
+    return run, [sandbox["url"] for sandbox in json.loads(run.text("sandboxes.json"))]
+
+
+def answers(url: str, timeout_s: float = 5) -> bool:
+    """Whether a sandbox answers /health."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=timeout_s) as answer:
+            return bool(answer.read() == b"ok\n")
+    except OSError:
+        return False
 
 
 def podman_ps(path: Path) -> set[str]:

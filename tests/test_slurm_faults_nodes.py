@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser, leaving_nothing
 from tests.faults import Case, released, within
-from tests.runs import Run, body_pid, launch, launch_argv, parse_report, until
+from tests.runs import Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -31,20 +29,6 @@ NO_GPU = "GPUS_PER_NODE=0"
 TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 300"
 PODMAN = Path("/usr/bin/podman")
 PORT = 23460
-WITH_SANDBOXES = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
-import json, os, time, urllib.request
-url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
-def start(number):
-    body = {"image": os.environ["CONTAINER_IMAGE"], "session_id": f"s{number}", "working_dir": "/",
-            "command": ["/bin/sh", "-c", "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"]}
-    headers = {"X-API-Key": key, "Content-Type": "application/json"}
-    request = urllib.request.Request(url + "/start", json.dumps(body).encode(), headers)
-    return json.load(urllib.request.urlopen(request, timeout=60))
-with open("sandboxes.part", "w") as file:
-    json.dump([start(number) for number in range(2)], file)
-os.rename("sandboxes.part", "sandboxes.json")
-time.sleep(WAIT)
-END"""
 
 
 @pytest.fixture(autouse=True)
@@ -98,22 +82,6 @@ def test_a_runtime_that_cannot_start_ends_the_training_with_its_reason(
 # --- 19: what a dead job left -----------------------------------------------------------------------------------------
 
 
-def with_sandboxes(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> tuple[Run, list[str]]:
-    """A run on cpu-a whose trainer has started two sandboxes and goes on, and their URLs."""
-    run = launch(user, checkout, jobs_base, WITH_SANDBOXES.replace("WAIT", "300"), ON_A, NO_GPU)
-    until("its sandboxes", lambda: run.text("sandboxes.json"), 60)
-    return run, [sandbox["url"] for sandbox in json.loads(run.text("sandboxes.json"))]
-
-
-def answers(url: str) -> bool:
-    """Whether a sandbox answers /health."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.read() == b"ok\n")
-    except OSError:
-        return False
-
-
 def engine(user: OrdinaryUser, run: Run) -> list[int]:
     """The guardian, the Podman service, the API server and the body of a runtime job, in this order."""
     job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
@@ -129,8 +97,8 @@ def engine(user: OrdinaryUser, run: Run) -> list[int]:
 def test_sandboxes_of_a_dead_job_are_removed_and_a_living_ones_answer(
     user: OrdinaryUser, checkout: Path, jobs_base: Path
 ) -> None:
-    dead, its_sandboxes = with_sandboxes(user, checkout, jobs_base / "dead")
-    living, other_sandboxes = with_sandboxes(user, checkout, jobs_base / "living")
+    dead, its_sandboxes = with_sandboxes(user, checkout, jobs_base / "dead", ON_A, NO_GPU)
+    living, other_sandboxes = with_sandboxes(user, checkout, jobs_base / "living", ON_A, NO_GPU)
     for pid in engine(user, dead):
         os.kill(pid, signal.SIGKILL)
     dead.wait_over(seconds=40)
@@ -213,7 +181,7 @@ def test_another_user_on_the_node_gets_at_nothing(
     theirs = other_user.home / "jobs"
     shutil.rmtree(theirs, ignore_errors=True)
     with leaving_nothing(other_user):
-        run, sandboxes = with_sandboxes(user, checkout, jobs_base)
+        run, sandboxes = with_sandboxes(user, checkout, jobs_base, ON_A, NO_GPU)
         other = launch(other_user, checkout, theirs, "TRAINING_COMMAND=sleep 300", ON_A, NO_GPU)
         until("the other run's key", lambda: other.text("runtime_ready.flag"), 30)
         goals = goals_in(user, run)

@@ -308,6 +308,30 @@ def isolate(*names: str) -> Iterator[None]:
             _call("ip", "link", "set", _cable(name), "type", "bridge_slave", "isolated", "off")
 
 
+@contextlib.contextmanager
+def silent_controller() -> Iterator[None]:
+    """slurmctld takes connections and answers nothing for the length of the block, as one that is overloaded."""
+    pid = _alive(HOME / "slurmctld.pid")
+    if pid is None:
+        raise ClusterError("slurmctld does not run")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def no_controller() -> Iterator[None]:
+    """slurmctld is down for the length of the block; then it goes on with the jobs that it knew."""
+    _stop(HOME / "slurmctld.pid")
+    try:
+        yield
+    finally:
+        _call(_which("slurmctld") or "slurmctld", "-f", str(CONF))
+        _await("the controller", lambda: set(_idle_or_busy()) == set(NODES), LOGS / "slurmctld.log")
+
+
 def _cable(name: str) -> str:
     return _outer(list(NODES).index(name))
 

@@ -1,0 +1,332 @@
+"""What the two jobs of a run notice of each other: ends, cancellations, lost nodes, cut links, a silent controller.
+
+The cases only wait, so those that can go on side by side do; each test then reads what became of one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests import cluster as test_cluster
+from tests import faults
+from tests.conftest import OrdinaryUser, belongings, fresh_folder, leaving_nothing
+from tests.faults import Case, NothingLeftOfRun, released, within
+from tests.runs import Run, answers, body_pid, launch, until, with_sandboxes
+
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
+
+NO_GPU = "GPUS_PER_NODE=0"
+TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 600"
+ON_GO = 'TRAINING_COMMAND=echo trainer started; until [ -e "$SKYRL_COORD_DIR/go" ]; do sleep 0.1; done; '
+
+
+def at(cpu: str = "", gpu: str = "", more_cpu: str = "", more_gpu: str = "") -> tuple[str, str]:
+    """The settings that put the jobs on these nodes."""
+    words = {"CPU": (cpu, more_cpu), "GPU": (gpu, more_gpu)}
+    return tuple(  # type: ignore[return-value]  # two of them
+        f"{kind}_SBATCH_ARGS={' '.join(filter(None, [f'--nodelist={node}' if node else '', more]))}"
+        for kind, (node, more) in words.items()
+    )
+
+
+@dataclass
+class Scene:
+    """Runs of one user that go on side by side."""
+
+    user: OrdinaryUser
+    checkout: Path
+    base: Path
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def begin(self, name: str, *settings: str) -> Run:
+        """Launch a small run."""
+        folder = self.base / str(len(self.runs))
+        self.runs[name] = launch(self.user, self.checkout, folder, NO_GPU, "RUNTIME_MEMORY=2G", *settings)
+        return self.runs[name]
+
+    def started(self, *names: str) -> None:
+        """Wait until their trainers have started."""
+        for name in names:
+            self.runs[name].wait_for_text("training", "trainer started", 90)
+
+    def cancel(self, name: str, *kinds: str) -> float:
+        """``scancel`` of jobs of a run; the moment at which it was said."""
+        moment = time.monotonic()
+        jobs = [self.runs[name].jobs[kind] for kind in kinds]
+        assert self.user.run(["scancel", *jobs]).returncode == 0
+        return moment
+
+    def state(self, name: str, kind: str, *wanted: str) -> float:
+        """Wait for a job to be in a state; the moment at which it was seen."""
+        run = self.runs[name]
+        until(f"{kind} job of {name}: {wanted}", lambda: run.state(kind) in wanted, 60)
+        return time.monotonic()
+
+    def released(self, name: str, case: Case, since: float, reads: str = "", mute: tuple[str, ...] = ()) -> float:
+        run = self.runs[name]
+        off = [node for node in test_cluster.NODES if test_cluster.slurmd_pid(node) is None]
+        check = NothingLeftOfRun(self.user, belongings(self.user), run, disk_in_reach="cpu-a" not in off)
+        return released(run, check, case, reads, since, mute)
+
+
+@pytest.fixture
+def scene(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Iterator[Scene]:
+    with leaving_nothing(user):
+        yield Scene(user, checkout, jobs_base)
+
+
+# --- 1: the trainer ends ----------------------------------------------------------------------------------------------
+
+ENDINGS: Mapping[Case, tuple[str, int]] = {
+    faults.TRAINER_FAILS: ("exit 3", 3),
+    faults.TRAINER_RAISES: ("python3 -c 'raise RuntimeError(\"no luck\")'", 1),
+    faults.TRAINER_KILLED: ("kill -KILL $$", 137),
+    faults.TRAINER_CRASHES: ("kill -SEGV $$", 139),
+}
+
+
+def test_a_trainers_end_ends_both_jobs_with_its_exit_code(scene: Scene) -> None:
+    for case, (command, _code) in ENDINGS.items():
+        scene.begin(case.fault, ON_GO + command)
+    scene.started(*scene.runs)
+    since = time.monotonic()
+    for run in scene.runs.values():
+        (run.directory / "go").touch()
+    for case, (_command, code) in ENDINGS.items():
+        scene.released(case.fault, case, since)
+        run = scene.runs[case.fault]
+        assert run.completion["exit_code"] == code
+        assert run.exit_code("training") == str(code)
+        assert run.exit_code("runtime") == "0"
+
+
+# --- 2: a job is cancelled --------------------------------------------------------------------------------------------
+
+
+def test_running_jobs_that_are_cancelled(scene: Scene) -> None:
+    victims = {
+        faults.CANCEL_TRAINING: ("training",),
+        faults.CANCEL_RUNTIME: ("runtime",),
+        faults.CANCEL_BOTH: ("runtime", "training"),
+    }
+    for case in victims:
+        scene.begin(case.fault, TRAIN_LONG)
+    scene.started(*scene.runs)
+    moments = {case: scene.cancel(case.fault, *kinds) for case, kinds in victims.items()}
+    for case, since in moments.items():
+        scene.released(case.fault, case, since)
+
+
+def test_jobs_that_are_cancelled_the_moment_they_start(scene: Scene) -> None:
+    """A body that is signalled before it notes signals dies without a word; then Slurm's word is the other's reason."""
+    victims = {
+        faults.CANCEL_STARTING_RUNTIME: ("runtime",),
+        faults.CANCEL_STARTING_TRAINING: ("training",),
+        faults.CANCEL_STARTING_BOTH: ("runtime", "training"),
+    }
+    moments = {}
+    for case, kinds in victims.items():
+        scene.begin(case.fault, TRAIN_LONG)
+        scene.state(case.fault, kinds[-1], "RUNNING")
+        moments[case] = scene.cancel(case.fault, *kinds)
+    for case, since in moments.items():
+        scene.released(case.fault, case, since, mute=victims[case])
+    for case in (faults.CANCEL_STARTING_RUNTIME, faults.CANCEL_STARTING_TRAINING):
+        reason = scene.runs[case.fault].completion["reason"]
+        assert "SIGTERM" in reason or faults.GONE in reason
+
+
+def test_jobs_that_are_cancelled_in_the_queue(scene: Scene) -> None:
+    waits = "--begin=now+300"
+    training, runtime, first = (
+        faults.CANCEL_PENDING_TRAINING.fault,
+        faults.CANCEL_PENDING_RUNTIME.fault,
+        faults.CANCEL_TRAINING_FIRST.fault,
+    )
+    scene.begin(training, TRAIN_LONG, *at(more_gpu=waits))
+    scene.begin(runtime, TRAIN_LONG, *at(more_cpu=waits))
+    scene.begin(first, TRAIN_LONG, *at(more_cpu="--begin=now+8"))
+    scene.cancel(first, "training")
+    scene.runs[training].wait_for_text("runtime", "API server ready")
+    time.sleep(5)  # the first questions about the training have been asked
+    moments = {training: scene.cancel(training, "training"), runtime: scene.cancel(runtime, "runtime")}
+    assert scene.runs[first].state("runtime") == "PENDING"
+    scene.released(training, faults.CANCEL_PENDING_TRAINING, moments[training], mute=("training",))
+    scene.released(runtime, faults.CANCEL_PENDING_RUNTIME, moments[runtime], mute=("runtime",))
+    start = scene.state(first, "runtime", "RUNNING", "COMPLETING", "FAILED")
+    scene.released(first, faults.CANCEL_TRAINING_FIRST, start, mute=("training",))
+    assert scene.runs[training].completion["job_id"] == scene.runs[training].jobs["training"]
+    assert "trainer started" not in scene.runs[runtime].log("training")
+
+
+# --- 7: nodes and links; 11: time limits, which are waited for in the same minutes ------------------------------------
+
+SAVES = """TRAINING_COMMAND=trap 'sleep 1; echo trainer saved; exit 0' TERM
+echo "trainer started, to end by ${MLP_CURRENT_CAPACITY_BLOCK_EXPIRATION_TIMESTAMP}"; while :; do sleep 0.2; done"""
+ONE_MINUTE = "--time=1"
+LIMITS = {
+    faults.RUNTIMES_LIMIT: ("runtime", at("cpu-b", "gpu-a", more_cpu=ONE_MINUTE)),
+    faults.TRAININGS_LIMIT: ("training", at("cpu-b", "gpu-a", more_gpu=ONE_MINUTE)),
+    faults.BOTH_LIMITS: ("runtime", at("cpu-b", "gpu-a", ONE_MINUTE, ONE_MINUTE)),
+}
+
+
+@dataclass
+class Seen:
+    """What was seen of the cases that go on side by side: of each what fails, or None."""
+
+    scene: Scene
+    failures: dict[Case, AssertionError] = field(default_factory=dict)
+
+    def see(self, case: Case, look: Callable[[], object]) -> None:
+        try:
+            look()
+        except AssertionError as failure:
+            self.failures[case] = failure
+
+    def judge(self, case: Case) -> Run:
+        if case in self.failures:
+            raise self.failures[case]
+        return self.scene.runs[case.fault]
+
+
+def limits_end(seen: Seen) -> None:
+    """Wait for the time limits, of all runs at once: the clock starts when Slurm signals the first job of a run."""
+    since: dict[Case, float] = {}
+    end = time.monotonic() + 150
+    while len(since) < len(LIMITS) and time.monotonic() < end:
+        for case, (kind, _settings) in LIMITS.items():
+            if case not in since and seen.scene.runs[case.fault].state(kind) != "RUNNING":
+                since[case] = time.monotonic()
+        time.sleep(0.1)
+    for case in LIMITS:
+        begin = since.get(case, -case.bound_s)
+        seen.see(case, lambda case=case, begin=begin: seen.scene.released(case.fault, case, begin))  # type: ignore[misc]
+
+
+def cut_link(seen: Seen, sandboxes: list[str]) -> None:
+    """30 s without a link; then the sandboxes are to answer, and the run to go on."""
+    with test_cluster.unplug("cpu-a"):
+        time.sleep(28)
+        assert not answers(sandboxes[0], 2), "the link was not cut"
+    begin = time.monotonic()
+    until("the sandboxes answer", lambda: all(answers(url, 1) for url in sandboxes), 30)
+    within(faults.LINK_CUT, time.monotonic() - begin)
+
+
+def lose_node(seen: Seen, case: Case, node: str, mute: str) -> None:
+    since = time.monotonic()
+    try:
+        test_cluster.power_off(node)
+        seen.scene.released(case.fault, case, since, mute=(mute,))
+    finally:
+        test_cluster.power_on(node)
+
+
+def sweep_storage(scene: Scene) -> None:
+    """A run on the nodes that were off, whose jobs remove first what lies there."""
+    scene.begin("next", "TRAINING_COMMAND=true", *at("cpu-a", "gpu-a")).wait_over(seconds=60)
+
+
+@pytest.fixture(scope="module")
+def apart(user: OrdinaryUser, checkout: Path) -> Iterator[Seen]:
+    """Nodes that lose each other, links and power, while time limits are waited for."""
+    with leaving_nothing(user) as check:
+        scene = Scene(user, checkout, fresh_folder(user, "apart"))
+        seen = Seen(scene)
+        run, sandboxes = with_sandboxes(user, checkout, scene.base / "cut", *at("cpu-a", "gpu-a"), NO_GPU)
+        scene.runs[faults.LINK_CUT.fault] = run
+        scene.begin(faults.PARTED.fault, TRAIN_LONG, *at("cpu-b", "gpu-b"), "PARTNER_PATIENCE=60")
+        for case, (_kind, settings) in LIMITS.items():
+            scene.begin(case.fault, SAVES, *settings)
+        scene.started(*(name for name in scene.runs if name != faults.LINK_CUT.fault))
+        parted_at = time.monotonic()
+        limits = threading.Thread(target=limits_end, args=(seen,))
+        limits.start()
+        with test_cluster.isolate("cpu-b", "gpu-b"):
+            seen.see(faults.LINK_CUT, lambda: cut_link(seen, sandboxes))
+            seen.see(faults.PARTED, lambda: scene.released(faults.PARTED.fault, faults.PARTED, parted_at))
+        limits.join()
+        scene.runs[faults.RUNTIME_NODE_OFF.fault] = run
+        still_there = [kind for kind in run.jobs if run.state(kind) == "RUNNING"]
+        scene.begin(faults.TRAINING_NODE_OFF.fault, TRAIN_LONG, *at("cpu-b", "gpu-a"))
+        scene.started(faults.TRAINING_NODE_OFF.fault)
+        seen.see(faults.RUNTIME_NODE_OFF, lambda: lose_node(seen, faults.RUNTIME_NODE_OFF, "cpu-a", "runtime"))
+        seen.see(faults.TRAINING_NODE_OFF, lambda: lose_node(seen, faults.TRAINING_NODE_OFF, "gpu-a", "training"))
+        sweep_storage(scene)
+        if len(still_there) < len(run.jobs):
+            seen.failures[faults.LINK_CUT] = AssertionError(f"after the cut only these went on: {still_there}")
+        scene.user.run(["scancel", "-u", user.name])
+        check()
+        yield seen
+
+
+def test_a_link_that_is_cut_for_half_a_minute_ends_nothing(apart: Seen) -> None:
+    apart.judge(faults.LINK_CUT)
+
+
+def test_jobs_that_do_not_reach_each_other_end_by_themselves(apart: Seen) -> None:
+    run = apart.judge(faults.PARTED)
+    of_runtime = f"the runtime job {run.jobs['runtime']} on cpu-b was not heard of" in run.log("training")
+    of_training = f"the training job {run.jobs['training']} on gpu-b was not heard of" in run.log("runtime")
+    assert of_runtime or of_training
+    assert run.exit_code("training") == "69"
+
+
+@pytest.mark.parametrize("case", [faults.RUNTIME_NODE_OFF, faults.TRAINING_NODE_OFF], ids=lambda case: case.fault)
+def test_a_node_that_is_lost_ends_the_other_job_with_its_name(apart: Seen, case: Case) -> None:
+    apart.judge(case)
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=lambda case: case.fault)
+def test_a_time_limit_leaves_the_trainer_time_to_save(apart: Seen, case: Case) -> None:
+    """The trainer was told the earlier limit, and had a second to save."""
+    run = apart.judge(case)
+    assert "trainer saved" in run.log("training")
+    whose = LIMITS[case][0]
+    name = {"runtime": f"the time limit of the runtime job {run.jobs['runtime']}", "training": "this job"}[whose]
+    if case is not faults.BOTH_LIMITS:
+        assert name in run.log("training")
+        assert run.state(whose) == "TIMEOUT"
+
+
+# --- 8: the controller ------------------------------------------------------------------------------------------------
+
+
+def test_a_controller_that_is_silent_or_down_ends_nothing_and_holds_up_no_signal(
+    scene: Scene, user: OrdinaryUser, checkout: Path
+) -> None:
+    run, sandboxes = with_sandboxes(user, checkout, scene.base / "on", *at("cpu-a"), NO_GPU)
+    told = scene.begin(faults.SIGNAL_IN_SILENCE.fault, TRAIN_LONG, *at("cpu-b"))
+    scene.started(faults.SIGNAL_IN_SILENCE.fault)
+    body = body_pid(told, "training")
+    outage = time.monotonic()
+    with test_cluster.silent_controller():
+        time.sleep(15)
+        signalled = time.monotonic()
+        os.kill(body, signal.SIGTERM)
+        check = NothingLeftOfRun(user, belongings(user), told)
+        until("the run's end on its nodes", lambda: told.completion and not check.now(), 60)
+        within(faults.SIGNAL_IN_SILENCE, time.monotonic() - signalled)
+        assert all(map(answers, sandboxes))
+        time.sleep(max(0.0, outage + 60 - time.monotonic()))
+    with test_cluster.no_controller():
+        time.sleep(max(0.0, outage + 120 - time.monotonic()))
+        assert all(map(answers, sandboxes))
+    begin = time.monotonic()
+    until("Slurm knows the run's jobs", lambda: {run.state(kind) for kind in run.jobs} == {"RUNNING"}, 30)
+    assert all(map(answers, sandboxes))
+    within(faults.CONTROLLER_SILENT, time.monotonic() - begin)
+    assert not run.completion
+    assert "is gone" not in run.log("training") + run.log("runtime")
+    told.wait_over(seconds=30)
+    user.run(["scancel", *run.jobs.values()])
+    run.wait_over(seconds=30)
