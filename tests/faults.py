@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests import cluster
 from tests.conftest import SCRATCH, NothingLeft, OrdinaryUser
+from tests.conftest import SCRATCH, NothingLeft
 from tests.runs import Run
 
 TIMES = Path(__file__).parent / "fault_times.jsonl"  # those that docs/reliability.md states
@@ -115,6 +116,8 @@ CANCEL_TRAINING_FIRST = Case(
 )
 RUNTIME_NODE_OFF = Case(7, "the power of the CPU node goes off", ENDS, 20, "(NODE_FAIL, on cpu-a)")
 TRAINING_NODE_OFF = Case(7, "the power of the GPU node goes off", ENDS_OTHER, 20, "(NODE_FAIL, on gpu-a)")
+RUNTIME_NODE_OFF = Case(7, "the power of the CPU node goes off", ENDS, 20, "on cpu-a)")
+TRAINING_NODE_OFF = Case(7, "the power of the GPU node goes off", ENDS_OTHER, 20, "on gpu-a)")
 LINK_CUT = Case(7, "the CPU node's link is cut for 30 s", "the run goes on; its sandboxes answer again", 5)
 PARTED = Case(
     7,
@@ -348,6 +351,8 @@ class NothingLeftOfRun(NothingLeft):
         ids = set(self.run.jobs.values())
         marks = {f"SLURM_JOB_ID={job_id}".encode() for job_id in ids}
         processes = [f"process {pid}" for pid in self.user.processes() if marks & _environment(pid)]
+        living = self.user.processes().items()
+        processes = [f"process {pid}: {words[:100]}" for pid, words in living if marks & _environment(pid)]
         names = [f"skyrl-{self.user.uid}-{job_id}" for job_id in ids]
         storage = [
             f"{name}" for name in names if self.disk_in_reach and any((folder / name).exists() for folder in SCRATCH)

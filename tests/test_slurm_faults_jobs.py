@@ -232,8 +232,8 @@ def lose_node(seen: Seen, case: Case, node: str, mute: str) -> None:
 
 
 def sweep_storage(scene: Scene) -> None:
-    """A run on the node that was off, whose first act is to remove what lies there."""
-    scene.begin("next", "TRAINING_COMMAND=true", *at("cpu-a")).wait_over(seconds=60)
+    """A run on the nodes that were off, whose jobs remove first what lies there."""
+    scene.begin("next", "TRAINING_COMMAND=true", *at("cpu-a", "gpu-a")).wait_over(seconds=60)
 
 
 @pytest.fixture(scope="module")
