@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from slurm.lib import bootstrap
+from slurm.lib.coordination import parse_flag
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = sorted(path.name for path in (ROOT / "slurm" / "jobs").glob("[!_]*.py"))
@@ -152,6 +153,45 @@ def test_a_spooled_job_script_without_any_code_says_so(tmp_path: Path) -> None:
     assert done.returncode == bootstrap.EXIT_ENVIRONMENT
     assert "cannot find the SkyRL checkout; submit it by its path inside the checkout" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "flag", "about"),
+    [("runtime_server.py", "runtime_failed.flag", "77"), ("verl_training.py", "training_complete.flag", "70")],
+)
+def test_the_other_job_reads_that_there_is_no_interpreter(
+    code: Path, tmp_path: Path, job: str, flag: str, about: str
+) -> None:
+    """Before anything of ours can run, in words that the other job's reader takes."""
+    run = tmp_path / "run_77"
+    run.mkdir()
+    named = {"SLURM_JOB_ID": "77", "SKYRL_RUNTIME_JOB_ID": about, "SKYRL_COORD_DIR": str(tmp_path / "run_%j")}
+    done = start(code, script=f"slurm/jobs/{job}", SKYRL_PYTHON="/gone/python", **named)
+    assert done.returncode == 71
+    said = parse_flag((run / flag).read_text())
+    assert said is not None
+    assert (said.job_id, said.runtime_job_id, said.exit_code) == ("77", about, 71)
+    assert "/gone/python (SKYRL_PYTHON) is not there" in said.reason
+    assert [path.name for path in run.iterdir()] == [flag]
+    del named["SKYRL_COORD_DIR"]
+    before = sorted(Path.cwd().iterdir())
+    assert start(code, script=f"slurm/jobs/{job}", SKYRL_PYTHON="/gone/python", **named).returncode == 71
+    assert sorted(Path.cwd().iterdir()) == before, "submitted directly it knows of no directory"
+
+
+def test_the_runs_code_is_awaited_and_no_other_taken(code: Path, tmp_path: Path) -> None:
+    good(code / ".venv/bin/python")
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(ROOT / "slurm/jobs/verl_training.py", spooled)
+    late = tmp_path / "late"
+    named = {"SLURM_JOB_ID": "77", "SKYRL_CODE_DIR": str(late), "SLURM_SUBMIT_DIR": str(code)}
+    argv = [sys.executable, "-S", str(spooled), "--help"]
+    with subprocess.Popen(argv, env={"PATH": "/usr/bin:/bin", **named}, stdout=subprocess.PIPE, text=True) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        code.rename(late)
+        out, _ = process.communicate(timeout=30)
+    assert out.startswith("usage: verl_training.py")
 
 
 def test_what_is_suitable() -> None:

@@ -156,3 +156,52 @@ def test_what_vanishes_or_cannot_be_read_is_not_old(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(coordination, "is_run_dir", lambda path: True)
     monkeypatch.setattr(Path, "iterdir", lambda path: denied(path) if path == run else real_iterdir(path))
     assert coordination.old_run_dirs(tmp_path, 7, 10 * 86400) == []
+
+
+def test_address_and_key_are_those_that_the_flag_names(tmp_path: Path) -> None:
+    directory = CoordinationDir(tmp_path)
+
+    def read() -> tuple[str, str | None] | None:
+        flag = parse_flag(directory.runtime_ready.read_text())
+        assert flag is not None
+        return directory.read_server(flag)
+
+    directory.publish_server("http://h:1", "key 1", Flag("8", "8"))
+    assert read() == ("http://h:1", "key 1")
+    directory.publish_url("http://h:2")
+    assert read() is None, "an old flag with a new address, or the other way round"
+    directory.publish_url("http://h:1")
+    directory.publish_key("key 2")
+    assert read() is None
+    directory.runtime_api_key.unlink()
+    assert read() is None, "a key that is still to come"
+    directory.publish_server("http://h:3", None, Flag("8", "8"))
+    assert read() == ("http://h:3", None)
+    directory.publish(directory.runtime_ready, Flag("8", "8"))
+    assert read() == ("http://h:3", None), "of an older release, or of a script"
+
+
+def test_a_directory_is_lost_when_it_stays_away(tmp_path: Path) -> None:
+    now = [0.0]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    presence = coordination.Presence(folder, clock=lambda: now[0])
+    assert not presence.is_lost()
+    folder.rename(tmp_path / "elsewhere")
+    assert not presence.is_lost()
+    now[0] = 9.0
+    assert not presence.is_lost()
+    (tmp_path / "elsewhere").rename(folder)
+    assert not presence.is_lost(), "a file server that stumbled"
+    folder.rmdir()
+    assert not presence.is_lost()
+    now[0] = 19.0
+    assert presence.is_lost()
+
+
+def test_old_is_told_by_the_clock_that_stamps_the_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert abs(coordination.server_time(tmp_path) - (tmp_path / "file").stat().st_mtime) < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(EnvironmentProblem, match=f"cannot write in {tmp_path}/nowhere: No such file"):
+        coordination.server_time(tmp_path / "nowhere")

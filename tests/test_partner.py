@@ -107,3 +107,18 @@ def test_a_partner_that_has_not_started_is_not_silent() -> None:
     world.age, world.scheduler.state = None, JobState.PENDING
     world.run(120)
     assert len(world.scheduler.asked_at) == 2
+
+
+def test_the_flag_of_a_job_that_ended_well_may_be_late() -> None:
+    """On a shared directory that is slow; one that ended badly may have left none."""
+    for state, seconds in ((JobState.ENDED_WELL, 15), (JobState.ENDED_BADLY, 5)):
+        world = World()
+        world.watch.flag_late_s = 10.0
+        world.age = 1000.0
+        world.scheduler.state = state
+        assert world.run(seconds - 1) is None
+        why = world.run(1)
+        assert why is not None
+        assert state.value in why
+        assert world.watch.ended_well == (state is JobState.ENDED_WELL)
+        assert len(world.scheduler.asked_at) == 1, "its word is final"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from slurm.lib.errors import SubmissionError
 from slurm.lib.processes import Completed, start_ticks
 from slurm.lib.scheduler import (
     SLURM_STATES,
+    JobFacts,
     JobState,
     LocalJobs,
     Slurm,
@@ -109,6 +111,38 @@ def test_local_jobs_are_known_by_pid_and_start_time(tmp_path: Path) -> None:
     assert jobs.status("a").state is JobState.RUNNING
     assert jobs.status("b").state is JobState.ENDED_BADLY, "another process of the same number"
     assert jobs.status("c").state is JobState.UNKNOWN
+
+
+@pytest.mark.parametrize("line", ["a", "a x y", "a 1 2 3", "a -1 2", "\x00", "a 1"])
+def test_a_record_of_local_jobs_that_is_none_says_nothing(tmp_path: Path, line: str) -> None:
+    record = tmp_path / "local_jobs.txt"
+    record.write_bytes(line.encode() + b"\n\xff\n")
+    assert LocalJobs(record).status("a").state is JobState.UNKNOWN
+    record.write_bytes(line.encode() + f"\na {os.getpid()} {start_ticks(os.getpid())}\n".encode())
+    assert LocalJobs(record).status("a").state is JobState.RUNNING
+
+
+@pytest.mark.parametrize("lead", [-300, 0, 300])
+def test_times_are_told_by_this_hosts_clock(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, lead: int) -> None:
+    """The controller's clock is ``lead`` seconds ahead; a job has 1,000 s left."""
+    monkeypatch.setenv("PATH", f"{path_of(slurm)}:{os.environ['PATH']}")
+    theirs = int(time.time()) + lead
+    job = f"JobId=8 JobState=RUNNING TimeLimit=00:20:00 StartTime={theirs - 200} EndTime={theirs + 1000}"
+    config = f"Configuration data as of {theirs}\nKillWait = 5 sec"
+    fake(path_of(slurm), "scontrol", f'case $2 in job) echo "{job}";; config) echo "{config}";; esac')
+    fake(path_of(slurm), "squeue", f'echo "PENDING|Priority||{theirs + 500}|8"')
+    ends_at, starts_at = slurm.facts("8").ends_at, slurm.status("8").starts_at
+    assert ends_at is not None
+    assert starts_at is not None
+    assert abs(ends_at - time.time() - 1000) < 3
+    assert abs(starts_at - time.time() - 500) < 3
+
+
+def test_a_time_of_a_clock_that_is_not_known_is_none(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{path_of(slurm)}:{os.environ['PATH']}")
+    job = "JobId=8 JobState=RUNNING TimeLimit=00:20:00 StartTime=100 EndTime=1300 PreemptTime=900"
+    fake(path_of(slurm), "scontrol", f'[ $2 = job ] && echo "{job}"')
+    assert slurm.facts("8") == JobFacts(None, preempted=True)
 
 
 def test_a_persons_filters_for_squeue_hide_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,10 +19,10 @@ import pytest
 
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
-from slurm.lib.errors import EXIT_SUBMISSION, SubmissionError
+from slurm.lib.errors import EXIT_SUBMISSION, EnvironmentProblem, SubmissionError
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.plan import LaunchPlan, Request, make_plan
-from slurm.lib.run_record import GitState, git_state, parse_git_status, read_jobs, read_secrets
+from slurm.lib.plan import SECRETS_FILE, LaunchPlan, Request, make_plan
+from slurm.lib.run_record import GitState, await_secrets, git_state, parse_git_status, read_jobs, read_secrets
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import Submitted, submit
 from tests.fake_slurm import Call, FakeSlurm
@@ -351,6 +352,38 @@ def test_a_joining_job_gets_the_secrets_of_its_own_launch(slurm: FakeSlurm, runn
     assert read_secrets(running, "202")["WANDB_API_KEY"] == TOKEN
     assert read_secrets(running, "101")["WANDB_API_KEY"] == "of-the-runtime"
     assert stat.S_IMODE((running.path / "secrets_202.json").stat().st_mode) == 0o600
+
+
+def test_a_job_knows_which_file_its_secrets_are_in(slurm: FakeSlurm, running: CoordinationDir) -> None:
+    """So that it can wait for one that its node sees late; one of a launch without secrets waits for none."""
+    carry_out(joining(slurm, running))
+    carry_out(plan_for(slurm, environment={"WANDB_API_KEY": TOKEN}))
+    carry_out(plan_for(slurm, environment={"WANDB_API_KEY": ""}))
+    named = [call.environment.get(SECRETS_FILE) for call in slurm.of("sbatch")[-5:]]
+    assert named == ["secrets_%j.json", "secrets.json", "secrets.json", None, None]
+
+
+def test_secrets_that_come_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.lib.run_record.LATE_S", 0.5)
+    path, naps = tmp_path / "secrets.json", list[float]()
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        time.sleep(seconds)
+
+    with pytest.raises(EnvironmentProblem, match=r"waited 0.5 s for .*secrets.json to be seen on .*: the launch"):
+        await_secrets(path, lambda: None, nap)
+    path.touch()
+    naps.clear()
+    await_secrets(path, lambda: None, nap)
+    assert not naps
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "{", '"x"'])
+def test_secrets_that_are_none_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "secrets.json").write_text(text)
+    with pytest.raises(EnvironmentProblem, match=r"cannot read .*secrets.json"):
+        read_secrets(CoordinationDir(tmp_path), "1")
 
 
 def test_a_job_that_failed_to_join_is_never_seen_by_the_runtime(slurm: FakeSlurm, running: CoordinationDir) -> None:

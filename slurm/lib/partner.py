@@ -17,6 +17,7 @@ from slurm.lib.scheduler import JobState, JobStatus, Scheduler
 SILENT_AFTER_S = 4.0  # two beats and a half of the partner
 ASK_WHEN_SILENT_S = (5.0, 5.0, 5.0, 10.0, 20.0)  # seconds to the next question while the silence lasts
 ASK_OTHERWISE_S = 60.0  # sites forbid polling their controller more often
+FLAG_LATE_S = 10.0  # from Slurm's word that a job ended well to its completion flag, on a shared directory that is slow
 
 
 @dataclass
@@ -24,7 +25,8 @@ class PartnerWatch:
     """Watches one partner job.
 
     ``heartbeat_age_s`` tells how long ago the partner was last heard of, None if never (then it counts as silent only
-    once ``expected`` is set, as a job that has not started does not beat).
+    once ``expected`` is set, as a job that has not started does not beat). One that ended well has left a flag: for
+    ``flag_late_s`` seconds it is not called gone, so that the flag can still be seen.
     """
 
     kind: str
@@ -33,6 +35,8 @@ class PartnerWatch:
     heartbeat_age_s: Callable[[], float | None]
     expected: bool = False
     clock: Callable[[], float] = time.monotonic
+    flag_late_s: float = 0.0
+    _ended_well: tuple[float, str] | None = field(default=None, init=False)
     _asked_at: float = field(default=0.0, init=False)
     _asked_in_silence: int = field(default=0, init=False)
     _times_missing: int = field(default=0, init=False)
@@ -44,6 +48,9 @@ class PartnerWatch:
         """Why the partner is gone, as a sentence, or None while it may be there."""
         if not self.job_id:
             return None
+        if self._ended_well:
+            at, why = self._ended_well
+            return why if self.clock() - at >= self.flag_late_s else None
         age = self.heartbeat_age_s()
         self.expected = self.expected or age is not None
         silent = self.expected if age is None else age > SILENT_AFTER_S
@@ -61,7 +68,16 @@ class PartnerWatch:
         self._times_missing = self._times_missing + 1 if status.state is JobState.PURGED else 0
         if not status.state.is_final or self._times_missing == 1:
             return None
-        return f"the {self.kind} job {self.job_id} is gone: {status.state.value} ({status.words})"
+        why = f"the {self.kind} job {self.job_id} is gone: {status.state.value} ({status.words})"
+        if status.state is not JobState.ENDED_WELL:
+            return why
+        self._ended_well = (self.clock(), why)
+        return None if self.flag_late_s else why
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether Slurm has said so."""
+        return self._ended_well is not None
 
     def _patience_s(self, silent: bool) -> float:
         if not silent:

@@ -31,7 +31,7 @@ from slurm.lib.idle import IdleWatch
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
-from slurm.lib.partner import PartnerWatch
+from slurm.lib.partner import FLAG_LATE_S, PartnerWatch
 from slurm.lib.podman_service import PodmanService, podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
@@ -282,8 +282,12 @@ class TrainingWatcher:
         late = self.complete.read()  # its last act may have been the flag
         if late:
             return outcome_of(late)
+        told = End("training", self.partner.job_id, None, why, "runtime")
+        if self.partner.ended_well:  # Slurm's word, since the directory tells less
+            reason = f"{why}; its completion flag was not seen here within {FLAG_LATE_S:g} s"
+            return Outcome(EXIT_OK, reason, as_planned=True, others=(told,))
         reason = f"{why}, without a completion flag"
-        return Outcome(EXIT_UNAVAILABLE, reason, others=(End("training", self.partner.job_id, None, why, "runtime"),))
+        return Outcome(EXIT_UNAVAILABLE, reason, others=(told,))
 
     def _find_partner(self, server: ApiServer) -> PartnerWatch | None:
         training = partner_of(self.job.directory, "runtime", self.job.job_id)
@@ -294,7 +298,7 @@ class TrainingWatcher:
         def age_s() -> float | None:
             return self.client.heard_s_ago(f"training-{training}") if server.is_ours else watch.age_s()
 
-        return PartnerWatch("training", training, self.job.scheduler, age_s)
+        return PartnerWatch("training", training, self.job.scheduler, age_s, flag_late_s=FLAG_LATE_S)
 
 
 def outcome_of(flag: Flag) -> Outcome:

@@ -311,7 +311,7 @@ class TrainingSession:
                 sleep=self.notes.sleep,
             )
         except WaitTimeout as problem:
-            disagree = "; runtime_ready.flag is here, but runtime_url.txt and runtime_api_key.txt are not what it names"
+            disagree = "; runtime_ready.flag is here, but runtime_url.txt or runtime_api_key.txt is not what it names"
             raise WaitTimeout(f"{problem}{disagree if ready.read() else ''}") from None
 
     def runtime_ended(self) -> str | None:
