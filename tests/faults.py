@@ -65,6 +65,79 @@ SANDBOX_ATTACKS = Case(
     "all refused",
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
+LATE_FILES = Case(
+    9,
+    "the run's code, secrets and key are seen on the GPU node 6 s late, one after the other",
+    "the run completes, with its own code, secrets and key",
+    60,
+)
+NO_SECRETS = Case(
+    9, "the secrets are not seen on the GPU node", "both jobs end", 90, "secrets.json to be seen on gpu-a, in vain"
+)
+NO_CODE = Case(9, "the run's code is not seen on the GPU node", "both jobs end", 90, "/code is not to be seen on gpu-b")
+NO_FLAG = Case(
+    9,
+    "the completion flag is not seen on the CPU node",
+    "the runtime job ends by Slurm's word, as after a success",
+    45,
+    "its completion flag was not seen here within 10 s",
+)
+FULL_SHARE = Case(
+    9,
+    "the shared directory is full as the trainer ends",
+    "both jobs end, the training job with the trainer's exit code",
+    45,
+)
+READ_ONLY = Case(
+    9,
+    "the shared directory is read-only on both nodes as the trainer ends",
+    "both jobs end, with the trainer's exit code",
+    45,
+    "its completion flag was not seen here within 10 s",
+)
+NO_DIRECTORY = Case(9, "the run directory is removed during the training", "the trainer goes on; both jobs end", 60)
+SLOW_SHARE = Case(
+    9,
+    "each opening, listing, renaming and sync in the shared directory takes 2 s; `scancel`",
+    "both jobs end",
+    120,
+)
+LAUNCH_FULL = Case(9, "the shared directory is full at the launch", "an error with its name; nothing is queued", 20)
+GONE_BEFORE = Case(
+    9,
+    "the run directory is removed while the training job waits for the runtime",
+    "it ends",
+    25,
+    "can no longer be read",
+)
+PLANTED = Case(
+    10,
+    "half-written, empty, foreign or old flags, addresses, keys and records in the directory of a training job",
+    "each is ignored or named; no trainer starts",
+    60,
+)
+SKEWED = Case(
+    14,
+    "the clock of the GPU node, or of the CPU node, is 5 minutes ahead or behind",
+    "what is said and told of the time limit is right within 5 s; `scancel` counts as `scancel`",
+)
+REBUILT = Case(
+    22,
+    "the environment is rebuilt with another version while the training job is queued",
+    "the run completes",
+    60,
+    "was rebuilt since this job was submitted: fastapi",
+)
+NO_PYTHON = Case(
+    22,
+    "the environment is removed while the training job is queued",
+    "both jobs end",
+    30,
+    "(SKYRL_PYTHON) is not there",
+)
+MOVED = Case(
+    22, "the checkout is moved while both jobs are queued", "the run completes, from its own copy of the code", 60
+)
 CASES = (
     NO_PODMAN,
     NO_SUBUIDS,
@@ -76,6 +149,21 @@ CASES = (
     HOME_FULL,
     SANDBOX_ATTACKS,
     DEAD_JOB,
+    LATE_FILES,
+    NO_SECRETS,
+    NO_CODE,
+    NO_FLAG,
+    FULL_SHARE,
+    READ_ONLY,
+    NO_DIRECTORY,
+    SLOW_SHARE,
+    LAUNCH_FULL,
+    GONE_BEFORE,
+    PLANTED,
+    SKEWED,
+    REBUILT,
+    NO_PYTHON,
+    MOVED,
 )
 
 

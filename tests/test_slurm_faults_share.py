@@ -1,0 +1,420 @@
+"""Faults of what the nodes share: the run directory, the files in it, the clocks, the code and the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.coordination import Flag, server_digest
+from slurm.lib.deadlines import EXPIRY_NAME
+from tests import cluster as test_cluster
+from tests import faults
+from tests.conftest import NothingLeft, OrdinaryUser
+from tests.faults import Case, within
+from tests.runs import SMALL, Run, launch, launch_argv, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
+
+NO_GPU = "GPUS_PER_NODE=0"
+FAULTY = Path(__file__).with_name("faulty_fs.py")
+NEVER = 1e6  # seconds
+SKEWED_CLOCK = Path(__file__).with_name("skewed_clock.c")
+TOLD = "hf_told_by_the_launch_alone"
+
+
+@pytest.fixture(autouse=True)
+def clean(nothing_left: NothingLeft) -> None:
+    """Every test here ends with nothing left on any node."""
+
+
+@contextlib.contextmanager
+def faulty(node: str, folder: Path, **said: object) -> Iterator[Callable[..., None]]:
+    """``folder`` as ``node`` sees it through ``faulty_fs``; call what is yielded to change the weather."""
+    with tempfile.TemporaryDirectory() as place:
+        control = Path(place) / "control.json"
+
+        def change(**now: object) -> None:
+            beside = control.with_suffix(".new")
+            beside.write_text(json.dumps(now))
+            beside.rename(control)
+
+        change(**said)
+        pid = test_cluster.slurmd_pid(node)
+        argv = ["nsenter", f"--target={pid}", "--mount", "/usr/bin/python3", str(FAULTY), str(folder), str(control)]
+        with subprocess.Popen(argv) as server:
+            try:
+                until(f"{folder} on {node}", lambda: _is_mounted(node, folder), 20)
+                yield change
+            finally:
+                change()
+                test_cluster.on_node(node, "umount", "--lazy", str(folder))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(5)  # which it does by itself once nothing there is open any more
+                server.terminate()
+
+
+def _is_mounted(node: str, folder: Path) -> bool:
+    with contextlib.suppress(test_cluster.ClusterError):
+        test_cluster.on_node(node, "mountpoint", "-q", str(folder))
+        return True
+    return False
+
+
+@dataclass
+class Lab:
+    """Several runs side by side, each in a jobs base of its own, and what is mounted for them."""
+
+    user: OrdinaryUser
+    checkout: Path
+    base: Path
+    mounts: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def folder(self, name: str) -> Path:
+        folder = self.base / name
+        if not folder.exists():
+            folder.mkdir()
+            os.chown(folder, self.user.uid, self.user.gid)
+        return folder
+
+    def launch(
+        self, name: str, nodes: str, command: str, *settings: str, cpu: str = "", gpu: str = "", **more: object
+    ) -> Run:
+        """Launch a run on cpu-X and gpu-X, without checks, which are other tests' matter."""
+        words = (
+            f"TRAINING_COMMAND={command}",
+            NO_GPU,
+            f"CPU_SBATCH_ARGS=--nodelist=cpu-{nodes} {cpu}",
+            f"GPU_SBATCH_ARGS=--nodelist=gpu-{nodes} {gpu}",
+        )
+        options = ("--no-check",)
+        return launch(self.user, self.checkout, self.folder(name), *words, *settings, options=options, **more)
+
+
+@pytest.fixture
+def lab(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Iterator[Lab]:
+    made = Lab(user, checkout, jobs_base)
+    with made.mounts:
+        yield made
+        user.run(["scancel", "-u", user.name])
+        until("an empty queue", lambda: not user.run(["squeue", "-h", "-u", user.name]).stdout.strip(), 60)
+
+
+def over(run: Run, case: Case, begin: float, *reads: str) -> float:
+    """Wait for the end of both jobs; the case's words then stand in both logs (``reads``: which). Seconds since."""
+    run.wait_over(seconds=max(1.0, case.bound_s - (time.monotonic() - begin)))
+    seconds = within(case, time.monotonic() - begin)
+    for kind in reads or (("runtime", "training") if case.reads else ()):
+        text = run.log(kind) + run.log(kind, "err")
+        assert case.reads in text, f"{case.fault}: {case.reads!r} does not stand in the {kind} job's log: {text}"
+    return seconds
+
+
+# --- 9: files that are late -------------------------------------------------------------------------------------------
+
+ASKED = 'printf %s "$HF_TOKEN" > "$SKYRL_COORD_DIR/token"; printf %s "$PYTHONPATH" > "$SKYRL_COORD_DIR/path"'
+
+
+def test_files_that_are_late_or_never_come(lab: Lab) -> None:
+    late = ["code", "secrets.json", "runtime_api_key.txt"]
+    lab.mounts.enter_context(faulty("gpu-a", lab.folder("late"), late=late, late_s=6))
+    lab.mounts.enter_context(faulty("gpu-a", lab.folder("secrets"), late=["secrets.json"], late_s=NEVER))
+    lab.mounts.enter_context(faulty("gpu-b", lab.folder("code"), late=["code"], late_s=NEVER))
+    lab.mounts.enter_context(faulty("cpu-b", lab.folder("flag"), late=["training_complete.flag"], late_s=NEVER))
+    begin = time.monotonic()
+    secret = {"HF_TOKEN": TOLD, "ALLHANDS_API_KEY": "the-key-of-this-launch"}
+    all_late = lab.launch("late", "a", ASKED, env=secret)
+    no_secrets = lab.launch("secrets", "a", "touch never", env=secret)
+    no_code = lab.launch("code", "b", "touch never")
+    no_flag = lab.launch("flag", "b", "true")
+
+    over(no_flag, faults.NO_FLAG, begin, "runtime")
+    assert no_flag.exit_code("runtime") == no_flag.exit_code("training") == "0"
+
+    over(all_late, faults.LATE_FILES, begin)
+    assert all_late.completion["exit_code"] == 0, all_late.log("training")
+    assert all_late.text("token") == TOLD
+    assert all_late.text("path").startswith(f"{all_late.directory}/code")
+
+    for run, case in ((no_secrets, faults.NO_SECRETS), (no_code, faults.NO_CODE)):
+        over(run, case, begin)
+        assert run.exit_code("training") == "71"
+        assert case.reads in run.completion["reason"]
+        assert not (run.directory / "never").exists()
+
+
+# --- 9: a directory that is full, read-only, removed, slow ------------------------------------------------------------
+
+WAITING = 'echo trainer started; until [ -e "{}" ]; do sleep 0.2; done; {}'
+# Fills the page of the log that is begun, too, so that the job's last lines find no room.
+LOUD = "head -c 8192 /dev/zero | tr '\\0' x; exit 3"
+
+
+def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_left: NothingLeft) -> None:
+    go = lab.folder("signals")
+    disk = test_cluster.SHARE / "small"
+    disk.mkdir()
+    lab.mounts.callback(disk.rmdir)
+    tmpfs = ("-t", "tmpfs", "-o", f"size=8m,uid={lab.user.uid},mode=755", "tmpfs")
+    lab.mounts.enter_context(test_cluster.mounted_here(disk, *tmpfs))
+    slow = [lab.mounts.enter_context(faulty(node, lab.folder("slow"))) for node in ("cpu-b", "gpu-b")]
+
+    def begun(name: str, nodes: str, end: str, base: Path | None = None) -> Run:
+        words = (f"SKYRL_JOBS_BASE={base}",) if base else ()
+        return lab.launch(name, nodes, WAITING.format(go / name, end), *words)
+
+    full, read_only = begun("full", "a", LOUD, disk), begun("ro", "a", "true")
+    removed, tardy = begun("removed", "b", "true"), begun("slow", "b", "true")
+    for run in (full, read_only, removed, tardy):
+        run.wait_for_text("training", "trainer started", 60)
+    for node in (read_only.node("runtime"), read_only.node("training")):
+        folder = read_only.directory
+        lab.mounts.enter_context(test_cluster.mounted(node, folder, "--bind", str(folder)))  # what is open stays so
+        test_cluster.on_node(node, "mount", "-o", "remount,ro,bind", str(folder))
+    shutil.rmtree(removed.directory)
+    fill(disk)
+    for change in slow:
+        change(delay_s=2)
+    begin = time.monotonic()
+    for name in ("full", "ro", "removed"):
+        (go / name).touch()
+    lab.user.run(["scancel", tardy.jobs["training"]])
+
+    over(full, faults.FULL_SHARE, begin)
+    assert (full.exit_code("training"), full.exit_code("runtime")) == ("3", "69")
+    over(read_only, faults.READ_ONLY, begin, "runtime")
+    assert (read_only.exit_code("training"), read_only.exit_code("runtime")) == ("0", "0")
+    over(removed, faults.NO_DIRECTORY, begin)
+    assert removed.exit_code("training") == "0"
+    over(tardy, faults.SLOW_SHARE, begin)
+    nothing_left()
+
+    begin = time.monotonic()
+    argv = launch_argv(
+        lab.checkout, f"SKYRL_JOBS_BASE={disk}", NO_GPU, "TRAINING_COMMAND=true", options=("--no-check",)
+    )
+    refused = lab.user.run(argv)
+    within(faults.LAUNCH_FULL, time.monotonic() - begin)
+    assert refused.returncode == 73, refused.stderr
+    assert "No space left on device" in refused.stderr
+    assert not lab.user.run(["squeue", "-h", "-u", lab.user.name]).stdout
+
+
+def fill(disk: Path) -> None:
+    """Take every free byte of a disk."""
+    with contextlib.suppress(OSError), (disk / "fill").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+# --- 10: files not to believe -----------------------------------------------------------------------------------------
+
+URL, KEY = "http://127.0.0.1:9", "key-of-another-run"
+OTHERS = Flag("9", "9", "cpu-x", "2020-01-01T00:00:00+00:00")
+
+
+def ready(url: str, key: str) -> str:
+    return Flag("8", "8", "cpu-x", server=server_digest(url, key)).to_text()
+
+
+@dataclass(frozen=True)
+class Plant:
+    """What lies in a training job's directory, ``files`` at first and ``later`` once it runs; what it then says."""
+
+    exit_code: int
+    says: str
+    files: Mapping[str, str]
+    later: str = ""
+    runtime: str = ""
+
+
+HERE = {"runtime_url.txt": URL, "runtime_api_key.txt": KEY}
+DISAGREE = "runtime_url.txt or runtime_api_key.txt is not what it names"
+PLANTS = {
+    "half a flag": Plant(75, "to be ready", {**HERE, "runtime_ready.flag": ready(URL, KEY)[:40]}),
+    "a list": Plant(75, "to be ready", {**HERE, "runtime_ready.flag": "[]", "run.json": "{", "run_7.json": "[1]"}),
+    "another attempt's": Plant(
+        75,
+        "to be ready",
+        {**HERE, "runtime_ready.flag": OTHERS.to_text(), "runtime_failed.flag": OTHERS.to_text()},
+        runtime="7",
+    ),
+    "an old address": Plant(75, DISAGREE, {**HERE, "runtime_ready.flag": ready("http://cpu-x:1", KEY)}),
+    "an old key": Plant(75, DISAGREE, {**HERE, "runtime_ready.flag": ready(URL, "the new one")}),
+    "no address": Plant(75, "to be ready", {"runtime_url.txt": "", "runtime_ready.flag": ""}),
+    "an address by hand": Plant(69, f"{URL} cannot be reached from", {**HERE, "runtime_ready.flag": ""}),
+    "secrets that are none": Plant(71, "it holds no names with their values", {"secrets.json": "[]"}),
+    "a failure by hand": Plant(69, "runtime_failed.flag was set by hand", {}, later="runtime_failed.flag"),
+}
+
+
+def submitted(lab: Lab, name: str, plant: Plant) -> Run:
+    """A training job submitted directly into a directory that is prepared."""
+    folder = lab.folder(name.replace(" ", "_"))
+    for file, text in plant.files.items():
+        (folder / file).write_text(text)
+        os.chown(folder / file, lab.user.uid, lab.user.gid)
+    timeout = 60 if plant.later else 4
+    words = (*SMALL, NO_GPU, "TRAINING_COMMAND=touch never", f"RUNTIME_READY_TIMEOUT={timeout}")
+    sets = [word for setting in words for word in ("--set", setting)]
+    options = ["--partition=gpu_test", "--mem=300M", "--output=%j.out", "--error=%j.err"]
+    script = str(lab.checkout / "slurm/jobs/verl_training.py")
+    env = {"SKYRL_RUNTIME_JOB_ID": plant.runtime} if plant.runtime else {}
+    argv = ["sbatch", "--parsable", *options, script, "--config", "dev", *sets, "--coord-dir", str(folder)]
+    done = lab.user.run(argv, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return Run(lab.user, folder, {"training": done.stdout.strip()})
+
+
+def output(run: Run) -> str:
+    return run.text(f"{run.jobs['training']}.out")
+
+
+def test_files_that_are_not_to_be_believed(lab: Lab) -> None:
+    begin = time.monotonic()
+    runs = {name: submitted(lab, name, plant) for name, plant in PLANTS.items()}
+    for name, plant in PLANTS.items():
+        if plant.later:
+            until("the wait", lambda run=runs[name]: "for the runtime in" in output(run), 40)  # type: ignore[misc]
+            (runs[name].directory / plant.later).touch()
+    for run in runs.values():
+        run.wait_over(seconds=faults.PLANTED.bound_s)
+    within(faults.PLANTED, time.monotonic() - begin)
+    for name, plant in PLANTS.items():
+        run = runs[name]
+        assert (name, run.exit_code("training")) == (name, str(plant.exit_code)), output(run)
+        assert plant.says in str(run.completion.get("reason")), f"{name}: {run.completion}"
+        assert not (run.directory / "never").exists(), name
+    assert "runtime_ready.flag was set by hand; believing it" in output(runs["an address by hand"])
+
+
+def test_a_directory_that_is_removed_before_the_runtime_is_ready(lab: Lab) -> None:
+    folder = lab.folder("run")
+    words = [word for setting in (*SMALL, NO_GPU, "TRAINING_COMMAND=true") for word in ("--set", setting)]
+    argv = ["sbatch", "--parsable", "--partition=gpu_test", "--mem=300M", "--output=%j.out", "--error=%j.err"]
+    script = str(lab.checkout / "slurm/jobs/verl_training.py")
+    elsewhere = lab.folder("logs")
+    done = lab.user.run([*argv, script, "--config", "dev", *words, "--coord-dir", str(folder)], cwd=elsewhere)
+    run = Run(lab.user, elsewhere, {"training": done.stdout.strip()})
+    until("the wait", lambda: "for the runtime in" in output(run), 40)
+    shutil.rmtree(folder)
+    begin = time.monotonic()
+    run.wait_over(seconds=faults.GONE_BEFORE.bound_s)
+    within(faults.GONE_BEFORE, time.monotonic() - begin)
+    assert faults.GONE_BEFORE.reads in output(run)
+    assert run.exit_code("training") == "71"
+
+
+# --- 14: clocks -------------------------------------------------------------------------------------------------------
+
+TELLING = f'touch started; echo "$(( {EXPIRY_NAME} - $(date +%s) ))" > told; '
+
+
+def skewed(library: Path, seconds: int) -> str:
+    """An option of sbatch that has a job's processes see a clock that is wrong by so much."""
+    return f"--export=ALL,LD_PRELOAD={library},SKEW_S={seconds}"
+
+
+def limit_of(run: Run, kind: str) -> float:
+    shown = lab_ask(run.user, run.jobs[kind])
+    found = re.search(r"EndTime=(\d+)", shown)
+    assert found, shown
+    return float(found[1])
+
+
+def lab_ask(user: object, job_id: str) -> str:
+    assert isinstance(user, OrdinaryUser)
+    return user.run(["scontrol", "show", "job", job_id], env={"SLURM_TIME_FORMAT": "%s"}).stdout
+
+
+def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
+    library = lab.folder("clock") / "skewed_clock.so"
+    build = ["gcc", "-shared", "-fPIC", "-nostdlib", "-ffreestanding", "-O1", "-Wall", "-o", str(library)]
+    subprocess.run([*build, str(SKEWED_CLOCK)], check=True)
+    ahead, behind = skewed(library, 300), skewed(library, -300)
+    short = ("TIME_LIMIT=00:04:00", "MIN_RUN_TIME=60", "RESTARTS=1", "RESTART_LEAD=30")
+    command = f'cd "$SKYRL_COORD_DIR"; {TELLING} sleep 600'
+    runs = {
+        "gpu ahead": lab.launch("g1", "a", command, *short, gpu=ahead),
+        "gpu behind": lab.launch("g2", "b", command, *short, gpu=behind),
+        "cpu ahead": lab.launch("c1", "a", command, *short, cpu=ahead),
+    }
+    for name, run in runs.items():
+        until(f"the trainer, {name}", lambda run=run: run.text("told").strip(), 60)  # type: ignore[misc]
+        began = (run.directory / "started").stat().st_mtime
+        left = min(limit_of(run, kind) for kind in run.jobs) - began
+        said = re.search(r"this training may go on for (\d+) s", run.log("training"))
+        assert said, run.log("training")
+        assert abs(int(said[1]) - left) < 5, f"{name}: says {said[1]} s, {left:.0f} s are left"
+        assert abs(int(run.text("told")) - left) < 5, f"{name}: tells {run.text('told')} s, {left:.0f} s are left"
+    lab.user.run(["scancel", *(run.jobs["training"] for run in runs.values())])
+    for name, run in runs.items():
+        run.wait_over(seconds=40)
+        assert run.completion["ended"] == "cancelled", f"{name}: {run.completion}"
+
+
+# --- 22: the code and the interpreter of queued jobs ------------------------------------------------------------------
+
+
+def own_environment(lab: Lab, name: str) -> Path:
+    """An environment of the user's with the packages of this one; returns its interpreter."""
+    ours = Path(sys.prefix)
+    folder = lab.folder(name)
+    packages = next((ours / "lib").glob("python3*/site-packages"))
+    target = folder / "lib" / packages.parent.name / "site-packages"
+    target.mkdir(parents=True)
+    for entry in packages.iterdir():
+        (target / entry.name).symlink_to(entry)
+    (folder / "bin").mkdir()
+    shutil.copy(ours / "pyvenv.cfg", folder)
+    python = folder / "bin" / "python"
+    python.symlink_to((ours / "bin" / "python").resolve())
+    return python
+
+
+def rebuilt(python: Path) -> None:
+    """Another version of a package in an environment."""
+    old = next(python.parent.parent.glob("lib/python3*/site-packages/fastapi-*.dist-info"))
+    text = (old / "METADATA").read_text()
+    old.unlink()
+    old.mkdir()
+    (old / "METADATA").write_text(re.sub(r"^Version: .*", "Version: 99.9", text, flags=re.MULTILINE))
+
+
+def test_code_and_interpreter_while_jobs_are_queued(lab: Lab) -> None:
+    again, gone = own_environment(lab, "env-rebuilt"), own_environment(lab, "env-gone")
+    moving = lab.folder("moving") / "SkyRL"
+    subprocess.run(["cp", "-a", str(lab.checkout), str(moving)], check=True)
+    later = "--begin=now+12"
+    command = 'printf %s "$PYTHONPATH" > "$SKYRL_COORD_DIR/path"'
+    upgraded = lab.launch("rebuilt", "a", command, gpu=later, env={"SKYRL_PYTHON": str(again)})
+    lost = lab.launch("gone", "b", "true", gpu=later, env={"SKYRL_PYTHON": str(gone)})
+    queued = ("TRAINING_COMMAND=" + command, NO_GPU, f"CPU_SBATCH_ARGS={later}")
+    moved = launch(lab.user, moving, lab.folder("moved"), *queued, options=("--no-check",))
+    for run in (upgraded, lost):
+        until("ready", lambda run=run: run.text("runtime_ready.flag"), 40)  # type: ignore[misc]
+    rebuilt(again)
+    shutil.rmtree(gone.parent.parent)
+    moving.parent.rename(moving.parent.with_name("elsewhere"))
+    begin = time.monotonic()
+    assert {run.state("training") for run in (upgraded, lost, moved)} == {"PENDING"}
+
+    over(upgraded, faults.REBUILT, begin, "training")
+    assert upgraded.completion["exit_code"] == 0
+    over(lost, faults.NO_PYTHON, begin)
+    assert (lost.exit_code("training"), lost.completion["exit_code"]) == ("71", 71)
+    assert faults.NO_PYTHON.reads in lost.completion["reason"]
+    over(moved, faults.MOVED, begin)
+    assert moved.completion["exit_code"] == 0, moved.log("training")
+    assert moved.text("path").startswith(f"{moved.directory}/code")
