@@ -69,12 +69,14 @@ LATE_FILES = Case(
     9,
     "the run's code, secrets and key are seen on the GPU node 6 s late, one after the other",
     "the run completes, with its own code, secrets and key",
-    60,
+    90,
 )
 NO_SECRETS = Case(
-    9, "the secrets are not seen on the GPU node", "both jobs end", 90, "secrets.json to be seen on gpu-a, in vain"
+    9, "the secrets are not seen on the GPU node", "both jobs end", 120, "secrets.json to be seen on gpu-a, in vain"
 )
-NO_CODE = Case(9, "the run's code is not seen on the GPU node", "both jobs end", 90, "/code is not to be seen on gpu-b")
+NO_CODE = Case(
+    9, "the run's code is not seen on the GPU node", "both jobs end", 120, "/code is not to be seen on gpu-b"
+)
 NO_FLAG = Case(
     9,
     "the completion flag is not seen on the CPU node",

@@ -139,7 +139,8 @@ def test_files_that_are_late_or_never_come(lab: Lab) -> None:
     no_code = lab.launch("code", "b", "touch never")
     no_flag = lab.launch("flag", "b", "true")
 
-    over(no_flag, faults.NO_FLAG, begin, "runtime")
+    no_flag.wait_over("training", seconds=90)
+    over(no_flag, faults.NO_FLAG, time.monotonic(), "runtime")
     assert no_flag.exit_code("runtime") == no_flag.exit_code("training") == "0"
 
     over(all_late, faults.LATE_FILES, begin)
