@@ -208,6 +208,14 @@ LATE_FILES = Case(
 )
 NO_SECRETS = Case(9, "the secrets are not seen on the GPU node", ENDS, 90, "secrets.json to be seen on gpu-a, in vain")
 NO_CODE = Case(9, "the run's code is not seen on the GPU node", ENDS, 90, "/code is not to be seen on gpu-b")
+    90,
+)
+NO_SECRETS = Case(
+    9, "the secrets are not seen on the GPU node", "both jobs end", 120, "secrets.json to be seen on gpu-a, in vain"
+)
+NO_CODE = Case(
+    9, "the run's code is not seen on the GPU node", "both jobs end", 120, "/code is not to be seen on gpu-b"
+)
 NO_FLAG = Case(
     9,
     "the completion flag is not seen on the CPU node",
@@ -221,6 +229,8 @@ FULL_SHARE = Case(
     "both jobs end, with the trainer's exit code",
     45,
     "without a completion flag",
+    "both jobs end, the training job with the trainer's exit code",
+    45,
 )
 READ_ONLY = Case(
     9,
@@ -231,6 +241,12 @@ READ_ONLY = Case(
 )
 NO_DIRECTORY = Case(9, "the run directory is removed during the training", "the trainer goes on; both jobs end", 60)
 SLOW_SHARE = Case(9, "each call to the shared directory takes 2 s; `scancel`", "both jobs end", 90)
+SLOW_SHARE = Case(
+    9,
+    "each opening, listing, renaming and sync in the shared directory takes 2 s; `scancel`",
+    "both jobs end",
+    120,
+)
 LAUNCH_FULL = Case(9, "the shared directory is full at the launch", "an error with its name; nothing is queued", 20)
 GONE_BEFORE = Case(
     9,
@@ -249,6 +265,7 @@ SKEWED = Case(
     14,
     "the clock of the GPU node, or of the CPU node, is 5 minutes ahead or behind",
     "the run completes; what is said and told of its time limit is right within 5 s; `scancel` counts as `scancel`",
+    "what is said and told of the time limit is right within 5 s; `scancel` counts as `scancel`",
 )
 REBUILT = Case(
     22,
@@ -261,6 +278,7 @@ NO_PYTHON = Case(
     22,
     "the environment is removed while the training job is queued",
     ENDS,
+    "both jobs end",
     30,
     "(SKYRL_PYTHON) is not there",
 )

@@ -2,8 +2,9 @@
 
 A FUSE pass-through, started as a program of its own under the system's Python, in the mount namespace of the node that
 is to suffer: ``faulty_fs.py FOLDER CONTROL`` mounts over ``FOLDER`` what was there before. ``CONTROL`` is a JSON file
-that may be rewritten meanwhile: ``delay_s`` for each call; ``late_s`` during which a file whose name matches one of
-``late`` is not there, counted from this node's first look at it. What the node itself has made is there at once.
+that may be rewritten meanwhile: ``delay_s`` for each call that a client's caches do not answer; ``late_s`` during which
+a file whose name matches one of ``late`` is not there, counted from this node's first look at it. What the node itself
+has made is there at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import fusepy  # type: ignore[import-not-found]  # Debian's, of the system's Python
+
+# What a client of a shared file system does from its caches: attributes of what it has seen, and what a sync completes.
+AT_ONCE = frozenset({"getattr", "access", "write", "flush", "release", "releasedir"})
 
 
 class Weather:
@@ -46,7 +50,8 @@ class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
         self._first_look: dict[int, float] = {}
 
     def __call__(self, operation: str, *arguments: Any) -> Any:
-        time.sleep(float(self.weather.now().get("delay_s", 0)))
+        if operation not in AT_ONCE:
+            time.sleep(float(self.weather.now().get("delay_s", 0)))
         return super().__call__(operation, *arguments)
 
     def _real(self, path: str) -> str:

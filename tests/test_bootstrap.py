@@ -173,6 +173,10 @@ def test_the_other_job_reads_that_there_is_no_interpreter(
     assert (said.job_id, said.runtime_job_id, said.exit_code) == ("77", about, 71)
     assert "/gone/python (SKYRL_PYTHON) is not there" in said.reason
     assert [path.name for path in run.iterdir()] == [flag]
+    del named["SKYRL_COORD_DIR"]
+    before = sorted(Path.cwd().iterdir())
+    assert start(code, script=f"slurm/jobs/{job}", SKYRL_PYTHON="/gone/python", **named).returncode == 71
+    assert sorted(Path.cwd().iterdir()) == before, "submitted directly it knows of no directory"
 
 
 def test_the_runs_code_is_awaited_and_no_other_taken(code: Path, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def faulty(node: str, folder: Path, **said: object) -> Iterator[Callable[..., No
             finally:
                 change()
                 test_cluster.on_node(node, "umount", "--lazy", str(folder))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(5)  # which it does by itself once nothing there is open any more
                 server.terminate()
 
 
@@ -137,7 +139,8 @@ def test_files_that_are_late_or_never_come(lab: Lab) -> None:
     no_code = lab.launch("code", "b", "touch never")
     no_flag = lab.launch("flag", "b", "true")
 
-    over(no_flag, faults.NO_FLAG, begin, "runtime")
+    no_flag.wait_over("training", seconds=90)
+    over(no_flag, faults.NO_FLAG, time.monotonic(), "runtime")
     assert no_flag.exit_code("runtime") == no_flag.exit_code("training") == "0"
 
     over(all_late, faults.LATE_FILES, begin)
@@ -154,7 +157,9 @@ def test_files_that_are_late_or_never_come(lab: Lab) -> None:
 
 # --- 9: a directory that is full, read-only, removed, slow ------------------------------------------------------------
 
-WAITING = 'echo trainer started; until [ -e "{}" ]; do sleep 0.2; done; exit {}'
+WAITING = 'echo trainer started; until [ -e "{}" ]; do sleep 0.2; done; {}'
+# Fills the page of the log that is begun, too, so that the job's last lines find no room.
+LOUD = "head -c 8192 /dev/zero | tr '\\0' x; exit 3"
 
 
 def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_left: NothingLeft) -> None:
@@ -166,12 +171,12 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
     lab.mounts.enter_context(test_cluster.mounted_here(disk, *tmpfs))
     slow = [lab.mounts.enter_context(faulty(node, lab.folder("slow"))) for node in ("cpu-b", "gpu-b")]
 
-    def begun(name: str, nodes: str, code: int, base: Path | None = None) -> Run:
+    def begun(name: str, nodes: str, end: str, base: Path | None = None) -> Run:
         words = (f"SKYRL_JOBS_BASE={base}",) if base else ()
-        return lab.launch(name, nodes, WAITING.format(go / name, code), *words)
+        return lab.launch(name, nodes, WAITING.format(go / name, end), *words)
 
-    full, read_only = begun("full", "a", 3, disk), begun("ro", "a", 0)
-    removed, tardy = begun("removed", "b", 0), begun("slow", "b", 0)
+    full, read_only = begun("full", "a", LOUD, disk), begun("ro", "a", "true")
+    removed, tardy = begun("removed", "b", "true"), begun("slow", "b", "true")
     for run in (full, read_only, removed, tardy):
         run.wait_for_text("training", "trainer started", 60)
     for node in (read_only.node("runtime"), read_only.node("training")):
@@ -187,7 +192,7 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
         (go / name).touch()
     lab.user.run(["scancel", tardy.jobs["training"]])
 
-    over(full, faults.FULL_SHARE, begin, *())
+    over(full, faults.FULL_SHARE, begin)
     assert (full.exit_code("training"), full.exit_code("runtime")) == ("3", "69")
     over(read_only, faults.READ_ONLY, begin, "runtime")
     assert (read_only.exit_code("training"), read_only.exit_code("runtime")) == ("0", "0")
@@ -340,7 +345,6 @@ def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
     subprocess.run([*build, str(SKEWED_CLOCK)], check=True)
     ahead, behind = skewed(library, 300), skewed(library, -300)
     short = ("TIME_LIMIT=00:04:00", "MIN_RUN_TIME=60", "RESTARTS=1", "RESTART_LEAD=30")
-    begin = time.monotonic()
     command = f'cd "$SKYRL_COORD_DIR"; {TELLING} sleep 600'
     runs = {
         "gpu ahead": lab.launch("g1", "a", command, *short, gpu=ahead),
@@ -359,7 +363,6 @@ def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
     for name, run in runs.items():
         run.wait_over(seconds=40)
         assert run.completion["ended"] == "cancelled", f"{name}: {run.completion}"
-    within(faults.SKEWED, time.monotonic() - begin)
 
 
 # --- 22: the code and the interpreter of queued jobs ------------------------------------------------------------------

@@ -47,7 +47,7 @@ def tell_partner(reason: str) -> None:
     """Say why this job ends, by the flag that the other one looks for (slurm/lib/coordination.py)."""
     own = os.environ.get("SKYRL_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     flag = {"schema": 1, "job_id": own, "runtime_job_id": own, "host": socket.gethostname(), "reason": reason}
-    path = os.path.join(os.environ.get("SKYRL_COORD_DIR", "").replace("%j", own), FLAG)
+    path = os.path.join(os.environ.get("SKYRL_COORD_DIR", "/nowhere").replace("%j", own), FLAG)
     try:
         with open(path + "." + own, "w") as file:
             json.dump(dict(flag, exit_code=EXIT_ENVIRONMENT, ended=""), file)

@@ -46,7 +46,7 @@ def tell_partner(reason: str) -> None:
     own = os.environ.get("SKYRL_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     runtime = os.environ.get("SKYRL_RUNTIME_JOB_ID", "")
     flag = {"schema": 1, "job_id": own, "runtime_job_id": runtime, "host": socket.gethostname(), "reason": reason}
-    path = os.path.join(os.environ.get("SKYRL_COORD_DIR", "").replace("%j", own), FLAG)
+    path = os.path.join(os.environ.get("SKYRL_COORD_DIR", "/nowhere").replace("%j", own), FLAG)
     try:
         with open(path + "." + own, "w") as file:
             json.dump(dict(flag, exit_code=EXIT_ENVIRONMENT, ended="failed"), file)

@@ -23,6 +23,7 @@ from slurm.lib.logs import log
 from slurm.lib.run_record import record_paths
 
 LOOKS, PAUSE_S = 4, 0.1  # the other job needs milliseconds from its reading to its writing
+PATIENCE_S = 5.0  # with a directory so slow that further looks would keep the node for minutes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ def note_ends(directory: CoordinationDir, *ends: End) -> None:
     """
     try:
         _speak_for_the_training(directory, ends)
+        begin = time.monotonic()
         for look in range(LOOKS):
+            if look and time.monotonic() - begin > PATIENCE_S:
+                return
             time.sleep(PAUSE_S if look else 0.0)
             news = [path for path in record_paths(directory) if _noted(path, ends)]
             if not news:
