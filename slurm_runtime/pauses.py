@@ -40,11 +40,10 @@ class Pauses:
     async def resume(self, entry: Entry) -> Sandbox:
         """Let its processes go on; it is ready again once its server answers. Fine for one that was not paused."""
         async with entry.pausing:
-            if entry.sandbox.state.is_dead:
-                runtime_id = entry.specification.runtime_id
-                raise UnknownSandbox(f"sandbox {runtime_id} is {entry.sandbox.status}; nothing is left to resume")
+            _must_live(entry)
             if entry.sandbox.state is State.PAUSED:
                 await self._freeze(entry, False)
+                _must_live(entry)  # it may have been stopped, or have died, meanwhile
                 entry.become(entry.sandbox.changed(State.STARTING, "resumed; its server does not answer yet"))
                 entry.bring_up = asyncio.create_task(self.starts.bring_back(entry))
                 await entry.until(lambda sandbox: sandbox.state is not State.STARTING, self.config.ready_grace_s)
@@ -68,3 +67,9 @@ class Pauses:
         if (await self.engine.inspect(entry.name)).status == ("paused" if frozen else "running"):
             return
         await (self.engine.pause if frozen else self.engine.unpause)(entry.name)
+
+
+def _must_live(entry: Entry) -> None:
+    if entry.sandbox.state.is_dead:
+        runtime_id = entry.specification.runtime_id
+        raise UnknownSandbox(f"sandbox {runtime_id} is {entry.sandbox.status}; nothing is left to resume")

@@ -70,6 +70,8 @@ class Ports:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             holder.bind((self.host_ip, number))
+            # With the option on both sides another program could bind it too as long as nobody listens.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             return holder
         except OSError as problem:
             with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -193,17 +194,17 @@ class FakePodman:
 
     async def _publish(self, container: FakeContainer) -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            request = (await reader.readuntil(b"\r\n\r\n")).decode()
-            while container.paused:
-                await asyncio.sleep(0.01)
-            body = container.pages.get(request.split()[1])
-            head = "200 OK" if body is not None else "404 Not Found"
-            length = len(body or "")
-            writer.write(
-                f"HTTP/1.1 {head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body or ''}".encode()
-            )
-            await writer.drain()
-            writer.close()
+            with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError):  # a probe given up
+                request = (await reader.readuntil(b"\r\n\r\n")).decode()
+                while container.paused:
+                    await asyncio.sleep(0.01)
+                body = container.pages.get(request.split()[1])
+                head = "200 OK" if body is not None else "404 Not Found"
+                length = len(body or "")
+                writer.write(
+                    f"HTTP/1.1 {head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body or ''}".encode()
+                )
+                await writer.drain()
 
         container.server = await asyncio.start_server(answer, "0.0.0.0", container.spec.host_port)
         port = container.server.sockets[0].getsockname()[1]

@@ -14,10 +14,12 @@ from tests.runtime.test_server_process import CHECKOUT, DEADLINE_S, KEY, Server,
 
 
 @contextlib.contextmanager
-def server_process(folder: Path, podman: Path, *flags: str, **variables: str) -> Iterator[Server]:
+def server_process(
+    folder: Path, podman: Path, *flags: str, module: str = "slurm_runtime.api_server", **variables: str
+) -> Iterator[Server]:
     """The server with its log in ``folder``; it must end in order."""
     port = local_registry.free_port()
-    argv = [sys.executable, "-m", "slurm_runtime.api_server", "--host", "127.0.0.1", "--port", str(port), *flags]
+    argv = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
     log = folder / "server.log"
     environment = {**environment_for(podman, KEY), **variables}
     with log.open("w") as output:

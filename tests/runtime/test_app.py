@@ -291,6 +291,26 @@ def test_stop_while_starting(server_with: MakeServer) -> None:
     assert api.manager.admission.slots.used == 0
 
 
+class SlowToGoOn(FakePodman):
+    async def unpause(self, name: str) -> None:
+        await super().unpause(name)
+        await asyncio.sleep(0.4)
+
+
+def test_stop_while_it_is_resumed(server_with: MakeServer) -> None:
+    """Neither comes to harm; the resumed one is told that nothing is left."""
+    api = server_with(SlowToGoOn())
+    wish = {"runtime_id": started(api)["runtime_id"]}
+    assert api.client.post("/pause", json=wish).status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.client.post, "/resume", json=wish)
+        time.sleep(0.1)
+        assert api.client.post("/stop", json=wish).status_code == 200
+        assert answer.result().status_code == 404
+        assert "nothing is left to resume" in refusal(answer.result())
+    assert api.names() == []
+
+
 def test_a_removal_that_podman_refuses_keeps_the_slot_until_it_works(server_with: MakeServer) -> None:
     engine = FakePodman()
     api = server_with(engine, watch_period_s=0.5)
