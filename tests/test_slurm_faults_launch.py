@@ -113,7 +113,8 @@ class Desk:
         return [Job(*line.split("|")) for line in answer.stdout.splitlines()]
 
     def folders(self) -> set[Path]:
-        return set(self.base.iterdir()) if self.base.is_dir() else set()
+        """What lies in the jobs base, but for the cache that a runtime job makes there."""
+        return set(self.base.iterdir()) - {self.base / ".cache"} if self.base.is_dir() else set()
 
     def whole_runs(self) -> dict[Path, set[str]]:
         """The runs with a complete directory, whose last file is the record, and the ids of their jobs."""
