@@ -162,18 +162,20 @@ NOT_ITS_OWN = Case(
     "a launch while another one is between its two `sbatch`, a person holds a run, and one of another host is held",
     "all three stay; of the last one it warns",
 )
+AWAY = "four launches are at their calls of `sbatch` and `scontrol release`, one begins then"
 SILENT_CONTROLLER = Case(
     8,
-    "`slurmctld` does not answer for two minutes (SIGSTOP): a launch begun then, one at its first `sbatch`",
-    "both wait, and go on with what Slurm has taken",
+    f"`slurmctld` does not answer for two minutes (SIGSTOP): {AWAY}",
+    "each waits and completes, or says that nothing was queued; never half a pair",
     240,
-    "Slurm does not answer",
+    "Slurm does not answer; waiting up to",
 )
 NO_CONTROLLER = Case(
     8,
-    "`slurmctld` is stopped, and started two minutes later: a launch begun then, one between its two `sbatch`",
-    "each completes, or says that nothing was queued",
+    f"`slurmctld` is stopped, and started two minutes later: {AWAY}",
+    "each waits and completes, or says that nothing was queued; never half a pair",
     240,
+    "Slurm does not answer; waiting up to",
 )
 HOSTILE_VALUES = Case(
     16,

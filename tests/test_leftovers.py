@@ -112,6 +112,29 @@ def test_a_dead_launchers_jobs_go_the_training_first_and_then_the_directory(slur
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(("found", "goes"), [([], True), ([".submission_101.json.vm.1"], True), (["run.json"], False)])
+def test_a_launcher_that_died_before_it_wrote_the_marker(slurm: FakeSlurm, found: list[str], goes: bool) -> None:
+    folder = slurm.jobs / "29990304_050607_101"
+    folder.mkdir(parents=True)
+    for name in found:
+        (folder / name).touch()
+    slurm.answer("squeue --user", {"stdout": HELD.format(dead())})
+    slurm.answer("scontrol", *[{"stdout": f"   StdOut={folder}/runtime_101.out\n"}] * 2)
+    clear(door(slurm), slurm.jobs)
+    assert [call.argv for call in slurm.of("scancel")] == ([["102"], ["101"]] if goes else [])
+    assert folder.exists() is not goes
+
+
+@pytest.mark.parametrize(("now", "goes"), [(1000.0 + DEAD_AFTER_S + 1, True), (1000.0 + DEAD_AFTER_S - 1, False)])
+def test_a_launcher_on_another_host_by_slurms_clock(slurm: FakeSlurm, now: float, goes: bool) -> None:
+    slurm.answer("squeue --user", {"stdout": "101|PENDING|JobHeldUser|1000|skyrl:login9/boot/1/2/3/0\n"})
+    config = {"stdout": f"Configuration data as of {now:.0f}\nAccountingStorageHost = localhost\n"}
+    slurm.answer("scontrol", {"stdout": f"   StdOut={slurm.jobs}/29990304_050607_101/runtime_101.out\n"}, config)
+    clear(door(slurm), slurm.jobs)
+    assert bool(slurm.of("scancel")) is goes
+    assert [call.environment.get("SLURM_TIME_FORMAT") for call in slurm.of("scontrol")] == [None, "%s"]
+
+
 def test_jobs_that_cannot_be_cancelled_keep_their_directory(slurm: FakeSlurm) -> None:
     launcher = dead()
     folder = unfinished(slurm, launcher)

@@ -113,7 +113,8 @@ class Desk:
         return [Job(*line.split("|")) for line in answer.stdout.splitlines()]
 
     def folders(self) -> set[Path]:
-        return set(self.base.glob("2*")) if self.base.is_dir() else set()
+        """What lies in the jobs base, but for the cache that a runtime job makes there."""
+        return set(self.base.iterdir()) - {self.base / ".cache"} if self.base.is_dir() else set()
 
     def whole_runs(self) -> dict[Path, set[str]]:
         """The runs with a complete directory, whose last file is the record, and the ids of their jobs."""
@@ -179,8 +180,8 @@ def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
         launcher.communicate()
         time.sleep(0.2)  # a call of sbatch goes on without it
         assert_nothing_can_start(desk)
-        started = {job.job_id for job in desk.queue() if job.can_start}
-        kept |= {path for path, ids in desk.whole_runs().items() if ids & started}
+        committed = {job.job_id for job in desk.queue() if job.name == "skyrl-runtime" and job.can_start}
+        kept |= {path for path, ids in desk.whole_runs().items() if ids & committed}
     run, _ = desk.launch(LATER)
     whole = desk.whole_runs()
     assert desk.folders() == whole.keys()
@@ -267,7 +268,7 @@ def test_launches_while_the_controller_is_away(desk: Desk, case: faults.Case) ->
     for launcher, (out, err) in zip(launchers, said, strict=True):
         assert launcher.returncode in {0, 73}, err
         assert "Traceback" not in err
-        assert "Slurm does not answer; waiting up to" in err
+        assert case.reads in err
         if launcher.returncode == 0:
             jobs = set(parse_report(desk.user, out).jobs.values())
             assert len(jobs) == 2

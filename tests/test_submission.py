@@ -321,6 +321,82 @@ def test_a_signal_after_the_commit_changes_nothing(slurm: FakeSlurm) -> None:
     assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
 
 
+# --- a Slurm that is silent -------------------------------------------------------------------------------------------
+
+SILENT = {
+    "code": 1,
+    "stdout": "",
+    "stderr": "sbatch: error: Batch job submission failed: Socket timed out on send/recv",
+}
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mark for all, and no pauses between questions."""
+    monkeypatch.setattr("slurm.lib.submission.new_mark", lambda: "m/a/r/k/5/0")
+    for name in ("PAUSE_S", "LOOK_PAUSE_S"):
+        monkeypatch.setattr(f"slurm.lib.unheard.{name}", 0.0)
+
+
+def patient(plan: LaunchPlan, patience_s: float = 60.0) -> Submitted:
+    return submit(plan, SignalNotes(), lambda: GIT, ROOT, patience_s=patience_s)
+
+
+def test_a_job_that_was_taken_without_an_answer_is_found(slurm: FakeSlurm, unhurried: None) -> None:
+    slurm.answer("sbatch", SILENT)
+    found = {"stdout": "77|PENDING|JobHeldUser|1|skyrl:m/a/r/k/5/0\n78|RUNNING|None|1|skyrl:m/a/r/k/5/1\n"}
+    slurm.answer("squeue --user", {"code": 1}, {"code": 1}, found)
+    assert patient(plan_for(slurm)).jobs == {"runtime": "77", "training": "102"}
+    assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
+
+
+def test_a_job_that_was_not_taken_is_submitted_once_more(slurm: FakeSlurm, unhurried: None) -> None:
+    slurm.answer("sbatch", {}, SILENT)
+    assert patient(plan_for(slurm)).jobs == {"runtime": "101", "training": "103"}
+    assert len(slurm.of("sbatch")) == 3
+
+
+def test_a_slurm_that_stays_silent_is_an_error_that_says_what_may_be_left(slurm: FakeSlurm, unhurried: None) -> None:
+    slurm.answer("sbatch", {}, SILENT)
+    slurm.answer("squeue --user", *[{"code": 1}] * 50)
+    with pytest.raises(
+        SubmissionError, match=r"it may have been queued all the same, held: .*; cancelled 101"
+    ) as caught:
+        patient(plan_for(slurm), patience_s=0.0)
+    assert caught.value.leaves_jobs
+
+
+def test_a_persons_own_comment_is_kept_and_such_a_job_is_not_looked_for(slurm: FakeSlurm, unhurried: None) -> None:
+    slurm.answer("sbatch", SILENT)
+    plans = [plan_for(slurm, "CPU_SBATCH_ARGS=--comment=mine"), plan_for(slurm, environment={"SBATCH_COMMENT": "mine"})]
+    for plan in plans:
+        slurm.forget()
+        with pytest.raises(SubmissionError, match="it may have been queued all the same"):
+            patient(plan)
+        assert len(slurm.of("sbatch")) == 1
+        assert not slurm.questions
+    assert not [word for word in slurm.of("sbatch")[0].argv if word.startswith("--comment")]
+
+
+def test_a_release_is_said_again_until_it_is_heard(slurm: FakeSlurm, unhurried: None) -> None:
+    silent = {"code": 1, "stderr": "slurm_update error: Unable to contact slurm controller (connect failure)"}
+    slurm.answer("scontrol", silent, {}, silent, {"code": 1, "stderr": "Job is no longer pending execution"})
+    slurm.answer("squeue", {"stdout": "RUNNING|None|cpu1||101\n"})
+    assert patient(plan_for(slurm)).jobs == {"runtime": "101", "training": "102"}
+    assert [call.argv[-1] for call in slurm.of("scontrol")] == ["102", "102", "101", "101"]
+    assert not slurm.of("scancel")
+
+
+def test_a_commit_that_may_have_been_heard_is_not_taken_back(slurm: FakeSlurm, unhurried: None) -> None:
+    silent = {"code": 1, "stderr": "slurm_update error: Unable to contact slurm controller (connect failure)"}
+    slurm.answer("scontrol", {}, silent)
+    with pytest.raises(SubmissionError, match=r"is complete, and may start: .* launch.py cancel") as caught:
+        patient(plan_for(slurm), patience_s=0.0)
+    assert caught.value.may_start
+    assert not slurm.of("scancel")
+    assert (slurm.jobs / RUN / "run.json").exists()
+
+
 # --- joining a runtime ------------------------------------------------------------------------------------------------
 
 

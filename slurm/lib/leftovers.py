@@ -1,10 +1,10 @@
 """What did launchers leave that were killed before their commit? The next launch removes it.
 
 Nothing of it can start: its jobs are held. A job is removed if its comment names a launcher that is dead, and its run
-was never finished: there is no directory yet, or ``submission_<id>.json`` lies in it, which goes with the commit. So a
-job that a person holds stays, and what a living launcher is about to release too. Whether a launcher on another host
-lives cannot be seen from here; a launch takes seconds, so after a quarter of an hour, by the controller's clock, it is
-dead.
+was never finished: there is no directory yet, or an empty one, or ``submission_<id>.json`` lies in it, which goes with
+the commit. So a job that a person holds stays, and what a living launcher is about to release too. Whether a launcher
+on another host lives cannot be seen from here; a launch takes seconds, so after a quarter of an hour, by the
+controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before its files go.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 
 SCHEMA = 1
 DEAD_AFTER_S = 900.0  # of a launcher on another host, since its job was submitted
+DISCARDED = ".discarded_"
 LOOK_BACK_S = 7 * 86400.0  # older directories are not looked into: a jobs base may hold thousands
 
 
@@ -63,6 +64,14 @@ def _marker(path: Path) -> Marker | None:
     return None
 
 
+def discard(folder: Path) -> None:
+    """Remove a run's directory, in a way that can be gone on with."""
+    doomed = folder.with_name(f"{DISCARDED}{folder.name}")
+    with contextlib.suppress(OSError):  # another launch does the same, or it is gone
+        folder.rename(doomed)
+    remove_run_dir(doomed)
+
+
 class Fate(enum.Enum):
     """What becomes of a held job with a launcher's mark."""
 
@@ -86,6 +95,8 @@ def clear(slurm: Slurm, base: Path) -> None:
     if jobs is None:
         log.debug("Slurm does not answer; what killed launchers left, if anything, stays")
         return
+    for doomed in base.glob(f"{DISCARDED}*"):
+        remove_run_dir(doomed)
     for folder in _recent(base):
         for marker in markers(folder):
             _clear_folder(slurm, marker, jobs)
@@ -105,14 +116,26 @@ def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
     folder = Path(log_path).parent
     marker = next((marker for marker in markers(folder) if job.job_id in marker.jobs), None)
     age_s = _age_s(slurm, job) if state is Launcher.IS_ELSEWHERE else None
-    decided = fate(state, age_s, is_finished=marker is None and folder.is_dir())
+    decided = fate(state, age_s, is_finished=marker is None and _has_files(folder))
     if decided is Fate.IS_UNSURE:
         log.warning(
             "job %s is held by a launch on %s; if that was killed, remove it with: scancel %s",
             *(job.job_id, host_of(launcher), job.job_id),
         )
     if decided is Fate.GOES:
+        if marker is None and stamp_of(folder.name) and folder.is_dir():  # killed before it wrote the marker
+            discard(folder)
         _remove(slurm, marker.jobs if marker else (job.job_id,), marker)
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether anything but a half-written file lies in a folder; one that is not there has none."""
+    try:
+        return any(not entry.name.startswith(".") for entry in folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError:  # it cannot be looked into
+        return True
 
 
 def _age_s(slurm: Slurm, job: QueuedJob) -> float | None:
@@ -156,7 +179,7 @@ def _remove_files(marker: Marker) -> None:
     folder = marker.path.parent
     if marker.made and not _was_used(folder):
         log.info("removing the unfinished run directory %s", folder)
-        remove_run_dir(folder)
+        discard(folder)
     else:
         _unlink(marker)
 

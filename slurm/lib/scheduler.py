@@ -33,7 +33,8 @@ DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 # What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
 SILENCE = re.compile(
     r"contact slurm controller|Socket timed out|Zero Bytes were transmitted|connection failure|Connection refused"
-    r"|controller not responding|standby mode|Unexpected missing socket|temporarily unable to accept|no answer within"
+    r"|controller not responding|standby mode|Unexpected missing socket|Unexpected message received"
+    r"|temporarily unable to accept|no answer within"
 )
 
 

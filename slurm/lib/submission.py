@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir, remove_run_dir
+from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.launch_mark import new_mark
-from slurm.lib.leftovers import write_marker
+from slurm.lib.leftovers import discard, write_marker
 from slurm.lib.logs import log
 from slurm.lib.plan import JobPlan, LaunchPlan
 from slurm.lib.run_record import GitState, furnish, write_record
@@ -55,7 +55,7 @@ class _Undo:
             by_hand = "cancel by hand with scancel, or let the next launch do it; until then nothing of it starts"
             return f"could not cancel {' '.join(self.job_ids)} ({complaint}): {by_hand}"
         if self.made is not None:
-            remove_run_dir(self.made)
+            discard(self.made)
         for path in self.added:
             path.unlink(missing_ok=True)
         return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
