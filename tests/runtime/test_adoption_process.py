@@ -38,6 +38,7 @@ class Lineage:
         self.folder = folder
         self.podman = podman
         self.flags = flags
+        self.identity = identity_of(podman)
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.process: subprocess.Popen[str] | None = None
@@ -52,9 +53,10 @@ class Lineage:
             self.process = subprocess.Popen(
                 [*argv, "--public-host", "127.0.0.1", *self.flags, *more],
                 cwd=CHECKOUT,
-                env=environment_for(self.podman.socket, KEY),
+                env={**environment_for(self.podman.socket, KEY), "HOME": str(self.podman.home)},
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
+                **self.identity,
                 pass_fds=[self.listening.fileno()],
                 text=True,
             )
@@ -76,6 +78,16 @@ class Lineage:
                 self.process.kill()
                 self.process.wait()
         self.listening.close()
+
+
+def identity_of(podman: podman_service.Service) -> dict[str, Any]:
+    """Servers run as Podman's user, as in a job, where that one may read this checkout and its Python."""
+    identity = podman.identity()
+    with contextlib.suppress(PermissionError):
+        argv = [sys.executable, "-c", "import slurm_runtime.manager"]
+        if subprocess.run(argv, cwd=CHECKOUT, **identity, capture_output=True, check=False).returncode == 0:
+            return identity
+    return {}
 
 
 MakeLineage = Callable[..., Lineage]
