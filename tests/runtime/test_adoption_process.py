@@ -93,18 +93,25 @@ def identity_of(podman: podman_service.Service) -> dict[str, Any]:
 MakeLineage = Callable[..., Lineage]
 
 
-@pytest.fixture
-def lineage(tmp_path: Path, rootless_podman: podman_service.Service) -> Iterator[MakeLineage]:
+@contextlib.contextmanager
+def lineages(folder: Path, podman: podman_service.Service) -> Iterator[MakeLineage]:
     """Make a socket for servers with these flags; nothing is left of them afterwards."""
     with contextlib.ExitStack() as stack:
 
         def make(*flags: str) -> Lineage:
-            made = Lineage(tmp_path, rootless_podman, ("--cpus", "40", *flags))
+            made = Lineage(folder, podman, ("--cpus", "40", *flags))
             stack.callback(made.close)
             return made
 
         yield make
-    assert rootless_podman.containers() == []
+    assert podman.containers() == []
+
+
+@pytest.fixture
+def lineage(tmp_path: Path, rootless_podman: podman_service.Service) -> Iterator[MakeLineage]:
+    """On Podman of an ordinary user."""
+    with lineages(tmp_path, rootless_podman) as make:
+        yield make
 
 
 def get(server: Server, path: str) -> dict[str, Any]:
@@ -171,8 +178,15 @@ def test_running_sandboxes_are_taken_over_with_all_that_they_had(lineage: MakeLi
     eventually(lambda: figure(second, "skyrl_slots_used") == 4)
 
 
-def test_what_was_paused_stays_paused_and_can_be_resumed(lineage: MakeLineage) -> None:
-    servers = lineage()
+@pytest.mark.parametrize("podman", ["rootless", "root"])  # stopped one by one, frozen by a cgroup
+def test_what_was_paused_stays_paused_and_can_be_resumed(
+    podman: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with lineages(tmp_path, request.getfixturevalue(f"{podman}_podman")) as make:
+        stays_paused(make())
+
+
+def stays_paused(servers: Lineage) -> None:
     first = servers.begin()
     sandbox = ready(first, session_id="sleeper")
     assert first.request("POST", "/pause", {"runtime_id": sandbox["runtime_id"]}).json()["status"] == "paused"
