@@ -65,6 +65,12 @@ SANDBOX_ATTACKS = Case(
     "all refused",
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
+BAD_NEIGHBOURS = Case(
+    6,
+    "in one run one sandbox runs out of memory, another is a fork bomb, another fills the node's disk",
+    "each has failed with its reason; a fourth answers, starts processes and writes again; the run completes",
+    5,
+)
 CASES = (
     NO_PODMAN,
     NO_SUBUIDS,
@@ -76,6 +82,7 @@ CASES = (
     HOME_FULL,
     SANDBOX_ATTACKS,
     DEAD_JOB,
+    BAD_NEIGHBOURS,
 )
 
 

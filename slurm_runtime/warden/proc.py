@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +106,19 @@ class Scanner:
                 self._add(usage[namespace], pid, fields)
         self._known = known
         return usage
+
+    def newcomers(self, at_most: int) -> tuple[dict[int, float], bool]:
+        """How many processes each pid namespace has got since the last scan, and whether each of them was looked at.
+
+        For a moment when there are so many that a scan would take seconds: of more than ``at_most`` only so many are
+        looked at, evenly spread. Those of a fork bomb live for a moment only: who has ended before it was looked at is
+        taken for one of those who have not.
+        """
+        new = [pid for pid in all_pids() if pid not in self._known]
+        looked_at = [namespace_of(pid) for pid in new[:: math.ceil(len(new) / at_most) or 1]]
+        found = Counter(filter(None, looked_at))
+        each = len(new) / max(1, found.total())
+        return {namespace: count * each for namespace, count in found.items()}, found.total() == len(new)
 
     @staticmethod
     def _add(usage: Usage, pid: int, fields: list[str]) -> None:
