@@ -334,10 +334,12 @@ class Warden:
     def bark(self) -> None:
         """Stop who takes more than it may."""
         for name, one, reason in self.watchdog.look():
+            self.owner.send(
+                {"event": "offender", "sandbox": name, "reason": reason}
+            )  # it sees the death too: why, first
             end_container(one.holder, one.namespace)
             if one.leaves_no_room:
                 one.folders.empty()
-            self.owner.send({"event": "offender", "sandbox": name, "reason": reason})
 
 
 def main() -> None:
