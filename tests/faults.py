@@ -88,6 +88,12 @@ HOSTILE_BODIES = Case(
     "a request's body is nested half a million times, holds numbers beyond all bounds, wrong types or 100 MB",
     "refused with 4xx, in little memory, without a traceback",
 )
+ENDURANCE = Case(
+    20,
+    "2,000 sandboxes come and go, 8 at a time, and some of them are killed",
+    "the others serve; descriptors, memory, slots, ports, containers and storage of the run are as before",
+    600,
+)
 CASES = (
     NO_PODMAN,
     NO_SUBUIDS,
