@@ -153,9 +153,9 @@ def _add_sandboxes(group: argparse._ArgumentGroup) -> None:
     add(
         "--pids-limit",
         type=_natural,
-        default=4096,
+        default=ServerConfig.pids_limit,
         metavar="N",
-        help="processes and threads of a sandbox, 0 for any number (default: 4096)",
+        help="processes and threads of a sandbox, 0 for any number (default: %(default)s)",
     )
     add(
         "--disk-per-worker",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slurm_runtime.context_check import check_context
 from slurm_runtime.logs import log
 from slurm_runtime.page import Progress
 from slurm_runtime.podman import EngineError
@@ -87,6 +88,7 @@ class Builds:
         try:
             upload = await receive(pieces, content_type, Path(folder.name))
             check_names(upload)
+            await asyncio.to_thread(check_context, upload.context)
             found = self._living(upload.target_image)
             if found is None:
                 return self._begin(upload, folder)

@@ -36,7 +36,7 @@ class ServerConfig:
     cpus_per_worker: float = 1.0
     memory_bytes: int = 0
     pinning: str = "none"
-    pids_limit: int = 4096
+    pids_limit: int = 2048
     disk_bytes: int = 0
     network: str = "private"
     agent_start: str = "fork"

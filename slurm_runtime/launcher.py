@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from slurm_runtime.agent_support import AgentSupport, Start, StartPlan, decide
@@ -32,6 +34,8 @@ from slurm_runtime.slots import Slots
 from slurm_runtime.steps import StepTimes
 
 PORT_TRIES = 20
+FEW_PIDS = 512  # of Podman and its helpers
+PIDS_OF_A_SANDBOX = 128  # an agent server with its tools has about 40
 
 
 class Launcher:
@@ -127,8 +131,9 @@ class Launcher:
         assert entry.port is not None
         cpus = slots.cpus_of(entry.lease) if entry.lease and self.config.pinning != "none" else ()
         entry.has_container = True
+        spec = replace(self._container_spec(entry, plan, cpus), pids_together=self._pids_together(slots))
         with self.steps.of("create"):
-            await uninterrupted(self.engine.create(self._container_spec(entry, plan, cpus)))
+            await uninterrupted(self.engine.create(spec))
         entry.port.release()
         must_pin = bool(cpus) and not ("cpuset" in facts.controllers and self.config.pinning == "docker_cpuset")
         with self.steps.of("run"):
@@ -140,6 +145,17 @@ class Launcher:
             state = await self.engine.inspect(entry.name)
         entry.holder = state.pid
         return state
+
+    def _pids_together(self, slots: Slots) -> int:
+        """What all sandboxes may have of processes together, 0 for any number.
+
+        Many times what they need, and so much that a fork bomb is seen to be beyond its own limit first.
+        """
+        if not self.config.pids_limit:
+            return 0
+        wanted = FEW_PIDS + PIDS_OF_A_SANDBOX * slots.total + self.config.pids_limit * 3 // 2
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
     async def _confine(self, entry: Entry, cpus: tuple[int, ...]) -> None:
         """What Podman cannot do, before the first instruction of the sandbox's program."""

@@ -128,7 +128,8 @@ class ContainerSpec:
     """One container to create.
 
     ``host_port`` 0 lets Podman choose. ``memory_bytes``, ``cpus`` and ``cpuset`` are limits, 0 or empty for none.
-    ``seccomp_profile`` is a file, empty for Podman's own profile.
+    ``seccomp_profile`` is a file, empty for Podman's own profile. ``pids_together`` bounds the processes and threads of
+    all of a user's containers, 0 for none: where no cgroup bounds those of each, it keeps a fork bomb from the node.
     """
 
     name: str
@@ -144,6 +145,7 @@ class ContainerSpec:
     cpus: float = 0.0
     cpuset: tuple[int, ...] = ()
     pids: int = 0
+    pids_together: int = 0
     disk_bytes: int = 0
     mounts: tuple[Mount, ...] = ()
     seccomp_profile: str = ""
@@ -359,11 +361,13 @@ def create_body(
     limits = _resource_limits(spec, facts.controllers)
     if limits:
         body["resource_limits"] = limits
-    if not facts.rootless:
+    if facts.rootless:
+        hard_limits = {"NPROC": spec.pids_together} if spec.pids_together and "pids" not in facts.controllers else {}
+    if hard_limits:
         body["r_limits"] = [{"type": name, "soft": limit, "hard": limit} for name, limit in hard_limits.items()]
-        if id_range is not None:
-            mapping = [{"container_id": 0, "host_id": id_range, "size": USER_NAMESPACE_SIZE}]
-            body |= {"userns": {"nsmode": "private"}, "idmappings": {"UIDMap": mapping, "GIDMap": mapping}}
+    if not facts.rootless and id_range is not None:
+        mapping = [{"container_id": 0, "host_id": id_range, "size": USER_NAMESPACE_SIZE}]
+        body |= {"userns": {"nsmode": "private"}, "idmappings": {"UIDMap": mapping, "GIDMap": mapping}}
     return body
 
 

@@ -275,6 +275,34 @@ NO_PYTHON = Case(
 )
 MOVED = Case(
     22, "the checkout is moved while both jobs are queued", "the run completes, from its own copy of the code", 60
+BAD_NEIGHBOURS = Case(
+    6,
+    "in one run one sandbox runs out of memory, another is a fork bomb, another fills the node's disk",
+    "each has failed with its reason; a fourth answers, starts processes and writes again; the run completes",
+    20,
+)
+WRONG_KEYS = Case(
+    17,
+    "20,000 requests without a key, with a wrong one or with another run's, on few connections, of a server that logs "
+    "each of them",
+    "each is answered with 401; no key stands in an answer or in the log, the server's memory grows by less than "
+    "5 MiB, and a client with the key is answered meanwhile within a second",
+)
+HOSTILE_UPLOADS = Case(
+    16,
+    "an image's build context has paths and links out of it, devices, pipes, or names that a shell would run",
+    "nothing outside of it is changed or read; what leads out of it is refused with its name",
+)
+HOSTILE_BODIES = Case(
+    16,
+    "a request's body is nested half a million times, holds numbers beyond all bounds, wrong types or 100 MB",
+    "refused with 4xx, in little memory, without a traceback",
+)
+ENDURANCE = Case(
+    20,
+    "2,000 sandboxes come and go, 8 at a time, and some of them are killed",
+    "the others serve; descriptors, memory, slots, ports, containers and storage of the run are as before",
+    600,
 )
 CASES = (
     KILLED_AT_A_CALL,
@@ -342,6 +370,10 @@ CASES = (
     REBUILT,
     NO_PYTHON,
     MOVED,
+    BAD_NEIGHBOURS,
+    WRONG_KEYS,
+    HOSTILE_UPLOADS,
+    HOSTILE_BODIES,
 )
 
 

@@ -172,9 +172,12 @@ def answers(url: str, timeout_s: float = 5) -> bool:
         return False
 
 
-def podman_ps(path: Path) -> set[str]:
-    """The ids of the running containers of a Podman service: what ``podman ps`` asks it, without a store of its own."""
-    query = b"GET /v4.0.0/libpod/containers/json HTTP/1.0\r\nHost: podman\r\n\r\n"
+def podman_ps(path: Path, every: bool = False) -> set[str]:
+    """The ids of the running containers of a Podman service: what ``podman ps`` asks it, without a store of its own.
+
+    ``every``: as ``podman ps --all``.
+    """
+    query = b"GET /v4.0.0/libpod/containers/json?all=%s HTTP/1.0\r\nHost: podman\r\n\r\n" % str(every).lower().encode()
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import urllib.request
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
-from tests.faults import runtime_processes
+from tests.faults import runtime_processes, within
 from tests.runs import Run, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
@@ -143,3 +144,66 @@ def attack(user: OrdinaryUser, run: Run) -> None:
 
 def _assigned(goals: dict[str, str]) -> str:
     return "\n".join(f"{name}={shlex.quote(value)}" for name, value in goals.items())
+
+
+# --- 6: one sandbox takes what is everybody's -------------------------------------------------------------------------
+
+# As a trainer would meet them: in one run, with the suite's own flags, without a limit of the disk. The trainer
+# prints how long each took until it had failed, until the neighbour did all again, and why it failed.
+OFFENCES = {
+    "memory": ("exec dd if=/dev/zero of=/dev/null bs=700M count=100000", "out of memory"),
+    "bomb": ("while :; do (bomb() { bomb | bomb & }; while :; do bomb; done); sleep 0.1; done", "can't fork|processes"),
+    "disk": ("head -c 9000000000 /dev/zero > /workspace/big; sleep 100", "of the node's disk, more than any other"),
+}
+NEIGHBOUR = """
+mkdir -p /w/cgi-bin; echo ok > /w/health
+printf '#!/bin/sh\\necho\\nhead -c 2000000 /dev/zero > /workspace/some && cat /w/health\\n' > /w/cgi-bin/work
+chmod +x /w/cgi-bin/work; exec httpd -f -p 60000 -h /w
+"""
+TRAINER = """
+import json, os, sys, time, urllib.request
+url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
+def ask(path, body=None):
+    headers = {"X-API-Key": key, "Content-Type": "application/json"}
+    request = urllib.request.Request(url + path, body and json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(request, timeout=60))
+def start(session, script):
+    return ask("/start", {"image": os.environ["CONTAINER_IMAGE"], "session_id": session, "working_dir": "/",
+                          "command": ["/bin/sh", "-c", script]})
+def works():
+    try:
+        return b"ok" in urllib.request.urlopen(neighbour["url"] + "/cgi-bin/work", timeout=1).read()
+    except OSError:
+        return False
+def until(condition):
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() < begin + 30, "waited in vain"
+        time.sleep(0.05)
+    return time.monotonic() - begin
+offences, script = json.load(open(sys.argv[1]))
+neighbour, said = start("neighbour", script), {}
+until(works)
+for name, (program, _) in offences.items():
+    start(name, program)
+    failed = until(lambda: ask("/sessions/" + name)["pod_status"] == "failed")
+    said[name] = [failed, until(works), ask("/sessions/" + name)["pod_logs"]]
+print("said:" + json.dumps(said), flush=True)
+"""
+
+
+def test_a_run_outlives_sandboxes_that_take_everything(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    files = {"trainer.py": TRAINER, "offences.json": json.dumps([OFFENCES, NEIGHBOUR])}
+    for name, text in files.items():
+        (jobs_base / name).write_text(text)
+    command = f'TRAINING_COMMAND="$SKYRL_PYTHON" {jobs_base}/trainer.py {jobs_base}/offences.json'
+    disk = ("-t", "tmpfs", "-o", "size=600m,mode=1777", "tmpfs")
+    with test_cluster.mounted("cpu-a", test_cluster.LOCAL_DISK, *disk):
+        scratch = f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}"
+        run = launch(user, checkout, jobs_base, command, scratch, "CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
+        run.wait_over(seconds=120)
+    assert run.completion["exit_code"] == 0, run.log("training") + run.log("training", "err")
+    said = json.loads(next(line for line in run.log("training").splitlines() if line.startswith("said:"))[5:])
+    for name, (_, words) in OFFENCES.items():
+        assert re.search(words, said[name][2]), said
+    within(faults.BAD_NEIGHBOURS, max(failed + recovered for failed, recovered, _ in said.values()))

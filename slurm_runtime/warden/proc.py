@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 STAT_BYTES = 4096  # a line of some 300
+LEAST_SEEN = 20  # processes of a sample that tell how many there are
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -104,6 +107,22 @@ class Scanner:
                 self._add(usage[namespace], pid, fields)
         self._known = known
         return usage
+
+    def newcomers(self, at_most: int) -> tuple[dict[int, float], bool]:
+        """How many processes each pid namespace has got since the last scan, and whether each of them was looked at.
+
+        For a moment when there are so many that a scan would take seconds: of more than ``at_most`` only so many are
+        looked at, evenly spread. Those of a fork bomb live for a moment only: who has ended before it was looked at is
+        taken for one of those who have not. A namespace of which only few are seen has no estimate: a neighbour's
+        process that happens to live would be taken for all of the bomb's.
+        """
+        new = [pid for pid in all_pids() if pid not in self._known]
+        looked_at = [namespace_of(pid) for pid in new[:: math.ceil(len(new) / at_most) or 1]]
+        found = Counter(filter(None, looked_at))
+        is_exact = found.total() == len(new)
+        each = len(new) / max(1, found.total())
+        told = {namespace: count * each for namespace, count in found.items() if is_exact or count >= LEAST_SEEN}
+        return told, is_exact
 
     @staticmethod
     def _add(usage: Usage, pid: int, fields: list[str]) -> None:

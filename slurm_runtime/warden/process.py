@@ -23,9 +23,10 @@ from typing import Any
 sys.path.insert(0, sys.argv[3] if len(sys.argv) > 3 else "")
 
 from slurm_runtime.warden import network, room
+from slurm_runtime.warden.killing import end_container
 from slurm_runtime.warden.proc import members, namespace_of, signal_all
 from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, new_session_keyring, prctl, setns
-from slurm_runtime.warden.watchdog import Watchdog, kill
+from slurm_runtime.warden.watchdog import Watchdog
 
 MOUNTED_CODE = "/opt/skyrl-warden/slurm_runtime/warden/fork_server.py"
 LONGEST_LINE = 4 << 20
@@ -336,9 +337,12 @@ class Warden:
     def bark(self) -> None:
         """Stop who takes more than it may."""
         for name, one, reason in self.watchdog.look():
-            with contextlib.suppress(ProcessLookupError):
-                kill(one)
-            self.owner.send({"event": "offender", "sandbox": name, "reason": reason})
+            self.owner.send(
+                {"event": "offender", "sandbox": name, "reason": reason}
+            )  # it sees the death too: why, first
+            end_container(one.holder, one.namespace)
+            if one.leaves_no_room:
+                one.folders.empty()
 
 
 def main() -> None:

@@ -5,18 +5,24 @@ For machines where limits do not bite: rootless containers without a cgroup of t
 
 from __future__ import annotations
 
-import os
-import subprocess
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from slurm_runtime.warden.disk import Folders, Reserve, Writer
+from slurm_runtime.warden.node import Pulse, pulse
 from slurm_runtime.warden.proc import Scanner, Usage, namespace_of, private_bytes, proportional_bytes, written_bytes
 
-LEAST_PERIOD_S = 0.5
-SHARE_OF_A_CORE = 0.05  # that scanning takes at most
-WALK_TIMEOUT_S = 60.0
+BEAT_S = 0.05  # between looks at the node as a whole
+LEAST_PERIOD_S, LONGEST_PERIOD_S = 0.5, 1.5  # between scans of all processes while nothing leaps
+SHARE_OF_A_CORE = 0.05  # that those take, where the longest period allows
+SHARE_IN_NEED = 0.5  # that scans take while processes or memory leap
+LEAP = 0.25  # of the smallest limit
+SAMPLE = 200  # processes that are looked at where a scan of all would take too long
+BEYOND_DOUBT = 1.2  # times the limit, for an estimate from a sample
 LEAST_WRITTEN = 1 << 20
+Offender = tuple[str, "Watched", str]
 
 
 def amount(count: float) -> str:
@@ -29,15 +35,6 @@ def amount(count: float) -> str:
 
 
 @dataclass
-class Walk:
-    """A ``du`` under way."""
-
-    process: subprocess.Popen[bytes]
-    written: int
-    deadline: float
-
-
-@dataclass
 class Watched:
     """One sandbox: its limits (0 is none) and what was last seen of it."""
 
@@ -46,20 +43,23 @@ class Watched:
     memory_bytes: int = 0
     processes: int = 0
     disk_bytes: int = 0
-    disk_paths: tuple[str, ...] = ()
+    folders: Folders = field(default_factory=Folders)
     server: int = 0
     usage: Usage = field(default_factory=Usage)
     memory_seen: int = 0
-    disk_seen: int = 0
-    written_at_walk: int = 0
-    walk: Walk | None = None
     stopped: bool = False
+    leaves_no_room: bool = False
     program: int | None = None
 
     @property
     def commands(self) -> int:
         """Processes beyond the container's first one, the program that an init started, and a forked server."""
         return len({*self.usage.pids} - {self.holder, self.server, self.program or 0})
+
+    @property
+    def written(self) -> int:
+        """Bytes that its processes have written, to whatever."""
+        return sum(written_bytes(pid) for pid in self.usage.pids)
 
     def saw(self, usage: Usage) -> None:
         """A sample. At the first one no command runs yet: what the first process has as a child is its program."""
@@ -70,12 +70,19 @@ class Watched:
 
 
 class Watchdog:
-    """All watched sandboxes by name."""
+    """All watched sandboxes by name.
+
+    A scan of all processes takes the longer the more there are, and a fork bomb makes thousands in a tenth of a second.
+    So two numbers of the whole node are read often: when one has leapt, the next scan does not wait, and when processes
+    have, a sample of the new ones tells whose they are.
+    """
 
     def __init__(self) -> None:
         self.watched: dict[str, Watched] = {}
         self._scanner = Scanner()
-        self._next = 0.0
+        self._reserve = Reserve()
+        self._next_beat = self._next_scan = self._earliest_scan = 0.0
+        self._pulse = Pulse()
 
     def add(self, name: str, holder: int, limits: Mapping[str, int], disk_paths: tuple[str, ...]) -> None:
         """Sample it from now on; ``ProcessLookupError`` if it has ended."""
@@ -90,33 +97,68 @@ class Watchdog:
             memory_bytes=limits["memory_bytes"],
             processes=limits["processes"],
             disk_bytes=limits["disk_bytes"],
-            disk_paths=disk_paths,
+            folders=Folders(disk_paths),
             server=server,
         )
-        self._next = 0.0
+        self._next_beat = self._next_scan = 0.0
 
     def wait_s(self) -> float | None:
         """Seconds until the next look; None while nothing is watched."""
-        return max(0.0, self._next - time.monotonic()) if self.watched else None
+        return max(0.0, self._next_beat - time.monotonic()) if self.watched else None
 
-    def look(self) -> list[tuple[str, Watched, str]]:
-        """Sample all if it is time to; name, sandbox and reason of each that takes more than it may."""
-        if not self.watched or time.monotonic() < self._next:
+    def look(self) -> list[Offender]:
+        """Look if it is time to; name, sandbox and reason of each that takes more than it may."""
+        now = time.monotonic()
+        if not self.watched or now < self._next_beat:
             return []
+        self._next_beat = now + BEAT_S
+        taken = pulse()
+        found = [*self._multiplied(taken)]
+        if not found and (now >= self._next_scan or (now >= self._earliest_scan and self._has_leapt(taken))):
+            found = [*self._scanned()]
+        return [*found, *self._filling(), *self._leaving_no_room()]
+
+    def _multiplied(self, taken: Pulse) -> Iterator[Offender]:
+        """Those with far more processes than at the last scan, told from a few of the new ones."""
+        limits = [one.processes for one in self.watched.values() if one.processes]
+        if not limits or taken.threads - self._pulse.threads <= min(limits):
+            return
+        new, is_exact = self._scanner.newcomers(SAMPLE)
+        for name, one in self.watched.items():
+            count = one.usage.processes + new.get(one.namespace, 0)
+            if one.processes and count > one.processes * (1 if is_exact else BEYOND_DOUBT) and not one.stopped:
+                yield self._stopped(name, f"it ran about {count:.0f} processes and may run {one.processes}")
+
+    def _has_leapt(self, taken: Pulse) -> bool:
+        """Whether so much was taken since the last scan that one sandbox may be beyond its limit by now."""
+        limits = self.watched.values()
+        processes = min((one.processes for one in limits if one.processes), default=math.inf)
+        memory = min((one.memory_bytes for one in limits if one.memory_bytes), default=math.inf)
+        return (
+            taken.threads - self._pulse.threads > LEAP * processes
+            or self._pulse.available_bytes - taken.available_bytes > LEAP * memory
+        )
+
+    def _scanned(self) -> Iterator[Offender]:
+        """Sample all processes; those with too many, or too much memory."""
         began = time.thread_time()
+        self._pulse = pulse()
         sampled = self._scanner.scan({one.namespace for one in self.watched.values()})
-        offenders = []
         for name, one in self.watched.items():
             one.saw(sampled[one.namespace])
-            reason = None if one.stopped else self._offence(one)
-            if reason:
-                one.stopped = True
-                offenders.append((name, one, reason))
-        spent = time.thread_time() - began
-        self._next = time.monotonic() + max(LEAST_PERIOD_S, spent / SHARE_OF_A_CORE)
-        return offenders
+            if reason := self._offence(one):
+                yield self._stopped(name, reason)
+        spent, now = time.thread_time() - began, time.monotonic()
+        self._earliest_scan = now + spent / SHARE_IN_NEED
+        self._next_scan = now + min(max(LEAST_PERIOD_S, spent / SHARE_OF_A_CORE), LONGEST_PERIOD_S)
+
+    def _stopped(self, name: str, reason: str) -> Offender:
+        self.watched[name].stopped = True
+        return name, self.watched[name], reason
 
     def _offence(self, one: Watched) -> str | None:
+        if one.stopped:
+            return None
         if one.processes and one.usage.processes > one.processes:
             return f"it ran {one.usage.processes} processes and threads and may run {one.processes}"
         one.memory_seen = one.usage.memory_bytes
@@ -131,35 +173,36 @@ class Watchdog:
                     f"it used {amount(one.memory_seen)} of memory and may use {amount(one.memory_bytes)} "
                     "(out of memory)"
                 )
-        return self._disk_offence(one) if one.disk_bytes else None
-
-    def _disk_offence(self, one: Watched) -> str | None:
-        """Walk its folders when it has written enough since the last walk to matter."""
-        if one.walk:
-            return self._walked(one, one.walk)
-        written = sum(written_bytes(pid) for pid in one.usage.pids)
-        room = max(LEAST_WRITTEN, (one.disk_bytes - one.disk_seen) // 4)
-        if written - one.written_at_walk >= room:
-            command = ["du", "--summarize", "--total", "--one-file-system", "--block-size=1", *one.disk_paths]
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-            one.walk = Walk(process, written, time.monotonic() + WALK_TIMEOUT_S)
+        self._count_if_worth_it(one)
         return None
 
-    def _walked(self, one: Watched, walk: Walk) -> str | None:
-        if walk.process.poll() is None:
-            if time.monotonic() > walk.deadline:
-                walk.process.kill()
-            return None
-        one.walk, one.written_at_walk = None, walk.written
-        assert walk.process.stdout is not None
-        with walk.process.stdout as file:
-            words = file.read().split()
-        one.disk_seen = int(words[-2]) if len(words) >= 2 and words[-2].isdigit() else one.disk_seen
-        if one.disk_seen > one.disk_bytes:
-            return f"it filled {amount(one.disk_seen)} of disk and may fill {amount(one.disk_bytes)}"
-        return None
+    @staticmethod
+    def _count_if_worth_it(one: Watched) -> None:
+        """Count its files when it has written enough since the last count to matter."""
+        if one.disk_bytes and one.folders.count is None:
+            written = one.written
+            if written - one.folders.written_then >= max(LEAST_WRITTEN, (one.disk_bytes - one.folders.seen) // 4):
+                one.folders.begin(written)
+
+    def _filling(self) -> Iterator[Offender]:
+        """Those whose files fill more than they may."""
+        for name, one in self.watched.items():
+            one.folders.look()
+            if one.disk_bytes and one.folders.seen > one.disk_bytes and not one.stopped:
+                seen = amount(one.folders.seen)
+                yield self._stopped(name, f"it filled {seen} of disk and may fill {amount(one.disk_bytes)}")
+
+    def _leaving_no_room(self) -> Iterator[Offender]:
+        """The one that fills most of a disk that is nearly full."""
+        writers = [
+            Writer(name, one.folders, lambda one=one: one.written)  # type: ignore[misc]
+            for name, one in self.watched.items()
+            if not one.stopped
+        ]
+        for name, seen, left in self._reserve.look(writers):
+            words = f"it filled {amount(seen)} of the node's disk, more than any other, and {amount(left)} were left"
+            self.watched[name].leaves_no_room = True
+            yield self._stopped(name, words)
 
     def report(self) -> dict[str, dict[str, float]]:
         """The last sample of each sandbox."""
@@ -168,13 +211,8 @@ class Watchdog:
                 "memory_bytes": one.memory_seen,
                 "processes": one.usage.processes,
                 "cpu_s": round(one.usage.cpu_s, 2),
-                "disk_bytes": one.disk_seen,
+                "disk_bytes": one.folders.seen,
                 "commands": one.commands,
             }
             for name, one in self.watched.items()
         }
-
-
-def kill(one: Watched) -> None:
-    """End a sandbox: its first process takes all others with it, however fast they multiply."""
-    os.kill(one.holder, 9)

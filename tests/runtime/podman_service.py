@@ -117,13 +117,13 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def running(owner: pwd.struct_passwd, registries: str = "") -> Iterator[Service]:
+def running(owner: pwd.struct_passwd, registries: str = "", parent: Path = Path("/tmp")) -> Iterator[Service]:
     """The service with the test images in its store; everything of it is removed at the end.
 
-    ``registries`` is its registries.conf.
+    ``registries`` is its registries.conf; everything lies in a folder below ``parent``, whose path has to be short.
     """
     open_tun()
-    service = Service(Path(tempfile.mkdtemp(prefix="sk-", dir="/tmp")), owner)  # sockets need short paths
+    service = Service(Path(tempfile.mkdtemp(prefix="sk-", dir=parent)), owner)
     try:
         _prepare(service, registries)
         try:

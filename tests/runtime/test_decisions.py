@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,14 @@ def test_admission_loses_no_slot_when_several_give_up_at_once() -> None:
 FACTS = EngineFacts("4.3.1", rootless=True, controllers=frozenset())
 ALL = frozenset({"cpu", "cpuset", "memory", "pids"})
 SPEC = ContainerSpec("n", "i", ("/bin/sh",), {"A": "1"}, "/w", {"l": "v"}, 60000, "0.0.0.0", 0, 1 << 30, 1.5, (2, 3))
+
+
+def test_a_fork_bomb_is_bounded_where_no_cgroup_does_it() -> None:
+    spec = replace(SPEC, pids_together=6144)
+    unbounded = replace(FACTS, controllers=frozenset())
+    assert create_body(spec, unbounded, None, {})["r_limits"] == [{"type": "NPROC", "soft": 6144, "hard": 6144}]
+    assert "r_limits" not in create_body(spec, replace(FACTS, controllers=frozenset({"pids"})), None, {})
+    assert "r_limits" not in create_body(replace(spec, pids_together=0), unbounded, None, {})
 
 
 def test_a_rootless_container() -> None:

@@ -17,6 +17,7 @@ from slurm_runtime.entries import Entry, UnknownSandbox
 from slurm_runtime.podman import Engine, EngineBroke, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.register import Register
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
+from slurm_runtime.warden import proc
 from tests.runtime.commands import IMAGE
 
 FACTS = EngineFacts("4.3.1", rootless=True, controllers=frozenset())
@@ -232,3 +233,20 @@ def test_work_in_the_background_ends_with_it_and_its_errors_are_logged(caplog: p
     asyncio.run(live())
     assert ended == ["cancelled"]
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["no container"]
+
+
+def test_a_few_of_many_newcomers_tell_how_many_there_are_and_a_single_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 4,000 new processes two of three have ended when they are looked at; one is a neighbour's."""
+    monkeypatch.setattr(proc, "all_pids", lambda: list(range(4000)))
+    monkeypatch.setattr(proc, "namespace_of", lambda pid: 8 if pid == 1000 else 7 if pid % 3 == 0 else 0)
+    told, is_exact = proc.Scanner().newcomers(200)
+    assert not is_exact
+    assert told == {7: pytest.approx(4000, rel=0.05)}
+
+
+def test_few_newcomers_are_counted_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proc, "all_pids", lambda: list(range(10)))
+    monkeypatch.setattr(proc, "namespace_of", lambda pid: 7 + pid % 2)
+    assert proc.Scanner().newcomers(200) == ({7: 5, 8: 5}, True)

@@ -1,0 +1,189 @@
+"""A day of a run in a few minutes: thousands of sandboxes come and go while processes are killed; nothing adds up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import cluster as test_cluster
+from tests import faults
+from tests.conftest import NothingLeft, OrdinaryUser
+from tests.faults import within
+from tests.runs import Run, launch, podman_ps, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
+
+CYCLES = int(os.environ.get("SKYRL_ENDURANCE_CYCLES", "2000"))
+CLIENTS = 8
+KILL_EVERY_S = 4.0
+SERVES = "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"
+GROWTH = 1.1
+
+
+@pytest.fixture(autouse=True)
+def clean(nothing_left: NothingLeft) -> None:
+    """Every test here ends with nothing left on any node."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run holds while no sandbox lives."""
+
+    descriptors: int
+    resident_kib: int
+    containers: frozenset[str]
+    ports: int
+    slots: int
+    storage_files: int
+
+    def exceeds(self, before: State) -> list[str]:
+        """What is more than it was."""
+        grown = {
+            "descriptors": self.descriptors > before.descriptors + 5,
+            "memory": self.resident_kib > before.resident_kib * GROWTH,
+            "containers": bool(self.containers - before.containers),
+            "ports": self.ports > before.ports,
+            "slots": self.slots > before.slots,
+            "files of the storage": self.storage_files > before.storage_files * GROWTH,
+        }
+        return [what for what, is_more in grown.items() if is_more]
+
+
+@dataclass
+class Load:
+    """Clients that start, ask and stop sandboxes of a run, and what became of each cycle."""
+
+    user: OrdinaryUser
+    run: Run
+    outcomes: Counter[str] = field(default_factory=Counter)
+    killed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def url(self) -> str:
+        return self.run.text("runtime_url.txt").strip()
+
+    @property
+    def storage(self) -> Path:
+        return Path(f"/tmp/skyrl-{self.user.uid}-{self.run.jobs['runtime']}")
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        headers = {"X-API-Key": self.run.text("runtime_api_key.txt").strip(), "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60) as answer:
+            return dict(json.load(answer))
+
+    def slots_used(self) -> int:
+        headers = {"X-API-Key": self.run.text("runtime_api_key.txt").strip()}
+        with urllib.request.urlopen(urllib.request.Request(self.url + "/metrics", None, headers), timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return int(float(next(line.split()[1] for line in lines if line.startswith("skyrl_slots_used"))))
+
+    def cycle(self, number: int) -> str:
+        """One sandbox from its start to its end; a word for how it went."""
+        body = {
+            "image": "localhost/skyrl-busybox:latest",
+            "session_id": f"s{number}",
+            "working_dir": "/",
+            "command": ["/bin/sh", "-c", SERVES],
+        }
+        try:
+            sandbox = self.ask("/start", body)
+            with urllib.request.urlopen(f"{sandbox['url']}/health", timeout=10) as answer:
+                served = answer.read() == b"ok\n"
+            self.ask("/stop", {"runtime_id": sandbox["runtime_id"]})
+            return "served" if served else "wrong answer"
+        except (OSError, urllib.error.HTTPError) as problem:
+            return f"failed: {str(problem)[:80]}"
+
+    def cycles(self, numbers: range) -> None:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            self.outcomes.update(pool.map(self.cycle, numbers))
+
+    def pids(self, words: str) -> list[int]:
+        """The run's processes whose command line has these words, oldest first."""
+        job = f"SLURM_JOB_ID={self.run.jobs['runtime']}".encode()
+        found = []
+        for pid, line in self.user.processes().items():
+            with contextlib.suppress(OSError):
+                if words in line and job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    found.append(pid)
+        return sorted(found)
+
+    def sandboxes(self) -> list[int]:
+        """The first processes of living sandboxes: they have no environment of the job's."""
+        return [pid for pid, line in self.user.processes().items() if line.startswith("httpd -f -p 60000")]
+
+    @contextlib.contextmanager
+    def being_killed(self) -> Iterator[None]:
+        """Some sandbox of the run is killed every few seconds."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self._kill, args=(stop,))
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _kill(self, stop: threading.Event) -> None:
+        choice = random.Random(20)
+        while not stop.wait(KILL_EVERY_S):
+            victims = self.sandboxes()
+            if victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(choice.choice(victims), signal.SIGKILL)
+                    self.killed["sandbox"] += 1
+
+    def state(self) -> State:
+        """Once all sandboxes are gone."""
+        until("the last sandbox's end", lambda: not self.sandboxes() and self.ask("/list")["total"] == 0, 30)
+        time.sleep(2)
+        server = self.pids("slurm_runtime.api_server")[0]
+        status = Path(f"/proc/{server}/status").read_text()
+        return State(
+            descriptors=len(list(Path(f"/proc/{server}/fd").iterdir())),
+            resident_kib=int(status.partition("VmRSS:")[2].split()[0]),
+            containers=frozenset(podman_ps(self.storage / "podman.sock", every=True)),
+            ports=sum(self.user.is_id(uid) for _, uid in test_cluster.listeners("cpu-a")),
+            slots=self.slots_used(),
+            storage_files=sum(1 for _ in self.storage.rglob("*")),
+        )
+
+
+def test_a_days_sandboxes_add_up_to_nothing(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    settings = ("TRAINING_COMMAND=sleep 1000", "CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
+    run = launch(user, checkout, jobs_base, *settings)
+    try:
+        load = Load(user, run)
+        until("the API server", lambda: run.text("runtime_ready.flag"), 40)
+        warm_up = CYCLES // 4
+        begin = time.monotonic()
+        load.cycles(range(warm_up))
+        before = load.state()
+        with load.being_killed():
+            load.cycles(range(warm_up, CYCLES))
+        after = load.state()
+        seconds = time.monotonic() - begin
+    finally:
+        user.run(["scancel", *run.jobs.values()])
+        run.wait_over(seconds=20)
+    print(f"{seconds:.0f} s; {dict(load.outcomes)}; killed {dict(load.killed)}; {before}; {after}")
+    assert load.killed["sandbox"] > CYCLES // 100, "some were killed"
+    assert load.outcomes["served"] >= CYCLES - load.killed.total()
+    assert not after.exceeds(before), (before, after)
+    within(faults.ENDURANCE, seconds)
