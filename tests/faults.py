@@ -275,6 +275,7 @@ NO_PYTHON = Case(
 )
 MOVED = Case(
     22, "the checkout is moved while both jobs are queued", "the run completes, from its own copy of the code", 60
+)
 BAD_NEIGHBOURS = Case(
     6,
     "in one run one sandbox runs out of memory, another is a fork bomb, another fills the node's disk",
