@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slurm.lib.api_server_child import ApiServer
-from slurm.lib.coordination import CoordinationDir, Flag
+from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
 from slurm.lib.job_context import JobContext
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.processes import ChildSpec
@@ -22,6 +23,7 @@ from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import (
     Crashed,
+    Event,
     Failed,
     Part,
     Silent,
@@ -54,6 +56,21 @@ class Place:
         spec = ChildSpec(argv, dict(os.environ), "the API server", stderr=subprocess.PIPE, pass_fds=(fd,))
         self.server = ApiServer(spec, "key", "here", 1, is_ours=is_ours, stop_s=1.0, own_session=self.sessions.append)
         self.watch = RunWatch(job, self.notes, TrainingWatcher.of(job), self.server)
+
+    def seen(self, state: State) -> Event:
+        """What is seen first, beside a part that does not answer."""
+
+        found: list[Event] = []
+
+        def look() -> bool:
+            event = self.watch.look(state)
+            if event is not None and event != Silent():
+                found.append(event)
+            return bool(found)
+
+        with self.watch.asking():
+            until("something to be seen", look, 10)
+        return found[0]
 
     def kill(self) -> None:
         until("its arguments", self.said.exists, 10)
@@ -112,17 +129,37 @@ def test_a_complete_training_is_seen_in_every_state_and_tells_more_than_a_signal
     flag = Flag.of_this_host("8", "7", 0, "the trainer ended")
     place.directory.publish(place.directory.training_complete, flag)
     place.notes.note(signal.SIGTERM)
-    assert place.watch.look(state) == TrainingComplete(flag)
+    assert place.seen(state) == TrainingComplete(flag)
 
 
-@pytest.mark.parametrize(("state", "is_seen"), [(State.STARTING, 1), (State.SERVING, 1), (State.RECOVERING, 0)])
-def test_slurm_is_asked_for_the_training_but_not_while_a_part_is_started_again(
-    place: Place, state: State, is_seen: int
-) -> None:
+@pytest.mark.parametrize("state", [State.STARTING, State.SERVING, State.RECOVERING])
+def test_a_training_that_is_gone_is_seen_in_every_state(place: Place, state: State) -> None:
     place.scheduler.state = JobState.ENDED_BADLY
     partner = PartnerWatch("training", "8", place.scheduler, lambda: 99.0, clock=lambda: place.scheduler.now)
-    place.scheduler.now = 1000.0
     place.watch.training.partner = partner
-    event = place.watch.look(state)
-    assert len(place.scheduler.asked_at) == is_seen
-    assert isinstance(event, TrainingGone if is_seen else Silent)
+    event = place.seen(state)
+    assert isinstance(event, TrainingGone)
+    assert event.job_id == "8"
+    assert len(place.scheduler.asked_at) == 1
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.SERVING, State.RECOVERING])
+def test_neither_a_slow_directory_nor_a_silent_controller_holds_up_a_signal(place: Place, state: State) -> None:
+    answer = threading.Event()
+    asked: list[str] = []
+
+    def hangs(what: str) -> bool:
+        asked.append(what)
+        return answer.wait(30)
+
+    flag = Flag.of_this_host("8", "7", 0, "the trainer ended")
+    place.directory.publish(place.directory.training_complete, flag)
+    place.watch.training.reader = FlagReader(place.directory.training_complete, lambda _: hangs("the directory"), None)
+    place.watch.training.partner = PartnerWatch("training", "8", place.scheduler, lambda: float(hangs("Slurm")))
+    with place.watch.asking():
+        until("both questions", lambda: len(asked) == 2, 10)
+        place.notes.note(signal.SIGTERM)
+        begin = time.monotonic()
+        assert place.watch.look(state) == StopSignal(signal.SIGTERM)
+        assert time.monotonic() - begin < 5
+        answer.set()

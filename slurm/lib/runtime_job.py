@@ -91,7 +91,7 @@ class RuntimeJob:
 
     def run(self) -> int:
         """From the start to the end with its reason; the exit code."""
-        with contextlib.suppress(Stopping), self.judged():
+        with contextlib.suppress(Stopping), self.judged(), self.watch.asking():
             serve(self)
         self.take(AllStopped())
         assert self.supervisor.outcome is not None

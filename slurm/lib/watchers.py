@@ -1,11 +1,12 @@
 """What has happened to the run? Each look says the first thing seen, as an event of the runtime job's supervisor.
 
-Signals and our own children are seen at every look, the shared directory and Slurm less often. Slurm is asked last,
-because it may take seconds to answer.
+Signals and our own children are seen at every look. The shared directory and Slurm may take seconds to answer, so
+they are asked in the background, each by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.idle import IdleWatch
 from slurm.lib.job_context import JobContext
+from slurm.lib.lookout import Lookout
 from slurm.lib.partner import FLAG_LATE_S, PartnerWatch
 from slurm.lib.podman_service import PodmanService
 from slurm.lib.run_record import partner_of
@@ -37,6 +39,7 @@ from slurm.lib.supervisor import (
 )
 
 LOOK_AFAR_EVERY_S = 0.4  # at what other hosts have to answer for: the shared directory, Slurm
+FLAG_AT_SIGNAL_S = 0.5  # a look's time more: the training may have said that it is complete just before the signal came
 SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
 
 
@@ -78,6 +81,7 @@ class TrainingWatcher:
             self.counter.beat()
 
     def complete(self) -> Event | None:
+        self.beat()
         flag = self.reader.read()
         return TrainingComplete(flag) if flag else None
 
@@ -118,7 +122,17 @@ class RunWatch:
     service: PodmanService | None = None
     idle: IdleWatch | None = None
     _deadline: float = field(default=math.inf, init=False)
-    _next_far_look: float = field(default=0.0, init=False)
+    _next_idle_look: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._complete: Lookout[Event] = Lookout(self.training.complete, LOOK_AFAR_EVERY_S)
+        self._gone: Lookout[Event] = Lookout(self.training.gone, LOOK_AFAR_EVERY_S)
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """The directory and Slurm are asked in the background for the length of the block."""
+        with self._complete, self._gone:
+            yield
 
     def serves(self, server: ApiServer) -> None:
         """The server is about to be published; from now on the training is waited for."""
@@ -132,24 +146,19 @@ class RunWatch:
         return next((event for event in seen if event is not None), None)
 
     def _looks(self, state: State) -> Iterator[Callable[[], Event | None]]:
-        """While a part is being started again, Slurm is not asked: its answer may be waited for."""
-        is_time = time.monotonic() >= self._next_far_look
-        if is_time:
-            self._next_far_look = time.monotonic() + LOOK_AFAR_EVERY_S
-            self.training.beat()
-            yield self.training.complete
-        yield from (self.signal, self.crash)
+        yield from (self._complete.seen, self.signal, self.crash, self._gone.seen)
         if state is State.RECOVERING:
             yield self.recovery
-        elif is_time:
-            yield self.training.gone
-        if state is State.SERVING and is_time:
+        if state is State.SERVING:
             yield from (self.not_begun, self.deadline)
 
     def signal(self) -> Event | None:
         """A signal; a training that is complete by then tells more."""
         number = self.notes.stop_signal
-        return None if number is None else self.training.complete() or StopSignal(number)
+        if number is None:
+            return None
+        self._complete.wait(FLAG_AT_SIGNAL_S)
+        return self._complete.seen() or StopSignal(number)
 
     def crash(self) -> Event | None:
         """A part that has ended; ``scancel`` signals every process of the job, perhaps the part first."""
@@ -175,7 +184,10 @@ class RunWatch:
         return Answers() if client.ask("GET", "/health", QUICK_TIMEOUT_S).ok else Silent()
 
     def not_begun(self) -> Event | None:
-        ending = self.idle.look(self.training.has_heard) if self.idle else None
+        if self.idle is None or time.monotonic() < self._next_idle_look:
+            return None
+        self._next_idle_look = time.monotonic() + LOOK_AFAR_EVERY_S
+        ending = self.idle.look(self.training.has_heard)
         return NotBegun(ending.exit_code, ending.reason, ending.goes_on) if ending else None
 
     def deadline(self) -> Event | None:
