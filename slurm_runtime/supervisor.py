@@ -54,6 +54,8 @@ class Supervisor:
         self.adoption = adoption
         self.mark = mark
         self.swept = asyncio.Event()  # all sandboxes are known that there are
+        if not self.config.adopt:
+            self.swept.set()
         self.idle_of = idle_of
         self._next_idle_look = 0.0
         self._next_listing = 0.0
@@ -64,8 +66,6 @@ class Supervisor:
 
     async def run(self) -> None:
         """Connect to Podman, then look once a period; ends only by cancellation."""
-        if not self.config.adopt:
-            self.swept.set()
         while True:
             try:
                 facts = await self.connection.ready()

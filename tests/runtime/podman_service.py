@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.runtime import commands
 from tests.users import open_tun
@@ -62,10 +63,13 @@ class Service:
 
     def popen(self, *argv: str, **options: int) -> subprocess.Popen[bytes]:
         """Start a command as the owner."""
-        identity: dict[str, object] = {}
-        if os.geteuid() == 0 and self.owner.pw_uid != 0:
-            identity = {"user": self.owner.pw_uid, "group": self.owner.pw_gid, "extra_groups": []}
-        return subprocess.Popen(argv, env=self.environment, cwd=self.home, **identity, **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(argv, env=self.environment, cwd=self.home, **self.identity(), **options)  # type: ignore[call-overload,no-any-return]
+
+    def identity(self) -> dict[str, Any]:
+        """Options of ``Popen`` that make a process the owner's."""
+        if os.geteuid() != 0 or self.owner.pw_uid == 0:
+            return {}
+        return {"user": self.owner.pw_uid, "group": self.owner.pw_gid, "extra_groups": []}
 
     def podman(self, *argv: str) -> str:
         """Run a podman command on this store; its output."""

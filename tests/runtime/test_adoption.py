@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -22,10 +23,14 @@ from slurm_runtime.adoption import (
 )
 from slurm_runtime.guard import is_unheld
 from slurm_runtime.labels import SANDBOX_LABEL, Labels, Notes, read
-from slurm_runtime.podman import ContainerState
+from slurm_runtime.ownership import process_mark
+from slurm_runtime.podman import ContainerSpec, ContainerState
 from slurm_runtime.ports import Ports
 from slurm_runtime.sandbox import Dialect
 from slurm_runtime.slots import Slots
+from tests.runtime.commands import IMAGE, SERVE
+from tests.runtime.conftest import serving
+from tests.runtime.fake_podman import FakePodman
 
 NOTES = Notes((0,), 1.0, "SDK", "PLAIN", "http://node:1", "image:1", 60000)
 LABELS = Labels({"skyrl.job": "4711", "skyrl.server": "mark"})
@@ -156,3 +161,23 @@ def test_only_what_is_not_about_sandboxes_is_answered_before_they_are_known() ->
     assert not any(
         map(is_unheld, ("/", "/list", "/sessions/s", "/runtime/r", "/start", "/stop", "/metrics", "/healthy"))
     )
+
+
+def test_the_agent_folder_of_the_killed_server_lives_as_long_as_what_has_it_mounted(tmp_path: Path) -> None:
+    folder, strange = tmp_path / "skyrl-agent-old", tmp_path / "home"
+    engine, dead = FakePodman(), "/".join([*process_mark().split("/")[:3], "1", "12345"])
+    with serving(engine) as api:
+        for number, mounted in enumerate((folder, strange)):
+            mounted.mkdir()
+            notes = replace(NOTES, slots=(number,), agent_folder=str(mounted))
+            labels = {**api.manager.launcher.labels.of(mounted.name, notes), "skyrl.server": dead}
+            spec = ContainerSpec(
+                f"sandbox-{number}", IMAGE, tuple(SERVE), {"SESSION_API_KEY": "key"}, "/", labels, 60000
+            )
+            api.run(engine.create(spec))
+            api.run(engine.start(spec.name))
+        api.run(api.manager.supervisor.adopt(api.run(api.manager.connection.ready())))
+        assert api.client.get("/list").json()["total"] == 2
+        assert folder.is_dir()
+    assert not folder.exists()
+    assert strange.is_dir()  # a label may name anything

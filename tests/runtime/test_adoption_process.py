@@ -38,6 +38,7 @@ class Lineage:
         self.folder = folder
         self.podman = podman
         self.flags = flags
+        self.identity = identity_of(podman)
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.process: subprocess.Popen[str] | None = None
@@ -52,9 +53,10 @@ class Lineage:
             self.process = subprocess.Popen(
                 [*argv, "--public-host", "127.0.0.1", *self.flags, *more],
                 cwd=CHECKOUT,
-                env=environment_for(self.podman.socket, KEY),
+                env={**environment_for(self.podman.socket, KEY), "HOME": str(self.podman.home)},
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
+                **self.identity,
                 pass_fds=[self.listening.fileno()],
                 text=True,
             )
@@ -78,21 +80,38 @@ class Lineage:
         self.listening.close()
 
 
+def identity_of(podman: podman_service.Service) -> dict[str, Any]:
+    """Servers run as Podman's user, as in a job, where that one may read this checkout and its Python."""
+    identity = podman.identity()
+    with contextlib.suppress(PermissionError):
+        argv = [sys.executable, "-c", "import slurm_runtime.manager"]
+        if subprocess.run(argv, cwd=CHECKOUT, **identity, capture_output=True, check=False).returncode == 0:
+            return identity
+    return {}
+
+
 MakeLineage = Callable[..., Lineage]
 
 
-@pytest.fixture
-def lineage(tmp_path: Path, rootless_podman: podman_service.Service) -> Iterator[MakeLineage]:
+@contextlib.contextmanager
+def lineages(folder: Path, podman: podman_service.Service) -> Iterator[MakeLineage]:
     """Make a socket for servers with these flags; nothing is left of them afterwards."""
     with contextlib.ExitStack() as stack:
 
         def make(*flags: str) -> Lineage:
-            made = Lineage(tmp_path, rootless_podman, ("--cpus", "40", *flags))
+            made = Lineage(folder, podman, ("--cpus", "40", *flags))
             stack.callback(made.close)
             return made
 
         yield make
-    assert rootless_podman.containers() == []
+    assert podman.containers() == []
+
+
+@pytest.fixture
+def lineage(tmp_path: Path, rootless_podman: podman_service.Service) -> Iterator[MakeLineage]:
+    """On Podman of an ordinary user."""
+    with lineages(tmp_path, rootless_podman) as make:
+        yield make
 
 
 def get(server: Server, path: str) -> dict[str, Any]:
@@ -159,8 +178,15 @@ def test_running_sandboxes_are_taken_over_with_all_that_they_had(lineage: MakeLi
     eventually(lambda: figure(second, "skyrl_slots_used") == 4)
 
 
-def test_what_was_paused_stays_paused_and_can_be_resumed(lineage: MakeLineage) -> None:
-    servers = lineage()
+@pytest.mark.parametrize("podman", ["rootless", "root"])  # stopped one by one, frozen by a cgroup
+def test_what_was_paused_stays_paused_and_can_be_resumed(
+    podman: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with lineages(tmp_path, request.getfixturevalue(f"{podman}_podman")) as make:
+        stays_paused(make())
+
+
+def stays_paused(servers: Lineage) -> None:
     first = servers.begin()
     sandbox = ready(first, session_id="sleeper")
     assert first.request("POST", "/pause", {"runtime_id": sandbox["runtime_id"]}).json()["status"] == "paused"

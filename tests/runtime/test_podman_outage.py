@@ -114,6 +114,7 @@ def test_an_outage_that_lasts_is_an_error_after_its_patience(rootless_podman: po
             answer = api.start(image=IMAGE, command=api.serve)
             assert answer.status_code == 502
             assert "no Podman service listens" in answer.json()["detail"]
+            assert api.start(image=IMAGE, command=api.serve).status_code == 502  # also where the outage is known
             assert time.monotonic() - began < 5
             assert word(api) == "unreachable"
             assert api.client.get(f"/runtime/{sandbox['runtime_id']}").json()["pod_status"] == "ready"
