@@ -73,9 +73,10 @@ def test_silence_and_slurms_word_do() -> None:
     assert "the runtime job 7 is gone" in why
 
 
-def test_slurms_word_alone_ends_nothing_while_the_heart_beats() -> None:
+@pytest.mark.parametrize("state", [JobState.PURGED, JobState.ENDED_BADLY, JobState.ENDED_WELL])
+def test_slurms_word_alone_ends_nothing_while_the_heart_beats(state: JobState) -> None:
     world = World()
-    world.scheduler.state = JobState.PURGED
+    world.scheduler.state = state
     assert world.run(300) is None
 
 
