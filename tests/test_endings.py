@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from slurm.lib.attempts import Attempt
 from slurm.lib.coordination import CoordinationDir, Flag, parse_flag
 from slurm.lib.endings import End, note_ends
 from slurm.lib.helpers import wait_for_training_complete
@@ -60,6 +61,15 @@ def test_a_training_that_spoke_keeps_its_flag(directory: CoordinationDir) -> Non
     directory.publish(directory.training_complete, Flag("8", "7", exit_code=3, reason="its own word"))
     note_ends(directory, RUNTIME, GONE)
     assert wait_for_training_complete(directory.path, 1) == 3
+
+
+@pytest.mark.parametrize(("successor", "speaks"), [({"runtime": "9", "training": "10"}, False), ({}, True)])
+def test_nobody_speaks_for_a_training_that_another_attempt_follows(
+    directory: CoordinationDir, successor: dict[str, str], speaks: bool
+) -> None:
+    Attempt(1, {"runtime": "7", "training": "8"}, "", successor).write(directory)
+    note_ends(directory, RUNTIME, GONE)
+    assert directory.training_complete.exists() == speaks
 
 
 def test_what_the_training_says_of_its_runtime_is_no_completion(directory: CoordinationDir) -> None:

@@ -62,13 +62,23 @@ def note_ends(directory: CoordinationDir, *ends: End) -> None:
 
 
 def _speak_for_the_training(directory: CoordinationDir, ends: tuple[End, ...]) -> None:
-    """Write the completion flag, without an exit code, of a training that could not do so."""
+    """Write the completion flag, without an exit code, of a training that could not do so.
+
+    Not of one that another attempt follows, whose flag this one might replace.
+    """
     runtime = next((end.job_id for end in ends if end.kind == "runtime"), "")
     for end in ends:
         flag = parse_flag(read_if_there(directory.training_complete) or "{}")
         spoke = flag is not None and flag.job_id == end.job_id
-        if end.kind == "training" and end.by == "runtime" and end.exit_code is None and not spoke:
+        wordless = end.kind == "training" and end.by == "runtime" and end.exit_code is None and not spoke
+        if wordless and not _is_followed(directory, end.job_id):
             directory.publish(directory.training_complete, Flag.of_this_host(end.job_id, runtime, None, end.reason))
+
+
+def _is_followed(directory: CoordinationDir, training: str) -> bool:
+    """Whether this training has queued another attempt."""
+    attempts = map(_read, directory.path.glob("attempt_*.json"))
+    return any(data.get("successor") and data.get("jobs", {}).get("training") == training for data in attempts)
 
 
 def _noted(path: Path, ends: tuple[End, ...]) -> bool:

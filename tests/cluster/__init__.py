@@ -346,8 +346,9 @@ def listeners(name: str) -> set[tuple[int, int]]:
 
 def power_off(name: str) -> None:
     """What a node's power going off is to Slurm: all its processes are gone, and it is found to be down."""
-    _stop(HOME / f"slurmd-{name}.pid")
+    _freeze(name)  # power takes all at one moment: nobody is to see another one's end
     _empty_node(name)
+    _stop(HOME / f"slurmd-{name}.pid")
     _call("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
 
 
@@ -405,6 +406,14 @@ def _stop(pid_file: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM if waited < STOP_DEADLINE_S / 2 else signal.SIGKILL)
         time.sleep(0.1)
+
+
+def _freeze(name: str) -> None:
+    """Stop all processes of a node where they are."""
+    on_node = _on_node(name)
+    for pid in on_node | descendants(on_node):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
 
 
 def _empty_node(name: str) -> None:
