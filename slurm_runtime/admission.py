@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 
 from slurm_runtime.slots import Lease, Slots
 
@@ -29,6 +30,14 @@ class Admission:
         except asyncio.CancelledError:
             self._withdraw(count, future)
             raise
+
+    def take_these(self, numbers: Collection[int]) -> Lease | None:
+        """Slots that a sandbox holds already, before anybody waits; None where they are not to be had."""
+        taken = self.slots.take_these(numbers)
+        if taken is None:
+            return None
+        self.slots, lease = taken
+        return lease
 
     def give(self, lease: Lease) -> None:
         """Return slots; whoever waits first and fits gets them."""

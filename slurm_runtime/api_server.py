@@ -252,6 +252,12 @@ def _add_life(group: argparse._ArgumentGroup) -> None:
         help="seconds for removing all sandboxes at the end (default: 5)",
     )
     add(
+        "--adopt",
+        action="store_true",
+        help="take over the sandboxes of a server of the same job that was killed, instead of removing them: same "
+        "ids, URLs and keys",
+    )
+    add(
         "--stop-with-stdin",
         action="store_true",
         help="stop at the end of standard input, and ignore SIGTERM, SIGINT and SIGHUP: for a parent that stops its "
@@ -303,6 +309,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
     if public_host is None and args.fd is None and is_loopback(args.host):
         public_host = args.host
     return ServerConfig(
+        adopt=args.adopt,
         default_image=args.container_image,
         public_host=public_host,
         cpus_per_worker=args.cpus_per_worker,

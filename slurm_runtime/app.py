@@ -13,7 +13,7 @@ from slurm_runtime import __version__
 from slurm_runtime.builds import Builds, NoDisk, TooManyBuilds, UnknownBuild
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.entries import NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow, UnknownSandbox, WrongState
-from slurm_runtime.guard import BODY_S, Guard, error
+from slurm_runtime.guard import BODY_S, Guard, Hold, error
 from slurm_runtime.heartbeats import Heartbeats, TooManyNames
 from slurm_runtime.manager import Manager
 from slurm_runtime.metrics import Traffic
@@ -73,6 +73,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     builds, traffic = Builds(lambda *build: manager.engine.build(*build)), Traffic()
     app.state.builds = builds
     app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]  # FastAPI's own way
+    app.add_middleware(Hold, settled=lambda: manager.settled())
     app.add_middleware(Guard, api_key=config.api_key, on_answer=traffic.note, body_s=body_s)
     _add_error_handlers(app)
     add_sandbox_routes(app, manager, config)

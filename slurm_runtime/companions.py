@@ -16,6 +16,7 @@ from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.podman import ContainerSpec, EngineError, EngineFacts
 
+FOLDER_PREFIX = "skyrl-agent-"
 MakeControl = Callable[[int, OnEvent], Control]  # for the process id of Podman's service
 
 
@@ -36,8 +37,8 @@ class Companions:
         self._agent_folder: Path | None = None
 
     async def start(self, facts: EngineFacts) -> None:
-        """Begin; returns once the warden runs, or cannot."""
-        if self.launcher.config.agent_image:
+        """Begin; returns once the warden runs, or cannot. Again when Podman's service is another one."""
+        if self.launcher.config.agent_image and self._agent_folder is None:
             self.background.start(self._take_agent_out(self.launcher.config.agent_image))
         await self._start_control(facts)
 
@@ -46,11 +47,15 @@ class Companions:
             await self.launcher.control.close()
         if self._agent_folder is not None:
             await asyncio.to_thread(remove, self._agent_folder)
+        for folder in map(Path, self.launcher.agent_folders):
+            if folder.name.startswith(FOLDER_PREFIX):
+                await asyncio.to_thread(remove, folder)
 
     async def _take_agent_out(self, image: str) -> None:
         """The agent tree of --agent-image, into a folder that lives as long as this server."""
         name, engine = f"agent-{secrets.token_hex(8)}", self.launcher.engine
-        self._agent_folder = Path(tempfile.mkdtemp(prefix="skyrl-agent-"))
+        self._agent_folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self.launcher.agent_folder = str(self._agent_folder)
         self._agent_folder.chmod(0o755)  # containers of a service under another user mount it too
         spec = ContainerSpec(name, image, ("/",), {}, "/", self.launcher.labels.of(""), container_port=1)
         try:
@@ -68,7 +73,10 @@ class Companions:
 
     async def _start_control(self, facts: EngineFacts) -> None:
         """The warden, and its fork server as soon as there is a tree."""
-        if self.make_control is None or self.launcher.control is not None:
+        if self.launcher.control is not None:
+            self.launcher.control.podman_is(facts.pid)
+            return
+        if self.make_control is None:
             return
         control = self.make_control(facts.pid, self._hear)
         try:

@@ -20,11 +20,17 @@ class ServerConfig:
     command: shortly before the client that writes so gives up itself (120 s and 300 s). It is held back for up to
     ``ready_grace_s`` more so that it can already say ``ready``: clients look again only after 2 s.
 
+    When Podman's service goes away, what was asked of it waits ``outage_s`` for another one on the same socket.
+
+    ``adopt`` takes over the sandboxes of a server of the same job that was killed, instead of removing them. A request
+    that comes before that is done waits up to ``adoption_patience_s``.
+
     ``pinning`` is ``docker_cpuset``, ``taskset`` or ``none``; ``agent_start`` is ``fork`` or ``exec``; ``network`` is
     ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox.
     """
 
     api_key: str | None = None
+    adopt: bool = False
     default_image: str | None = None
     public_host: str | None = None
     cpus_per_worker: float = 1.0
@@ -50,6 +56,8 @@ class ServerConfig:
     string_patience_s: float = 270.0
     ready_grace_s: float = 2.0
     connect_timeout_s: float = 60.0
+    outage_s: float = 20.0
+    adoption_patience_s: float = 30.0
     watch_period_s: float = 2.0
     starters: int = 4  # more in flight only queue in Podman: 20 starts a second with 4, 21 with 8, at twice the time
     removers: int = 8

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from slurm_runtime.background import Background
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.logs import log
 from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
 
+T = TypeVar("T")
+
+TRIES = 3  # of one piece of work under which Podman's service goes away: it may be the work that ends it
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between attempts
 
 
@@ -19,7 +22,8 @@ class Connection:
     """The connection to Podman's service.
 
     ``word`` is connecting, connected or unreachable; ``facts`` and ``notes`` (which limits do not bite) are there once
-    it has answered. ``on_connected`` is awaited then, before anybody gets the facts.
+    it has answered. ``on_connected`` is awaited then, before anybody gets the facts; again when another service answers
+    after the first one went away.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class Connection:
         self.facts: EngineFacts | None = None
         self.notes: list[str] = []
         self._connecting: asyncio.Task[EngineFacts] | None = None
+        self._lost = False
+        self._closing = False
 
     @property
     def stands(self) -> bool:
@@ -44,23 +50,53 @@ class Connection:
 
     async def ready(self) -> EngineFacts:
         """What Podman can do, as soon as it answers; shared by all who ask. ``EngineError`` after the deadline."""
-        if self._connecting is None or (self._connecting.done() and _failed(self._connecting)):
-            self._connecting = self.background.own(self._connect())
-        return await asyncio.shield(self._connecting)
+        task = self._connecting
+        if task is None or (task.done() and (self._lost or _failed(task))):
+            task = self._connecting = self.background.own(self._connect())
+        return await asyncio.shield(task)
+
+    async def patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The outcome of ``work``, done again if Podman's service goes away under it and another one answers.
+
+        ``work`` must be fit for that. ``EngineUnreachable`` if none answers within ``outage_s``, or the server stops.
+        """
+        for tries_left in reversed(range(TRIES)):
+            try:
+                return await work()
+            except EngineUnreachable as problem:
+                self.fails(problem)
+                if not tries_left or not await self._is_back():
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    async def _is_back(self) -> bool:
+        if self._closing:
+            return False
+        try:
+            await asyncio.wait_for(self.ready(), self.config.outage_s)
+        except (EngineError, asyncio.TimeoutError):
+            return False
+        return True
+
+    def close(self) -> None:
+        """Wait for Podman no more: its owner may have ended it before this server."""
+        self._closing = True
 
     async def _connect(self) -> EngineFacts:
         facts = await self._first_answer()
         self.answers()
-        self.facts = facts
+        is_first, self.facts, self._lost = self.facts is None, facts, False
         sentence, *self.notes = greeting(facts, self.config)
-        log.info("%s", sentence)
-        for note in self.notes:
-            log.warning("%s", note)
+        if is_first:
+            log.info("%s", sentence)
+            for note in self.notes:
+                log.warning("%s", note)
         await self.on_connected(facts)
         return facts
 
     async def _first_answer(self) -> EngineFacts:
-        deadline = time.monotonic() + self.config.connect_timeout_s
+        patience_s = self.config.connect_timeout_s if self.facts is None else self.config.outage_s
+        deadline = time.monotonic() + patience_s
         pause_s = FIRST_PAUSE_S
         while True:
             try:
@@ -82,6 +118,7 @@ class Connection:
         if self.word != "unreachable":
             log.error("%s", problem)
         self.word = "unreachable"
+        self._lost = self._lost or isinstance(problem, EngineUnreachable)
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

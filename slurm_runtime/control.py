@@ -30,6 +30,10 @@ class Control(Protocol):
         """Begin; the events come from now on."""
         ...
 
+    def podman_is(self, pid: int) -> None:
+        """Podman's service is another process now."""
+        ...
+
     async def start_fork_server(self, tree: AgentTree) -> None:
         """Import the agent server of ``tree`` once; ``fork`` works afterwards."""
         ...
@@ -43,6 +47,10 @@ class Control(Protocol):
         seccomp: Mapping[str, Any] | None,
     ) -> int:
         """Fork the agent server into the container; its process id, or ``ForkRefused``."""
+        ...
+
+    async def adopt(self, sandbox: str, pid: int) -> None:
+        """Know the agent server that another warden forked into the container; nobody tells of its exit."""
         ...
 
     async def pause(self, sandbox: str, holder: int) -> None:

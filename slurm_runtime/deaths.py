@@ -1,4 +1,4 @@
-"""When does a container end? The kernel tells at once, where it can; nobody has to ask Podman again and again."""
+"""When does a container, or a server forked into it, end? The kernel tells at once, so that Podman is not asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Deaths:
-    """The first processes of containers, each watched through a file descriptor (pidfd, from Linux 5.3 on)."""
+    """Processes, each watched through a file descriptor (pidfd, from Linux 5.3 on)."""
 
     def __init__(self) -> None:
         self._watched: dict[int, int] = {}  # process id → descriptor

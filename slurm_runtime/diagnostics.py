@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm_runtime.podman import ContainerState, Engine, EngineError
+from slurm_runtime.podman import ContainerState, Engine, EngineError, EngineUnreachable
 
 LAST_LINES = 50
 LAST_BYTES = 16384
@@ -62,14 +62,19 @@ async def _settled(engine: Engine, name: str, has_ended: bool) -> ContainerState
 async def diagnose(engine: Engine, name: str, has_ended: bool = False) -> Diagnosis:
     """What can be learned of a container; a probe that fails says so and hides nothing else.
 
-    ``has_ended`` says that its first process is gone, which Podman learns a moment later.
+    ``EngineUnreachable`` goes up: ask again. ``has_ended`` says that its first process is gone, which Podman learns a
+    moment later.
     """
     try:
         state = await _settled(engine, name, has_ended)
+    except EngineUnreachable:
+        raise
     except EngineError as problem:
         return Diagnosis(f"its container is gone: {problem}", "")
     try:
         lines = await engine.logs(name, LAST_LINES)
+    except EngineUnreachable:
+        raise
     except EngineError as problem:
         lines = f"(its log cannot be read: {problem})"
     return Diagnosis(explain(state), lines[-LAST_BYTES:].strip(), state.out_of_memory, state.exit_code)

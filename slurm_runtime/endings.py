@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 
@@ -15,11 +16,13 @@ from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_me
 from slurm_runtime.entries import Entry, uninterrupted
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
-from slurm_runtime.podman import EngineError
+from slurm_runtime.podman import EngineError, EngineUnreachable
 from slurm_runtime.sandbox import Sandbox, State
 
 SERVING = frozenset({State.READY, State.PAUSED})  # those whose end nobody else sees to
 FAILURES_KEPT = 20  # shown to people
+SERVER_EXIT_S = 1.0  # for the warden to tell the exit code of a process whose end the kernel has told
+SERVER_ENDED = "its agent server ended; with which exit code is not known, because its parent was gone before it"
 
 
 class Endings:
@@ -68,18 +71,22 @@ class Endings:
             entry.become(blamed.changed(state, diagnosis.sentence, last_lines=diagnosis.last_lines))
             speak = log.warning if state is State.FAILED else log.debug
             if state is State.FAILED:
-                self.failures.appendleft((time.monotonic(), entry.sandbox))
+                self.note_failure(entry.sandbox)
             wish = entry.specification
             speak("sandbox %s of session %s: %s", wish.runtime_id, wish.session_id, diagnosis.sentence)
         await self.clean(entry)
 
+    def note_failure(self, sandbox: Sandbox) -> None:
+        self.failures.appendleft((time.monotonic(), sandbox))
+
     async def clean(self, entry: Entry) -> None:
         """Remove the container, then give port and slot back; ``EngineError`` leaves the rest for another time."""
         self._deaths.forget(entry.holder)
+        self._deaths.forget(entry.server)
         if entry.has_container:
             await self._unwatch(entry)
             async with self._removers:
-                await uninterrupted(self.engine.remove(entry.name))
+                await self.connection.patiently(lambda: uninterrupted(self.engine.remove(entry.name)))
             entry.has_container = False
         if entry.port:
             self.launcher.ports.give(entry.port)
@@ -97,14 +104,23 @@ class Endings:
                 log.debug("the warden could not forget %s: %s", entry.name, problem)
 
     def watch(self, entry: Entry) -> None:
-        """Have the kernel tell of the end of its container, where it can."""
+        """Have the kernel tell of the end of its container, and of a server that was forked into it, where it can."""
         entry.is_watched = self._deaths.watch(entry.holder, lambda: self._container_ended(entry))
+        self._deaths.watch(entry.server, lambda: self.background.start(self._server_ended(entry)))
 
     def _container_ended(self, entry: Entry) -> None:
         """One that is being started is buried by its start."""
         entry.has_ended = True
         if entry.sandbox.state in SERVING:
             self.background.start(self.bury(entry))
+
+    async def _server_ended(self, entry: Entry) -> None:
+        """The warden that forked it knows its exit code; one that was started later does not."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(entry.knows_server_exit.wait(), SERVER_EXIT_S)
+        entry.server_ended = True
+        if entry.sandbox.state in SERVING:
+            await self.bury(entry)
 
     async def bury(self, entry: Entry) -> None:
         """End one whose container, or server, is dead."""
@@ -114,9 +130,18 @@ class Endings:
 
     async def diagnosis(self, entry: Entry) -> Diagnosis:
         """Why it died. A forked server's exit code is known, its container may still idle."""
-        found = await diagnose(self.engine, entry.name, entry.has_ended)
+        found = await self.learned(entry.name, entry.has_ended)
         kernel_killed = killed_for_memory(entry.holder)
+        if entry.server_ended and entry.server_exit is None and not entry.offence:
+            return Diagnosis(SERVER_ENDED, found.last_lines)
         return judged(found, entry.offence, entry.server_exit, kernel_killed, self._memory_bites)
+
+    async def learned(self, name: str, has_ended: bool = False) -> Diagnosis:
+        """What Podman tells of a container that has ended, as soon as it answers."""
+        try:
+            return await self.connection.patiently(lambda: diagnose(self.engine, name, has_ended))
+        except EngineUnreachable as problem:
+            return Diagnosis(f"it ended while Podman did not answer, so how is not known: {problem}", "")
 
     @property
     def _memory_bites(self) -> bool:

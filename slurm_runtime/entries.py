@@ -56,7 +56,8 @@ class Entry:
 
     ``holder`` is the container's first process; ``is_watched`` says that the kernel tells of its end, ``has_ended``
     that it has told. ``forked`` says that its server was forked into it, so that the container does not end with its
-    server; ``server_exit`` is then the server's exit code once it has ended.
+    server; ``server`` is then the server's process, ``server_ended`` that it is gone, ``server_exit`` its exit code
+    where that is known.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -68,7 +69,10 @@ class Entry:
         self.is_watched = False
         self.has_ended = False
         self.forked = False
+        self.server = 0
+        self.server_ended = False
         self.server_exit: int | None = None
+        self.knows_server_exit = asyncio.Event()
         self.offence: str | None = None
         self.askers = 0
         self.asked_at = time.monotonic()

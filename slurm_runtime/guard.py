@@ -8,7 +8,7 @@ import binascii
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -26,6 +26,8 @@ ANSWER_S = 60.0  # for a piece of an answer: nor one that does not read
 OPEN_PATH = "/health"  # the only one without a key
 PAGES = frozenset({"/", "/docs", "/openapi.json", "/metrics"})  # what browsers and Prometheus read: HTTP Basic too
 BUILD_PATH = "/build"
+HEARTBEAT_PATH = "/heartbeat/"
+UNHELD = frozenset({OPEN_PATH, "/docs", "/openapi.json"})
 ASK_FOR_PASSWORD = {"WWW-Authenticate": 'Basic realm="API key as password, any user name", charset="UTF-8"'}
 
 access_log = log.getChild("access")
@@ -84,6 +86,30 @@ class Guard:
             self.on_answer(scope, status, seconds)
         if access_log.isEnabledFor(logging.DEBUG):
             access_log.debug("%s", access_line(scope, size, status, seconds))
+
+
+class Hold:
+    """ASGI middleware: lets a request wait until all sandboxes are known, so that none is answered "no such sandbox".
+
+    Not held are the paths of ``UNHELD``, which are not about sandboxes. ``settled`` says False when it takes too long.
+    """
+
+    def __init__(self, app: ASGIApp, settled: Callable[[], Awaitable[bool]]) -> None:
+        self.app = app
+        self.settled = settled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_unheld(scope["path"]) and not await self.settled():
+            await error(504, "the sandboxes of the server before this one are not taken over yet; ask again")(
+                scope, receive, send
+            )
+            return
+        await self.app(scope, receive, send)
+
+
+def is_unheld(path: str) -> bool:
+    """Whether the answer to a path does not depend on which sandboxes there are."""
+    return path in UNHELD or path.startswith(HEARTBEAT_PATH)
 
 
 def may_pass(scope: Scope, api_key: bytes | None) -> bool:

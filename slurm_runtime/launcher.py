@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from slurm_runtime.config import ServerConfig
 from slurm_runtime.control import Control, ControlError, ForkRefused
 from slurm_runtime.entries import Entry, uninterrupted
 from slurm_runtime.images import Images
+from slurm_runtime.labels import Labels, Notes
 from slurm_runtime.logs import log
 from slurm_runtime.podman import (
     ContainerSpec,
@@ -51,6 +53,8 @@ class Launcher:
         self.control: Control | None = None
         self.steps = StepTimes()
         self.holder_profile = ProfileFile()
+        self.agent_folder = ""  # of this server, where the agent tree was taken out of an image
+        self.agent_folders: set[str] = set()  # of servers before it, which sandboxes that were taken over still use
         self._starters = asyncio.Semaphore(config.starters)
         self._seccomp: Mapping[str, Any] | None = None
         self._knows_seccomp = False
@@ -69,6 +73,17 @@ class Launcher:
             self.images.forget(entry.specification.image)
             await self._launch(entry, facts, slots, host)
 
+    async def discard(self, entry: Entry) -> None:
+        """Remove a container whose start was cut off, and forget what was known of it."""
+        if not entry.has_container:
+            return
+        if self.control is not None:  # the end of its processes is our doing
+            with contextlib.suppress(ControlError):
+                await self.control.forget(entry.name)
+        await uninterrupted(self.engine.remove(entry.name))
+        entry.has_container = entry.forked = False
+        entry.holder = entry.server = 0
+
     async def _launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
         with self.steps.of("image"):
             plan = await self._plan(entry, await self._image(entry))
@@ -78,7 +93,7 @@ class Launcher:
             if plan.start is Start.FORK:
                 with self.steps.of("fork"):
                     state = await self._fork(entry, plan, state, facts, slots)
-            await self._watch(entry, state, facts)
+            await self.watch(entry, state, facts)
 
     async def _image(self, entry: Entry) -> ImageFacts:
         return await self.images.need(entry.specification.image, entry.specification.pull_policy, entry.explain)
@@ -164,7 +179,8 @@ class Launcher:
         arguments, folder = plan.arguments, entry.specification.working_dir
         try:
             profile = await self._profile(state)
-            await uninterrupted(self.control.fork(entry.name, state.pid, arguments, folder, profile))
+            forking = self.control.fork(entry.name, state.pid, arguments, folder, profile)
+            entry.server = await uninterrupted(forking)
             return state
         except ForkRefused as problem:
             self._say_once(f"an agent server is started as a plain program, because {problem}")
@@ -185,7 +201,7 @@ class Launcher:
                 self.holder_profile.write(native_only(found, os.uname().machine) if found else None)
         return self._seccomp
 
-    async def _watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:
+    async def watch(self, entry: Entry, state: ContainerState, facts: EngineFacts) -> None:
         """Sample every sandbox; bound by the watchdog what no cgroup and no quota bounds."""
         if self.control is None or not state.pid:
             return
@@ -207,7 +223,7 @@ class Launcher:
             command=plan.command,
             environment={**plan.environment, **wish.container_environment},
             working_dir=wish.working_dir,
-            labels=self.labels.of(wish.session_id),
+            labels=self.labels.of(wish.session_id, self._notes(entry, plan)),
             container_port=wish.container_port,
             host_ip=config.publish_ip,
             host_port=entry.port.number,
@@ -221,18 +237,21 @@ class Launcher:
             seccomp_profile=self.holder_profile.path if plan.start is Start.FORK else "",
         )
 
+    def _notes(self, entry: Entry, plan: StartPlan) -> Notes:
+        """What a server after this one, killed, has to know of the sandbox."""
+        wish = entry.specification
+        return Notes(
+            slots=tuple(sorted(entry.lease.numbers)) if entry.lease else (),
+            factor=wish.resource_factor,
+            dialect=wish.dialect.name,
+            start=plan.start.name,
+            url=entry.sandbox.url or "",
+            image=wish.image,
+            container_port=wish.container_port,
+            agent_folder=self.agent_folder if plan.start is not Start.PLAIN else "",
+        )
+
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
             log.warning("%s", sentence)
-
-
-class Labels:
-    """The labels of every container of this server."""
-
-    def __init__(self, common: Mapping[str, str], session_label: str) -> None:
-        self.common = common
-        self.session_label = session_label
-
-    def of(self, session_id: str) -> dict[str, str]:
-        return {**self.common, self.session_label: session_id}

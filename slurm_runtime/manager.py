@@ -7,6 +7,7 @@ only once its container is gone. Reads are answered from memory and never wait f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from slurm_runtime import __version__
 from slurm_runtime.admission import Admission
+from slurm_runtime.adoption import Adoption
 from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.background import Background
 from slurm_runtime.companions import Companions, MakeControl
@@ -23,7 +25,8 @@ from slurm_runtime.diagnostics import Diagnosis
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry, NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow
 from slurm_runtime.images import Images
-from slurm_runtime.launcher import Labels, Launcher
+from slurm_runtime.labels import Labels
+from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.naming import PublicHost
 from slurm_runtime.ownership import SERVER_LABEL, process_mark
@@ -36,8 +39,6 @@ from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
 from slurm_runtime.slots import Slots, units_for
 from slurm_runtime.starts import Probe, Starts
 from slurm_runtime.supervisor import IdleOf, Supervisor
-
-SESSION_LABEL = "skyrl.session"
 
 
 async def unknown(_url: str) -> float | None:
@@ -59,7 +60,7 @@ class Manager:
         idle_of: IdleOf = unknown,
     ) -> None:
         mark = process_mark()
-        labels = Labels({**config.labels, SERVER_LABEL: mark}, SESSION_LABEL)
+        labels = Labels({**config.labels, SERVER_LABEL: mark})
         ports = Ports(config.publish_ip, config.sandbox_ports)
         self.config = config
         self.engine = engine
@@ -75,10 +76,20 @@ class Manager:
         self.endings = Endings(self.launcher, self.connection, self.admission, background)
         self.starts = Starts(self.launcher, self.connection, self.admission, self.endings, self.host, probe)
         self.pauses = Pauses(self.launcher, self.connection, self.starts)
+        adoption = Adoption(self.launcher, self.register, self.admission, self.starts, self.endings)
         self.supervisor = Supervisor(
-            self.launcher, self.connection, self.register, self.endings, background, mark, idle_of
+            self.launcher, self.connection, self.register, self.endings, background, adoption, mark, idle_of
         )
         self._closing = False
+
+    async def settled(self) -> bool:
+        """Whether all sandboxes are known: at once, or after those of a killed server are taken over (``adopt``).
+
+        False if that takes longer than ``adoption_patience_s``: Podman does not answer.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.supervisor.swept.wait(), self.config.adoption_patience_s)
+        return self.supervisor.swept.is_set() or self._closing
 
     # Reading: from memory.
 
@@ -201,6 +212,8 @@ class Manager:
     async def close(self, timeout_s: float) -> list[str]:
         """Start no more, remove everything in parallel; names of the containers left after ``timeout_s`` seconds."""
         self._closing = True
+        self.connection.close()
+        await self.supervisor.close(timeout_s)
         entries = self.register.entries()
         left = [entry for entry in entries if not (entry.is_clean and entry.sandbox.state.is_dead)]
         if left:

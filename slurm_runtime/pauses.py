@@ -51,8 +51,9 @@ class Pauses:
             return entry.sandbox
 
     async def _freeze(self, entry: Entry, frozen: bool) -> None:
-        if (await self.connection.ready()).can_pause:
-            await (self.engine.pause if frozen else self.engine.unpause)(entry.name)
+        facts = self.connection.facts or await self.connection.ready()
+        if facts.can_pause:
+            await self.connection.patiently(lambda: self._freeze_by_podman(entry, frozen))
             return
         control = self.launcher.control
         if control is None:
@@ -61,3 +62,9 @@ class Pauses:
             await (control.pause if frozen else control.resume)(entry.name, entry.holder)
         except ControlError as problem:
             raise EngineError(f"the sandbox could not be {'paused' if frozen else 'resumed'}: {problem}") from None
+
+    async def _freeze_by_podman(self, entry: Entry, frozen: bool) -> None:
+        """Fit to be done again: Podman refuses to pause what is paused."""
+        if (await self.engine.inspect(entry.name)).status == ("paused" if frozen else "running"):
+            return
+        await (self.engine.pause if frozen else self.engine.unpause)(entry.name)

@@ -17,7 +17,7 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -69,6 +69,10 @@ class EngineError(Exception):
 
 class EngineUnreachable(EngineError):
     """Nobody listens on Podman's socket."""
+
+
+class EngineBroke(EngineUnreachable):
+    """Podman's service went away in the middle of a call: whether that was done is not known."""
 
 
 class EngineSilent(EngineError):
@@ -152,7 +156,8 @@ class ContainerState:
     """A container as Podman sees it.
 
     ``host_port`` is None until one is known; ``pid`` is its first process, 0 where it does not run. ``folders`` are
-    where its own files lie on this machine, ``oci_config`` its runtime's configuration file.
+    where its own files lie on this machine, ``oci_config`` its runtime's configuration file. ``variables`` is its
+    environment, ``created`` when it was made (ISO 8601); a list of containers tells neither.
     """
 
     name: str
@@ -164,6 +169,8 @@ class ContainerState:
     pid: int = 0
     folders: tuple[str, ...] = ()
     oci_config: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)  # the sandbox's key is among them
+    created: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,11 +200,11 @@ class Engine(Protocol):
     """What the manager asks of Podman; the tests' fake keeps the same promises."""
 
     async def facts(self) -> EngineFacts:
-        """What this Podman can do; ``EngineUnreachable`` while nobody listens."""
+        """What this Podman can do; ``EngineUnreachable`` while nobody listens. Of another service it is asked anew."""
         ...
 
     async def ping(self) -> None:
-        """Return if Podman answers; else ``EngineError``."""
+        """Return if Podman answers; else ``EngineError``. ``EngineBroke`` if it is another service than before."""
         ...
 
     async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
@@ -452,6 +459,8 @@ def parse_inspect(answer: Mapping[str, Any]) -> ContainerState:
         pid=int(state.get("Pid") or 0),
         folders=_own_folders(answer),
         oci_config=str(answer.get("OCIConfigPath") or ""),
+        variables=dict(entry.partition("=")[::2] for entry in (answer.get("Config") or {}).get("Env") or ()),
+        created=str(answer.get("Created") or ""),
     )
 
 
@@ -516,12 +525,13 @@ class Podman:
         self.auth_file = auth_file
         self._session: aiohttp.ClientSession | None = None
         self._facts: EngineFacts | None = None
+        self._socket_id: tuple[int, ...] | None = None
         self._id_range: int | None = None
         self._hard_limits: Mapping[str, int] = {}
 
     async def facts(self) -> EngineFacts:
         if self._facts is None:
-            self._check_socket()
+            self._socket_id = self._check_socket()
             found = shutil.which("catatonit")
             info = await self._ask("GET", "/info", QUICK_S)
             facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
@@ -535,6 +545,9 @@ class Podman:
     async def ping(self) -> None:
         async with self._call("GET", "/_ping", QUICK_S) as answer:
             await answer.read()
+        if self._facts is not None and self._check_socket() != self._socket_id:
+            self._facts = None
+            raise EngineBroke("Podman's service was started again")
 
     async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
         query = f"/images/pull?reference={quote(image, safe='')}&policy={policy}"
@@ -564,9 +577,10 @@ class Podman:
                     names = json.loads(await answer.read()).get("Names") or ()
         except OSError as problem:
             raise BadArchive(f"{archive} cannot be read: {problem.strerror or problem}") from None
-        except (EngineUnreachable, EngineSilent):
-            raise
         except EngineError as problem:
+            # A broken connection may be the archive's fault; where it is not, whoever asks next is told.
+            if isinstance(problem, (EngineUnreachable, EngineSilent)) and not isinstance(problem, EngineBroke):
+                raise
             words = " ".join(str(problem).split())[:300]
             raise BadArchive(f"{archive} holds no image that Podman can take: {words}") from None
         return tuple(map(str, names))
@@ -668,9 +682,15 @@ class Podman:
         if self._session:
             await self._session.close()
 
-    def _check_socket(self) -> None:
-        if not (self.path.exists() and stat.S_ISSOCK(self.path.stat().st_mode)):
+    def _check_socket(self) -> tuple[int, ...]:
+        """What tells the socket's file from that of a later service."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            raise EngineUnreachable(how_to_start(self.path)) from None
+        if not stat.S_ISSOCK(found.st_mode):
             raise EngineUnreachable(how_to_start(self.path))
+        return (found.st_dev, found.st_ino, found.st_ctime_ns)
 
     async def _ask(self, method: str, path: str, timeout_s: float, body: object = None) -> Any:
         async with self._call(method, path, timeout_s, body) as answer:
@@ -701,9 +721,13 @@ class Podman:
                     raise error_for(answer.status, _words(await answer.read()))
                 yield answer
         except (aiohttp.ClientConnectorError, FileNotFoundError):
+            self._facts = None  # of a service that is gone: its process is another one
             raise EngineUnreachable(how_to_start(self.path)) from None
         except asyncio.TimeoutError:  # another class on Python 3.10
             raise EngineSilent(f"Podman did not answer {method} {path.split('?')[0]} within {timeout_s:g} s") from None
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as problem:
+            self._facts = None
+            raise EngineBroke(f"the connection to Podman broke: {problem or type(problem).__name__}") from None
         except aiohttp.ClientError as problem:
             raise EngineError(f"the connection to Podman broke: {problem or type(problem).__name__}") from None
 

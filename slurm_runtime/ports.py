@@ -39,6 +39,11 @@ class Ports:
         self.taken.add(reservation.number)
         return reservation
 
+    def adopt(self, number: int) -> Reservation:
+        """The port of a container that runs already."""
+        self.taken.add(number)
+        return Reservation(number)
+
     def give(self, reservation: Reservation) -> None:
         """It may be had again."""
         reservation.release()

@@ -24,6 +24,10 @@ class Register:
         self._entries[wish.runtime_id] = entry
         self._sessions[wish.session_id] = wish.runtime_id
 
+    def add_dead(self, entry: Entry) -> None:
+        """Make a dead sandbox known whose session has another one."""
+        self._entries[entry.specification.runtime_id] = entry
+
     def forget(self, entry: Entry) -> None:
         wish = entry.specification
         self._entries.pop(wish.runtime_id, None)

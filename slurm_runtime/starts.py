@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 
@@ -14,7 +15,7 @@ from slurm_runtime.entries import Entry, NeverReady, SandboxDied
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.naming import PublicHost
-from slurm_runtime.podman import EngineError
+from slurm_runtime.podman import EngineError, EngineSilent, EngineUnreachable
 from slurm_runtime.sandbox import Dialect, State
 from slurm_runtime.slots import units_for
 
@@ -48,10 +49,10 @@ class Starts:
     async def bring_up(self, entry: Entry) -> None:
         """The whole start; what its client should hear of a failure is ``entry.problem``."""
         try:
-            facts = await self.connection.ready()
+            await self.connection.ready()
             with self.launcher.steps.of("slot"):
                 entry.lease = await self.admission.lease(units_for(entry.specification.resource_factor))
-            await self.launcher.launch(entry, facts, self.admission.slots, await self.host.name())
+            await self.connection.patiently(lambda: self._launch(entry))
             self.endings.watch(entry)
             entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet"))
             with self.launcher.steps.of("answer"):
@@ -70,12 +71,20 @@ class Starts:
             diagnosis = Diagnosis("an internal error; the server's log has the details", "")
         await self.endings.fail(entry, diagnosis)
 
+    async def _launch(self, entry: Entry) -> None:
+        """Fit to be done again: what a try before it has made is removed first."""
+        await self.launcher.discard(entry)
+        facts = await self.connection.ready()
+        await self.launcher.launch(entry, facts, self.admission.slots, await self.host.name())
+
     async def bring_back(self, entry: Entry) -> None:
-        """Of one that was paused: until its server answers again."""
+        """Of one that was paused, or taken over: until its server answers again."""
         try:
             await self._until_ready(entry)
             return
-        except (SandboxDied, NeverReady, EngineError):
+        except NeverReady as problem:
+            diagnosis = Diagnosis(str(problem), (await self.endings.diagnosis(entry)).last_lines)
+        except (SandboxDied, EngineError):
             diagnosis = await self.endings.diagnosis(entry)
         await self.endings.fail(entry, diagnosis)
 
@@ -84,7 +93,7 @@ class Starts:
         deadline = time.monotonic() + self.config.startup_timeout_s
         pause_s, next_look = FIRST_PAUSE_S, time.monotonic() + LOOK_PERIOD_S
         while not await self.probe(url, entry.specification.dialect):
-            if entry.has_ended or time.monotonic() > next_look:
+            if entry.has_ended or entry.server_ended or time.monotonic() > next_look:
                 await self._still_running(entry)
                 next_look = time.monotonic() + LOOK_PERIOD_S
             if time.monotonic() > deadline:
@@ -97,7 +106,10 @@ class Starts:
         log.debug("sandbox %s of session %s is ready at %s", wish.runtime_id, wish.session_id, url)
 
     async def _still_running(self, entry: Entry) -> None:
-        if entry.server_exit is not None or entry.has_ended:
+        if entry.server_ended or entry.has_ended:
             raise SandboxDied
-        if not entry.is_watched and not (await self.engine.inspect(entry.name)).running:
-            raise SandboxDied
+        if entry.is_watched:
+            return
+        with contextlib.suppress(EngineUnreachable, EngineSilent):  # no answer is no death
+            if not (await self.engine.inspect(entry.name)).running:
+                raise SandboxDied

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+from slurm_runtime.adoption import Adoption
 from slurm_runtime.background import Background
 from slurm_runtime.connection import Connection
 from slurm_runtime.control import ControlError, Event
@@ -15,13 +17,16 @@ from slurm_runtime.entries import Entry
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.ownership import SERVER_LABEL, is_orphan
-from slurm_runtime.podman import EngineError, EngineUnreachable
+from slurm_runtime.podman import ContainerState, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.register import Register
 from slurm_runtime.sandbox import State
 
 IdleOf = Callable[[str], Awaitable[float | None]]  # seconds since the server at a URL was asked for something
 
 LISTING_PERIOD_S = 300.0  # between lists of all containers: one of 512 keeps Podman busy for a second
+# Between looks for containers of dead servers: what Podman was asked for by a server that was killed meanwhile appears
+# a moment after the first look.
+SWEEP_AGAIN_S = (3.0, 30.0, 300.0)
 IDLE_LOOK_S = 10.0  # between looks whether a sandbox idles
 
 
@@ -35,6 +40,7 @@ class Supervisor:
         register: Register,
         endings: Endings,
         background: Background,
+        adoption: Adoption,
         mark: str,
         idle_of: IdleOf,
     ) -> None:
@@ -45,24 +51,30 @@ class Supervisor:
         self.register = register
         self.endings = endings
         self.background = background
+        self.adoption = adoption
         self.mark = mark
+        self.swept = asyncio.Event()  # all sandboxes are known that there are
         self.idle_of = idle_of
         self._next_idle_look = 0.0
         self._next_listing = 0.0
+        self._next_sweep = 0.0
+        self._sweeps = 0
         self._orphans: list[str] = []
         self._refused: set[str] = set()  # containers whose removal Podman refused, which has been said
 
     async def run(self) -> None:
         """Connect to Podman, then look once a period; ends only by cancellation."""
-        swept = False
+        if not self.config.adopt:
+            self.swept.set()
         while True:
             try:
-                await self.connection.ready()
-                if swept:
-                    await self._remove_orphans()
-                else:
+                facts = await self.connection.ready()
+                if self.config.adopt and not self.swept.is_set():
+                    await self.adopt(facts)
+                if time.monotonic() >= self._next_sweep:
                     await self.sweep()
-                    swept = True
+                else:
+                    await self._remove_orphans()
                 await self._look()
                 await self._retry_cleaning()
                 await self._reap_idle()
@@ -73,11 +85,37 @@ class Supervisor:
 
     async def sweep(self) -> None:
         """Remove sandboxes whose server is dead: it was killed before it could. Those that stay are tried again."""
-        found = await self.engine.list(SERVER_LABEL)
-        self._orphans = [state.name for state, labels in found if is_orphan(labels.get(SERVER_LABEL, ""), self.mark)]
+        self._orphans = [state.name for state, _ in await self._strangers()]
         if self._orphans:
             log.warning("removing %d sandboxes of a server that was killed", len(self._orphans))
             await self._remove_orphans()
+        self._sweeps += 1
+        self._next_sweep = time.monotonic() + SWEEP_AGAIN_S[min(self._sweeps, len(SWEEP_AGAIN_S)) - 1]
+
+    async def _strangers(self) -> list[tuple[ContainerState, Mapping[str, str]]]:
+        """The containers of dead servers that no sandbox of this one is."""
+        found = await self.engine.list(SERVER_LABEL)
+        known = {entry.name for entry in self.register.entries()}
+        return [
+            (state, labels)
+            for state, labels in found
+            if state.name not in known and is_orphan(labels.get(SERVER_LABEL, ""), self.mark)
+        ]
+
+    async def adopt(self, facts: EngineFacts) -> None:
+        """Take over sandboxes whose server is dead; requests wait for it."""
+        strangers = await self._strangers()
+        if strangers:
+            await self.adoption.adopt(strangers, facts)
+        self.swept.set()
+
+    async def close(self, timeout_s: float) -> None:
+        """Of a server that stops before it has taken over what it should: that has no other owner, so it is removed."""
+        if self.swept.is_set():
+            return
+        with contextlib.suppress(asyncio.TimeoutError, EngineError):
+            await asyncio.wait_for(self.sweep(), timeout_s)
+        self.swept.set()
 
     async def _remove_orphans(self) -> None:
         names = self._orphans
@@ -109,7 +147,7 @@ class Supervisor:
             await self.engine.ping()
             return
         self._next_listing = now + LISTING_PERIOD_S
-        listed = await self.engine.list(f"{SERVER_LABEL}={self.mark}")
+        listed = await self.engine.list(SERVER_LABEL)  # whatever its value: one that was taken over keeps its mark
         running = {state.name for state, _ in listed if state.running}
         dead = [entry for entry in serving if entry.name not in running]
         await asyncio.gather(*(self._is_removed(entry.name, self.endings.bury(entry)) for entry in dead))
@@ -152,7 +190,8 @@ class Supervisor:
         if entry is None:
             return
         if event.get("event") == "exited":
-            entry.server_exit = int(event["exit_code"])
+            entry.server_exit, entry.server_ended = int(event["exit_code"]), True
+            entry.knows_server_exit.set()
             self.background.start(self.endings.bury(entry))
         elif event.get("event") == "offender":
             entry.offence = str(event.get("reason"))

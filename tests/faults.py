@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import NothingLeft
+from tests.conftest import NothingLeft, OrdinaryUser
 from tests.runs import Run
 
 TIMES = Path(__file__).parent / "fault_times.jsonl"  # those that docs/reliability.md states
@@ -44,6 +44,35 @@ NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a 
 FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
 NO_PORT = Case(3, "all of `RUNTIME_PORT_RANGE` is in use", ENDS, 10, "no free port in RUNTIME_PORT_RANGE on cpu-a")
 NO_IMAGE = Case(3, "the image is nowhere", ENDS, 10, "CONTAINER_IMAGE=localhost/nonesuch is not on cpu-a")
+ALL_GOES_ON = "the same address, key and sandboxes answer; the run goes on"
+RECOVERED = "the API server and the Podman service answer again, after"
+CANCELLED_EARLY = Case(
+    2,
+    "`scancel` of the training job while the runtime job still loads its image",
+    "the runtime job ends too",
+    10,
+    "before the trainer started",
+)
+SERVER_KILLED = Case(
+    4, "`kill -9` of the API server, with three sandboxes, one of them paused", ALL_GOES_ON, 5, RECOVERED
+)
+INNER_KILLED = Case(
+    5, "`kill -9` of the Podman service, the process that serves, in the middle of a start", ALL_GOES_ON, 5, RECOVERED
+)
+OUTER_KILLED = Case(
+    5,
+    "`kill -9` of the Podman service, the process that waits for it, in the middle of a start",
+    ALL_GOES_ON,
+    5,
+    RECOVERED,
+)
+THREE_CRASHES = Case(
+    4,
+    "the API server or the Podman service is killed for the third time within a minute",
+    ENDS,
+    10,
+    "the API server or the Podman service ended 3 times within 60 s; the last time: the API server on cpu-a ended with",
+)
 DEAD_JOB = Case(
     19,
     "`kill -9` of a runtime job's body, guardian, API server and Podman service at once; its sandboxes live on",
@@ -100,6 +129,11 @@ CASES = (
     FULL_DISK,
     NO_PORT,
     NO_IMAGE,
+    CANCELLED_EARLY,
+    SERVER_KILLED,
+    INNER_KILLED,
+    OUTER_KILLED,
+    THREE_CRASHES,
     MANY_LAUNCHES,
     OTHER_USER,
     HOME_FULL,
@@ -160,3 +194,12 @@ def measured(case: Case) -> float:
     """The longest time that the kept measurements say of a case."""
     entries = [json.loads(line) for line in TIMES.read_text().splitlines()]
     return max(float(entry["measured"]) for entry in entries if entry["case"] == case.fault)
+
+
+def runtime_processes(user: OrdinaryUser, run: Run, words: str) -> list[int]:
+    """The processes of a run's runtime job whose command line has these words, by the numbers that their node sees."""
+    job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
+    pids = [pid for pid, line in user.processes().items() if words in line]
+    found = [pid for pid in pids if job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    assert found, f"no {words} of job {run.jobs['runtime']}"
+    return sorted(found)

@@ -21,7 +21,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser, leaving_nothing
-from tests.faults import Case, released, within
+from tests.faults import Case, released, runtime_processes, within
 from tests.runs import Run, body_pid, launch, launch_argv, parse_report, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
@@ -116,14 +116,8 @@ def answers(url: str) -> bool:
 
 def engine(user: OrdinaryUser, run: Run) -> list[int]:
     """The guardian, the Podman service, the API server and the body of a runtime job, in this order."""
-    job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
-    found = []
-    for words in ("slurm.lib.guardian", "podman system service", "slurm_runtime.api_server"):
-        pids = [pid for pid, line in user.processes().items() if words in line]
-        own = [pid for pid in pids if job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
-        assert own, f"no {words} of job {run.jobs['runtime']}"
-        found += own
-    return [*found, body_pid(run, "runtime")]
+    words = ("slurm.lib.guardian", "podman system service", "slurm_runtime.api_server")
+    return [*(pid for word in words for pid in runtime_processes(user, run, word)), body_pid(run, "runtime")]
 
 
 def test_sandboxes_of_a_dead_job_are_removed_and_a_living_ones_answer(

@@ -14,7 +14,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
-from tests.faults import within
+from tests.faults import runtime_processes, within
 from tests.runs import Run, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
@@ -108,13 +108,6 @@ def port_of(url: str) -> str:
     return url.strip().rpartition(":")[2]
 
 
-def server_pid(user: OrdinaryUser, run: Run) -> int:
-    """The API server's process, by the number that its node sees."""
-    job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
-    pids = [pid for pid, line in user.processes().items() if "slurm_runtime.api_server" in line]
-    return next(pid for pid in pids if job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-
-
 def test_a_sandbox_that_attacks_is_refused(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
     settings = ("TRAINING_COMMAND=sleep 300", "CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
     run = launch(user, checkout, jobs_base, *settings)
@@ -129,7 +122,7 @@ def test_a_sandbox_that_attacks_is_refused(user: OrdinaryUser, checkout: Path, j
 def attack(user: OrdinaryUser, run: Run) -> None:
     """Have a sandbox of the run try everything, and compare what it was told."""
     until("the API server", lambda: run.text("runtime_ready.flag"), 40)
-    pid = server_pid(user, run)
+    pid = runtime_processes(user, run, "slurm_runtime.api_server")[0]
     neighbour = started(run, "neighbour", SERVES)
     goals = {
         "NODE": test_cluster.NODES["cpu-a"],  # a static busybox cannot look a name up

@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm.lib.coordination import write_atomically
@@ -24,7 +24,7 @@ from slurm.lib.images import archives_folder
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage
-from slurm.lib.processes import Child, ChildSpec, write_through
+from slurm.lib.processes import Child, ChildSpec, how_it_ended, write_through
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
 
@@ -125,28 +125,58 @@ class AlarmFilter:
 
 
 class ApiServer:
-    """The running server. ``url`` is what other nodes use, ``local_url`` what this job uses."""
+    """The running server. ``url`` is what other nodes use, ``local_url`` what this job uses.
 
-    def __init__(self, child: Child, key: str, host: str, port: int, is_ours: bool, last_words: deque[bytes]) -> None:
-        self._child = child
+    ``own_session`` is told the session of each process that serves, the first and those of restarts.
+    """
+
+    def __init__(
+        self,
+        spec: ChildSpec,
+        key: str,
+        host: str,
+        port: int,
+        *,
+        is_ours: bool,
+        stop_s: float,
+        own_session: Callable[[int], None],
+    ) -> None:
+        self._spec = spec
+        self._stop_s = stop_s
+        self._own_session = own_session
         self.key = key
         self.url = f"http://{host}:{port}"
         self.local_url = f"http://127.0.0.1:{port}"
         self.is_ours = is_ours
-        self._last_words = last_words
+        self._start(spec)
 
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+    def _start(self, spec: ChildSpec) -> None:
+        self._last_words: deque[bytes] = deque(maxlen=5)
+        self._child = Child(spec, self._stop_s)
+        self._own_session(self._child.pid)
+        copy_log(self._child, self._last_words)
+
+    def __enter__(self) -> ApiServer:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def restart(self) -> None:
+        """Start our server again after it has ended, on the same socket and with the same key; not yet answering.
+
+        Who connects meanwhile waits in the socket's queue. The new server takes over the sandboxes of the dead one.
+        """
+        assert self.is_ours, "only our own server takes sandboxes over"
+        self._child.stop()
+        self._start(replace(self._spec, argv=(*self._spec.argv, "--adopt")))
 
     def check_alive(self) -> None:
         """``EnvironmentProblem`` with the server's last words if it has ended."""
         code = self._child.exit_code
         if code is not None:
             words = b" | ".join(line.strip() for line in self._last_words).decode("utf-8", "replace")
-            raise EnvironmentProblem(
-                f"the API server on {socket.gethostname()} ended with exit code {code}: {words or 'without a word'}"
-            )
+            raise EnvironmentProblem(f"the API server on {socket.gethostname()} ended with {how_it_ended(code, words)}")
 
     def stop(self) -> None:
         """Have it remove its sandboxes and end; killed when its share of the budget is over."""
@@ -164,7 +194,9 @@ def users_own_runtime(settings: Settings) -> Path | None:
 
 
 @contextlib.contextmanager
-def api_server(job: JobContext, storage: PodmanStorage, key: str, stop_s: float) -> Iterator[ApiServer]:
+def api_server(
+    job: JobContext, storage: PodmanStorage, key: str, stop_s: float, own_session: Callable[[int], None]
+) -> Iterator[ApiServer]:
     """The server, started (not yet answering); stopped within ``stop_s`` seconds at the end of the block."""
     python = users_own_runtime(job.settings)
     listener = listening_socket(
@@ -178,12 +210,10 @@ def api_server(job: JobContext, storage: PodmanStorage, key: str, stop_s: float)
             spec = _own_spec(job, storage, listener, key, stop_s)
         else:
             spec = _foreign_spec(job, storage, port, key)
-        if python is not None:
             listener.close()
-        with Child(spec, stop_grace_s=stop_s) as child:
-            last_words: deque[bytes] = deque(maxlen=5)
-            copy_log(child, last_words)
-            yield ApiServer(child, key, public_host(job.is_local), port, python is None, last_words)
+        host = public_host(job.is_local)
+        with ApiServer(spec, key, host, port, is_ours=python is None, stop_s=stop_s, own_session=own_session) as server:
+            yield server
 
 
 def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, key: str, stop_s: float) -> ChildSpec:

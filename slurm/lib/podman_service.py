@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.podman_storage import PodmanStorage
-from slurm.lib.processes import Child, ChildSpec, write_through
+from slurm.lib.processes import Child, ChildSpec, how_it_ended, write_through
 from slurm.lib.waiting import wait_for
 
 START_DEADLINE_S = 30.0  # 0.3 s here; a busy node's first rootless start can take many times that
@@ -45,21 +45,49 @@ def answers(path: Path) -> bool:
 class PodmanService:
     """The running service; ``exit_code`` is None while it runs."""
 
-    def __init__(self, child: Child, last_words: deque[bytes]) -> None:
-        self._child = child
-        self._last_words = last_words
+    def __init__(self, storage: PodmanStorage, environment: Mapping[str, str], stop_grace_s: float) -> None:
+        argv = ("podman", "system", "service", "--time=0", storage.url)
+        self._storage = storage
+        self._spec = ChildSpec(argv, storage.environment(environment), "the Podman service", stderr=subprocess.PIPE)
+        self._stop_grace_s = stop_grace_s
+        self._start()
+
+    def _start(self) -> None:
+        self._last_words: deque[bytes] = deque(maxlen=5)
+        self._child = Child(self._spec, self._stop_grace_s)
+        self._child.copy_stderr(_keep_errors(self._last_words), write_through(sys.stdout))
+
+    def __enter__(self) -> PodmanService:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._child.stop()
 
     @property
     def exit_code(self) -> int | None:
         return self._child.exit_code
 
+    def answers(self) -> bool:
+        """Whether it answers on its socket."""
+        return answers(self._storage.socket)
+
+    def restart(self) -> None:
+        """Start it again on the same storage after it has ended; not yet answering. Containers go on meanwhile.
+
+        An ordinary user's service is two processes of one group, of which the outer waits for the inner: the inner may
+        live on without the other. Podman takes no socket that is there already, be it nobody's.
+        """
+        self._child.kill()
+        self._storage.socket.unlink(missing_ok=True)
+        self._start()
+
     def check_alive(self) -> None:
         """``EnvironmentProblem`` with the service's last words if it has ended."""
-        if self.exit_code is not None:
+        code = self.exit_code
+        if code is not None:
             words = " ".join(b" ".join(self._last_words).decode("utf-8", "replace").split())
             raise EnvironmentProblem(
-                f"the Podman service on {socket.gethostname()} ended with exit code {self.exit_code}: "
-                f"{words or 'without a word'}"
+                f"the Podman service on {socket.gethostname()} ended with {how_it_ended(code, words)}"
             )
 
 
@@ -78,12 +106,7 @@ def podman_service(
     storage: PodmanStorage, environment: Mapping[str, str], check: Callable[[], None], stop_grace_s: float
 ) -> Iterator[PodmanService]:
     """The service on the job's storage, answering; ``check`` raises if waiting for it is to end early."""
-    argv = ("podman", "system", "service", "--time=0", storage.url)
-    spec = ChildSpec(argv, storage.environment(environment), "the Podman service", stderr=subprocess.PIPE)
-    with Child(spec, stop_grace_s=stop_grace_s) as child:
-        last_words: deque[bytes] = deque(maxlen=5)
-        child.copy_stderr(_keep_errors(last_words), write_through(sys.stdout))
-        service = PodmanService(child, last_words)
+    with PodmanService(storage, environment, stop_grace_s) as service:
         _await(storage, service, check)
         yield service
 
@@ -95,7 +118,7 @@ def _await(storage: PodmanStorage, service: PodmanService, check: Callable[[], N
 
     wait_for(
         f"the Podman service on {storage.socket}",
-        lambda: answers(storage.socket) or None,
+        lambda: service.answers() or None,
         START_DEADLINE_S,
         still_possible=still_possible,
         pause=lambda _elapsed: 0.02,

@@ -263,6 +263,13 @@ class Child:
             copier.join(1.0)  # a grandchild may hold the pipe open
 
 
+def how_it_ended(exit_code: int, last_words: str) -> str:
+    """How a process ended, as the end of a sentence. What one that was killed had said is not about its end."""
+    if exit_code == 128 + signal.SIGKILL:
+        return f"exit code {exit_code} (SIGKILL: somebody killed it, or the kernel, for want of memory)"
+    return f"exit code {exit_code}: {last_words or 'without a word'}"
+
+
 def copy_lines(source: IO[bytes], sinks: Sequence[Callable[[bytes], object]]) -> threading.Thread:
     """A started thread that hands each line of ``source`` to every sink until its end."""
 

@@ -1,64 +1,66 @@
 """The runtime job: private Podman storage, Podman service, API server; its address is published once it answers.
 
-Then it waits for the first of: the training's completion flag, the training job's end, a signal, the death of its own
-server. It stops everything in order within Slurm's KillWait. The nested ``with`` blocks of ``serve`` are the job.
+The nested ``with`` blocks of ``serve`` are the job, and its end: everything is stopped in reverse order, within Slurm's
+KillWait. ``watchers`` sees what happens, ``supervisor`` decides what it means, and here that is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-import signal
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from slurm.lib.api_server_child import ApiServer, api_server
 from slurm.lib.attempts import refused, why_ended
-from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
+from slurm.lib.coordination import Flag
 from slurm.lib.endings import End, note_ends
-from slurm.lib.errors import (
-    EXIT_OK,
-    EXIT_SIGNAL_BASE,
-    EXIT_TIMEOUT,
-    EXIT_UNAVAILABLE,
-    EnvironmentProblem,
-    SuiteError,
-)
+from slurm.lib.errors import EXIT_SIGNAL_BASE, EXIT_UNAVAILABLE, EnvironmentProblem, SuiteError
 from slurm.lib.guardian import guarded
-from slurm.lib.idle import IdleWatch
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
-from slurm.lib.partner import PartnerWatch
-from slurm.lib.podman_service import PodmanService, podman_service
+from slurm.lib.podman_service import podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
 from slurm.lib.registries import registries_conf, site_conf
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import partner_of
-from slurm.lib.runtime_client import RuntimeClient
+from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
 from slurm.lib.scheduler import JobState
 from slurm.lib.signals import Interrupted, SignalNotes
+from slurm.lib.supervisor import (
+    Action,
+    AllStopped,
+    Answers,
+    Event,
+    Failed,
+    NoteEnd,
+    Outcome,
+    Part,
+    Publish,
+    Recovered,
+    Restart,
+    State,
+    Stop,
+    StopSignal,
+    Supervisor,
+    TellTraining,
+    Withdraw,
+    step,
+)
 from slurm.lib.waiting import wait_for
+from slurm.lib.watchers import RunWatch, TrainingWatcher
 
 START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
-LOOK_EVERY_S = 0.4
-SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
+LOOK_EVERY_S = 0.05  # at our children and signals
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Why the job ends: its exit code, a sentence, and whether that is as planned: no training loses its runtime.
-
-    ``others``: how the training ended, as far as that is known.
-    """
-
-    exit_code: int
-    reason: str
-    as_planned: bool = False
-    others: tuple[End, ...] = ()
+class Stopping(Exception):
+    """The work ends; the supervisor knows why."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,21 +72,92 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
     refusal = refused(job, "runtime", notes)
-    if refusal is not None:
-        return refusal
-    try:
-        outcome = serve(job, notes)
-    except Interrupted as stop:
-        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop}")
-        tell_training(job, outcome)
-    except SuiteError as problem:
-        outcome = Outcome(problem.exit_code, str(problem))
-        tell_training(job, outcome)
-    (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job.job_id, outcome.reason)
-    withdrawn = () if outcome.as_planned else withdraw_training(job, outcome)
-    own = End("runtime", job.job_id, outcome.exit_code, outcome.reason, "runtime")
-    note_ends(job.directory, own, *outcome.others, *withdrawn)
-    return outcome.exit_code
+    return RuntimeJob(job, notes).run() if refusal is None else refusal
+
+
+@dataclass
+class RuntimeJob:
+    """The edge of the supervisor: hands it what happens, and does what it says."""
+
+    job: JobContext
+    notes: SignalNotes
+    supervisor: Supervisor = field(default_factory=Supervisor)
+    restarts: Mapping[Part, Callable[[], None]] = field(default_factory=dict)
+    withdrawn: tuple[End, ...] = ()
+    watch: RunWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = RunWatch(self.job, self.notes, TrainingWatcher.of(self.job))
+
+    def run(self) -> int:
+        """From the start to the end with its reason; the exit code."""
+        with contextlib.suppress(Stopping), self.judged():
+            serve(self)
+        self.take(AllStopped())
+        assert self.supervisor.outcome is not None
+        return self.supervisor.outcome.exit_code
+
+    @contextlib.contextmanager
+    def judged(self) -> Iterator[None]:
+        """An error or a signal in the block is a reason to stop, which is told at once; then ``Stopping``."""
+        try:
+            yield
+        except Interrupted as stop:
+            self.take(StopSignal(stop.number))
+            raise Stopping from None
+        except SuiteError as problem:
+            self.take(Failed(problem.exit_code, str(problem)))
+            raise Stopping from None
+
+    def take(self, event: Event) -> None:
+        """Have the supervisor judge an event, and do what it says."""
+        self.supervisor, actions = step(self.supervisor, event, time.monotonic())
+        for action in actions:
+            self.do(action)
+
+    def do(self, action: Action) -> None:
+        if isinstance(action, Publish):
+            assert self.watch.server is not None
+            self.watch.serves(self.watch.server)
+            publish(self.job, self.watch.server)
+        elif isinstance(action, Restart):
+            log.warning("%s; starting it again, the sandboxes stay", action.why)
+            self.restarts[action.part]()
+        elif isinstance(action, Recovered):
+            log.info("the API server and the Podman service answer again, after %.1f s", action.seconds)
+        elif isinstance(action, Stop):
+            log.info("stopping everything: %s", action.outcome.reason)
+        elif isinstance(action, TellTraining):
+            tell_training(self.job, action.outcome)
+        elif isinstance(action, Withdraw):
+            self.withdrawn = withdraw_training(self.job, action.outcome)
+        else:
+            self.conclude(action)
+
+    def conclude(self, action: NoteEnd) -> None:
+        """The last word, in the log and in the run's record."""
+        outcome, job_id = action.outcome, self.job.job_id
+        (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job_id, outcome.reason)
+        own = End("runtime", job_id, outcome.exit_code, outcome.reason, "runtime")
+        note_ends(self.job.directory, own, *outcome.others, *self.withdrawn)
+
+    def look(self) -> None:
+        """Look once for what has happened, and act on it."""
+        event = self.watch.look(self.supervisor.state)
+        if event is not None:
+            self.take(event)
+
+    def still_starting(self) -> None:
+        """Raise ``Stopping`` if going on with the start has become pointless."""
+        self.look()
+        if self.supervisor.state is State.STOPPING:
+            raise Stopping
+
+    def supervise(self) -> None:
+        """Serve until there is a reason to stop; what crashes is started again."""
+        while self.supervisor.state is not State.STOPPING:
+            self.notes.sleep(LOOK_EVERY_S)
+            self.look()
 
 
 def tell_training(job: JobContext, outcome: Outcome) -> None:
@@ -137,27 +210,35 @@ class StopBudget:
         return StopBudget(server_s=min(5.0, whole / 2), service_s=min(1.0, whole / 8))
 
 
-def serve(job: JobContext, notes: SignalNotes) -> Outcome:
-    """Bring everything up, publish, wait for the reason to end, and leave in reverse order."""
+def serve(running: RuntimeJob) -> None:
+    """Bring everything up, publish, serve until there is a reason to end, and leave in reverse order."""
+    job, watch, check = running.job, running.watch, running.still_starting
+    check()
     budget = StopBudget.within(job.scheduler.kill_wait_s())
     scratch = ready_runtime_node(job.settings, job.environment, job.job_id)
     registries = registries_conf(job.settings.registry_mirrors, site_conf(os.environ))
     stores = readable_stores(os.environ)
     with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, stores, registries) as storage:
         guardian.own_storage(storage.root)
-        with api_server(job, storage, api_key(job), budget.server_s) as server:
-            guardian.own_session(server.pid)
-            with podman_service(storage, job.open_environment, notes.check, budget.service_s) as service:
-                load_images(job, storage, lambda: still_starting(notes, server, service))
-                await_health(server, notes)
-                watcher = TrainingWatcher.of(job, server)
-                publish(job, server)
-                outcome = watch(job, notes, watcher, server, service)
-                log.info("stopping everything: %s", outcome.reason)
-                if not outcome.as_planned:
-                    tell_training(job, outcome)
-                server.stop()
-    return outcome
+        with api_server(job, storage, api_key(job), budget.server_s, guardian.own_session) as server:
+            watch.server = server
+            with podman_service(storage, job.open_environment, check, budget.service_s) as service, stopped(server):
+                watch.service = service
+                running.restarts = {Part.SERVER: server.restart, Part.SERVICE: service.restart}
+                with running.judged():
+                    load_images(job, storage, check)
+                    await_health(server, running)
+                    running.take(Answers())
+                    running.supervise()
+
+
+@contextlib.contextmanager
+def stopped(server: ApiServer) -> Iterator[None]:
+    """Stop the server at the end of the block, while the Podman service that it needs for that is there."""
+    try:
+        yield
+    finally:
+        server.stop()
 
 
 def api_key(job: JobContext) -> str:
@@ -165,28 +246,16 @@ def api_key(job: JobContext) -> str:
     return job.environment.get("ALLHANDS_API_KEY") or secrets.token_urlsafe(32)
 
 
-def still_starting(notes: SignalNotes, server: ApiServer, service: PodmanService) -> None:
-    """Raise the reason why going on with the start has become pointless."""
-    notes.check()
-    server.check_alive()
-    service.check_alive()
-
-
-def await_health(server: ApiServer, notes: SignalNotes) -> None:
+def await_health(server: ApiServer, running: RuntimeJob) -> None:
     """Wait until the server answers; its death ends the wait at once."""
-
-    def alive() -> None:
-        notes.check()
-        server.check_alive()
-
-    client = RuntimeClient(server.local_url, server.key)
+    client = RuntimeClient(server.local_url, None)
     wait_for(
         "the API server to answer /health",
-        lambda: True if client.health().ok else None,
+        lambda: True if client.ask("GET", "/health", QUICK_TIMEOUT_S).ok else None,
         START_DEADLINE_S,
-        still_possible=alive,
+        still_possible=running.still_starting,
         pause=lambda _elapsed: 0.02,
-        sleep=notes.sleep,
+        sleep=running.notes.sleep,
     )
 
 
@@ -196,112 +265,3 @@ def publish(job: JobContext, server: ApiServer) -> None:
     job.directory.publish_url(server.url)
     job.directory.publish(job.directory.runtime_ready, Flag.of_this_host(job.job_id, job.job_id))
     log.info("API server ready at %s", server.url)
-
-
-def watch(
-    job: JobContext, notes: SignalNotes, watcher: TrainingWatcher, server: ApiServer, service: PodmanService
-) -> Outcome:
-    """Wait for the first reason to end."""
-    end = time.monotonic() + job.settings.training_complete_timeout
-    idle = IdleWatch(job, notes)
-    while True:
-        outcome = watcher.look(server) or stopped(notes) or child_ended(notes, server, service)
-        outcome = outcome or idle_too_long(idle, watcher)
-        if outcome is None and time.monotonic() > end:
-            seconds = job.settings.training_complete_timeout
-            outcome = Outcome(EXIT_TIMEOUT, f"the training was not complete after TRAINING_COMPLETE_TIMEOUT={seconds}")
-        if outcome:
-            return outcome
-        notes.sleep(LOOK_EVERY_S)
-
-
-def idle_too_long(idle: IdleWatch, watcher: TrainingWatcher) -> Outcome | None:
-    """The outcome if this job is not to wait any longer for a training that has not started."""
-    ending = idle.look(watcher.has_heard)
-    return Outcome(ending.exit_code, ending.reason, as_planned=ending.goes_on) if ending else None
-
-
-def stopped(notes: SignalNotes) -> Outcome | None:
-    """The outcome if a signal has come."""
-    number = notes.stop_signal
-    return None if number is None else Outcome(EXIT_SIGNAL_BASE + number, f"ended by {signal.Signals(number).name}")
-
-
-def child_ended(notes: SignalNotes, server: ApiServer, service: PodmanService) -> Outcome | None:
-    """The outcome if a child of ours has ended by itself; scancel signals every process, perhaps the child first."""
-    try:
-        server.check_alive()
-        service.check_alive()
-    except EnvironmentProblem as problem:
-        notes.sleep(SAME_SIGNAL_S)
-        return stopped(notes) or Outcome(problem.exit_code, str(problem))
-    return None
-
-
-@dataclass
-class TrainingWatcher:
-    """Looks for what ends the wait, in the order of how much it tells."""
-
-    job: JobContext
-    client: RuntimeClient
-    complete: FlagReader
-    counter: Counter
-    partner: PartnerWatch | None = None
-
-    @staticmethod
-    def of(job: JobContext, server: ApiServer) -> TrainingWatcher:
-        def ours(flag: Flag) -> bool:
-            return flag.runtime_job_id == job.job_id
-
-        path = job.directory.training_complete
-        reader = FlagReader.of_new_directory if job.own_dir else FlagReader.from_now
-        client = RuntimeClient(server.local_url, server.key)
-        counter = Counter(job.directory.heartbeat("runtime", job.job_id))
-        if not server.is_ours:
-            counter.beat()  # before the address is published: the training job takes it for the sign to do likewise
-        return TrainingWatcher(job, client, reader(path, ours), counter)
-
-    @property
-    def has_heard(self) -> bool:
-        """Whether the training has been heard of, or Slurm has said that it runs."""
-        return self.partner is not None and self.partner.expected
-
-    def look(self, server: ApiServer) -> Outcome | None:
-        flag = self.complete.read()
-        if flag:
-            return outcome_of(flag)
-        if not server.is_ours:
-            self.counter.beat()
-        return self._partner_gone(server)
-
-    def _partner_gone(self, server: ApiServer) -> Outcome | None:
-        self.partner = self.partner or self._find_partner(server)
-        if self.partner is None:
-            return None
-        why = self.partner.gone()
-        if why is None:
-            return None
-        late = self.complete.read()  # its last act may have been the flag
-        if late:
-            return outcome_of(late)
-        reason = f"{why}, without a completion flag"
-        return Outcome(EXIT_UNAVAILABLE, reason, others=(End("training", self.partner.job_id, None, why, "runtime"),))
-
-    def _find_partner(self, server: ApiServer) -> PartnerWatch | None:
-        training = partner_of(self.job.directory, "runtime", self.job.job_id)
-        if training is None:
-            return None
-        watch = CounterWatch(self.job.directory.heartbeat("training", training))
-
-        def age_s() -> float | None:
-            return self.client.heard_s_ago(f"training-{training}") if server.is_ours else watch.age_s()
-
-        return PartnerWatch("training", training, self.job.scheduler, age_s)
-
-
-def outcome_of(flag: Flag) -> Outcome:
-    """What the completion flag means for the runtime job: it has done its work, however the trainer ended."""
-    if flag.by_hand:
-        return Outcome(EXIT_OK, "training_complete.flag was set by hand", as_planned=True)
-    reason = f"training job {flag.job_id} is complete: {flag.reason or 'no reason given'} (exit code {flag.exit_code})"
-    return Outcome(EXIT_OK, reason, as_planned=True, others=(End.of_flag("training", flag),))

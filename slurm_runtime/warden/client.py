@@ -15,6 +15,7 @@ from typing import Any
 
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.control import ControlError, ForkRefused, OnEvent
+from slurm_runtime.warden.proc import namespace_of
 
 PROGRAM = Path(__file__).with_name("process.py")
 CODE = PROGRAM.parents[2]
@@ -24,6 +25,12 @@ DEADLINE_S = 10.0
 END_S = 2.0
 RETRY_S = (0.1, 1.0, 5.0, 30.0)
 LONGEST_LINE = 1 << 22
+
+
+def namespaces(pid: int) -> tuple[int, ...]:
+    """Those of a process that the warden joins; empty where they cannot be read."""
+    found = (namespace_of(pid, "user"), namespace_of(pid, "mnt"))
+    return found if all(found) else ()
 
 
 class Warden:
@@ -42,6 +49,8 @@ class Warden:
         self._watches: dict[str, dict[str, Any]] = {}
         self._servers: dict[str, int] = {}
         self._closing = False
+        self._joined: tuple[int, ...] = ()
+        self._moved = asyncio.Event()
 
     async def start(self) -> None:
         self._started = asyncio.get_running_loop().create_future()
@@ -54,6 +63,17 @@ class Warden:
         except ControlError:
             await self.close()
             raise
+
+    def podman_is(self, pid: int) -> None:
+        """The next warden joins the namespaces of this process; the one that runs is ended if it is in others."""
+        if pid == self.podman_pid:
+            return
+        self.podman_pid = pid
+        self._moved.set()
+        there = namespaces(pid)
+        if self._process is not None and self._process.returncode is None and there and there != self._joined:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def start_fork_server(self, tree: AgentTree) -> None:
         self._tree = tree
@@ -72,6 +92,10 @@ class Warden:
         answer = await self._about("fork", sandbox, holder, FORK_DEADLINE_S, **request)
         self._servers[sandbox] = int(answer["pid"])
         return self._servers[sandbox]
+
+    async def adopt(self, sandbox: str, pid: int) -> None:
+        self._servers[sandbox] = pid
+        await self._ask({"do": "adopt", "sandbox": sandbox, "pid": pid}, DEADLINE_S)
 
     async def pause(self, sandbox: str, holder: int) -> None:
         await self._about("pause", sandbox, holder)
@@ -161,11 +185,14 @@ class Warden:
                 self._started.set_exception(ControlError(reason))
                 return
             self.on_event({"event": "fork_server", "state": "died", "reason": reason})
-            await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+            self._moved.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), RETRY_S[min(attempt, len(RETRY_S) - 1)])
 
     async def _live(self) -> str:
         """The life of one process; why it ended."""
         ours, theirs = socket.socketpair()
+        self._joined = namespaces(self.podman_pid)
         with theirs:
             words = ["-I", "-S", str(PROGRAM), str(theirs.fileno()), str(self.podman_pid), str(CODE)]
             self._process = await asyncio.create_subprocess_exec(

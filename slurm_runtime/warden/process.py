@@ -41,7 +41,10 @@ class Failure(Exception):
 
 def join_podman(pid: int) -> None:
     """Become root of the user namespace that Podman's service lives in; nothing to do where it is our own."""
-    if namespace_of(pid, "user") in {0, namespace_of(os.getpid(), "user")}:
+    theirs = namespace_of(pid, "user")
+    if not theirs:
+        raise ProcessLookupError(f"its service, process {pid}, has ended")
+    if theirs == namespace_of(os.getpid(), "user"):
         return
     descriptors = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
     for descriptor in descriptors:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slurm_runtime.podman import (
     ContainerState,
     EngineError,
     EngineFacts,
+    EngineUnreachable,
     ImageFacts,
     NoSuchContainer,
     NoSuchImage,
@@ -75,14 +77,21 @@ class FakePodman:
     archives: dict[Path, str] = field(default_factory=dict)
     loads: list[Path] = field(default_factory=list)
     removals: list[str] = field(default_factory=list)
+    away: bool = False  # its service is gone: nothing is answered
+    clock: Iterator[int] = field(default_factory=itertools.count)
     under_way: int = 0
     most_under_way: int = 0
 
+    def _answers(self) -> None:
+        if self.away:
+            raise EngineUnreachable("no Podman service listens on the fake's socket")
+
     async def facts(self) -> EngineFacts:
+        self._answers()
         return EngineFacts("fake", rootless=True, controllers=frozenset({"memory", "cpu", "cpuset"}))
 
     async def ping(self) -> None:
-        return None
+        self._answers()
 
     async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
         self.pulls.append(image)
@@ -111,13 +120,22 @@ class FakePodman:
         self.images.discard(name)
 
     async def create(self, spec: ContainerSpec) -> None:
+        self._answers()
         if spec.image not in self.images:
             raise NoSuchImage(f"{spec.image}: image not known")
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         await asyncio.sleep(self.delay_s)
         self.under_way -= 1
-        state = ContainerState(spec.name, running=False, status="created", exit_code=0, host_port=spec.host_port)
+        state = ContainerState(
+            spec.name,
+            running=False,
+            status="created",
+            exit_code=0,
+            host_port=spec.host_port,
+            variables=dict(spec.environment),
+            created=f"{next(self.clock):09}",
+        )
         self.containers[spec.name] = FakeContainer(spec, state)
 
     async def init(self, name: str) -> None:
@@ -195,6 +213,7 @@ class FakePodman:
         return self._container(name).state
 
     async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
+        self._answers()
         name, equals, value = label.partition("=")
         return [
             (container.state, container.spec.labels)
@@ -206,6 +225,7 @@ class FakePodman:
         return "".join(self._container(name).log.splitlines(keepends=True)[-lines:])
 
     async def remove(self, name: str) -> None:
+        self._answers()
         self.removals.append(name)
         if self.refuse_removal:
             self.refuse_removal -= 1
@@ -225,6 +245,7 @@ class FakePodman:
         self._container(name).end(137)
 
     def _container(self, name: str) -> FakeContainer:
+        self._answers()
         if name not in self.containers:
             raise NoSuchContainer(f"no container with name {name}")
         return self.containers[name]

@@ -7,11 +7,13 @@ import os
 import pwd
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.runtime import commands
@@ -38,6 +40,7 @@ class Service:
 
     home: Path
     owner: pwd.struct_passwd
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)  # one after the other, the last one lives
 
     @property
     def socket(self) -> Path:
@@ -72,6 +75,28 @@ class Service:
             raise RuntimeError(f"podman {argv[0]} ended with {process.returncode}")
         return out.decode()
 
+    def begin(self) -> None:
+        """Start the service, on the same socket as the one before it."""
+        argv = ("podman", "system", "service", "--time=0", f"unix://{self.socket}")
+        self.processes.append(self.popen(*argv, stdin=subprocess.DEVNULL))
+        _wait_for(self.socket, self.processes[-1])
+
+    def kill(self) -> None:
+        """SIGKILL for the process behind the socket and for the one that waits for it; containers live on."""
+        process = self.processes[-1]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.server_pid(), signal.SIGKILL)
+        process.kill()
+        process.wait()
+        self.socket.unlink()
+
+    def server_pid(self) -> int:
+        """The process behind the socket."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.socket))
+            pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return int(pid)
+
     def containers(self) -> list[str]:
         """Names of all containers of the store."""
         return self.podman("ps", "--all", "--format", "{{.Names}}").split()
@@ -97,14 +122,11 @@ def running(owner: pwd.struct_passwd, registries: str = "", parent: Path = Path(
     service = Service(Path(tempfile.mkdtemp(prefix="sk-", dir=parent)), owner)
     try:
         _prepare(service, registries)
-        process = service.popen(
-            "podman", "system", "service", "--time=0", f"unix://{service.socket}", stdin=subprocess.DEVNULL
-        )
         try:
-            _wait_for(service.socket, process)
+            service.begin()
             yield service
         finally:
-            _stop(service, process)
+            _stop(service, service.processes[-1])
     finally:
         _remove(service)
 
@@ -136,9 +158,9 @@ def _busybox_tree(tree: Path) -> None:
         (tree / "bin" / name).symlink_to("busybox")
 
 
-def _wait_for(socket: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while not socket.exists():
+    while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"podman system service did not start (exit code {process.poll()})")
         time.sleep(0.02)

@@ -568,3 +568,21 @@ def test_the_access_log_has_a_line_a_request_and_no_key(fake: Api, caplog: pytes
     assert re.search(r"^method=POST path=/stop status=200 ms=[\d.]+ client=127.0.0.1:\d+ request_bytes=19$", lines[1])
     assert "a-secret" not in "".join(lines)
     assert fake.client.headers["X-API-Key"] not in caplog.text
+
+
+def test_a_start_waits_for_podman_to_answer_again(server_with: MakeServer) -> None:
+    engine = FakePodman()
+    api = server_with(engine)
+    living = started(api)
+    engine.away = True
+    with ThreadPoolExecutor(2) as pool:
+        starting = pool.submit(api.start, image=IMAGE, command=SERVE, session_id="meanwhile")
+        stopping = pool.submit(api.client.post, "/stop", json={"runtime_id": living["runtime_id"]})
+        eventually(lambda: api.client.get("/health").json()["podman"] == "unreachable")
+        time.sleep(0.5)  # some looks of the supervisor
+        assert not starting.done()
+        assert not stopping.done()
+        engine.away = False
+        assert (starting.result().status_code, stopping.result().status_code) == (201, 200)
+    eventually(lambda: api.client.get("/health").json()["podman"] == "connected")
+    assert api.names() == [f"sandbox-{starting.result().json()['runtime_id']}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -276,6 +277,51 @@ def test_an_orphan_of_a_dead_server_is_removed_and_one_of_a_living_server_is_not
     api.run(api.manager.supervisor.sweep())
     assert api.names() == ["neighbour"]
     api.run(api.engine.remove("neighbour"))
+
+
+def test_what_a_dead_server_left_is_taken_over(api: Api) -> None:
+    from slurm_runtime.labels import Notes
+    from slurm_runtime.ownership import process_mark
+    from slurm_runtime.podman import ContainerSpec
+
+    api.manager.supervisor._next_sweep = float("inf")  # it would remove what this test makes
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    dead = "/".join([*process_mark().split("/")[:3], "1", "12345"])  # number 1 started at another time
+    for name, slots, is_started in (("theirs", (3, 5), True), ("half", (4,), False)):
+        notes = Notes(slots, 2.0, "LEGACY", "PLAIN", url, IMAGE, 60000)
+        labels = {**api.manager.launcher.labels.of(name, notes), "skyrl.server": dead}
+        variables = {"SESSION_API_KEY": "their-key"}
+        spec = ContainerSpec(
+            f"sandbox-{name}",
+            IMAGE,
+            tuple(SERVE),
+            variables,
+            "/",
+            labels,
+            60000,
+            "127.0.0.1",
+            port if is_started else 0,
+        )
+        api.run(api.engine.create(spec))
+        if is_started:
+            api.run(api.engine.start(spec.name))
+    api.run(api.manager.supervisor.adopt(api.run(api.manager.connection.ready())))
+    theirs = eventually(lambda: (found := session(api, "theirs"))["pod_status"] == "ready" and found)
+    assert (theirs["runtime_id"], theirs["session_api_key"], theirs["url"]) == ("theirs", "their-key", url)
+    assert api.manager.admission.slots.taken == {3, 5}
+    assert port in api.manager.launcher.ports.taken
+    assert "cut off" in session(api, "half")["pod_logs"]
+    eventually(lambda: api.names() == ["sandbox-theirs"])
+    assert api.client.post("/stop", json={"runtime_id": "theirs"}).status_code == 200
+    assert api.names() == []
+    assert api.manager.admission.slots.used == 0
+    assert port not in api.manager.launcher.ports.taken
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def session(api: Api, session_id: str) -> dict[str, Any]:

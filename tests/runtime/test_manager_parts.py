@@ -14,7 +14,7 @@ from slurm_runtime.config import ServerConfig
 from slurm_runtime.connection import Connection
 from slurm_runtime.diagnostics import OUT_OF_MEMORY, Diagnosis, judged
 from slurm_runtime.entries import Entry, UnknownSandbox
-from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
+from slurm_runtime.podman import Engine, EngineBroke, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.register import Register
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
 from slurm_runtime.warden import proc
@@ -148,6 +148,66 @@ def test_a_connection_that_failed_is_tried_again() -> None:
         return await connection.ready()
 
     assert asyncio.run(twice()) == FACTS
+
+
+def test_work_under_which_podman_went_away_is_done_again_with_the_next_ones_facts() -> None:
+    told: list[EngineFacts] = []
+    tries: list[str] = []
+
+    async def live() -> str:
+        connection = connection_to(SlowPodman([None, EngineUnreachable("silent"), None]), told)
+        await connection.ready()
+
+        async def work() -> str:
+            tries.append(connection.word)
+            if len(tries) == 1:
+                raise EngineBroke("in the middle")
+            return "done"
+
+        return await connection.patiently(work)
+
+    assert asyncio.run(live()) == "done"
+    assert tries == ["connected", "connected"]
+    assert told == [FACTS, FACTS]
+
+
+@pytest.mark.parametrize(("closing", "expected"), [(False, 3), (True, 1)])
+def test_work_that_podman_always_dies_of_is_given_up(closing: bool, expected: int) -> None:
+    tries: list[str] = []
+
+    async def live() -> None:
+        connection = connection_to(SlowPodman([None]), [])
+        await connection.ready()
+
+        async def work() -> None:
+            tries.append(connection.word)
+            raise EngineBroke("in the middle")
+
+        if closing:
+            connection.close()
+        with pytest.raises(EngineBroke, match="in the middle"):
+            await connection.patiently(work)
+
+    asyncio.run(live())
+    assert len(tries) == expected
+
+
+def test_another_error_than_an_outage_is_no_reason_to_try_again() -> None:
+    tries: list[int] = []
+
+    async def live() -> None:
+        connection = connection_to(SlowPodman([None]), [])
+
+        async def work() -> None:
+            tries.append(1)
+            raise EngineError("no such file")
+
+        with pytest.raises(EngineError, match="no such file"):
+            await connection.patiently(work)
+        assert connection.word != "unreachable"
+
+    asyncio.run(live())
+    assert len(tries) == 1
 
 
 def test_work_in_the_background_ends_with_it_and_its_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -374,11 +373,9 @@ def test_podmans_socket_may_appear_later(server: MakeServer, podman: podman_serv
 
 
 @contextlib.contextmanager
-def frozen(path: Path) -> Iterator[None]:
-    """The service behind a socket, stopped for the length of the block."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(path))
-        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+def frozen(podman: podman_service.Service) -> Iterator[None]:
+    """The service, stopped for the length of the block."""
+    pid = podman.server_pid()
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -392,7 +389,7 @@ def test_a_podman_that_hangs_holds_up_neither_polls_nor_the_end(
 ) -> None:
     made = server("--stop-timeout", "1", podman=rootless_podman.socket)
     sandbox = made.start().json()
-    with frozen(rootless_podman.socket):
+    with frozen(rootless_podman):
         polls = [made.request("GET", f"/runtime/{sandbox['runtime_id']}", timeout=2) for _ in range(20)]
         assert {answer.json()["pod_status"] for answer in polls} == {"ready"}
         made.process.terminate()
@@ -405,7 +402,7 @@ def test_a_podman_that_hangs_holds_up_neither_polls_nor_the_end(
 def test_a_second_signal_forces_the_end(server: MakeServer, rootless_podman: podman_service.Service) -> None:
     made = server("--stop-timeout", "600", podman=rootless_podman.socket)
     assert made.start().status_code == 201
-    with frozen(rootless_podman.socket):
+    with frozen(rootless_podman):
         made.process.terminate()
         eventually(lambda: "SIGTERM: stopping" in made.log())
         time.sleep(0.2)

@@ -1,0 +1,179 @@
+"""What has happened to the run? Each look says the first thing seen, as an event of the runtime job's supervisor.
+
+Signals and our own children are seen at every look, the shared directory and Slurm less often. Slurm is asked last,
+because it may take seconds to answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from slurm.lib.api_server_child import ApiServer
+from slurm.lib.coordination import Counter, CounterWatch, Flag, FlagReader
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.idle import IdleWatch
+from slurm.lib.job_context import JobContext
+from slurm.lib.partner import PartnerWatch
+from slurm.lib.podman_service import PodmanService
+from slurm.lib.run_record import partner_of
+from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
+from slurm.lib.signals import SignalNotes
+from slurm.lib.supervisor import (
+    Answers,
+    Crashed,
+    Deadline,
+    Event,
+    Failed,
+    NotBegun,
+    Part,
+    Silent,
+    State,
+    StopSignal,
+    TrainingComplete,
+    TrainingGone,
+)
+
+LOOK_AFAR_EVERY_S = 0.4  # at what other hosts have to answer for: the shared directory, Slurm
+SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd signals a whole job
+
+
+@dataclass
+class TrainingWatcher:
+    """Looks for the training's end: its completion flag, and whether its job is still there.
+
+    ``server`` is set once it answers: from then on it is asked who was heard of.
+    """
+
+    job: JobContext
+    reader: FlagReader
+    counter: Counter
+    server: ApiServer | None = None
+    partner: PartnerWatch | None = None
+
+    @staticmethod
+    def of(job: JobContext) -> TrainingWatcher:
+        def ours(flag: Flag) -> bool:
+            return flag.runtime_job_id == job.job_id
+
+        reader = FlagReader.of_new_directory if job.own_dir else FlagReader.from_now
+        counter = Counter(job.directory.heartbeat("runtime", job.job_id))
+        return TrainingWatcher(job, reader(job.directory.training_complete, ours), counter)
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether the training has been heard of, or Slurm has said that it runs."""
+        return self.partner is not None and self.partner.expected
+
+    def serves(self, server: ApiServer) -> None:
+        """The server answers, and is about to be published."""
+        self.server = server
+        self.beat()  # before the address is published: the training job takes it for the sign to do likewise
+
+    def beat(self) -> None:
+        """Be heard by a training whose heartbeat no server of ours answers."""
+        if self.server is not None and not self.server.is_ours:
+            self.counter.beat()
+
+    def complete(self) -> Event | None:
+        flag = self.reader.read()
+        return TrainingComplete(flag) if flag else None
+
+    def gone(self) -> Event | None:
+        self.partner = self.partner or self._find_partner()
+        why = self.partner.gone() if self.partner else None
+        if why is None or self.partner is None:
+            return None
+        return self.complete() or TrainingGone(self.partner.job_id, why)  # its last act may have been the flag
+
+    def _find_partner(self) -> PartnerWatch | None:
+        training = partner_of(self.job.directory, "runtime", self.job.job_id)
+        if training is None:
+            return None
+        watch = CounterWatch(self.job.directory.heartbeat("training", training))
+
+        def age_s() -> float | None:
+            if self.server is None:
+                return None
+            client = RuntimeClient(self.server.local_url, self.server.key)
+            return client.heard_s_ago(f"training-{training}") if self.server.is_ours else watch.age_s()
+
+        return PartnerWatch("training", training, self.job.scheduler, age_s)
+
+
+@dataclass
+class RunWatch:
+    """Everything that the runtime job watches; ``server`` and ``service`` from their start on."""
+
+    job: JobContext
+    notes: SignalNotes
+    training: TrainingWatcher
+    server: ApiServer | None = None
+    service: PodmanService | None = None
+    idle: IdleWatch | None = None
+    _deadline: float = field(default=math.inf, init=False)
+    _next_far_look: float = field(default=0.0, init=False)
+
+    def serves(self, server: ApiServer) -> None:
+        """The server is about to be published; from now on the training is waited for."""
+        self.training.serves(server)
+        self.idle = IdleWatch(self.job, self.notes)
+        self._deadline = time.monotonic() + self.job.settings.training_complete_timeout
+
+    def look(self, state: State) -> Event | None:
+        """The first thing seen that matters to a job in this state."""
+        seen = (look() for look in self._looks(state))
+        return next((event for event in seen if event is not None), None)
+
+    def _looks(self, state: State) -> Iterator[Callable[[], Event | None]]:
+        """While a part is being started again, Slurm is not asked: its answer may be waited for."""
+        is_time = time.monotonic() >= self._next_far_look
+        if is_time:
+            self._next_far_look = time.monotonic() + LOOK_AFAR_EVERY_S
+            self.training.beat()
+            yield self.training.complete
+        yield from (self.signal, self.crash)
+        if state is State.RECOVERING:
+            yield self.recovery
+        elif is_time:
+            yield self.training.gone
+        if state is State.SERVING and is_time:
+            yield from (self.not_begun, self.deadline)
+
+    def signal(self) -> Event | None:
+        """A signal; a training that is complete by then tells more."""
+        number = self.notes.stop_signal
+        return None if number is None else self.training.complete() or StopSignal(number)
+
+    def crash(self) -> Event | None:
+        """A part that has ended; ``scancel`` signals every process of the job, perhaps the part first."""
+        event = self._crash_of(Part.SERVER, self.server) or self._crash_of(Part.SERVICE, self.service)
+        if event is None:
+            return None
+        self.notes.sleep(SAME_SIGNAL_S)
+        return self.signal() or event
+
+    def _crash_of(self, part: Part, child: ApiServer | PodmanService | None) -> Event | None:
+        try:
+            if child is not None:
+                child.check_alive()
+        except EnvironmentProblem as problem:
+            again = not isinstance(child, ApiServer) or child.is_ours  # another's server takes over no sandbox
+            return Crashed(part, str(problem)) if again else Failed(problem.exit_code, str(problem))
+        return None
+
+    def recovery(self) -> Event | None:
+        if self.server is None or self.service is None or not self.service.answers():
+            return Silent()
+        client = RuntimeClient(self.server.local_url, None)
+        return Answers() if client.ask("GET", "/health", QUICK_TIMEOUT_S).ok else Silent()
+
+    def not_begun(self) -> Event | None:
+        ending = self.idle.look(self.training.has_heard) if self.idle else None
+        return NotBegun(ending.exit_code, ending.reason, ending.goes_on) if ending else None
+
+    def deadline(self) -> Event | None:
+        over = time.monotonic() > self._deadline
+        return Deadline(self.job.settings.training_complete_timeout) if over else None

@@ -1,0 +1,198 @@
+"""Faults of the runtime job's own parts: its API server and its Podman service are killed while sandboxes live."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shell_rl.errors import SandboxDied, SandboxesUnavailable
+from shell_rl.sandbox import RuntimeApi, Sandbox
+from slurm.lib.processes import living_fields
+from slurm.lib.runtime_client import RuntimeClient
+from tests import faults
+from tests.conftest import NothingLeft, OrdinaryUser
+from tests.faults import Case, released, runtime_processes, within
+from tests.runs import Run, launch, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
+
+IMAGE = "localhost/skyrl-busybox:latest"
+SETTINGS = ("CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
+SERVER, SERVICE = "slurm_runtime.api_server", "podman system service"
+START_UNDER_WAY_S = 0.1  # of about 0.3 that a start takes
+# A trainer with three sandboxes, each with a file of its own. One is paused; once the file "go" is there they are used
+# again, by what the API says of their sessions.
+TRAINER = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
+import json, os, sys, threading, time
+sys.path.insert(0, os.environ["SKYRL_CODE_DIR"])
+from shell_rl.sandbox import RuntimeApi, Sandbox
+api = RuntimeApi(*(os.environ[n] for n in ("SANDBOX_REMOTE_RUNTIME_API_URL", "ALLHANDS_API_KEY", "CONTAINER_IMAGE")))
+def ask(method, path, body=None):
+    reply = api._door.request(method, path, json.dumps(body).encode() if body else None)
+    assert reply.status == 200, reply
+    return json.loads(reply.body)
+sandboxes = [api.start(f"s{n}", threading.Event()) for n in range(3)]
+for n, sandbox in enumerate(sandboxes):
+    assert sandbox.run(f"echo {n} > /tmp/mine").exit_code == 0
+ask("POST", "/pause", {"runtime_id": sandboxes[2].runtime_id})
+def described(session):
+    said = ask("GET", f"/sessions/{session}")
+    return [said[name] for name in ("runtime_id", "url", "session_api_key")]
+before = [described(f"s{n}") for n in range(3)]
+open("started", "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.1)
+assert [described(f"s{n}") for n in range(3)] == before
+assert ask("GET", "/sessions/s2")["status"] == "paused"
+ask("POST", "/resume", {"runtime_id": sandboxes[2].runtime_id})
+said = [sandbox.run("cat /tmp/mine").stdout for sandbox in sandboxes]
+assert said == ["0\\n", "1\\n", "2\\n"], said
+fourth = api.start("s3", threading.Event())
+assert fourth.run("echo $((6 * 7))").stdout == "42\\n"
+for n in range(4):
+    api.stop(f"s{n}")
+assert ask("GET", "/list")["runtimes"] == []
+END"""
+
+
+@pytest.fixture(autouse=True)
+def clean(nothing_left: NothingLeft) -> None:
+    """Every test here ends with nothing left on any node."""
+
+
+def server_of(run: Run) -> RuntimeClient:
+    return RuntimeClient(run.text("runtime_url.txt").strip(), run.text("runtime_api_key.txt").strip())
+
+
+# --- 2: the training ends while its runtime still starts --------------------------------------------------------------
+
+
+def test_a_runtime_that_loads_its_image_sees_its_training_end(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: NothingLeft
+) -> None:
+    """The load of the image is stopped by a signal: so it takes as long as that of the largest image."""
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=true", *SETTINGS)
+    end = time.monotonic() + 60
+    while not (loads := [pid for pid, words in user.processes().items() if "load --quiet --input" in words]):
+        assert time.monotonic() < end and not run.text("runtime_ready.flag"), "the load was not seen"
+        time.sleep(0.002)
+    os.kill(loads[0], signal.SIGSTOP)
+    run.wait_for_text("training", "waiting up to")
+    user.run(["scancel", run.jobs["training"]])
+    released(run, nothing_left, faults.CANCELLED_EARLY)
+    assert not run.text("runtime_ready.flag")
+    assert run.exit_code("runtime") == "0"
+
+
+# --- 4: the API server ------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_killed_comes_back_with_its_sandboxes(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path
+) -> None:
+    run = launch(user, checkout, jobs_base, TRAINER, *SETTINGS)
+    until("its sandboxes", lambda: (run.directory / "started").exists() or run.completion, 60)
+    server = server_of(run)
+    (pid,) = runtime_processes(user, run, SERVER)
+    begin = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    while not server.health().ok:
+        assert time.monotonic() - begin < faults.SERVER_KILLED.bound_s, run.log("runtime")
+    within(faults.SERVER_KILLED, time.monotonic() - begin)
+    assert server.check_key().ok
+    assert runtime_processes(user, run, SERVER) != [pid]
+    user.run(["touch", str(run.directory / "go")])
+    run.wait_over(seconds=60)
+    assert run.completion["exit_code"] == 0, run.log("training") + run.log("training", "err")
+    assert run.exit_code("runtime") == "0"
+    assert "exit code 137" in run.log("runtime")
+    assert faults.SERVER_KILLED.reads in run.log("runtime")
+
+
+# --- 5: the Podman service, and both too often ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Client:
+    """A user of a run's sandboxes who looks after two of them."""
+
+    run: Run
+    api: RuntimeApi
+    sandboxes: tuple[Sandbox, ...]
+
+    @staticmethod
+    def of(run: Run) -> Client:
+        server = server_of(run)
+        api = RuntimeApi(server.url, server.key or "", IMAGE)
+        sandboxes = tuple(api.start(f"old{number}", threading.Event()) for number in range(2))
+        assert all(sandbox.run(f"echo {sandbox.runtime_id} > /tmp/mine").exit_code == 0 for sandbox in sandboxes)
+        return Client(run, api, sandboxes)
+
+    def old_ones_are_whole(self) -> bool:
+        """Whether the sandboxes run commands and have kept their files."""
+        return all(each.run("cat /tmp/mine").stdout.strip() == each.runtime_id for each in self.sandboxes)
+
+    def starts(self, session: str) -> bool:
+        """Whether a new sandbox runs a command; a client tries again what the server could not do."""
+        try:
+            return self.api.start(session, threading.Event()).run("echo $((6 * 7))").stdout == "42\n"
+        except (SandboxesUnavailable, SandboxDied):
+            return False
+
+
+def service_processes(user: OrdinaryUser, run: Run) -> tuple[list[int], int]:
+    """The processes of a Podman service, and the one that serves.
+
+    The first service of a store is two processes, the outer of which waits for the inner; one after it is one. What it
+    forks for a moment bears its name too.
+    """
+    before = runtime_processes(user, run, SERVICE)
+    time.sleep(0.3)
+    pids = [pid for pid in runtime_processes(user, run, SERVICE) if pid in before]
+    parents = {pid: int((living_fields(pid) or ["", "0"])[1]) for pid in pids}
+    return pids, next((pid for pid in pids if parents[pid] in pids), pids[0])
+
+
+def kill_service(user: OrdinaryUser, run: Run, client: Client, case: Case) -> None:
+    """Kill one of the processes of the Podman service, and wait until it is back and a new sandbox runs a command.
+
+    One that is being started meanwhile gets there too. Until the death of the waiting process is seen, the other one
+    goes on serving.
+    """
+    pids, serves = service_processes(user, run)
+    doomed = serves if case is faults.INNER_KILLED else next(pid for pid in pids if pid != serves)
+    before = run.log("runtime").count(case.reads)
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(client.starts, f"before{doomed}")
+        time.sleep(START_UNDER_WAY_S)
+        begin = time.monotonic()
+        os.kill(doomed, signal.SIGKILL)
+        until("the recovery", lambda: run.log("runtime").count(case.reads) > before, case.bound_s)
+        until("a new sandbox", lambda: client.starts(f"after{doomed}"), case.bound_s)
+        assert under_way.result(timeout=case.bound_s)
+        within(case, time.monotonic() - begin)
+    assert client.old_ones_are_whole()
+    assert not set(pids) & set(runtime_processes(user, run, SERVICE)), "nothing of the dead one is left"
+
+
+def test_a_podman_service_that_is_killed_comes_back_but_not_for_the_third_time(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: NothingLeft
+) -> None:
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=echo trainer started; exec sleep 300", *SETTINGS)
+    run.wait_for_text("training", "trainer started", 60)
+    client = Client.of(run)
+    kill_service(user, run, client, faults.OUTER_KILLED)
+    kill_service(user, run, client, faults.INNER_KILLED)
+    assert run.log("runtime").count(faults.RECOVERED) == 2
+    assert not run.is_over("training")
+    os.kill(runtime_processes(user, run, SERVER)[0], signal.SIGKILL)
+    released(run, nothing_left, faults.THREE_CRASHES)
+    assert run.exit_code("runtime") == "71"
+    assert run.completion["exit_code"] == 69
