@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import itertools
 import json
 import os
 import random
@@ -23,7 +25,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
-from tests.faults import within
+from tests.faults import runtime_processes, within
 from tests.runs import Run, launch, podman_ps, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
@@ -31,6 +33,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 CYCLES = int(os.environ.get("SKYRL_ENDURANCE_CYCLES", "2000"))
 CLIENTS = 8
 KILL_EVERY_S = 4.0
+CRASH_EVERY_S = 25.0  # three crashes within a minute end a run
+SERVER, SERVICE = "slurm_runtime.api_server", "podman system service"
+CRASHES = (SERVER, SERVICE)
 SERVES = "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"
 GROWTH = 1.1
 
@@ -107,22 +112,24 @@ class Load:
                 served = answer.read() == b"ok\n"
             self.ask("/stop", {"runtime_id": sandbox["runtime_id"]})
             return "served" if served else "wrong answer"
-        except (OSError, urllib.error.HTTPError) as problem:
+        except (OSError, http.client.HTTPException) as problem:
+            until(f"the end of session s{number}", lambda: self.is_ended(f"s{number}"), 40)
             return f"failed: {str(problem)[:80]}"
+
+    def is_ended(self, session: str) -> bool:
+        """Whether a session whose cycle broke off has no sandbox any more; stops one that it has."""
+        try:
+            found = self.ask(f"/sessions/{session}")
+            self.ask("/stop", {"runtime_id": found["runtime_id"]})
+        except urllib.error.HTTPError as refusal:
+            return refusal.code == 404
+        except (OSError, http.client.HTTPException):  # the server is being started again
+            return False
+        return True
 
     def cycles(self, numbers: range) -> None:
         with ThreadPoolExecutor(CLIENTS) as pool:
             self.outcomes.update(pool.map(self.cycle, numbers))
-
-    def pids(self, words: str) -> list[int]:
-        """The run's processes whose command line has these words, oldest first."""
-        job = f"SLURM_JOB_ID={self.run.jobs['runtime']}".encode()
-        found = []
-        for pid, line in self.user.processes().items():
-            with contextlib.suppress(OSError):
-                if words in line and job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    found.append(pid)
-        return sorted(found)
 
     def sandboxes(self) -> list[int]:
         """The first processes of living sandboxes: they have no environment of the job's."""
@@ -130,7 +137,7 @@ class Load:
 
     @contextlib.contextmanager
     def being_killed(self) -> Iterator[None]:
-        """Some sandbox of the run is killed every few seconds."""
+        """Some sandbox of the run is killed every few seconds, the server or Podman's service every 25 s."""
         stop = threading.Event()
         thread = threading.Thread(target=self._kill, args=(stop,))
         thread.start()
@@ -141,19 +148,33 @@ class Load:
             thread.join()
 
     def _kill(self, stop: threading.Event) -> None:
-        choice = random.Random(20)
+        choice, crash_at = random.Random(20), time.monotonic() + CRASH_EVERY_S / 2
+        crashes = itertools.cycle(CRASHES)
         while not stop.wait(KILL_EVERY_S):
-            victims = self.sandboxes()
-            if victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(choice.choice(victims), signal.SIGKILL)
-                    self.killed["sandbox"] += 1
+            if time.monotonic() > crash_at:
+                crash_at += CRASH_EVERY_S
+                words = next(crashes)
+                self._end(words, runtime_processes(self.user, self.run, words))
+            elif victims := self.sandboxes():
+                self._end("sandbox", [choice.choice(victims)])
+
+    def _end(self, what: str, pids: list[int]) -> None:
+        """SIGKILL for all of them: of a rootless Podman service, the one that serves and the one that waits for it."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.killed[what] += 1
+
+    def is_empty(self) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return not self.sandboxes() and self.ask("/list")["total"] == 0
+        return False
 
     def state(self) -> State:
         """Once all sandboxes are gone."""
-        until("the last sandbox's end", lambda: not self.sandboxes() and self.ask("/list")["total"] == 0, 30)
+        until("the last sandbox's end", self.is_empty, 30)
         time.sleep(2)
-        server = self.pids("slurm_runtime.api_server")[0]
+        server = runtime_processes(self.user, self.run, SERVER)[0]
         status = Path(f"/proc/{server}/status").read_text()
         return State(
             descriptors=len(list(Path(f"/proc/{server}/fd").iterdir())),
@@ -184,6 +205,8 @@ def test_a_days_sandboxes_add_up_to_nothing(user: OrdinaryUser, checkout: Path, 
         run.wait_over(seconds=20)
     print(f"{seconds:.0f} s; {dict(load.outcomes)}; killed {dict(load.killed)}; {before}; {after}")
     assert load.killed["sandbox"] > CYCLES // 100, "some were killed"
-    assert load.outcomes["served"] >= CYCLES - load.killed.total()
+    assert load.killed[SERVER] + load.killed[SERVICE] >= seconds // CRASH_EVERY_S // 2
+    crashes = load.killed[SERVER] + load.killed[SERVICE]
+    assert load.outcomes["served"] >= CYCLES - load.killed["sandbox"] - CLIENTS * crashes
     assert not after.exceeds(before), (before, after)
     within(faults.ENDURANCE, seconds)
