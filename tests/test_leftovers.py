@@ -129,10 +129,12 @@ def test_a_launcher_that_died_before_it_wrote_the_marker(slurm: FakeSlurm, found
 def test_a_launcher_on_another_host_by_slurms_clock(slurm: FakeSlurm, now: float, goes: bool) -> None:
     slurm.answer("squeue --user", {"stdout": "101|PENDING|JobHeldUser|1000|skyrl:login9/boot/1/2/3/0\n"})
     config = {"stdout": f"Configuration data as of {now:.0f}\nAccountingStorageHost = localhost\n"}
-    slurm.answer("scontrol", {"stdout": f"   StdOut={slurm.jobs}/29990304_050607_101/runtime_101.out\n"}, config)
+    slurm.answer("scontrol", {"stdout": f"   StdOut={slurm.jobs}/29990304_050607_101/runtime_101.out\n"})
+    slurm.answer("scontrol show config", config)
     clear(door(slurm), slurm.jobs)
     assert bool(slurm.of("scancel")) is goes
-    assert [call.environment.get("SLURM_TIME_FORMAT") for call in slurm.of("scontrol")] == [None, "%s"]
+    asked = [call for call in slurm.questions if call.name == "scontrol show config"]
+    assert [call.environment.get("SLURM_TIME_FORMAT") for call in asked] == ["%s"]
 
 
 def test_jobs_that_cannot_be_cancelled_keep_their_directory(slurm: FakeSlurm) -> None:
