@@ -143,6 +143,25 @@ def test_a_training_that_is_gone_is_seen_in_every_state(place: Place, state: Sta
     assert len(place.scheduler.asked_at) == 1
 
 
+def test_the_time_of_loading_images_is_not_the_trainings_silence(place: Place) -> None:
+    now = place.scheduler
+    now.words = "RUNNING, on cpu-a"
+    training = place.watch.training
+    partner = PartnerWatch("training", "8", now, lambda: None, clock=lambda: now.now)
+    training.partner = partner
+    for _ in range(1000):
+        now.now += 10
+        assert training.gone() is None
+    training.server = place.server
+    for _ in range(59):
+        now.now += 10
+        assert training.gone() is None
+    now.now += 20
+    event = training.gone()
+    assert isinstance(event, TrainingGone)
+    assert "was not heard of for 600 s; Slurm says RUNNING (PARTNER_PATIENCE)" in event.why
+
+
 @pytest.mark.parametrize("state", [State.STARTING, State.SERVING, State.RECOVERING])
 def test_neither_a_slow_directory_nor_a_silent_controller_holds_up_a_signal(place: Place, state: State) -> None:
     answer = threading.Event()

@@ -60,6 +60,10 @@ class PartnerWatch:
     def __post_init__(self) -> None:
         self._looked_at = self.clock()
 
+    def hear(self, patience_s: float) -> None:
+        """From now on the partner can be heard, and its silence is no longer than this."""
+        self.patience_s, self._silence_s = patience_s, 0.0
+
     def gone(self) -> str | None:
         """Why the partner is gone, as a sentence, or None while it may be there. Slurm's answer is waited for."""
         if not self.job_id:

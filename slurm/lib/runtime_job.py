@@ -23,6 +23,7 @@ from slurm.lib.guardian import guarded
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
+from slurm.lib.lookout import answered
 from slurm.lib.podman_service import podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
@@ -214,7 +215,7 @@ def serve(running: RuntimeJob) -> None:
     """Bring everything up, publish, serve until there is a reason to end, and leave in reverse order."""
     job, watch, check = running.job, running.watch, running.still_starting
     check()
-    budget = StopBudget.within(job.scheduler.kill_wait_s())
+    budget = StopBudget.within(answered(job.scheduler.kill_wait_s, running.notes))
     scratch = ready_runtime_node(job.settings, job.environment, job.job_id)
     registries = registries_conf(job.settings.registry_mirrors, site_conf(os.environ))
     stores = readable_stores(os.environ)

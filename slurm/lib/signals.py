@@ -7,8 +7,8 @@ and the handlers that were there before come back at the end of the ``with`` blo
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -35,7 +35,9 @@ class SignalNotes:
         self.stop_signal: int | None = None
         self.forced = False
         self.on_other: Callable[[int], None] | None = None
-        self._woken = threading.Event()
+        # Its put may come in the midst of its own get. There the set of a threading.Event would wait for ever, for a
+        # lock that the interrupted thread itself holds.
+        self._woken: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def note(self, number: int, _frame: FrameType | None = None) -> None:
         """The handler."""
@@ -45,11 +47,13 @@ class SignalNotes:
             return
         self.forced = self.stop_signal is not None
         self.stop_signal = self.stop_signal or number
-        self._woken.set()
+        self._woken.put(number)
 
     def sleep(self, seconds: float) -> None:
         """Sleep, but no longer than until the next stopping signal."""
-        self._woken.wait(seconds)
+        if self.stop_signal is None:
+            with contextlib.suppress(queue.Empty):
+                self._woken.get(timeout=max(0.0, seconds))
 
     def check(self) -> None:
         """Raise ``Interrupted`` if a stopping signal has come."""

@@ -86,12 +86,15 @@ class TrainingWatcher:
         return TrainingComplete(flag) if flag else None
 
     def gone(self) -> Event | None:
-        self.partner = self.partner or self._find_partner()
-        why = self.partner.gone() if self.partner else None
-        if why is None or self.partner is None:
+        self.partner = partner = self.partner or self._find_partner()
+        if partner is None:
             return None
-        # Its last act may have been the flag.
-        return self.complete() or TrainingGone(self.partner.job_id, why, self.partner.ended_well)
+        if self.server is not None and math.isinf(partner.patience_s):
+            partner.hear(self.job.settings.partner_patience)  # while images were loaded it could not be heard
+        why = partner.gone()
+        if why is None:
+            return None
+        return self.complete() or TrainingGone(partner.job_id, why, partner.ended_well)  # its last act may be the flag
 
     def _find_partner(self) -> PartnerWatch | None:
         training = partner_of(self.job.directory, "runtime", self.job.job_id)
@@ -105,10 +108,7 @@ class TrainingWatcher:
             client = RuntimeClient(self.server.local_url, self.server.key)
             return client.heard_s_ago(f"training-{training}") if self.server.is_ours else watch.age_s()
 
-        patience_s = self.job.settings.partner_patience
-        return PartnerWatch(
-            "training", training, self.job.scheduler, age_s, patience_s=patience_s, flag_late_s=FLAG_LATE_S
-        )
+        return PartnerWatch("training", training, self.job.scheduler, age_s, flag_late_s=FLAG_LATE_S)
 
 
 @dataclass
