@@ -301,7 +301,7 @@ HOSTILE_BODIES = Case(
 )
 ENDURANCE = Case(
     20,
-    "2,000 sandboxes come and go, 8 at a time; every 4 s one of them is killed, every 25 s the API server or Podman's "
+    "2,000 sandboxes come and go, 8 at a time; every 4 s one of them is killed, every 35 s the API server or Podman's "
     "service",
     "the others serve; descriptors, memory, slots, ports, containers and storage of the run are as before",
     600,
