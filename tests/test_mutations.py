@@ -34,6 +34,13 @@ def test_each_applies_to_the_code_as_it_is(path: Path) -> None:
     assert not fault, f"{fault}\nbreak the code anew, then: tests/mutations/run --remake {path.stem}"
 
 
+@pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
+def test_each_change_replaces_lines_by_which_its_place_is_found(path: Path) -> None:
+    """One that only adds lines would fit anywhere."""
+    for change in path.read_text(encoding="utf-8").split("\n@@")[1:]:
+        assert "\n-" in change
+
+
 @pytest.mark.parametrize("mutation", mutations(), ids=lambda mutation: mutation.name)
 def test_each_names_a_test_that_there_is(mutation: Mutation) -> None:
     file, _, name = mutation.test.partition("::")
