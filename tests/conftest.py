@@ -239,7 +239,7 @@ def leftovers(user: OrdinaryUser, before: Belongings) -> list[str]:
     processes = [f"process {pid}: {words[:150]}" for pid, words in now.processes.items() if pid not in before.processes]
     paths = [f"left on a node: {path}" for path in sorted(now.paths - before.paths)]
     names = re.compile(rf"skyrl-{user.uid}-|/run/user/{user.uid}/")
-    sockets = [line for line in Path("/proc/net/unix").read_text().splitlines() if names.search(line)]
+    sockets = [line for node in test_cluster.NODES for line in test_cluster.sockets(node) if names.search(line)]
     ports = [f"port {port} on {node}" for node, port in sorted(now.ports - before.ports)]
     return jobs + processes + paths + [f"socket {line}" for line in sockets] + ports
 

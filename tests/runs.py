@@ -139,8 +139,8 @@ def launch(
     return parse_report(user, done.stdout)
 
 
-# A trainer that starts two sandboxes, writes what it knows of them, and goes on.
-WITH_SANDBOXES = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
+# A trainer that starts two sandboxes and writes what it knows of them.
+STARTS_SANDBOXES = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
 import json, os, time, urllib.request
 url, key = os.environ["SANDBOX_REMOTE_RUNTIME_API_URL"], os.environ["ALLHANDS_API_KEY"]
 def start(number):
@@ -152,8 +152,8 @@ def start(number):
 with open("sandboxes.part", "w") as file:
     json.dump([start(number) for number in range(2)], file)
 os.rename("sandboxes.part", "sandboxes.json")
-time.sleep(600)
 END"""
+WITH_SANDBOXES = f"{STARTS_SANDBOXES}\nexec sleep 600"  # it goes on
 
 
 def with_sandboxes(user: User, checkout: Path, jobs_base: Path, *settings: str) -> tuple[Run, list[str]]:

@@ -19,7 +19,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import OrdinaryUser, belongings, fresh_folder, leaving_nothing
 from tests.faults import Case, NothingLeftOfRun, released, within
-from tests.runs import Run, answers, body_pid, launch, until, with_sandboxes
+from tests.runs import STARTS_SANDBOXES, WITH_SANDBOXES, Run, answers, body_pid, launch, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -95,7 +95,7 @@ ENDINGS: Mapping[Case, tuple[str, int]] = {
 
 def test_a_trainers_end_ends_both_jobs_with_its_exit_code(scene: Scene) -> None:
     for case, (command, _code) in ENDINGS.items():
-        scene.begin(case.fault, ON_GO + command)
+        scene.begin(case.fault, STARTS_SANDBOXES + "\n" + ON_GO.partition("=")[2] + command)
     scene.started(*scene.runs)
     since = time.monotonic()
     for run in scene.runs.values():
@@ -118,8 +118,9 @@ def test_running_jobs_that_are_cancelled(scene: Scene) -> None:
         faults.CANCEL_BOTH: ("runtime", "training"),
     }
     for case in victims:
-        scene.begin(case.fault, TRAIN_LONG)
-    scene.started(*scene.runs)
+        scene.begin(case.fault, WITH_SANDBOXES)
+    for run in scene.runs.values():
+        until("its sandboxes", lambda run=run: run.text("sandboxes.json"), 90)  # type: ignore[misc]
     moments = {case: scene.cancel(case.fault, *kinds) for case, kinds in victims.items()}
     for case, since in moments.items():
         scene.released(case.fault, case, since)
@@ -146,21 +147,26 @@ def test_jobs_that_are_cancelled_the_moment_they_start(scene: Scene) -> None:
 
 def test_jobs_that_are_cancelled_in_the_queue(scene: Scene) -> None:
     waits = "--begin=now+300"
-    training, runtime, first = (
+    training, runtime, first, both = (
         faults.CANCEL_PENDING_TRAINING.fault,
         faults.CANCEL_PENDING_RUNTIME.fault,
         faults.CANCEL_TRAINING_FIRST.fault,
+        faults.CANCEL_PENDING_BOTH.fault,
     )
     scene.begin(training, TRAIN_LONG, *at(more_gpu=waits))
     scene.begin(runtime, TRAIN_LONG, *at(more_cpu=waits))
     scene.begin(first, TRAIN_LONG, *at(more_cpu="--begin=now+8"))
+    scene.begin(both, TRAIN_LONG, *at(more_cpu=waits))
     scene.cancel(first, "training")
+    at_once = scene.cancel(both, "runtime", "training")
+    scene.released(both, faults.CANCEL_PENDING_BOTH, at_once, mute=("runtime", "training"))
     scene.runs[training].wait_for_text("runtime", "API server ready")
     time.sleep(5)  # the first questions about the training have been asked
-    moments = {training: scene.cancel(training, "training"), runtime: scene.cancel(runtime, "runtime")}
-    assert scene.runs[first].state("runtime") == "PENDING"
-    scene.released(training, faults.CANCEL_PENDING_TRAINING, moments[training], mute=("training",))
-    scene.released(runtime, faults.CANCEL_PENDING_RUNTIME, moments[runtime], mute=("runtime",))
+    moment = scene.cancel(training, "training")
+    scene.cancel(runtime, "runtime")
+    start = scene.state(runtime, "training", "RUNNING", "COMPLETING", "FAILED")
+    scene.released(runtime, faults.CANCEL_PENDING_RUNTIME, start, mute=("runtime",))
+    scene.released(training, faults.CANCEL_PENDING_TRAINING, moment, mute=("training",))
     start = scene.state(first, "runtime", "RUNNING", "COMPLETING", "FAILED")
     scene.released(first, faults.CANCEL_TRAINING_FIRST, start, mute=("training",))
     assert scene.runs[training].completion["job_id"] == scene.runs[training].jobs["training"]

@@ -128,7 +128,7 @@ ASKED = 'printf %s "$HF_TOKEN" > "$SKYRL_COORD_DIR/token"; printf %s "$PYTHONPAT
 
 def test_files_that_are_late_or_never_come(lab: Lab) -> None:
     late = ["code", "secrets.json", "runtime_api_key.txt"]
-    lab.mounts.enter_context(faulty("gpu-a", lab.folder("late"), late=late, late_s=6))
+    lab.mounts.enter_context(faulty("gpu-a", lab.folder("late"), late=late, late_s=30))
     lab.mounts.enter_context(faulty("gpu-a", lab.folder("secrets"), late=["secrets.json"], late_s=NEVER))
     lab.mounts.enter_context(faulty("gpu-b", lab.folder("code"), late=["code"], late_s=NEVER))
     lab.mounts.enter_context(faulty("cpu-b", lab.folder("flag"), late=["training_complete.flag"], late_s=NEVER))
@@ -199,6 +199,7 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
     over(removed, faults.NO_DIRECTORY, begin)
     assert removed.exit_code("training") == "0"
     over(tardy, faults.SLOW_SHARE, begin)
+    assert (tardy.exit_code("training"), tardy.completion["ended"]) == ("143", "cancelled")
     nothing_left()
 
     begin = time.monotonic()

@@ -344,8 +344,15 @@ def listeners(name: str) -> set[tuple[int, int]]:
     return {(int(row[1].rpartition(":")[2], 16), int(row[7])) for row in rows if row[3] == LISTEN}
 
 
+def sockets(name: str) -> list[str]:
+    """The Unix sockets of a node, a line each with its address at the end (/proc/net/unix, proc(5))."""
+    pid = slurmd_pid(name)
+    return Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:] if pid else []
+
+
 def power_off(name: str) -> None:
-    """What a node's power going off is to Slurm: all its processes are gone, and it is found to be down."""
+    """What a node's power going off is to the others: it says nothing any more, and Slurm finds it to be down."""
+    _call("ip", "link", "set", _cable(name), "down")
     _freeze(name)  # power takes all at one moment: nobody is to see another one's end
     _empty_node(name)
     _stop(HOME / f"slurmd-{name}.pid")
@@ -354,6 +361,7 @@ def power_off(name: str) -> None:
 
 def power_on(name: str) -> None:
     """Start a node that is off, and wait until Slurm can use it."""
+    _call("ip", "link", "set", _cable(name), "up")
     if _alive(HOME / f"slurmd-{name}.pid") is None:
         _start_node(name)
     _await(f"{name} to be idle", lambda: name in _idle_or_busy(), LOGS / f"slurmd-{name}.log")

@@ -120,7 +120,7 @@ def test_twenty_thousand_wrong_keys(tmp_path: Path) -> None:
     log = server.log_file.read_bytes()
     assert log.count(b"status=401") >= TRIES
     for key in (KEY, OTHER_KEY, MADE_UP_KEY):
-        assert key.encode() not in answers + log
+        assert key[:12].encode() not in answers + log, "nor the most of one"
     print(f"RSS grew by {grown} bytes; the slowest answer to the client with the key took {slowest:.3f} s")
     assert grown < GROWTH_BYTES
     assert slowest < 1
