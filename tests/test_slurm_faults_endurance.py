@@ -26,7 +26,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import runtime_processes, within
-from tests.runs import Run, launch, podman_ps, until
+from tests.runs import Run, body_pid, launch, podman_ps, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -47,10 +47,13 @@ def clean(nothing_left: NothingLeft) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """What a run holds while no sandbox lives."""
+    """What a run holds while no sandbox lives; ``server`` is its pid, ``body`` stands for the job that starts it."""
 
+    server: int
     descriptors: int
     resident_kib: int
+    body_descriptors: int
+    body_resident_kib: int
     containers: frozenset[str]
     ports: int
     slots: int
@@ -61,12 +64,20 @@ class State:
         grown = {
             "descriptors": self.descriptors > before.descriptors + 5,
             "memory": self.resident_kib > before.resident_kib * GROWTH,
+            "descriptors of the body": self.body_descriptors > before.body_descriptors + 5,
+            "memory of the body": self.body_resident_kib > before.body_resident_kib * GROWTH,
             "containers": bool(self.containers - before.containers),
             "ports": self.ports > before.ports,
             "slots": self.slots > before.slots,
             "files of the storage": self.storage_files > before.storage_files * GROWTH,
         }
         return [what for what, is_more in grown.items() if is_more]
+
+
+def resources(pid: int) -> tuple[int, int]:
+    """The descriptors of a process, and the KiB of memory that it has."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return len(list(Path(f"/proc/{pid}/fd").iterdir())), int(status.partition("VmRSS:")[2].split()[0])
 
 
 @dataclass
@@ -136,10 +147,10 @@ class Load:
         return [pid for pid, line in self.user.processes().items() if line.startswith("httpd -f -p 60000")]
 
     @contextlib.contextmanager
-    def being_killed(self) -> Iterator[None]:
-        """Some sandbox of the run is killed every few seconds, the server or Podman's service every 35 s."""
+    def being_killed(self, *crashes: str) -> Iterator[None]:
+        """Some sandbox of the run is killed every few seconds, and one of ``crashes`` in turn every 35 s."""
         stop = threading.Event()
-        thread = threading.Thread(target=self._kill, args=(stop,))
+        thread = threading.Thread(target=self._kill, args=(stop, crashes))
         thread.start()
         try:
             yield
@@ -147,13 +158,13 @@ class Load:
             stop.set()
             thread.join()
 
-    def _kill(self, stop: threading.Event) -> None:
+    def _kill(self, stop: threading.Event, crashes: tuple[str, ...]) -> None:
         choice, crash_at = random.Random(20), time.monotonic() + CRASH_EVERY_S / 2
-        crashes = itertools.cycle(CRASHES)
+        turns = itertools.cycle(crashes)
         while not stop.wait(KILL_EVERY_S):
-            if time.monotonic() > crash_at:
+            if crashes and time.monotonic() > crash_at:
                 crash_at += CRASH_EVERY_S
-                words = next(crashes)
+                words = next(turns)
                 self._end(words, runtime_processes(self.user, self.run, words))
             elif victims := self.sandboxes():
                 self._end("sandbox", [choice.choice(victims)])
@@ -175,10 +186,10 @@ class Load:
         until("the last sandbox's end", self.is_empty, 30)
         time.sleep(2)
         server = runtime_processes(self.user, self.run, SERVER)[0]
-        status = Path(f"/proc/{server}/status").read_text()
         return State(
-            descriptors=len(list(Path(f"/proc/{server}/fd").iterdir())),
-            resident_kib=int(status.partition("VmRSS:")[2].split()[0]),
+            server,
+            *resources(server),
+            *resources(body_pid(self.run, "runtime")),
             containers=frozenset(podman_ps(self.storage / "podman.sock", every=True)),
             ports=sum(self.user.is_id(uid) for _, uid in test_cluster.listeners("cpu-a")),
             slots=self.slots_used(),
@@ -192,21 +203,29 @@ def test_a_days_sandboxes_add_up_to_nothing(user: OrdinaryUser, checkout: Path, 
     try:
         load = Load(user, run)
         until("the API server", lambda: run.text("runtime_ready.flag"), 40)
-        warm_up = CYCLES // 4
+        warm, steady = CYCLES // 4, CYCLES // 2
         begin = time.monotonic()
-        load.cycles(range(warm_up))
+        load.cycles(range(warm))
         before = load.state()
         with load.being_killed():
-            load.cycles(range(warm_up, CYCLES))
+            load.cycles(range(warm, steady))
+        same_server = load.state()
+        crashing_at = time.monotonic()
+        with load.being_killed(*CRASHES):
+            load.cycles(range(steady, CYCLES))
+        crashing_s = time.monotonic() - crashing_at
         after = load.state()
         seconds = time.monotonic() - begin
     finally:
         user.run(["scancel", *run.jobs.values()])
         run.wait_over(seconds=20)
-    print(f"{seconds:.0f} s; {dict(load.outcomes)}; killed {dict(load.killed)}; {before}; {after}")
+    states = f"{before}; {same_server}; {after}"
+    print(f"{seconds:.0f} s; {dict(load.outcomes)}; killed {dict(load.killed)}; {states}")
     assert load.killed["sandbox"] > CYCLES // 100, "some were killed"
-    assert load.killed[SERVER] + load.killed[SERVICE] >= seconds // CRASH_EVERY_S // 2
     crashes = load.killed[SERVER] + load.killed[SERVICE]
+    assert crashes >= crashing_s // CRASH_EVERY_S // 2
     assert load.outcomes["served"] >= CYCLES - load.killed["sandbox"] - CLIENTS * crashes
+    assert same_server.server == before.server
+    assert not same_server.exceeds(before), (before, same_server)
     assert not after.exceeds(before), (before, after)
     within(faults.ENDURANCE, seconds)
