@@ -164,6 +164,15 @@ def test_a_launcher_that_died_after_its_commit_leaves_a_run(slurm: FakeSlurm) ->
     assert not markers(folder)
 
 
+def test_jobs_in_hidden_partitions_are_in_the_queue_too(slurm: FakeSlurm) -> None:
+    launcher = dead()
+    folder = unfinished(slurm, launcher)
+    queued = HELD.format(launcher).replace("JobHeldUser", "Priority")
+    slurm.answer("squeue --user", {"stdout": "", "hidden": queued})
+    clear(door(slurm), slurm.jobs)
+    assert folder.is_dir()
+
+
 @pytest.mark.parametrize("used", ["runtime_101.out", "training_complete.flag"])
 def test_the_directory_of_a_run_that_has_been_stays(slurm: FakeSlurm, used: str) -> None:
     folder = unfinished(slurm, dead())

@@ -350,6 +350,12 @@ def test_a_job_that_was_taken_without_an_answer_is_found(slurm: FakeSlurm, unhur
     assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
 
 
+def test_a_job_that_was_taken_into_a_hidden_partition_is_found(slurm: FakeSlurm, unhurried: None) -> None:
+    slurm.answer("sbatch", SILENT)
+    slurm.answer("squeue --user", {"stdout": "", "hidden": "77|PENDING|JobHeldUser|1|skyrl:m/a/r/k/5/0\n"})
+    assert patient(plan_for(slurm)).jobs == {"runtime": "77", "training": "102"}
+
+
 def test_a_job_that_was_not_taken_is_submitted_once_more(slurm: FakeSlurm, unhurried: None) -> None:
     slurm.answer("sbatch", {}, SILENT)
     assert patient(plan_for(slurm)).jobs == {"runtime": "101", "training": "103"}

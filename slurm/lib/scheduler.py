@@ -290,8 +290,8 @@ class Slurm:
         return SubmissionError(f"{words}; it may have been queued all the same, held: {advice}", leaves_jobs=True)
 
     def own_jobs(self, timeout_s: float = ASK_TIMEOUT_S) -> list[QueuedJob] | None:
-        """This user's jobs in the queue, the oldest first; None while Slurm is silent."""
-        question = ("squeue", "-h", f"--user={os.getuid()}", "-o", "%A|%T|%r|%V|%k")
+        """This user's jobs in the queue, those in hidden partitions too, the oldest first; None while Slurm is silent."""
+        question = ("squeue", "-h", "--all", f"--user={os.getuid()}", "-o", "%A|%T|%r|%V|%k")
         answer = self._with_epochs()._ask(*question, timeout_s=timeout_s)
         return parse_queue(answer.stdout) if answer.ok else None
 
