@@ -64,9 +64,14 @@ def test_the_mark_of_this_process() -> None:
         (Launcher.IS_ELSEWHERE, DEAD_AFTER_S - 1, False, Fate.IS_UNSURE),
         (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, False, Fate.GOES),
         (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, True, Fate.STAYS),
+        (Launcher.IS_DEAD, None, None, Fate.IS_UNSURE),  # the jobs base is not there
+        (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, None, Fate.IS_UNSURE),
+        (Launcher.LIVES, None, None, Fate.STAYS),
     ],
 )
-def test_the_fate_of_a_held_job(launcher: Launcher, age_s: float | None, is_finished: bool, expected: Fate) -> None:
+def test_the_fate_of_a_held_job(
+    launcher: Launcher, age_s: float | None, is_finished: bool | None, expected: Fate
+) -> None:
     assert fate(launcher, age_s, is_finished) is expected
 
 
@@ -125,8 +130,36 @@ def test_a_launcher_that_died_before_it_wrote_the_marker(slurm: FakeSlurm, found
     assert folder.exists() is not goes
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_jobs_base_that_this_host_does_not_see(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, is_there: bool
+) -> None:
+    """A person's hold of a run there looks like a launch that was killed before it made a directory."""
+    base = slurm.folder / "scratch" / "jobs"
+    if is_there:
+        base.mkdir(parents=True)
+    slurm.answer("squeue --user", {"stdout": HELD.format(dead())})
+    slurm.answer("scontrol", *[{"stdout": f"   StdOut={base}/29990304_050607_101/runtime_101.out\n"}] * 2)
+    clear(door(slurm), slurm.jobs)
+    assert bool(slurm.of("scancel")) is is_there
+    assert (f"this host does not see {base}" in caplog.text) is not is_there
+
+
+@pytest.mark.parametrize(("name", "goes"), [("29990304_050607_%j", False), ("29990304_050608_%j", True)])
+def test_a_log_that_slurm_shows_as_a_pattern(slurm: FakeSlurm, name: str, goes: bool) -> None:
+    base = slurm.jobs / "50% of it"
+    (base / "29990304_050607_101").mkdir(parents=True)
+    (base / "29990304_050607_101" / "run.json").touch()
+    slurm.answer("squeue --user", {"stdout": HELD.format(dead()).splitlines()[1] + "\n"})
+    shown = str(base).replace("%", "%%")
+    slurm.answer("scontrol", {"stdout": f"   StdOut={shown}/{name}/runtime_%j.out\n"})
+    clear(door(slurm), slurm.jobs)
+    assert bool(slurm.of("scancel")) is goes
+
+
 @pytest.mark.parametrize(("now", "goes"), [(1000.0 + DEAD_AFTER_S + 1, True), (1000.0 + DEAD_AFTER_S - 1, False)])
 def test_a_launcher_on_another_host_by_slurms_clock(slurm: FakeSlurm, now: float, goes: bool) -> None:
+    slurm.jobs.mkdir()
     slurm.answer("squeue --user", {"stdout": "101|PENDING|JobHeldUser|1000|skyrl:login9/boot/1/2/3/0\n"})
     config = {"stdout": f"Configuration data as of {now:.0f}\nAccountingStorageHost = localhost\n"}
     slurm.answer("scontrol", {"stdout": f"   StdOut={slurm.jobs}/29990304_050607_101/runtime_101.out\n"})

@@ -75,6 +75,14 @@ def test_held_then_dependent_then_complete_then_one_release(slurm: FakeSlurm) ->
         assert not call.modes  # nothing was made before both ids were known
 
 
+def test_the_jobs_base_is_there_before_the_first_job(slurm: FakeSlurm) -> None:
+    """So a base that is missing at a later launch is one that its host does not see."""
+    slurm.answer("sbatch", {"code": 1, "stderr": "no"})
+    with pytest.raises(SubmissionError):
+        carry_out(plan_for(slurm))
+    assert slurm.jobs.is_dir()
+
+
 def test_the_directory_is_complete_at_the_release(slurm: FakeSlurm) -> None:
     plan = plan_for(slurm, environment={"WANDB_API_KEY": TOKEN})
     carry_out(plan)

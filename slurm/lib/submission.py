@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir
+from slurm.lib.coordination import CoordinationDir, Flag, make_base, make_run_dir
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.launch_mark import new_mark
 from slurm.lib.leftovers import discard, write_marker
@@ -99,6 +99,7 @@ def submit(
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
     insistence = Insistence(notes, patience_s)
+    make_base(Path(plan.directory))  # without one no launch would know later what became of these jobs
     with _taken_back_on_failure(slurm, insistence) as undo:
         for job in plan.submissions:
             notes.check()
