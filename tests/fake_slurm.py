@@ -41,7 +41,7 @@ with record:
     record.write(json.dumps(call) + "\\n")
 if "signal" in answer:
     os.kill(os.getppid(), answer["signal"])
-    time.sleep(0.2)
+    time.sleep(answer.get("pause_s", 0.2))
 sys.stdout.write(answer["stdout"] + (answer.get("hidden", "") if "--all" in argv else ""))
 sys.stderr.write(answer.get("stderr", ""))
 sys.exit(answer.get("code", 0))

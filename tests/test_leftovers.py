@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.launch_mark import Launcher, launcher_of, new_mark, own_launcher, state_of
-from slurm.lib.leftovers import DEAD_AFTER_S, Fate, clear, fate, markers, write_marker
+from slurm.lib.leftovers import DEAD_AFTER_S, Fate, Marker, clear, fate, markers, write_marker
 from slurm.lib.scheduler import Slurm, parse_queue
 from tests.fake_slurm import FakeSlurm
 
@@ -219,6 +220,27 @@ def test_the_directory_that_was_joined_stays(slurm: FakeSlurm) -> None:
     clear(door(slurm), slurm.jobs)
     assert folder.is_dir()
     assert not list(folder.iterdir())
+
+
+def test_a_directory_that_cannot_be_looked_into_hinders_no_other(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = slurm.jobs / "29990304_050608_103"  # the newest, so that it is looked into first
+    stale.mkdir(parents=True)
+    folder, launcher = unfinished(slurm, dead()), dead()
+
+    def look(at: Path) -> list[Marker]:
+        if at == stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return markers(at)
+
+    monkeypatch.setattr("slurm.lib.leftovers.markers", look)
+    slurm.answer("squeue --user", {"stdout": f"103|PENDING|JobHeldUser|1|skyrl:{launcher}/0\n"})
+    slurm.answer("scontrol", {"stdout": f"   StdOut={stale}/runtime_103.out\n"})
+    clear(door(slurm), slurm.jobs)
+    assert not folder.exists()
+    assert stale.is_dir()
+    assert not slurm.of("scancel")
 
 
 def test_a_directory_without_jobs_goes(slurm: FakeSlurm) -> None:

@@ -320,6 +320,16 @@ def test_a_real_signal_to_the_launcher(slurm: FakeSlurm, number: signal.Signals,
     assert not slurm.jobs.exists() or not list(slurm.jobs.iterdir())
 
 
+def test_a_signal_while_leftovers_are_looked_for_ends_the_launch_at_once(slurm: FakeSlurm) -> None:
+    slurm.answer("squeue --user", {"signal": signal.SIGINT, "pause_s": 7})
+    environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}
+    begin = time.monotonic()
+    done = subprocess.run(LAUNCH, env=environment, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert done.returncode == 128 + signal.SIGINT
+    assert not slurm.of("sbatch")
+    assert time.monotonic() - begin < 6
+
+
 def test_a_signal_after_the_commit_changes_nothing(slurm: FakeSlurm) -> None:
     slurm.answer("scontrol", {}, {"signal": signal.SIGTERM})
     environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}

@@ -101,14 +101,26 @@ def clear(slurm: Slurm, base: Path) -> None:
     if jobs is None:
         log.debug("Slurm does not answer; what killed launchers left, if anything, stays")
         return
-    for doomed in base.glob(f"{DISCARDED}*"):
-        remove_run_dir(doomed)
+    with _readable(base):
+        for doomed in base.glob(f"{DISCARDED}*"):
+            remove_run_dir(doomed)
     for folder in _recent(base):
-        for marker in markers(folder):
-            _clear_folder(slurm, marker, jobs)
+        with _readable(folder):
+            for marker in markers(folder):
+                _clear_folder(slurm, marker, jobs)
     for job in reversed(jobs):  # a training before its runtime
         if job.is_held and launcher_of(job.comment):
-            _clear_job(slurm, job)
+            with _readable(f"the run of job {job.job_id}"):
+                _clear_job(slurm, job)
+
+
+@contextlib.contextmanager
+def _readable(what: object) -> Iterator[None]:
+    """For what may lie in a folder that is stale or broken: that one stays as it is, and hinders no launch."""
+    try:
+        yield
+    except OSError as problem:
+        log.debug("%s cannot be looked into; what a killed launch left there, if anything, stays: %s", what, problem)
 
 
 def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
