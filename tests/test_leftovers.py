@@ -34,7 +34,7 @@ def door(fake: FakeSlurm) -> Slurm:
         ("host/boot/9/7/50", 50, Launcher.LIVES),
         ("host/boot/9/7/50", 51, Launcher.IS_DEAD),  # another process has its number
         ("host/boot/9/7/50", None, Launcher.IS_DEAD),
-        ("host/earlier/9/7/50", 50, Launcher.IS_DEAD),
+        ("host/another/9/7/50", None, Launcher.IS_ELSEWHERE),  # two login nodes may have one name
         ("host/boot/8/7/50", None, Launcher.IS_ELSEWHERE),
         ("login2/boot/9/7/50", None, Launcher.IS_ELSEWHERE),
         ("host/boot/9/x/50", None, Launcher.IS_ELSEWHERE),

@@ -4,8 +4,9 @@ Nothing of it can start: its jobs are held. A job is removed if its comment name
 was never finished: there is no directory yet, or an empty one, or ``submission_<id>.json`` lies in it, which goes with
 the commit. So a job that a person holds stays, and what a living launcher is about to release too. The jobs base is
 made before the first job: one that is not there is another host's, and nothing is known of its runs. Whether a launcher
-on another host lives cannot be seen from here; a launch takes seconds, so after a quarter of an hour, by the
-controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before its files go.
+on another host, or of another boot, lives cannot be seen from here; a launch takes seconds, so after a quarter of an
+hour, by the controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before its
+files go.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from slurm.lib.runs import run_folders, stamp_of
 from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 
 SCHEMA = 1
-DEAD_AFTER_S = 900.0  # of a launcher on another host, since its job was submitted
+DEAD_AFTER_S = 900.0  # of a launcher elsewhere, since its job was submitted
 DISCARDED = ".discarded_"
 LOOK_BACK_S = 7 * 86400.0  # older directories are not looked into: a jobs base may hold thousands
 
