@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -419,6 +420,22 @@ def test_a_commit_that_may_have_been_heard_is_not_taken_back(slurm: FakeSlurm, u
     assert caught.value.may_start
     assert not slurm.of("scancel")
     assert (slurm.jobs / RUN / "run.json").exists()
+
+
+def test_a_marker_that_cannot_be_removed_does_not_hide_the_run(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unlink = Path.unlink
+
+    def stale(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("submission_"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stale)
+    assert carry_out(plan_for(slurm)).jobs == {"runtime": "101", "training": "102"}
+    assert "released all the same" in caplog.text
+    assert not slurm.of("scancel")
 
 
 # --- joining a runtime ------------------------------------------------------------------------------------------------

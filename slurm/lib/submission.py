@@ -125,7 +125,7 @@ def submit(
         first = undo.job_ids[0]
         release(slurm, first) if release else _commit(slurm, first, directory, insistence)
     if unfinished:
-        unfinished.unlink(missing_ok=True)
+        _unmark(unfinished)
     if late:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
         _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
@@ -144,6 +144,14 @@ def _commit(slurm: Slurm, job_id: str, directory: CoordinationDir, insistence: I
             leaves_jobs=True,
             may_start=True,
         ) from None
+
+
+def _unmark(unfinished: Path) -> None:
+    """After the commit nothing may hide which jobs there are."""
+    try:
+        unfinished.unlink(missing_ok=True)
+    except OSError as problem:
+        log.warning("cannot remove %s: %s; the jobs have been released all the same", unfinished, problem.strerror)
 
 
 def _runtime_component(slurm: Slurm, job_id: str) -> str:
