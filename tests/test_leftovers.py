@@ -112,9 +112,8 @@ def test_a_dead_launchers_jobs_go_the_training_first_and_then_the_directory(slur
     slurm.answer("squeue --user", {"stdout": HELD.format(launcher)})
     clear(door(slurm), slurm.jobs)
     assert [call.argv for call in slurm.of("scancel")] == [["102"], ["101"]]
-    assert all(f"{folder.name}/submission_101.json" in call.modes for call in slurm.of("scancel")), (
-        "until they are gone"
-    )
+    at_work = [[name for name in call.modes if "/submission_" in name] for call in slurm.of("scancel")]
+    assert all(at_work), "until they are gone"
     assert not folder.exists()
 
 
@@ -240,6 +239,71 @@ def test_a_directory_that_cannot_be_looked_into_hinders_no_other(
     clear(door(slurm), slurm.jobs)
     assert not folder.exists()
     assert stale.is_dir()
+    assert not slurm.of("scancel")
+
+
+def joined(slurm: FakeSlurm, launcher: str, jobs: list[str]) -> Path:
+    """The directory of a run that somebody joined, or went on with, and was killed before the commit."""
+    folder = slurm.jobs / "29990304_050607_101"
+    folder.mkdir(parents=True)
+    for name in ("run.json", "runtime_101.out", "secrets.json", "secrets_201.json", "secrets_202.json"):
+        (folder / name).touch()
+    path = write_marker(CoordinationDir(folder), jobs, made=False)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "launcher": launcher}))
+    return folder
+
+
+GOING_ON = HELD.replace("102|", "202|").replace("101|", "201|")
+HET = "203|PENDING|JobHeldUser|1|skyrl:{0}/0\n202|PENDING|JobHeldUser|1|skyrl:{0}/0\n"
+
+
+@pytest.mark.parametrize(
+    ("queue", "jobs", "cancelled"),
+    [
+        (GOING_ON, [], ["202", "201"]),
+        (GOING_ON.replace("JobHeldUser", "Dependency"), [], ["202", "201"]),  # none was released yet
+        (GOING_ON, ["201", "202"], ["202", "201"]),
+        (HET, [], ["202"]),  # a component cannot be cancelled alone
+        (HET, ["202"], ["202"]),
+        ("", [], []),
+    ],
+)
+def test_a_dead_launchers_jobs_go_from_a_run_that_was_there(
+    slurm: FakeSlurm, queue: str, jobs: list[str], cancelled: list[str]
+) -> None:
+    launcher = dead()
+    folder = joined(slurm, launcher, jobs)
+    stays = {"run.json", "runtime_101.out", "secrets.json", *(f"secrets_{n}.json" for n in ("201", "202"))}
+    slurm.answer("squeue --user", {"stdout": queue.format(launcher)})
+    clear(door(slurm), slurm.jobs)
+    assert [call.argv for call in slurm.of("scancel")] == [[job] for job in cancelled]
+    assert {path.name for path in folder.iterdir()} == stays - {f"secrets_{job}.json" for job in jobs}
+
+
+@pytest.mark.parametrize(("now", "goes"), [(1000.0 + DEAD_AFTER_S + 1, True), (1000.0 + DEAD_AFTER_S - 1, False)])
+def test_a_launcher_elsewhere_that_went_on_with_a_run(slurm: FakeSlurm, now: float, goes: bool) -> None:
+    """Such as a training job that was queueing the next attempt."""
+    folder = joined(slurm, "gpu-a/boot/1/2/3", [])
+    slurm.answer("squeue --user", {"stdout": GOING_ON.replace("|1|", "|1000|").format("gpu-a/boot/1/2/3")})
+    shown = {"stdout": f"   StdOut={folder}/any.out\n"}
+    slurm.answer("scontrol", shown, shown)
+    slurm.answer("scontrol show config", *[{"stdout": f"Configuration data as of {now:.0f}\n"}] * 2)
+    clear(door(slurm), slurm.jobs)
+    assert [call.argv for call in slurm.of("scancel")] == ([["202"], ["201"]] if goes else [])
+    assert bool(markers(folder)) is not goes
+
+
+@pytest.mark.parametrize("launcher", ["login9/boot/1/2/3", ""])
+def test_a_hold_of_one_job_after_the_commit_is_a_persons(slurm: FakeSlurm, launcher: str) -> None:
+    """The launcher was killed between its release of the runtime job, the last one, and the removal of its marker."""
+    launcher = launcher or dead()
+    folder = unfinished(slurm, launcher)
+    (folder / "run.json").touch()
+    queue = HELD.format(launcher).replace("101|PENDING|JobHeldUser", "101|RUNNING|None")
+    slurm.answer("squeue --user", {"stdout": queue})
+    slurm.answer("scontrol", {"stdout": f"   StdOut={folder}/training_102.out\n"})
+    clear(door(slurm), slurm.jobs)
+    assert folder.is_dir()
     assert not slurm.of("scancel")
 
 

@@ -22,7 +22,8 @@ from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import EXIT_SUBMISSION, EnvironmentProblem, SubmissionError
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.plan import SECRETS_FILE, LaunchPlan, Request, make_plan
+from slurm.lib.launch_mark import own_launcher
+from slurm.lib.plan import SECRETS_FILE, LaunchPlan, Request, Requeue, Restart, make_plan
 from slurm.lib.run_record import GitState, await_secrets, git_state, parse_git_status, read_jobs, read_secrets
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import Submitted, submit
@@ -53,6 +54,12 @@ def plan_for(
     words = [f"SKYRL_JOBS_BASE={slurm.jobs}", "TRAINING_COMMAND=true", *overrides]
     loaded = load_config(config, words, without_slurm(seen), ROOT / "slurm" / "config", NOW, ROOT.parent)
     return make_plan(loaded, request or Request(), seen, ROOT, sys.executable, NOW)
+
+
+def marker_name() -> str:
+    """The file by which another launch knows what this process has not finished."""
+    host, _, _, pid, ticks = own_launcher().split("/")
+    return f"submission_{host}_{pid}_{ticks}.json"
 
 
 def carry_out(plan: LaunchPlan, notes: SignalNotes | None = None, **options: Any) -> Submitted:
@@ -92,7 +99,7 @@ def test_the_directory_is_complete_at_the_release(slurm: FakeSlurm) -> None:
     assert modes[f"{RUN}/secrets.json"] == 0o600
     assert {f"{RUN}/{name}" for name in ("run.json", "dev.conf", "code/slurm/lib/runtime_job.py")} <= modes.keys()
     after = {str(path.relative_to(slurm.jobs)) for path in slurm.jobs.rglob("*")}
-    assert modes.keys() - after == {f"{RUN}/submission_101.json"}, "what says that it is not finished"
+    assert modes.keys() - after == {f"{RUN}/{marker_name()}"}, "what says that it is not finished"
     assert after < modes.keys()
     assert not [name for name in modes if Path(name).name.startswith(".")]  # nothing half-written
 
@@ -515,6 +522,56 @@ def test_a_job_that_failed_to_join_is_never_seen_by_the_runtime(slurm: FakeSlurm
     assert sorted(running.path.iterdir()) == before
     at_release: Call = slurm.of("scontrol")[0]
     assert f"{running.path.name}/run_202.json" not in at_release.modes
+
+
+def going_on(slurm: FakeSlurm, directory: CoordinationDir, which: str) -> LaunchPlan:
+    """A submission to a directory that is there: of a job that joins, of the next attempt, of a pair queued again."""
+    if which == "join":
+        return joining(slurm, directory)
+    restart = Restart(2, "102") if which == "restart" else None
+    requeue = Requeue(1, "", "101", 0) if which == "requeue" else None
+    return plan_for(slurm, "RESTARTS=1", request=Request(attach_dir=directory.path, restart=restart, requeue=requeue))
+
+
+@pytest.mark.parametrize(("which", "is_marked"), [("join", True), ("restart", True), ("requeue", False)])
+def test_a_submission_to_a_directory_that_is_there_is_marked_before_its_first_job(
+    slurm: FakeSlurm, running: CoordinationDir, which: str, is_marked: bool
+) -> None:
+    """A launcher that is killed right after an sbatch would leave a held job that looks like a person's."""
+    carry_out(going_on(slurm, running, which))
+    marker = f"{running.path.name}/{marker_name()}"
+    before = [call for call in slurm.calls if call.name == "sbatch" or call.argv[0] == "release"]
+    assert [marker in call.modes for call in before] == [is_marked] * len(before)
+    assert not (running.path / marker_name()).exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "stays"),
+    [
+        ({"code": 1, "stderr": "sbatch: error: invalid account"}, False),
+        ({"code": 1, "stderr": "sbatch: error: Socket timed out on send/recv operation"}, True),
+    ],
+)
+def test_the_mark_stays_where_a_job_may_be_queued_that_nobody_knows(
+    slurm: FakeSlurm, running: CoordinationDir, unhurried: None, answer: dict[str, Any], stays: bool
+) -> None:
+    slurm.answer("sbatch", answer)
+    slurm.answer("squeue --user", {"code": 1})
+    with pytest.raises(SubmissionError):
+        carry_out(going_on(slurm, running, "join"))
+    assert (running.path / marker_name()).exists() is stays
+
+
+@pytest.mark.parametrize(("which", "is_cleared"), [("restart", True), ("requeue", False)])
+def test_only_what_the_next_launch_removes_is_left_to_it(
+    slurm: FakeSlurm, running: CoordinationDir, which: str, is_cleared: bool
+) -> None:
+    slurm.answer("scontrol", {"code": 1, "stderr": "no"})
+    slurm.answer("scancel", {"code": 1, "stderr": "away"})
+    with pytest.raises(SubmissionError, match="by hand with scancel") as caught:
+        carry_out(going_on(slurm, running, which))
+    assert ("or let the next launch do it" in str(caught.value)) is is_cleared
+    assert (running.path / marker_name()).exists() is is_cleared
 
 
 def test_the_runtime_of_somebody_else(slurm: FakeSlurm) -> None:

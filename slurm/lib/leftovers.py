@@ -1,12 +1,12 @@
 """What did launchers leave that were killed before their commit? The next launch removes it.
 
 Nothing of it can start: its jobs are held. A job is removed if its comment names a launcher that is dead, and its run
-was never finished: there is no directory yet, or an empty one, or ``submission_<id>.json`` lies in it, which goes with
-the commit. So a job that a person holds stays, and what a living launcher is about to release too. The jobs base is
-made before the first job: one that is not there is another host's, and nothing is known of its runs. Whether a launcher
-on another host, or of another boot, lives cannot be seen from here; a launch takes seconds, so after a quarter of an
-hour, by the controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before its
-files go.
+was never finished: there is no directory yet, or an empty one, or ``submission_<launcher>.json`` lies in it, which goes
+with the commit. So a job that a person holds stays, and what a living launcher is about to release too. The jobs base
+is made before the first job: one that is not there is another host's, and nothing is known of its runs. Whether a
+launcher on another host, or of another boot, lives cannot be seen from here; a launch takes seconds, so after a quarter
+of an hour, by the controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before
+its files go.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, read_if_there, remove_run_dir, write_atomically
 from slurm.lib.launch_mark import Launcher, host_of, launcher_of, own_launcher, state_of
 from slurm.lib.logs import log
+from slurm.lib.run_record import secrets_of
 from slurm.lib.runs import run_folders, stamp_of
 from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 
@@ -34,9 +35,10 @@ LOOK_BACK_S = 7 * 86400.0  # older directories are not looked into: a jobs base 
 
 @dataclass(frozen=True)
 class Marker:
-    """``submission_<id>.json``: a submission to a run's directory that is not finished.
+    """``submission_<launcher>.json``: a submission to a run's directory that is not finished.
 
-    ``jobs``: its jobs, in the order of their submission; ``made``: whether the directory was made for it.
+    ``jobs``: its jobs, in the order of their submission, empty until all are known; ``made``: whether the directory was
+    made for it.
     """
 
     path: Path
@@ -46,9 +48,14 @@ class Marker:
 
 
 def write_marker(directory: CoordinationDir, jobs: Sequence[str], *, made: bool) -> Path:
-    """Note that this process is submitting these jobs; the file goes once they can start, or are taken back."""
-    path = directory.path / f"submission_{jobs[0]}.json"
-    data = {"schema": SCHEMA, "launcher": own_launcher(), "jobs": list(jobs), "made": made}
+    """Note that this process is submitting these jobs; the file goes once they can start, or are taken back.
+
+    In a directory that is there already it is written before the first of them, without any.
+    """
+    launcher = own_launcher()
+    host, _, _, pid, ticks = launcher.split("/")
+    path = directory.path / f"submission_{host}_{pid}_{ticks}.json"
+    data = {"schema": SCHEMA, "launcher": launcher, "jobs": list(jobs), "made": made}
     write_atomically(path, json.dumps(data) + "\n")
     return path
 
@@ -112,7 +119,7 @@ def clear(slurm: Slurm, base: Path) -> None:
     for job in reversed(jobs):  # a training before its runtime
         if job.is_held and launcher_of(job.comment):
             with _readable(f"the run of job {job.job_id}"):
-                _clear_job(slurm, job)
+                _clear_job(slurm, job, jobs)
 
 
 @contextlib.contextmanager
@@ -124,7 +131,7 @@ def _readable(what: object) -> Iterator[None]:
         log.debug("%s cannot be looked into; what a killed launch left there, if anything, stays: %s", what, problem)
 
 
-def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
+def _clear_job(slurm: Slurm, job: QueuedJob, jobs: Sequence[QueuedJob]) -> None:
     launcher = launcher_of(job.comment) or ""
     state = state_of(launcher, own_launcher())
     if state is Launcher.LIVES:
@@ -133,9 +140,9 @@ def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
     if log_path is None:  # out of the queue by now, with its partner
         return
     folder = log_path.parent
-    marker = next((marker for marker in markers(folder) if job.job_id in marker.jobs), None)
+    marker = next((marker for marker in markers(folder) if job in _queued(marker, jobs)), None)
     age_s = _age_s(slurm, job) if state is Launcher.IS_ELSEWHERE else None
-    is_finished = False if marker else _has_files(folder)
+    is_finished = _is_finished(marker, _queued(marker, jobs)) if marker else _has_files(folder)
     decided = fate(state, age_s, is_finished)
     if is_finished is None:
         log.warning(
@@ -151,7 +158,7 @@ def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
     if decided is Fate.GOES:
         if marker is None and stamp_of(folder.name) and folder.is_dir():  # killed before it wrote the marker
             discard(folder)
-        _remove(slurm, marker.jobs if marker else (job.job_id,), marker)
+        _remove(slurm, _ids(marker, jobs) if marker else (job.job_id,), marker)
 
 
 def _has_files(folder: Path) -> bool | None:
@@ -187,27 +194,47 @@ def _recent(base: Path) -> Iterator[Path]:
     yield from (path for path in run_folders(base) if stamp_of(path.name) >= since)
 
 
+def _queued(marker: Marker, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
+    """The jobs in the queue that a submission has submitted, known by their ids or by their launcher."""
+    return [job for job in jobs if job.job_id in marker.jobs or launcher_of(job.comment) == marker.launcher]
+
+
+def _ids(marker: Marker, jobs: Sequence[QueuedJob]) -> tuple[str, ...]:
+    """The ids of a submission's jobs, in the order of their submission; of a heterogeneous one that of the whole."""
+    firsts = {job.comment: job.job_id for job in reversed(_queued(marker, jobs))}  # its components share their comment
+    return marker.jobs or tuple(sorted(firsts.values(), key=int))
+
+
 def _clear_folder(slurm: Slurm, marker: Marker, jobs: Sequence[QueuedJob]) -> None:
-    """What was left of a directory, and of its jobs; where these are in the queue and not held, it was finished."""
+    """What was left of a directory, and of its jobs."""
     if state_of(marker.launcher, own_launcher()) is not Launcher.IS_DEAD:
         return
-    left = [job for job in jobs if job.job_id in marker.jobs]
-    if any(job.is_held for job in left):
-        _remove(slurm, marker.jobs, marker)
-    elif left:
+    left = _queued(marker, jobs)
+    if not left:
+        _remove_files(marker)
+    elif _is_finished(marker, left):
         _unlink(marker)
     else:
-        _remove_files(marker)
+        _remove(slurm, _ids(marker, jobs), marker)
+
+
+def _is_finished(marker: Marker, left: Sequence[QueuedJob]) -> bool:
+    """Whether the commit was reached, which releases the first of the jobs; a person may hold another one."""
+    first = [job for job in left if job.job_id in marker.jobs[:1]]
+    return bool(marker.jobs) and not any(job.is_held for job in first or left)
 
 
 def _remove_files(marker: Marker) -> None:
-    """The directory, if it was made for these jobs and none of them has ever been in it; else the marker alone."""
+    """The directory, if it was made for these jobs and none of them has ever been in it; else what is theirs alone."""
     folder = marker.path.parent
     if marker.made and not _was_used(folder):
         log.info("removing the unfinished run directory %s", folder)
         discard(folder)
-    else:
-        _unlink(marker)
+        return
+    for job_id in () if marker.made else marker.jobs:
+        with contextlib.suppress(OSError):
+            secrets_of(CoordinationDir(folder), job_id).unlink()
+    _unlink(marker)
 
 
 def _unlink(marker: Marker) -> None:

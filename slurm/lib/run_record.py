@@ -113,7 +113,8 @@ def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str
     return path
 
 
-def _secrets_of(directory: CoordinationDir, job_id: str) -> Path:
+def secrets_of(directory: CoordinationDir, job_id: str) -> Path:
+    """The secrets of a job that joined the run in a directory."""
     return directory.path / f"secrets_{job_id}.json"
 
 
@@ -152,7 +153,7 @@ def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> list[Path]:
 
 def read_secrets(directory: CoordinationDir, job_id: str) -> dict[str, str]:
     """The secrets of a run by name, over them those that came with this job alone; empty where there are none."""
-    return {**_read_secrets(directory.secrets), **_read_secrets(_secrets_of(directory, job_id))}
+    return {**_read_secrets(directory.secrets), **_read_secrets(secrets_of(directory, job_id))}
 
 
 def await_secrets(path: Path, still_possible: Callable[[], None], sleep: Callable[[float], None]) -> None:

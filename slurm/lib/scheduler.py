@@ -291,7 +291,7 @@ class Slurm:
 
     @staticmethod
     def _unheard(words: str) -> SubmissionError:
-        advice = "the next launch removes it, or: look with squeue --me, end it with scancel"
+        advice = "look with squeue --me, end it with scancel"
         return SubmissionError(f"{words}; it may have been queued all the same, held: {advice}", leaves_jobs=True)
 
     def own_jobs(self, timeout_s: float = ASK_TIMEOUT_S) -> list[QueuedJob] | None:

@@ -3,13 +3,13 @@
 Both jobs are submitted held, and the training job depends on the runtime job (with PAIRING=het both are one job).
 When the run's directory is complete the training job is released, which still waits for the other, and then the runtime
 job: this is the commit. Until then a failure cancels what was submitted, and a launcher that is killed leaves nothing
-that can start; ``submission_<id>.json`` tells the next launch that it was never finished (leftovers.py).
+that can start; ``submission_<launcher>.json`` tells the next launch that it was never finished (leftovers.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Submitted:
 class _Undo:
     """What has to be taken back if the commit is not reached; the training job first, which waits for the other.
 
-    The files of a job that may live are left to it.
+    The files of a job that may live are left to it. So is ``marker``, by which the next launch knows what to remove.
     """
 
     slurm: Slurm
@@ -46,17 +46,21 @@ class _Undo:
     insistence: Insistence
     made: Path | None = None
     added: list[Path] = field(default_factory=list)
+    marker: Path | None = None
+    is_unsure: bool = False  # whether there is a job that is not among job_ids
     failed: bool = False
 
     def __call__(self) -> str:
         complaint = cancelled(self.slurm, list(reversed(self.job_ids)), self.insistence)
         if complaint:
             self.failed = True
-            by_hand = "cancel by hand with scancel, or let the next launch do it; until then nothing of it starts"
-            return f"could not cancel {' '.join(self.job_ids)} ({complaint}): {by_hand}"
+            by_hand = f"cancel by hand with scancel{', or let the next launch do it' if self.marker else ''}"
+            return (
+                f"could not cancel {' '.join(self.job_ids)} ({complaint}): {by_hand}; until then nothing of it starts"
+            )
         if self.made is not None:
             discard(self.made)
-        for path in self.added:
+        for path in [*self.added, *([self.marker] if self.marker and not self.is_unsure else [])]:
             path.unlink(missing_ok=True)
         return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
 
@@ -100,23 +104,25 @@ def submit(
     joining = plan.request.attach_dir is not None
     insistence = Insistence(notes, patience_s)
     make_base(Path(plan.directory))  # without one no launch would know later what became of these jobs
+    # A pair in place of another is what is left of the run if its submitter dies: a person decides about it.
+    is_marked = plan.request.requeue is None
     with _taken_back_on_failure(slurm, insistence) as undo:
+        if joining and is_marked:
+            undo.marker = write_marker(_directory(plan, jobs, undo), [], made=False)
         for job in plan.submissions:
             notes.check()
             mark = new_mark()
             planned = job.with_runtime_id(jobs.get("runtime", "")).with_mark(mark)
-            jobs[job.kind] = submitted(_slurm_for(plan, planned), planned.argv, mark, insistence)
-            undo.job_ids.append(jobs[job.kind])
+            jobs[job.kind] = _submitted(_slurm_for(plan, planned), planned.argv, mark, undo)
         if plan.combined:
             jobs["runtime"] = _runtime_component(slurm, jobs["training"])
         directory = _directory(plan, jobs, undo)
-        # A pair in place of another is what is left of the run if its submitter dies: a person decides about it.
-        unfinished = None if plan.request.requeue else write_marker(directory, undo.job_ids, made=not joining)
-        undo.added += [unfinished] if unfinished else []
+        if is_marked:
+            undo.marker = write_marker(directory, undo.job_ids, made=not joining)
         added = furnish(directory, plan, jobs, checkout)
         undo.added += added if joining else []
         _publish_foreign_runtime(directory, plan)
-        late = joining and plan.request.requeue is None
+        late = joining and is_marked
         if not late:
             undo.added.append(write_record(directory, plan, jobs, git()))
         notes.check()
@@ -124,8 +130,8 @@ def submit(
             released(slurm, job_id, insistence)
         first = undo.job_ids[0]
         release(slurm, first) if release else _commit(slurm, first, directory, insistence)
-    if unfinished:
-        _unmark(unfinished)
+    if undo.marker:
+        _unmark(undo.marker)
     if late:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
         _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
@@ -146,12 +152,25 @@ def _commit(slurm: Slurm, job_id: str, directory: CoordinationDir, insistence: I
         ) from None
 
 
-def _unmark(unfinished: Path) -> None:
+def _submitted(slurm: Slurm, argv: Sequence[str], mark: str, undo: _Undo) -> str:
+    """Submit a job that is taken back if the commit is not reached; returns its id."""
+    undo.is_unsure = True
+    try:
+        job_id = submitted(slurm, argv, mark, undo.insistence)
+    except SuiteError as problem:
+        undo.is_unsure = isinstance(problem, SubmissionError) and problem.leaves_jobs
+        raise
+    undo.is_unsure = False
+    undo.job_ids.append(job_id)
+    return job_id
+
+
+def _unmark(marker: Path) -> None:
     """After the commit nothing may hide which jobs there are."""
     try:
-        unfinished.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
     except OSError as problem:
-        log.warning("cannot remove %s: %s; the jobs have been released all the same", unfinished, problem.strerror)
+        log.warning("cannot remove %s: %s; the jobs have been released all the same", marker, problem.strerror)
 
 
 def _runtime_component(slurm: Slurm, job_id: str) -> str:
