@@ -173,6 +173,16 @@ def test_silence_of_a_patience_ends_the_run_whatever_slurm_says(state: JobState,
     assert why == f"the runtime job 7 on cpu-a was not heard of for 60 s; {said} (PARTNER_PATIENCE)"
 
 
+def test_the_first_word_may_take_longer() -> None:
+    world = World()
+    world.watch.patience_s = 60
+    world.age = None
+    assert world.run(299) is None
+    why = world.run(2)
+    assert why is not None
+    assert "was not heard of for 300 s" in why
+
+
 def test_a_beat_in_between_restores_the_patience() -> None:
     world = impatient()
     world.run(50)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slurm.lib.command_line import Parser, say
-from slurm.lib.coordination import Flag, is_listed
+from slurm.lib.coordination import Flag
 from slurm.lib.endings import End, note_ends
 from slurm.lib.errors import (
     EXIT_ENVIRONMENT,
@@ -245,11 +245,11 @@ def conclude(watched: Sequence[Watched]) -> None:
             continue
         directory, job_id = one.run.directory, one.job.job_id
         note_ends(directory, End(one.job.kind, job_id, None, one.reason, "launcher"))
-        if one.job.kind == "training" and not is_listed(directory.training_complete):
+        if one.job.kind == "training":
             runtime = next((job.job_id for job in one.run.jobs() if job.kind == "runtime"), "")
             flag = Flag.of_this_host(job_id, runtime, EXIT_SIGNAL_BASE + signal.SIGTERM, one.reason, Ended.CANCELLED)
             try:
-                directory.publish(directory.training_complete, flag)
+                directory.speak_for(directory.training_complete, flag)
             except EnvironmentProblem as problem:
                 log.warning("%s", problem)
 

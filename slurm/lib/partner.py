@@ -26,6 +26,8 @@ ASK_OTHERWISE_S = 60.0  # sites forbid polling their controller more often
 FLAG_LATE_S = 10.0  # from Slurm's word that a job ended well to its completion flag, on a shared directory that is slow
 # Between two looks; more is time in which this job itself did not run, and says nothing of its partner.
 MOST_GAP_S = 15.0
+# Before its first word a partner may wait for its run's code and then for its secrets, a minute each, and load modules.
+FIRST_WORD_S = 300.0
 SUSPENDED = ("SUSPENDED", "STOPPED")  # squeue's words for a partner that cannot beat, by Slurm's own will
 
 
@@ -128,10 +130,11 @@ class PartnerWatch:
 
     def _impatience(self) -> str | None:
         """The sentence for a silence that has lasted too long."""
-        if self._silence_s < self.patience_s:
+        patience_s = self.patience_s if self._heard_at is not None else max(self.patience_s, FIRST_WORD_S)
+        if self._silence_s < patience_s:
             return None
         place = f" on {self._node}" if self._node else ""
         answers = self._said.state is not JobState.UNKNOWN
         word = f"says {self._said.words.partition(',')[0]}" if answers else f"does not answer ({self._said.words})"
-        silence = f"was not heard of for {self.patience_s:g} s"
+        silence = f"was not heard of for {patience_s:g} s"
         return f"the {self.kind} job {self.job_id}{place} {silence}; Slurm {word} (PARTNER_PATIENCE)"
