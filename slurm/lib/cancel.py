@@ -256,7 +256,9 @@ def conclude(watched: Sequence[Watched]) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, the id of any of its jobs, or latest")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's directory, the id of any of its jobs, or latest"
+    )
     parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
     return parser
 
