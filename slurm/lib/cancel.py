@@ -45,7 +45,7 @@ WITHDRAWN = "cancelled before it began (launch.py cancel)"
 KILLED = "killed by launch.py cancel: it did not end when it was told"
 EPILOG = """\
 exit codes: 0 all jobs of the runs have ended, or had before; 2 there is no such run; 71 a local run of another host;
-75 a job has not ended within 15 s, or Slurm did not answer.
+75 a job has not ended within 15 s, or Slurm did not answer; 128+N stopped by signal N: what was begun goes on.
 """
 
 
@@ -256,7 +256,9 @@ def conclude(watched: Sequence[Watched]) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, the id of either job, or latest")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's directory, the id of any of its jobs, or latest"
+    )
     parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
     return parser
 
