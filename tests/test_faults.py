@@ -68,6 +68,13 @@ def test_every_file_of_the_matrix_is_marked() -> None:
     assert set(NAMED) < set(FILES)
 
 
+def test_every_case_is_in_the_table_and_is_tried() -> None:
+    named = {name: value for name, value in vars(faults).items() if isinstance(value, Case)}
+    assert set(named.values()) == set(CASES)
+    tests = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    assert [name for name in named if f"faults.{name}" not in tests] == []
+
+
 def test_a_time_beyond_the_bound_is_no_pass_and_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = tmp_path / "times"
     monkeypatch.setenv("SKYRL_FAULT_TIMES", str(times))
