@@ -41,8 +41,8 @@ with record:
     record.write(json.dumps(call) + "\\n")
 if "signal" in answer:
     os.kill(os.getppid(), answer["signal"])
-    time.sleep(0.2)
-sys.stdout.write(answer["stdout"])
+    time.sleep(answer.get("pause_s", 0.2))
+sys.stdout.write(answer["stdout"] + (answer.get("hidden", "") if "--all" in argv else ""))
 sys.stderr.write(answer.get("stderr", ""))
 sys.exit(answer.get("code", 0))
 """
@@ -95,7 +95,10 @@ class FakeSlurm:
         return f"{self.bin}{os.pathsep}{os.environ['PATH']}"
 
     def answer(self, name: str, *answers: dict[str, Any]) -> None:
-        """What the calls of a command, in order, say; ``{}`` for what Slurm says when all is well."""
+        """What the calls of a command, in order, say; ``{}`` for what Slurm says when all is well.
+
+        ``hidden`` is about jobs in hidden partitions: it is said only where all are asked for.
+        """
         self.answers[name] = list(answers)
         self._write()
 

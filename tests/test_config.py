@@ -118,9 +118,16 @@ BAD: list[tuple[Callable[[str], object], str]] = [
     *[(parsers.experiment, raw) for raw in ("a/b", "..", "a\nb")],
     (parsers.backend, "cloud"),
     (parsers.words, "'never closed"),
+    *[(parsers.sbatch_words, raw) for raw in ("--nice --hold", "-H", "--hol", "'never closed")],
     (parsers.names, "a;b"),
     (parsers.path, "/a\n/b"),
 ]
+
+
+def test_a_hold_that_the_launcher_would_release_is_refused() -> None:
+    assert parsers.sbatch_words("--nice --comment='--hold it'") == ("--nice", "--comment=--hold it")
+    with pytest.raises(ValueError, match="scontrol hold later"):
+        parsers.sbatch_words(("--nice", "--hold"))
 
 
 @pytest.mark.parametrize(("parse", "raw"), BAD)

@@ -109,6 +109,7 @@ VALUES = {
     "text": "text",
     "url": "URL",
     "word": "text without spaces",
+    "sbatch_words": "list",
     "words": "list",
     "hydra_overrides": "list",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.launch_mark import Launcher, launcher_of, new_mark, own_launcher, state_of
-from slurm.lib.leftovers import DEAD_AFTER_S, Fate, clear, fate, markers, write_marker
+from slurm.lib.leftovers import DEAD_AFTER_S, Fate, Marker, clear, fate, markers, write_marker
 from slurm.lib.scheduler import Slurm, parse_queue
 from tests.fake_slurm import FakeSlurm
 
@@ -33,7 +34,7 @@ def door(fake: FakeSlurm) -> Slurm:
         ("host/boot/9/7/50", 50, Launcher.LIVES),
         ("host/boot/9/7/50", 51, Launcher.IS_DEAD),  # another process has its number
         ("host/boot/9/7/50", None, Launcher.IS_DEAD),
-        ("host/earlier/9/7/50", 50, Launcher.IS_DEAD),
+        ("host/another/9/7/50", None, Launcher.IS_ELSEWHERE),  # two login nodes may have one name
         ("host/boot/8/7/50", None, Launcher.IS_ELSEWHERE),
         ("login2/boot/9/7/50", None, Launcher.IS_ELSEWHERE),
         ("host/boot/9/x/50", None, Launcher.IS_ELSEWHERE),
@@ -64,9 +65,14 @@ def test_the_mark_of_this_process() -> None:
         (Launcher.IS_ELSEWHERE, DEAD_AFTER_S - 1, False, Fate.IS_UNSURE),
         (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, False, Fate.GOES),
         (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, True, Fate.STAYS),
+        (Launcher.IS_DEAD, None, None, Fate.IS_UNSURE),  # the jobs base is not there
+        (Launcher.IS_ELSEWHERE, DEAD_AFTER_S + 1, None, Fate.IS_UNSURE),
+        (Launcher.LIVES, None, None, Fate.STAYS),
     ],
 )
-def test_the_fate_of_a_held_job(launcher: Launcher, age_s: float | None, is_finished: bool, expected: Fate) -> None:
+def test_the_fate_of_a_held_job(
+    launcher: Launcher, age_s: float | None, is_finished: bool | None, expected: Fate
+) -> None:
     assert fate(launcher, age_s, is_finished) is expected
 
 
@@ -125,8 +131,36 @@ def test_a_launcher_that_died_before_it_wrote_the_marker(slurm: FakeSlurm, found
     assert folder.exists() is not goes
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_jobs_base_that_this_host_does_not_see(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, is_there: bool
+) -> None:
+    """A person's hold of a run there looks like a launch that was killed before it made a directory."""
+    base = slurm.folder / "scratch" / "jobs"
+    if is_there:
+        base.mkdir(parents=True)
+    slurm.answer("squeue --user", {"stdout": HELD.format(dead())})
+    slurm.answer("scontrol", *[{"stdout": f"   StdOut={base}/29990304_050607_101/runtime_101.out\n"}] * 2)
+    clear(door(slurm), slurm.jobs)
+    assert bool(slurm.of("scancel")) is is_there
+    assert (f"this host does not see {base}" in caplog.text) is not is_there
+
+
+@pytest.mark.parametrize(("name", "goes"), [("29990304_050607_%j", False), ("29990304_050608_%j", True)])
+def test_a_log_that_slurm_shows_as_a_pattern(slurm: FakeSlurm, name: str, goes: bool) -> None:
+    base = slurm.jobs / "50% of it"
+    (base / "29990304_050607_101").mkdir(parents=True)
+    (base / "29990304_050607_101" / "run.json").touch()
+    slurm.answer("squeue --user", {"stdout": HELD.format(dead()).splitlines()[1] + "\n"})
+    shown = str(base).replace("%", "%%")
+    slurm.answer("scontrol", {"stdout": f"   StdOut={shown}/{name}/runtime_%j.out\n"})
+    clear(door(slurm), slurm.jobs)
+    assert bool(slurm.of("scancel")) is goes
+
+
 @pytest.mark.parametrize(("now", "goes"), [(1000.0 + DEAD_AFTER_S + 1, True), (1000.0 + DEAD_AFTER_S - 1, False)])
 def test_a_launcher_on_another_host_by_slurms_clock(slurm: FakeSlurm, now: float, goes: bool) -> None:
+    slurm.jobs.mkdir()
     slurm.answer("squeue --user", {"stdout": "101|PENDING|JobHeldUser|1000|skyrl:login9/boot/1/2/3/0\n"})
     config = {"stdout": f"Configuration data as of {now:.0f}\nAccountingStorageHost = localhost\n"}
     slurm.answer("scontrol", {"stdout": f"   StdOut={slurm.jobs}/29990304_050607_101/runtime_101.out\n"})
@@ -164,6 +198,15 @@ def test_a_launcher_that_died_after_its_commit_leaves_a_run(slurm: FakeSlurm) ->
     assert not markers(folder)
 
 
+def test_jobs_in_hidden_partitions_are_in_the_queue_too(slurm: FakeSlurm) -> None:
+    launcher = dead()
+    folder = unfinished(slurm, launcher)
+    queued = HELD.format(launcher).replace("JobHeldUser", "Priority")
+    slurm.answer("squeue --user", {"stdout": "", "hidden": queued})
+    clear(door(slurm), slurm.jobs)
+    assert folder.is_dir()
+
+
 @pytest.mark.parametrize("used", ["runtime_101.out", "training_complete.flag"])
 def test_the_directory_of_a_run_that_has_been_stays(slurm: FakeSlurm, used: str) -> None:
     folder = unfinished(slurm, dead())
@@ -177,6 +220,27 @@ def test_the_directory_that_was_joined_stays(slurm: FakeSlurm) -> None:
     clear(door(slurm), slurm.jobs)
     assert folder.is_dir()
     assert not list(folder.iterdir())
+
+
+def test_a_directory_that_cannot_be_looked_into_hinders_no_other(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = slurm.jobs / "29990304_050608_103"  # the newest, so that it is looked into first
+    stale.mkdir(parents=True)
+    folder, launcher = unfinished(slurm, dead()), dead()
+
+    def look(at: Path) -> list[Marker]:
+        if at == stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return markers(at)
+
+    monkeypatch.setattr("slurm.lib.leftovers.markers", look)
+    slurm.answer("squeue --user", {"stdout": f"103|PENDING|JobHeldUser|1|skyrl:{launcher}/0\n"})
+    slurm.answer("scontrol", {"stdout": f"   StdOut={stale}/runtime_103.out\n"})
+    clear(door(slurm), slurm.jobs)
+    assert not folder.exists()
+    assert stale.is_dir()
+    assert not slurm.of("scancel")
 
 
 def test_a_directory_without_jobs_goes(slurm: FakeSlurm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -82,6 +83,14 @@ def test_held_then_dependent_then_complete_then_one_release(slurm: FakeSlurm) ->
     for call in (runtime, training):
         assert {"--parsable", "--no-requeue", "--export=ALL"} <= set(call.argv)
         assert not call.modes  # nothing was made before both ids were known
+
+
+def test_the_jobs_base_is_there_before_the_first_job(slurm: FakeSlurm) -> None:
+    """So a base that is missing at a later launch is one that its host does not see."""
+    slurm.answer("sbatch", {"code": 1, "stderr": "no"})
+    with pytest.raises(SubmissionError):
+        carry_out(plan_for(slurm))
+    assert slurm.jobs.is_dir()
 
 
 def test_the_directory_is_complete_at_the_release(slurm: FakeSlurm) -> None:
@@ -331,6 +340,16 @@ def test_a_real_signal_to_the_launcher(slurm: FakeSlurm, number: signal.Signals,
     assert not slurm.jobs.exists() or not list(slurm.jobs.iterdir())
 
 
+def test_a_signal_while_leftovers_are_looked_for_ends_the_launch_at_once(slurm: FakeSlurm) -> None:
+    slurm.answer("squeue --user", {"signal": signal.SIGINT, "pause_s": 7})
+    environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}
+    begin = time.monotonic()
+    done = subprocess.run(LAUNCH, env=environment, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert done.returncode == 128 + signal.SIGINT
+    assert not slurm.of("sbatch")
+    assert time.monotonic() - begin < 6
+
+
 def test_a_signal_after_the_commit_changes_nothing(slurm: FakeSlurm) -> None:
     slurm.answer("scontrol", {}, {"signal": signal.SIGTERM})
     environment = {**os.environ, "PATH": slurm.path, "SKYRL_JOBS_BASE": str(slurm.jobs)}
@@ -367,6 +386,12 @@ def test_a_job_that_was_taken_without_an_answer_is_found(slurm: FakeSlurm, unhur
     slurm.answer("squeue --user", {"code": 1}, {"code": 1}, found)
     assert patient(plan_for(slurm)).jobs == {"runtime": "77", "training": "102"}
     assert slurm.names == ["sbatch", "sbatch", "scontrol release", "scontrol release"]
+
+
+def test_a_job_that_was_taken_into_a_hidden_partition_is_found(slurm: FakeSlurm, unhurried: None) -> None:
+    slurm.answer("sbatch", SILENT)
+    slurm.answer("squeue --user", {"stdout": "", "hidden": "77|PENDING|JobHeldUser|1|skyrl:m/a/r/k/5/0\n"})
+    assert patient(plan_for(slurm)).jobs == {"runtime": "77", "training": "102"}
 
 
 def test_a_job_that_was_not_taken_is_submitted_once_more(slurm: FakeSlurm, unhurried: None) -> None:
@@ -414,6 +439,22 @@ def test_a_commit_that_may_have_been_heard_is_not_taken_back(slurm: FakeSlurm, u
     assert caught.value.may_start
     assert not slurm.of("scancel")
     assert (slurm.jobs / RUN / "run.json").exists()
+
+
+def test_a_marker_that_cannot_be_removed_does_not_hide_the_run(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unlink = Path.unlink
+
+    def stale(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("submission_"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stale)
+    assert carry_out(plan_for(slurm)).jobs == {"runtime": "101", "training": "102"}
+    assert "released all the same" in caplog.text
+    assert not slurm.of("scancel")
 
 
 # --- joining a runtime ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 from slurm.lib import leftovers, local, submission
 from slurm.lib.command_line import Parser, say
@@ -22,6 +21,7 @@ from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EXIT_USAGE, ConfigError,
 from slurm.lib.interpreter import mark
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.logs import debug_wanted, log, setup_command_logging, wants_colour
+from slurm.lib.lookout import inquiry
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.preflight.asked import Asked
 from slurm.lib.preflight.checks import CONFIGURATION, concerning, of_failure, refuse, run_checks, skipped_names
@@ -37,7 +37,6 @@ from slurm.lib.signals import SignalNotes
 from slurm.lib.trainer import KEY_NAME, URL_NAME, missing_parts, verl_of
 from slurm.lib.unheard import PATIENCE_S
 
-T = TypeVar("T")
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
@@ -127,7 +126,7 @@ def launch(arguments: argparse.Namespace, environment: Mapping[str, str], notes:
         return show(plan)
     asked = Asked(plan, CHECKOUT, at_leisure=arguments.check)
     on_slurm = config.settings.skyrl_backend == "slurm"
-    cleared = background(lambda: clear_leftovers(plan)) if on_slurm and not arguments.check else None
+    cleared = inquiry(lambda: clear_leftovers(plan), notes) if on_slurm and not arguments.check else None
     found = run_checks(asked, skipped)
     if arguments.check:
         return show_findings(found, dict.fromkeys(check.name for check in concerning(asked, skipped)), arguments.json)
@@ -293,19 +292,11 @@ def before_submission(found: Sequence[Finding]) -> None:
 
 def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
-    git = background(lambda: git_state(CHECKOUT))
+    git = inquiry(lambda: git_state(CHECKOUT), SignalNotes())  # within 10 s, and asked for after a commit too
     done = submission.submit(plan, notes, git, CHECKOUT, patience_s=PATIENCE_S)
     more = joining(done, plan) if plan.training is None else stopping(done) if plan.combined else ""
     say(report(done) + more)
     return EXIT_OK
-
-
-def background(task: Callable[[], T]) -> Callable[[], T]:
-    """Start a task in a thread; the returned function waits for its result."""
-    import concurrent.futures
-
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    return pool.submit(task).result
 
 
 def report(done: submission.Submitted) -> str:

@@ -369,6 +369,12 @@ def make_run_dir(path: Path) -> CoordinationDir:
     return CoordinationDir(path)
 
 
+def make_base(path: Path) -> None:
+    """Make the jobs base for a run's directory, as the umask says; ``make_run_dir`` says why that fails."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def server_time(folder: Path) -> float:
     """The time by the clock that stamps the files of a folder, which on shared storage is the file server's."""
     try:

@@ -144,7 +144,7 @@ def _link_logs(kind: str, job_id: str, directory: CoordinationDir, scheduler: Sc
     if not isinstance(scheduler, Slurm):
         return
     for field, suffix in (("StdOut", "out"), ("StdErr", "err")):
-        target = scheduler.detail(job_id, field)
+        target = scheduler.log_path(job_id, field)
         link = directory.log(kind, job_id, suffix)
         if target and not os.path.lexists(link):
             link.symlink_to(target)

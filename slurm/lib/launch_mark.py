@@ -23,7 +23,7 @@ class Launcher(enum.Enum):
 
     LIVES = "lives"
     IS_DEAD = "is dead"
-    IS_ELSEWHERE = "is elsewhere"  # on another host, or in other process numbers: not to be looked up from here
+    IS_ELSEWHERE = "is elsewhere"  # under another kernel, or in other process numbers: not to be looked up from here
 
 
 def own_launcher() -> str:
@@ -50,12 +50,11 @@ def host_of(launcher: str) -> str:
 
 
 def state_of(launcher: str, own: str, ticks: Callable[[int], int | None] = start_ticks) -> Launcher:
-    """What is known here of a launcher; one of an earlier boot of this host is dead."""
+    """What is known here of a launcher.
+
+    One of another boot may have died with this host's earlier one, or live on another host that has the same name.
+    """
     theirs, ours = launcher.split("/"), own.split("/")
-    if len(theirs) != 5 or theirs[0] != ours[0] or not theirs[3].isdigit():
-        return Launcher.IS_ELSEWHERE
-    if theirs[1] != ours[1]:
-        return Launcher.IS_DEAD
-    if theirs[2] != ours[2]:
+    if len(theirs) != 5 or theirs[:3] != ours[:3] or not theirs[3].isdigit():
         return Launcher.IS_ELSEWHERE
     return Launcher.LIVES if str(ticks(int(theirs[3]))) == theirs[4] else Launcher.IS_DEAD

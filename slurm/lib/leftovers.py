@@ -2,9 +2,11 @@
 
 Nothing of it can start: its jobs are held. A job is removed if its comment names a launcher that is dead, and its run
 was never finished: there is no directory yet, or an empty one, or ``submission_<id>.json`` lies in it, which goes with
-the commit. So a job that a person holds stays, and what a living launcher is about to release too. Whether a launcher
-on another host lives cannot be seen from here; a launch takes seconds, so after a quarter of an hour, by the
-controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before its files go.
+the commit. So a job that a person holds stays, and what a living launcher is about to release too. The jobs base is
+made before the first job: one that is not there is another host's, and nothing is known of its runs. Whether a launcher
+on another host, or of another boot, lives cannot be seen from here; a launch takes seconds, so after a quarter of an
+hour, by the controller's clock, it is dead. Whoever clears may be killed as well: a directory is renamed before its
+files go.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from slurm.lib.runs import run_folders, stamp_of
 from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 
 SCHEMA = 1
-DEAD_AFTER_S = 900.0  # of a launcher on another host, since its job was submitted
+DEAD_AFTER_S = 900.0  # of a launcher elsewhere, since its job was submitted
 DISCARDED = ".discarded_"
 LOOK_BACK_S = 7 * 86400.0  # older directories are not looked into: a jobs base may hold thousands
 
@@ -80,10 +82,15 @@ class Fate(enum.Enum):
     IS_UNSURE = "is unsure"
 
 
-def fate(launcher: Launcher, age_s: float | None, is_finished: bool) -> Fate:
-    """Whether a held job is a leftover; ``age_s`` is the time since its submission, None where it is not known."""
+def fate(launcher: Launcher, age_s: float | None, is_finished: bool | None) -> Fate:
+    """Whether a held job is a leftover; ``age_s`` is the time since its submission.
+
+    What is not known is None: the age, or whether its run was finished.
+    """
     if launcher is Launcher.LIVES or is_finished:
         return Fate.STAYS
+    if is_finished is None:
+        return Fate.IS_UNSURE
     if launcher is Launcher.IS_DEAD or (age_s is not None and age_s > DEAD_AFTER_S):
         return Fate.GOES
     return Fate.IS_UNSURE
@@ -95,14 +102,26 @@ def clear(slurm: Slurm, base: Path) -> None:
     if jobs is None:
         log.debug("Slurm does not answer; what killed launchers left, if anything, stays")
         return
-    for doomed in base.glob(f"{DISCARDED}*"):
-        remove_run_dir(doomed)
+    with _readable(base):
+        for doomed in base.glob(f"{DISCARDED}*"):
+            remove_run_dir(doomed)
     for folder in _recent(base):
-        for marker in markers(folder):
-            _clear_folder(slurm, marker, jobs)
+        with _readable(folder):
+            for marker in markers(folder):
+                _clear_folder(slurm, marker, jobs)
     for job in reversed(jobs):  # a training before its runtime
         if job.is_held and launcher_of(job.comment):
-            _clear_job(slurm, job)
+            with _readable(f"the run of job {job.job_id}"):
+                _clear_job(slurm, job)
+
+
+@contextlib.contextmanager
+def _readable(what: object) -> Iterator[None]:
+    """For what may lie in a folder that is stale or broken: that one stays as it is, and hinders no launch."""
+    try:
+        yield
+    except OSError as problem:
+        log.debug("%s cannot be looked into; what a killed launch left there, if anything, stays: %s", what, problem)
 
 
 def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
@@ -110,14 +129,21 @@ def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
     state = state_of(launcher, own_launcher())
     if state is Launcher.LIVES:
         return
-    log_path = slurm.detail(job.job_id, "StdOut")
+    log_path = slurm.log_path(job.job_id)
     if log_path is None:  # out of the queue by now, with its partner
         return
-    folder = Path(log_path).parent
+    folder = log_path.parent
     marker = next((marker for marker in markers(folder) if job.job_id in marker.jobs), None)
     age_s = _age_s(slurm, job) if state is Launcher.IS_ELSEWHERE else None
-    decided = fate(state, age_s, is_finished=marker is None and _has_files(folder))
-    if decided is Fate.IS_UNSURE:
+    is_finished = False if marker else _has_files(folder)
+    decided = fate(state, age_s, is_finished)
+    if is_finished is None:
+        log.warning(
+            "job %s is held, and this host does not see %s, where its run would be; if a killed launch left it, "
+            "remove it with: scancel %s",
+            *(job.job_id, folder.parent, job.job_id),
+        )
+    elif decided is Fate.IS_UNSURE:
         log.warning(
             "job %s is held by a launch on %s; if that was killed, remove it with: scancel %s",
             *(job.job_id, host_of(launcher), job.job_id),
@@ -128,12 +154,12 @@ def _clear_job(slurm: Slurm, job: QueuedJob) -> None:
         _remove(slurm, marker.jobs if marker else (job.job_id,), marker)
 
 
-def _has_files(folder: Path) -> bool:
-    """Whether anything but a half-written file lies in a folder; one that is not there has none."""
+def _has_files(folder: Path) -> bool | None:
+    """Whether anything but a half-written file lies in a run's folder; None where not even its jobs base is there."""
     try:
         return any(not entry.name.startswith(".") for entry in folder.iterdir())
     except FileNotFoundError:
-        return False
+        return False if folder.parent.is_dir() else None
     except OSError:  # it cannot be looked into
         return True
 

@@ -60,14 +60,23 @@ class Lookout(Generic[T]):
 
 def answered(question: Callable[[], T], notes: SignalNotes) -> T:
     """The answer to a question that may take long; ``Interrupted`` as soon as a signal has come."""
+    return inquiry(question, notes)()
+
+
+def inquiry(question: Callable[[], T], notes: SignalNotes) -> Callable[[], T]:
+    """Ask now; the returned function waits for the answer, or is ``Interrupted`` as soon as a signal has come."""
     answers: list[T] = []
 
     def ask() -> bool:
         answers.append(question())
         return True
 
-    with Lookout(ask) as lookout:
+    lookout = Lookout(ask).__enter__()  # which ends with its first look
+
+    def answer() -> T:
         while not lookout.wait(NOTE_EVERY_S):
             notes.check()
-    lookout.seen()
-    return answers[0]
+        lookout.seen()
+        return answers[0]
+
+    return answer

@@ -139,8 +139,8 @@ def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone."""
     folders = run_folders(base)
     likely = [path for path in folders if path.name.endswith(f"_{job_id}")]
-    log = slurm.detail(job_id, "StdOut", ask_s) if job_id.isdigit() else None
-    for path in [*likely, *([Path(log).parent] if log else []), *folders]:
+    log = slurm.log_path(job_id, timeout_s=ask_s) if job_id.isdigit() else None
+    for path in [*likely, *([log.parent] if log else []), *folders]:
         directory = CoordinationDir(path)
         if any(job_id in jobs.values() for jobs, _het in _pairs(directory)):
             return FoundRun(job_id, directory)

@@ -210,6 +210,11 @@ def parse_job_id(answer: Completed) -> str | None:
     return None
 
 
+def filled_in(path: str, job_id: str) -> str:
+    """The path of a log of ours, which Slurm shows as it is or, some versions, as the pattern that it was given."""
+    return path.replace("%j", job_id).replace("%%", "%") if "%j" in path else path
+
+
 def parse_components(text: str) -> list[str]:
     """The ids of a heterogeneous job's components, in order, from ``squeue -h -o '%i|%A'``: a line ``1+0|1`` each."""
     found = re.findall(r"^\s*\d+\+(\d+)\|(\d+)\s*$", text, re.MULTILINE)
@@ -290,8 +295,8 @@ class Slurm:
         return SubmissionError(f"{words}; it may have been queued all the same, held: {advice}", leaves_jobs=True)
 
     def own_jobs(self, timeout_s: float = ASK_TIMEOUT_S) -> list[QueuedJob] | None:
-        """This user's jobs in the queue, the oldest first; None while Slurm is silent."""
-        question = ("squeue", "-h", f"--user={os.getuid()}", "-o", "%A|%T|%r|%V|%k")
+        """This user's jobs in the queue, in hidden partitions too, the oldest first; None while Slurm is silent."""
+        question = ("squeue", "-h", "--all", f"--user={os.getuid()}", "-o", "%A|%T|%r|%V|%k")
         answer = self._with_epochs()._ask(*question, timeout_s=timeout_s)
         return parse_queue(answer.stdout) if answer.ok else None
 
@@ -391,11 +396,11 @@ class Slurm:
         """The same commands, which print times as epoch seconds; a person's own format could not be read back."""
         return Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})
 
-    def detail(self, job_id: str, field: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
-        """One field of ``scontrol show job`` whose value reaches to the end of its line, such as ``StdOut``."""
+    def log_path(self, job_id: str, field: str = "StdOut", timeout_s: float = ASK_TIMEOUT_S) -> Path | None:
+        """A log of a job of ours, ``StdOut`` or ``StdErr``; None where Slurm does not know it, or is silent."""
         answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
         match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
-        return match.group(1).strip() if match else None
+        return Path(filled_in(match.group(1).strip(), job_id)) if match else None
 
     def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """The name of a job that Slurm knows."""

@@ -309,6 +309,15 @@ def words(raw: Raw) -> tuple[str, ...]:
         raise ValueError(f"cannot be split like a command line: {str(problem).lower()}") from None
 
 
+def sbatch_words(raw: Raw) -> tuple[str, ...]:
+    """Options of sbatch; without one that holds the job, as the launcher does until it releases it."""
+    found = words(raw)
+    held = next((word for word in found if word in {"-H", "--ho", "--hol", "--hold"}), None)
+    if held:
+        raise ValueError(f"cannot have {held}: the launcher releases its jobs; use --begin=…, or scontrol hold later")
+    return found
+
+
 _OVERRIDE = re.compile(r"(\+{0,2}[^\s=+~'\"][^\s=]*=.*)|(~[^\s=]+(=.*)?)", re.S)
 _QUOTED = re.compile(r"'(\\.|[^'\\])*'|\"(\\.|[^\"\\])*\"")
 
@@ -365,7 +374,7 @@ def names(raw: Raw) -> tuple[str, ...]:
 
 # --- the declaration of a key ----------------------------------------------------------------------------------------
 
-_ARRAYS: tuple[Callable[[Any], object], ...] = (words, hydra_overrides, names, mirrors)
+_ARRAYS: tuple[Callable[[Any], object], ...] = (words, sbatch_words, hydra_overrides, names, mirrors)
 _INFO = "key"
 
 
@@ -430,10 +439,10 @@ class Settings:
     reservation: str = setting("RESERVATION", word, "", "Slurm reservation that both jobs run in.")
     exclude_nodes: str = setting("EXCLUDE_NODES", word, "", "Nodes that neither job may use, as a Slurm host list.")
     cpu_sbatch_args: tuple[str, ...] = setting(
-        "CPU_SBATCH_ARGS", words, (), "Further sbatch options of the runtime job: a bash array, or one string."
+        "CPU_SBATCH_ARGS", sbatch_words, (), "Further sbatch options of the runtime job: a bash array, or one string."
     )
     gpu_sbatch_args: tuple[str, ...] = setting(
-        "GPU_SBATCH_ARGS", words, (), "Further sbatch options of the training job: a bash array, or one string."
+        "GPU_SBATCH_ARGS", sbatch_words, (), "Further sbatch options of the training job: a bash array, or one string."
     )
     time_limit: str = setting(
         "TIME_LIMIT", slurm_time, "12:00:00", "Time limit of both jobs, in one of Slurm's formats.", unit="Slurm time"

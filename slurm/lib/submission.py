@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, Flag, make_run_dir
+from slurm.lib.coordination import CoordinationDir, Flag, make_base, make_run_dir
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.launch_mark import new_mark
 from slurm.lib.leftovers import discard, write_marker
@@ -99,6 +99,7 @@ def submit(
     slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
     insistence = Insistence(notes, patience_s)
+    make_base(Path(plan.directory))  # without one no launch would know later what became of these jobs
     with _taken_back_on_failure(slurm, insistence) as undo:
         for job in plan.submissions:
             notes.check()
@@ -124,7 +125,7 @@ def submit(
         first = undo.job_ids[0]
         release(slurm, first) if release else _commit(slurm, first, directory, insistence)
     if unfinished:
-        unfinished.unlink(missing_ok=True)
+        _unmark(unfinished)
     if late:  # only now: the runtime job takes a recorded job that is cancelled for a training that has failed
         _record_late(directory, plan, jobs, git)
     return Submitted(directory, jobs)
@@ -143,6 +144,14 @@ def _commit(slurm: Slurm, job_id: str, directory: CoordinationDir, insistence: I
             leaves_jobs=True,
             may_start=True,
         ) from None
+
+
+def _unmark(unfinished: Path) -> None:
+    """After the commit nothing may hide which jobs there are."""
+    try:
+        unfinished.unlink(missing_ok=True)
+    except OSError as problem:
+        log.warning("cannot remove %s: %s; the jobs have been released all the same", unfinished, problem.strerror)
 
 
 def _runtime_component(slurm: Slurm, job_id: str) -> str:
