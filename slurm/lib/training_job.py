@@ -452,21 +452,32 @@ class TrainingSession:
                         return self._stopped_to_go_on(child, checkpoint)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
+        return self._ended_by_itself(child, code, canary, cluster, early)
+
+    def _ended_by_itself(
+        self, child: Child, code: int, canary: Child, cluster: RayCluster, early: EarlyStop
+    ) -> Outcome:
+        """The outcome of a trainer that was not stopped by us: of a fault elsewhere, of a signal, or its own."""
         if self.chain.successor:
             self.notes.sleep(CANARY_S)  # where Slurm signals every process, the trainer may have ended first
+        told = early.killed_by_it(code)
+        if code and not told and self.notes.stop_signal is None and (lost := self._lost_meanwhile(code, cluster)):
+            return self._as_signalled(lost)
         if self.notes.stop_signal is not None:
             return self._stopped_by_signal(child, self.notes.stop_signal, canary)
-        if early.killed_by_it(code):
+        if told:
             return Outcome(code, f"{ended(code)}, which announced the time limit", Ended.INTERRUPTED)
-        lost = self._lost_meanwhile(code, cluster) if code else None
-        return lost or Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
+        return Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
 
     def _lost_meanwhile(self, code: int, cluster: RayCluster) -> Outcome | None:
-        """The outcome where a trainer has failed for want of a node or of its runtime, which it notices before us."""
+        """The outcome where a trainer has failed for want of a node or of its runtime, which it notices before us.
+
+        A signal ends the wait for either: what took them away often takes this job too.
+        """
         end = time.monotonic() + (NODE_WORD_S if cluster.steps else 0.0)
         while (why := cluster.lost()) is None and self.notes.stop_signal is None and time.monotonic() < end:
             self.notes.sleep(LOOK_EVERY_S)
-        if why and self.notes.stop_signal is None:
+        if why:
             return Outcome(NodeLost.exit_code, f"{why}; {ended(code)}", Ended.INTERRUPTED)
         return self._lost_runtime() if self.chain.successor else None
 
