@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,11 +19,13 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.ray_cluster import RayCluster, Step
 from slurm.lib.restarts import Ended
+from slurm.lib.runtime_client import Heartbeat, RuntimeClient
 from slurm.lib.runtime_step import RuntimeStep
 from slurm.lib.scheduler import JobFacts
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
 from slurm.lib.training_job import Outcome, TrainingSession, start_canary
+from slurm_runtime.heartbeats import Heartbeats
 from tests.test_partner import FakeScheduler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +125,88 @@ def test_a_lost_node_is_named_also_beside_a_signal(session: TrainingSession, tmp
         "(Slurm's state of the node: down*); the trainer failed with exit code 1; meanwhile ended by preemption"
     )
     assert said.ended is Ended.INTERRUPTED
+
+
+class Server(ThreadingHTTPServer):
+    """The part of an API server that the training job itself asks; ``heartbeats`` is None for another's."""
+
+    heartbeats: Heartbeats | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def _say(self, status: int, body: object) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def do_POST(self) -> None:
+        known = self.server.heartbeats
+        self._say(200, {"count": known.beat(self.path).count}) if known else self._say(404, "no such route")
+
+    def do_GET(self) -> None:
+        beat = self.server.heartbeats.get(self.path) if self.server.heartbeats else None
+        here = beat or self.path == "/health"
+        self._say(200, {"count": beat.count if beat else 0}) if here else self._say(404, "not heard of")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(session: TrainingSession) -> Iterator[Server]:
+    """One that answers, in place of the session's."""
+    with Server(("127.0.0.1", 0), Handler) as made:
+        session.job.directory.publish_url(made.url)
+        made.heartbeats = Heartbeats()
+        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("beats_after", [0, 1, 2])
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_trainer_that_fails_as_the_server_was_started_again_is_interrupted(
+    session: TrainingSession, server: Server, beats_after: int, before: int
+) -> None:
+    """Its requests that were open had no answer; the server is there again before anybody asks."""
+    heartbeat = Heartbeat(RuntimeClient(server.url, None), "training-8")
+    session.server_restarted_s_ago = heartbeat.restarted_s_ago
+    for _ in range(before):
+        heartbeat._beat()
+    assert outcome(session) == Outcome(1, "the trainer failed with exit code 1", Ended.FAILED)
+    server.heartbeats = Heartbeats()
+    for _ in range(beats_after):
+        heartbeat._beat()
+    expected = "the trainer failed with exit code 1, 0 s after the API server was started again"
+    assert outcome(session) == Outcome(1, expected, Ended.INTERRUPTED)
+    assert outcome(session, code=0) == Outcome(0, "the trainer ended", Ended.COMPLETED)
+    session.chain.successor = {}
+    assert outcome(session) == Outcome(1, "the trainer failed with exit code 1", Ended.FAILED)
+
+
+def test_a_restart_is_felt_for_a_minute(session: TrainingSession, server: Server) -> None:
+    ago = {59.6: Ended.INTERRUPTED, 60.4: Ended.FAILED}
+    for seconds, expected in ago.items():
+        session.server_restarted_s_ago = partial(float, seconds)
+        assert outcome(session).ended is expected
+
+
+def test_a_server_that_counts_no_beats_was_never_started_again(session: TrainingSession, server: Server) -> None:
+    server.heartbeats = None
+    with Heartbeat(RuntimeClient(server.url, None), "training-8") as heartbeat:
+        assert heartbeat.restarted_s_ago() is None
+        assert heartbeat.age_s() < 5
+    server.shutdown()
+    server.server_close()
+    assert heartbeat.restarted_s_ago() is None, "silence is no restart"
 
 
 def test_without_a_signal_a_runtime_that_stays_away_interrupts(

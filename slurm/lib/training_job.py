@@ -82,6 +82,7 @@ FOREIGN_SERVERS = frozenset({404, 405})  # a server that is not ours need not ha
 # How long a trainer may take to stop after its runtime is gone; with SILENT_AFTER_S the GPUs are free within 15 s.
 STOP_GRACE_S = 5.0
 SERVER_BACK_S = 10.0  # twice what an API server that crashed needs to be there again
+RESTART_FELT_S = 60.0  # a trainer may try a broken request again for a while before it gives up
 NODE_WORD_S = 3.0  # from the death of a node's Ray, which fails the trainer, to where we see it
 
 
@@ -151,6 +152,7 @@ class TrainingSession:
         self.kill_wait_s = 0.0
         self.chain = Chain(job)
         self.deadline = Deadline()
+        self.server_restarted_s_ago: Callable[[], float | None] = lambda: None
         self._health = Answer(0, "not asked yet")
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
         if not job.own_dir:
@@ -209,6 +211,7 @@ class TrainingSession:
             Heartbeat(client, f"training-{self.job.job_id}") as heartbeat,
             self.partner_watch(endpoint, heartbeat) as watch,
         ):
+            self.server_restarted_s_ago = heartbeat.restarted_s_ago
             environment = self.prepare(trainer, endpoint, folder).plus({TRAINER_MARKER: marker})
             guardian.own_marker(TRAINER_MARKER, marker)
             self.chain.begin(endpoint.runtime_job_id, self.notes)
@@ -479,14 +482,14 @@ class TrainingSession:
             self.notes.sleep(LOOK_EVERY_S)
         if why:
             return Outcome(NodeLost.exit_code, f"{why}; {ended(code)}", Ended.INTERRUPTED)
-        return self._lost_runtime() if self.chain.successor else None
+        return self._lost_runtime(code) if self.chain.successor else None
 
-    def _lost_runtime(self) -> Outcome | None:
-        """The outcome where a trainer has failed because its sandboxes were gone, and stay so."""
+    def _lost_runtime(self, code: int) -> Outcome | None:
+        """The outcome where a trainer has failed because its sandboxes were gone, and stay so, or were for a moment."""
         end = time.monotonic() + SERVER_BACK_S
         while (why := self.runtime_ended()) is None and self.notes.stop_signal is None:
             if self._answers():
-                return None
+                return self._met_a_restart(code)
             if time.monotonic() > end:
                 why = "the runtime does not answer"
                 break
@@ -494,6 +497,17 @@ class TrainingSession:
         if why is None:
             return None
         return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", self._without_runtime(why))
+
+    def _met_a_restart(self, code: int) -> Outcome | None:
+        """The outcome where the API server was started again just before: its open requests had no answer.
+
+        A trainer that fails of something else then costs one attempt; none begins without a new checkpoint.
+        """
+        ago = self.server_restarted_s_ago()
+        if ago is None or ago > RESTART_FELT_S:
+            return None
+        reason = f"{ended(code)}, {ago:.0f} s after the API server was started again"
+        return Outcome(code, reason, Ended.INTERRUPTED)
 
     def _answers(self) -> bool:
         """Whether the server answers; yes where none is known."""
