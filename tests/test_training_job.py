@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.lib.coordination import CoordinationDir, Flag
+from slurm.lib.coordination import CoordinationDir, Counter, Flag
 from slurm.lib.job_context import JobContext
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.ray_cluster import RayCluster, Step
@@ -24,8 +25,9 @@ from slurm.lib.runtime_step import RuntimeStep
 from slurm.lib.scheduler import JobFacts
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
-from slurm.lib.training_job import Outcome, TrainingSession, start_canary
+from slurm.lib.training_job import Endpoint, Outcome, TrainingSession, start_canary
 from slurm_runtime.heartbeats import Heartbeats
+from tests.runs import until
 from tests.test_partner import FakeScheduler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +209,28 @@ def test_a_server_that_counts_no_beats_was_never_started_again(session: Training
     server.shutdown()
     server.server_close()
     assert heartbeat.restarted_s_ago() is None, "silence is no restart"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_runtime_that_beats_by_a_counter_is_answered_by_one(
+    session: TrainingSession, server: Server, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Its counter may be seen late, or its first beat have failed; without an answer it would end the run in time."""
+    monkeypatch.setattr("slurm.lib.training_job.PARTNER_LOOK_EVERY_S", 0.1)
+    server.heartbeats = None
+    directory = session.job.directory
+    theirs, ours = Counter(directory.heartbeat("runtime", "7")), directory.heartbeat("training", "8")
+    if not late:
+        theirs.beat()
+    client = RuntimeClient(server.url, None)
+    endpoint = Endpoint(server.url, None, "7")
+    with Heartbeat(client, "training-8") as heartbeat, session.partner_watch(endpoint, heartbeat) as gone:
+        if late:
+            time.sleep(0.5)
+            assert not ours.exists(), "a server of ours is told by HTTP"
+            theirs.beat()
+        until("beats of the training", lambda: ours.exists() and int(ours.read_text()) > 2, 5)
+        assert gone() is None
 
 
 def test_without_a_signal_a_runtime_that_stays_away_interrupts(

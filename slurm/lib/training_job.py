@@ -413,11 +413,13 @@ class TrainingSession:
             patience_s=patience_s,
         )
         partners = self.job.directory.heartbeat("runtime", endpoint.runtime_job_id)
-        counter = Counter(self.job.directory.heartbeat("training", self.job.job_id)) if is_listed(partners) else None
-        if counter:
-            partner.heartbeat_age_s = CounterWatch(partners).age_s
+        counter: Counter | None = None
 
         def flags() -> str | None:
+            nonlocal counter
+            if counter is None and is_listed(partners):  # perhaps late: it is seen late, or its first beat failed
+                counter = Counter(self.job.directory.heartbeat("training", self.job.job_id))
+                partner.heartbeat_age_s = CounterWatch(partners).age_s
             if counter:
                 counter.beat()
             return self.runtime_ended()
