@@ -397,6 +397,51 @@ def test_a_silence_after_the_cancellation_keeps_the_new_pair(slurm: FakeSlurm, m
     assert [call.argv for call in slurm.of("scancel")] == [["--state=PENDING", "102"]], "the new pair stays"
 
 
+NO_ANSWER = {
+    "code": 1,
+    "stderr": "scancel: error: Kill job error on job id 102: Socket timed out on send/recv operation",
+}
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [([OUT], 1), ([IN_QUEUE, OUT], 2), ([{"code": 1, "stderr": "Unable to contact"}, IN_QUEUE, IN_QUEUE, OUT], 3)],
+    ids=["carried out", "said again", "said until it is carried out"],
+)
+def test_a_cancellation_without_an_answer_is_no_refusal(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, later: list[dict[str, object]], said: int
+) -> None:
+    """Slurm may carry it out when the new pair has been taken back, and then nothing is queued."""
+    monkeypatch.setattr("slurm.lib.idle._growing", lambda waited_s: 0.0)
+    job = idle(slurm)
+    slurm.answer("scancel", NO_ANSWER)
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, *later)
+    ending = given_back(slurm, job)
+    assert ending is not None
+    assert (ending.exit_code, ending.goes_on) == (0, True)
+    assert [call.argv for call in slurm.of("scancel")] == [["--state=PENDING", "102"]] * said
+    assert slurm.of("scontrol")[-1].argv == ["release", "103"]
+
+
+def test_one_that_is_not_heard_of_again_keeps_the_new_pair(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.lib.idle.CERTAIN_WITHIN_S", 0.0)
+    job = idle(slurm)
+    slurm.answer("scancel", NO_ANSWER)
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, *[{"code": 1, "stderr": "Unable to contact slurm controller"}] * 9)
+    ending = given_back(slurm, job)
+    assert ending is not None
+    assert (ending.exit_code, ending.goes_on) == (73, False)
+    assert "the jobs 103, 104, which are held" in ending.reason
+
+
+def test_a_cancellation_that_slurm_refuses_keeps_the_old_pair(slurm: FakeSlurm) -> None:
+    job = idle(slurm)
+    slurm.answer("scancel", {"code": 1, "stderr": "scancel: error: Kill job error on job id 102: Access denied"})
+    slurm.answer("squeue", *[IN_QUEUE] * 9)
+    assert given_back(slurm, job) is None
+    assert [call.argv for call in slurm.of("scancel")[-2:]] == [["104"], ["103"]]
+
+
 def test_where_a_job_may_be_left_it_is_said_and_not_tried_again(
     slurm: FakeSlurm, text: pytest.LogCaptureFixture
 ) -> None:

@@ -24,7 +24,7 @@ from slurm.lib.plan import AFTER, Request, Requeue
 from slurm.lib.preflight.words import duration, size
 from slurm.lib.restarts import Cause
 from slurm.lib.run_record import recorded_git, recorded_with
-from slurm.lib.scheduler import JobState, JobStatus, Slurm
+from slurm.lib.scheduler import JobState, JobStatus, Slurm, is_silence
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
@@ -277,11 +277,11 @@ class Swap:
         if not Wait(status, 0.0).is_pending:  # a person has cancelled it, or it has started
             raise self._not_out(status)
         complaint = slurm.cancel_pending(self.training)
-        if complaint:
+        if complaint and not is_silence(complaint):  # a silent Slurm may do it later: the new pair must be there then
             raise SubmissionError(f"the training job {self.training} could not be cancelled: {complaint}")
         try:
             status = self._certain(slurm)
-        except WaitTimeout as problem:  # the cancellation was taken; only what came of it is not known
+        except WaitTimeout as problem:  # the cancellation was said; only what came of it is not known
             self.still_held = str(problem)
             return
         if status.state is not JobState.PURGED and not status.words.startswith("CANCELLED"):
@@ -294,10 +294,12 @@ class Swap:
         return SubmissionError(f"the training job {self.training} {what} any more ({status.words})")
 
     def _certain(self, slurm: Slurm) -> JobStatus:
-        """Slurm's word, once it is one that will not change."""
+        """Slurm's word, once it is one that will not change; a cancellation that changed nothing is said again."""
 
         def word() -> JobStatus | None:
             status = slurm.status(self.training)
+            if Wait(status, 0.0).is_pending:
+                slurm.cancel_pending(self.training)  # a complaint is told by the next status
             open_yet = status.state in {JobState.PENDING, JobState.UNKNOWN} or "COMPLETING" in status.words
             return None if open_yet else status
 
