@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import re
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -218,6 +219,46 @@ def test_no_other_runtime_is_idle(slurm: FakeSlurm) -> None:
     assert recorded_with(watch.job.directory, "runtime", "101") is None
     assert run_for(watch, controller, 600) is None
     assert not controller.asked_at
+
+
+@dataclass
+class Silence(Controller):
+    """A controller that answers nothing for a time: ``question`` is the one that waits."""
+
+    question: str = ""
+
+    def status(self, job_id: str) -> JobStatus:
+        self._wait("status")
+        return super().status(job_id)
+
+    def facts(self, job_id: str, timeout_s: float = 0.0) -> JobFacts:
+        self._wait("facts")
+        return super().facts(job_id)
+
+    def _wait(self, question: str) -> None:
+        if question == self.question:
+            time.sleep(3)
+
+
+@pytest.mark.parametrize("question", ["status", "facts"])
+def test_a_signal_ends_the_wait_for_a_silent_slurm(slurm: FakeSlurm, question: str) -> None:
+    controller = Silence(question=question)
+    watch = watch_of(slurm, controller, "RUNTIME_IDLE_LIMIT=5")
+    threading.Timer(0.3, watch.notes.note, (signal.SIGTERM,)).start()
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        run_for(watch, controller, 6)
+    assert time.monotonic() - begin < 1.5
+
+
+def test_and_before_the_watch_begins(slurm: FakeSlurm) -> None:
+    job = runtime_of(slurm, launched(slurm, "RESTARTS=0", "MIN_RUN_TIME=400"))
+    notes = SignalNotes()
+    notes.note(signal.SIGTERM)
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        IdleWatch(replace(job, scheduler=Silence(question="facts")), notes)
+    assert time.monotonic() - begin < 1.5
 
 
 # --- giving back -----------------------------------------------------------------------------------------------------
@@ -474,13 +515,11 @@ def test_who_ends_the_runtime_job_meanwhile_ends_the_run(slurm: FakeSlurm) -> No
     job = idle(slurm)
     notes = SignalNotes()
     slurm.answer("squeue", IN_QUEUE, IN_QUEUE, OUT)
-    monkey = notes.check  # the signal comes after the last look at it before the swap
-    looks: list[int] = []
+    look = notes.check
 
     def check() -> None:
-        monkey()
-        looks.append(1)
-        if len(looks) == 3:  # before each of both submissions, and before the swap
+        look()
+        if len(slurm.of("sbatch")) == 4:  # the signal comes after the last look at it before the swap
             notes.note(signal.SIGTERM)
 
     notes.check = check  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from slurm.lib.deadlines import own_end
 from slurm.lib.errors import EXIT_OK, EXIT_SUBMISSION, EXIT_TIMEOUT, SubmissionError, WaitTimeout
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
+from slurm.lib.lookout import answered
 from slurm.lib.plan import AFTER, Request, Requeue
 from slurm.lib.preflight.words import duration, size
 from slurm.lib.restarts import Cause
@@ -143,12 +144,14 @@ class IdleWatch:
         self._word_at = self._began + FIRST_WORD_S
         self._try_at = self._began + settings.runtime_idle_limit if settings.runtime_idle_limit else math.inf
         if settings.min_run_time and not self.over:
-            self._know_end(own_end(self.job.job_id, self.job.environment, self.job.scheduler))
+            job = self.job
+            self._know_end(answered(lambda: own_end(job.job_id, job.environment, job.scheduler), self.notes))
 
     def look(self, heard: bool) -> Conclusion | None:
         """Why this job ends, or None; to be asked often. ``heard`` says that the training has started.
 
-        Slurm is asked only when there may be something to say or to do, and at most once a minute.
+        Slurm is asked only when there may be something to say or to do, and at most once a minute. ``Interrupted`` by a
+        signal, also while Slurm does not answer.
         """
         self.over = self.over or heard
         if self.over or self.clock() < self._next_question():
@@ -166,9 +169,10 @@ class IdleWatch:
         self._late_at = self.clock() + left - self.job.settings.min_run_time + 1
 
     def _asked(self, training: str) -> Conclusion | None:
-        status = self.job.scheduler.status(training)
+        scheduler = self.job.scheduler
+        status = answered(lambda: scheduler.status(training), self.notes)
         self.over = status.state is JobState.RUNNING
-        ends_at = None if self.over else self.job.scheduler.facts(self.job.job_id).ends_at
+        ends_at = None if self.over else answered(lambda: scheduler.facts(self.job.job_id), self.notes).ends_at
         left = None if ends_at is None else ends_at - time.time()
         wait = Wait(status, self.clock() - self._began, left)
         if self.job.settings.min_run_time and ends_at is not None:
@@ -273,7 +277,7 @@ class Swap:
     still_held: str = ""
 
     def __call__(self, slurm: Slurm, runtime: str) -> None:
-        status = slurm.status(self.training)
+        status = answered(lambda: slurm.status(self.training), self.notes)
         if not Wait(status, 0.0).is_pending:  # a person has cancelled it, or it has started
             raise self._not_out(status)
         complaint = slurm.cancel_pending(self.training)
