@@ -246,6 +246,7 @@ class Adoption:
         entry = Entry(Sandbox(wish, State.PAUSED if is_paused else State.STARTING, reason, notes.url))
         entry.lease = self.admission.take_these(notes.slots)
         entry.port = self.launcher.ports.adopt(state.host_port or 0)
+        entry.askers = 1  # its client: one who asks again and hangs up does not take it away
         entry.has_container = True
         entry.holder, entry.server = state.pid, decision.server
         entry.forked = bool(decision.server)

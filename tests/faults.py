@@ -30,6 +30,7 @@ class Case:
     :param outcome: what then holds
     :param bound_s: the seconds within which it does; where time is no matter, infinity
     :param reads: words of the reason as the user reads them, on a node called cpu-a; empty where nothing is to be read
+    :param shown: the same for the document, where those words alone do not read well
     """
 
     row: int
@@ -37,12 +38,14 @@ class Case:
     outcome: str
     bound_s: float = math.inf
     reads: str = ""
+    shown: str = ""
 
 
 ENDS = "the training job ends too"
 ENDS_OTHER = "the runtime job ends too"
 BOTH_END = "both jobs end"
 GONE = "is gone: ended badly (CANCELLED"
+SHOWN_GONE = f"{GONE})"
 CANCELLED = Case(
     2,
     "`launch.py cancel` of five runs at once: one with its next attempt queued, a heterogeneous one, one whose trainer "
@@ -108,16 +111,29 @@ CANCEL_BOTH = Case(2, "`scancel` of both jobs, which run", BOTH_END, 15, "ended 
 CANCEL_STARTING_TRAINING = Case(2, "`scancel` of a training job the moment it starts", ENDS_OTHER, 15)
 CANCEL_STARTING_RUNTIME = Case(2, "`scancel` of a runtime job the moment it starts", ENDS, 15)
 CANCEL_STARTING_BOTH = Case(2, "`scancel` of both jobs the moment the second starts", BOTH_END, 15)
-CANCEL_PENDING_TRAINING = Case(2, "`scancel` of a training job that waits for GPUs", ENDS_OTHER, 15, GONE)
+CANCEL_PENDING_TRAINING = Case(2, "`scancel` of a training job that waits for GPUs", ENDS_OTHER, 15, GONE, SHOWN_GONE)
 CANCEL_PENDING_RUNTIME = Case(
-    2, "`scancel` of a runtime job that waits for its node", "the training job ends after its start", 10, GONE
+    2,
+    "`scancel` of a runtime job that waits for its node",
+    "the training job ends after its start",
+    10,
+    GONE,
+    SHOWN_GONE,
 )
 CANCEL_PENDING_BOTH = Case(2, "`scancel` of both jobs, which are pending", BOTH_END, 15)
 CANCEL_TRAINING_FIRST = Case(
-    2, "`scancel` of a training job before its runtime job starts", "the runtime job ends after its start", 10, GONE
+    2,
+    "`scancel` of a training job before its runtime job starts",
+    "the runtime job ends after its start",
+    10,
+    GONE,
+    SHOWN_GONE,
 )
-RUNTIME_NODE_OFF = Case(7, "the power of the CPU node goes off", ENDS, 20, "on cpu-a)")
-TRAINING_NODE_OFF = Case(7, "the power of the GPU node goes off", ENDS_OTHER, 20, "on gpu-a)")
+SHOWN_LOST = "is gone: ended badly (NODE_FAIL …"
+RUNTIME_NODE_OFF = Case(7, "the power of the CPU node goes off", ENDS, 20, "on cpu-a)", f"{SHOWN_LOST} on cpu-a)")
+TRAINING_NODE_OFF = Case(
+    7, "the power of the GPU node goes off", ENDS_OTHER, 20, "on gpu-a)", f"{SHOWN_LOST} on gpu-a)"
+)
 LINK_CUT = Case(7, "the CPU node's link is cut for 30 s", "the run goes on; its sandboxes answer again", 5)
 PARTED = Case(
     7,

@@ -1,4 +1,4 @@
-"""A shared folder as one node may see it on a bad day: every call slow, or new files there only later.
+"""A shared folder as one node may see it under faults: every call slow, or new files there only later.
 
 A FUSE pass-through, started as a program of its own under the system's Python, in the mount namespace of the node that
 is to suffer: ``faulty_fs.py FOLDER CONTROL`` mounts over ``FOLDER`` what was there before. ``CONTROL`` is a JSON file
@@ -26,7 +26,7 @@ import fusepy  # type: ignore[import-not-found]  # Debian's, of the system's Pyt
 AT_ONCE = frozenset({"getattr", "access", "write", "flush", "release", "releasedir"})
 
 
-class Weather:
+class Conditions:
     """What the control file says now."""
 
     def __init__(self, path: Path) -> None:
@@ -44,21 +44,21 @@ class Weather:
 class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
     """The calls of the folder that ``root``, an open descriptor, stands for."""
 
-    def __init__(self, root: int, weather: Weather) -> None:
-        self.root, self.weather = root, weather
+    def __init__(self, root: int, conditions: Conditions) -> None:
+        self.root, self.conditions = root, conditions
         self._own: set[int] = set()
         self._first_look: dict[int, float] = {}
 
     def __call__(self, operation: str, *arguments: Any) -> Any:
         if operation not in AT_ONCE:
-            time.sleep(float(self.weather.now().get("delay_s", 0)))
+            time.sleep(float(self.conditions.now().get("delay_s", 0)))
         return super().__call__(operation, *arguments)
 
     def _real(self, path: str) -> str:
         return f"/proc/self/fd/{self.root}/{path.lstrip('/')}"
 
     def _hidden(self, path: str) -> bool:
-        said = self.weather.now()
+        said = self.conditions.now()
         if not any(fnmatch.fnmatch(os.path.basename(path), name) for name in said.get("late", ())):
             return False
         try:
@@ -149,7 +149,7 @@ def main(folder: str, control: str) -> None:
     # Nothing is cached by the kernel, so that each look of the node's is a call here.
     caches = {"attr_timeout": 0, "entry_timeout": 0, "negative_timeout": 0}
     fusepy.FUSE(
-        FaultyFolder(root, Weather(Path(control))),
+        FaultyFolder(root, Conditions(Path(control))),
         folder,
         foreground=True,
         allow_other=True,

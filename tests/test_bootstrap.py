@@ -173,10 +173,54 @@ def test_the_other_job_reads_that_there_is_no_interpreter(
     assert (said.job_id, said.runtime_job_id, said.exit_code) == ("77", about, 71)
     assert "/gone/python (SKYRL_PYTHON) is not there" in said.reason
     assert [path.name for path in run.iterdir()] == [flag]
-    del named["SKYRL_COORD_DIR"]
-    before = sorted(Path.cwd().iterdir())
-    assert start(code, script=f"slurm/jobs/{job}", SKYRL_PYTHON="/gone/python", **named).returncode == 71
-    assert sorted(Path.cwd().iterdir()) == before, "submitted directly it knows of no directory"
+
+
+@pytest.mark.parametrize("named", [{}, {"SKYRL_COORD_DIR": ""}], ids=["unset", "empty"])
+@pytest.mark.parametrize("job", ["runtime_server.py", "verl_training.py"])
+def test_a_job_that_knows_of_no_directory_writes_nothing(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, named: dict[str, str]
+) -> None:
+    """Submitted directly its folder is wherever sbatch was called."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = start(code, script=f"slurm/jobs/{job}", SKYRL_PYTHON="/gone/python", SLURM_JOB_ID="77", **named)
+    assert done.returncode == 71
+    assert not list(Path.cwd().iterdir())
+
+
+BODIES = {
+    "prebuild_images.py": "prebuild_job.py",
+    "runtime_server.py": "runtime_job.py",
+    "verl_training.py": "training_job.py",
+}
+# What the release before had: it wrote the reason, and ended by sys.exit.
+OLD_BOOTSTRAP = """
+import os, sys
+
+def ensure_interpreter(code, script, packages=()):
+    if os.environ.get("SKYRL_PYTHON"):
+        sys.stderr.write("no suitable Python\\n")
+        sys.exit(71)
+"""
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_run_with_an_older_releases_code_can_be_joined(code: Path, tmp_path: Path, job: str) -> None:
+    """Slurm spools the script of today's checkout; the modules are those of the run's copy."""
+    (code / "slurm/lib/bootstrap.py").write_text(OLD_BOOTSTRAP)
+    (code / "slurm/lib" / BODIES[job]).write_text("def main(argv):\n    print('begun with', argv)\n    return 0\n")
+    (tmp_path / "run").mkdir()
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(ROOT / "slurm/jobs" / job, spooled)
+    named = {"SLURM_JOB_ID": "77", "SKYRL_CODE_DIR": str(code), "SKYRL_COORD_DIR": str(tmp_path / "run")}
+    done = start(tmp_path, "--x", script="slurm_script", **named)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "begun with ['--x']\n", "")
+    done = start(tmp_path, "--x", script="slurm_script", SKYRL_PYTHON="/gone/python", **named)
+    assert (done.returncode, done.stderr) == (71, "no suitable Python\n")
+    said = [parse_flag(path.read_text()) for path in (tmp_path / "run").iterdir()]
+    assert [flag and flag.reason for flag in said] == (
+        [] if job == "prebuild_images.py" else ["no suitable Python; its log says more"]
+    )
 
 
 def test_the_runs_code_is_awaited_and_no_other_taken(code: Path, tmp_path: Path) -> None:

@@ -167,18 +167,19 @@ def check_table() -> str:
 
 
 def fault_table() -> str:
-    """One row a case of the fault matrix, by the matrix's rows."""
+    """One row a case of the fault matrix, by its number there."""
     rows = (
         row(
+            str(case.row),
             case.fault,
             case.outcome,
             f"{case.bound_s:g} s" if case.bound_s < math.inf else "–",
             f"{measured(case):.1f} s" if case.bound_s < math.inf else "–",
-            f"`… {case.reads} …`" if case.reads else "–",
+            f"`… {case.shown or case.reads} …`" if case.reads else "–",
         )
         for case in sorted(CASES, key=lambda case: case.row)
     )
-    return table(("What happens", "What then holds", "Within", "Measured", "What you read"), rows)
+    return table(("No.", "What happens", "What then holds", "Within", "Measured", "What you read"), rows)
 
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {

@@ -63,6 +63,27 @@ def test_a_training_that_spoke_keeps_its_flag(directory: CoordinationDir) -> Non
     assert wait_for_training_complete(directory.path, 1) == 3
 
 
+def test_a_flag_that_is_not_seen_here_yet_is_not_replaced(
+    directory: CoordinationDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an NFS client that still believes in its absence."""
+    own = Flag("8", "7", exit_code=7, reason="the trainer failed")
+    directory.publish(directory.training_complete, own)
+    monkeypatch.setattr("slurm.lib.coordination.is_listed", lambda path: path != directory.training_complete)
+    note_ends(directory, RUNTIME, GONE)
+    monkeypatch.undo()
+    assert parse_flag(directory.training_complete.read_text()) == own
+    assert [path.name for path in directory.path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_flag_of_an_earlier_training_is_replaced(directory: CoordinationDir) -> None:
+    directory.publish(directory.training_complete, Flag("5", "4", exit_code=0, reason="long ago"))
+    note_ends(directory, RUNTIME, GONE)
+    flag = parse_flag(directory.training_complete.read_text())
+    assert flag is not None
+    assert flag.job_id == "8"
+
+
 @pytest.mark.parametrize(("successor", "speaks"), [({"runtime": "9", "training": "10"}, False), ({}, True)])
 def test_nobody_speaks_for_a_training_that_another_attempt_follows(
     directory: CoordinationDir, successor: dict[str, str], speaks: bool

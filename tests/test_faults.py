@@ -17,7 +17,8 @@ from tests.conftest import Belongings, NothingLeft, OrdinaryUser
 from tests.faults import CASES, Case, released, within
 from tests.runs import Run
 
-FILES = sorted(Path(__file__).parent.glob("test_slurm_faults_*.py"))
+TESTS = Path(__file__).parent
+NAMED = sorted(TESTS.glob("test_slurm_faults_*.py"))  # these are of the matrix whole
 FORBIDDEN = ("monkeypatch", "mock", "setattr")
 
 
@@ -27,6 +28,15 @@ def names_in(tree: ast.AST) -> Iterator[str]:
         for field in ("id", "attr", "arg", "name", "module"):
             if isinstance(name := getattr(node, field, None), str):
                 yield name
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file has a test marked ``faults``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(ast.unparse(node) == "pytest.mark.faults" for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+FILES = sorted(path for path in TESTS.rglob("test_*.py") if is_marked(path))
 
 
 def forbidden_in(text: str) -> set[str]:
@@ -54,9 +64,15 @@ def test_faults_are_made_with_public_commands_signals_mounts_and_cables(path: Pa
 
 
 def test_every_file_of_the_matrix_is_marked() -> None:
-    assert FILES
-    for path in FILES:
-        assert "pytest.mark.faults" in path.read_text(encoding="utf-8"), path
+    assert NAMED
+    assert set(NAMED) < set(FILES)
+
+
+def test_every_case_is_in_the_table_and_is_tried() -> None:
+    named = {name: value for name, value in vars(faults).items() if isinstance(value, Case)}
+    assert set(named.values()) == set(CASES)
+    tests = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    assert [name for name in named if f"faults.{name}" not in tests] == []
 
 
 def test_a_time_beyond_the_bound_is_no_pass_and_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +152,11 @@ def test_what_holds_a_release_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.bound_s < math.inf], ids=lambda case: case.fault)
 def test_what_the_table_states_was_measured_and_is_within_the_bound(case: Case) -> None:
     assert 0 <= faults.measured(case) < case.bound_s
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.shown], ids=lambda case: case.fault)
+def test_what_the_table_shows_has_the_words_that_are_tested(case: Case) -> None:
+    assert case.reads and case.reads in case.shown
 
 
 def test_cases_are_told_apart_by_their_words() -> None:

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import re
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -220,6 +221,46 @@ def test_no_other_runtime_is_idle(slurm: FakeSlurm) -> None:
     assert not controller.asked_at
 
 
+@dataclass
+class Silence(Controller):
+    """A controller that answers nothing for a time: ``question`` is the one that waits."""
+
+    question: str = ""
+
+    def status(self, job_id: str) -> JobStatus:
+        self._wait("status")
+        return super().status(job_id)
+
+    def facts(self, job_id: str, timeout_s: float = 0.0) -> JobFacts:
+        self._wait("facts")
+        return super().facts(job_id)
+
+    def _wait(self, question: str) -> None:
+        if question == self.question:
+            time.sleep(3)
+
+
+@pytest.mark.parametrize("question", ["status", "facts"])
+def test_a_signal_ends_the_wait_for_a_silent_slurm(slurm: FakeSlurm, question: str) -> None:
+    controller = Silence(question=question)
+    watch = watch_of(slurm, controller, "RUNTIME_IDLE_LIMIT=5")
+    threading.Timer(0.3, watch.notes.note, (signal.SIGTERM,)).start()
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        run_for(watch, controller, 6)
+    assert time.monotonic() - begin < 1.5
+
+
+def test_and_before_the_watch_begins(slurm: FakeSlurm) -> None:
+    job = runtime_of(slurm, launched(slurm, "RESTARTS=0", "MIN_RUN_TIME=400"))
+    notes = SignalNotes()
+    notes.note(signal.SIGTERM)
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        IdleWatch(replace(job, scheduler=Silence(question="facts")), notes)
+    assert time.monotonic() - begin < 1.5
+
+
 # --- giving back -----------------------------------------------------------------------------------------------------
 
 IN_QUEUE = {"stdout": "PENDING|Resources||\n"}
@@ -397,6 +438,51 @@ def test_a_silence_after_the_cancellation_keeps_the_new_pair(slurm: FakeSlurm, m
     assert [call.argv for call in slurm.of("scancel")] == [["--state=PENDING", "102"]], "the new pair stays"
 
 
+NO_ANSWER = {
+    "code": 1,
+    "stderr": "scancel: error: Kill job error on job id 102: Socket timed out on send/recv operation",
+}
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [([OUT], 1), ([IN_QUEUE, OUT], 2), ([{"code": 1, "stderr": "Unable to contact"}, IN_QUEUE, IN_QUEUE, OUT], 3)],
+    ids=["carried out", "said again", "said until it is carried out"],
+)
+def test_a_cancellation_without_an_answer_is_no_refusal(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, later: list[dict[str, object]], said: int
+) -> None:
+    """Slurm may carry it out when the new pair has been taken back, and then nothing is queued."""
+    monkeypatch.setattr("slurm.lib.idle._growing", lambda waited_s: 0.0)
+    job = idle(slurm)
+    slurm.answer("scancel", NO_ANSWER)
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, *later)
+    ending = given_back(slurm, job)
+    assert ending is not None
+    assert (ending.exit_code, ending.goes_on) == (0, True)
+    assert [call.argv for call in slurm.of("scancel")] == [["--state=PENDING", "102"]] * said
+    assert slurm.of("scontrol")[-1].argv == ["release", "103"]
+
+
+def test_one_that_is_not_heard_of_again_keeps_the_new_pair(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.lib.idle.CERTAIN_WITHIN_S", 0.0)
+    job = idle(slurm)
+    slurm.answer("scancel", NO_ANSWER)
+    slurm.answer("squeue", IN_QUEUE, IN_QUEUE, *[{"code": 1, "stderr": "Unable to contact slurm controller"}] * 9)
+    ending = given_back(slurm, job)
+    assert ending is not None
+    assert (ending.exit_code, ending.goes_on) == (73, False)
+    assert "the jobs 103, 104, which are held" in ending.reason
+
+
+def test_a_cancellation_that_slurm_refuses_keeps_the_old_pair(slurm: FakeSlurm) -> None:
+    job = idle(slurm)
+    slurm.answer("scancel", {"code": 1, "stderr": "scancel: error: Kill job error on job id 102: Access denied"})
+    slurm.answer("squeue", *[IN_QUEUE] * 9)
+    assert given_back(slurm, job) is None
+    assert [call.argv for call in slurm.of("scancel")[-2:]] == [["104"], ["103"]]
+
+
 def test_where_a_job_may_be_left_it_is_said_and_not_tried_again(
     slurm: FakeSlurm, text: pytest.LogCaptureFixture
 ) -> None:
@@ -429,13 +515,11 @@ def test_who_ends_the_runtime_job_meanwhile_ends_the_run(slurm: FakeSlurm) -> No
     job = idle(slurm)
     notes = SignalNotes()
     slurm.answer("squeue", IN_QUEUE, IN_QUEUE, OUT)
-    monkey = notes.check  # the signal comes after the last look at it before the swap
-    looks: list[int] = []
+    look = notes.check
 
     def check() -> None:
-        monkey()
-        looks.append(1)
-        if len(looks) == 3:  # before each of both submissions, and before the swap
+        look()
+        if len(slurm.of("sbatch")) == 4:  # the signal comes after the last look at it before the swap
             notes.note(signal.SIGTERM)
 
     notes.check = check  # type: ignore[method-assign]

@@ -96,18 +96,39 @@ def test_a_job_that_had_ended_before_is_seen_at_once() -> None:
 
 
 def test_a_job_that_slurm_no_longer_lists_is_missed_twice() -> None:
-    world = World(expected=False)
-    world.age, world.scheduler.state = None, JobState.PURGED
-    assert world.run(2) is None
+    world = World()
+    world.run(1)
+    world.age, world.scheduler.state = 5.0, JobState.PURGED
+    assert world.run(6) is None
     assert world.run(1) is not None
-    assert world.scheduler.asked_at == [1, 3]
+    assert world.scheduler.asked_at == [1, 6, 8]
+
+
+def test_one_that_was_never_heard_of_is_missed_for_ten_seconds() -> None:
+    """As where a controller was just started: nothing else says that the job is gone."""
+    world = World(expected=False)
+    world.age, world.scheduler.state = None, JobState.PENDING
+    assert world.run(8) is None
+    world.scheduler.state = JobState.PURGED
+    assert world.run(10) is None
+    assert world.run(8) is not None
+    assert world.scheduler.asked_at == [1, 9, 19]
+
+
+def test_one_that_is_listed_again_after_a_moment_is_pending_still() -> None:
+    world = World(expected=False)
+    for _ in range(20):
+        world.age, world.scheduler.state = None, JobState.PURGED
+        assert world.run(5) is None
+        world.scheduler.state = JobState.PENDING
+        assert world.run(20) is None
 
 
 def test_a_job_that_is_listed_again_was_not_missed_twice() -> None:
     world = World(expected=False)
     for state in (JobState.PURGED, JobState.RUNNING, JobState.PURGED):
         world.age, world.scheduler.state = None, state
-        assert world.run(2) is None
+        assert world.run(10) is None
 
 
 def test_an_unknown_state_is_no_end() -> None:
@@ -171,6 +192,16 @@ def test_silence_of_a_patience_ends_the_run_whatever_slurm_says(state: JobState,
     assert world.run(59) is None
     why = world.run(2)
     assert why == f"the runtime job 7 on cpu-a was not heard of for 60 s; {said} (PARTNER_PATIENCE)"
+
+
+def test_the_first_word_may_take_longer() -> None:
+    world = World()
+    world.watch.patience_s = 60
+    world.age = None
+    assert world.run(299) is None
+    why = world.run(2)
+    assert why is not None
+    assert "was not heard of for 300 s" in why
 
 
 def test_a_beat_in_between_restores_the_patience() -> None:

@@ -185,6 +185,7 @@ def test_another_user_on_the_node_gets_at_nothing(
         allowed = attempt(user, {**goals, "key": run.text("runtime_api_key.txt").strip()}, jobs_base)
         assert set(allowed.values()) == {"done"}, allowed
         assert refused.keys() == allowed.keys()
+        within(faults.OTHER_USER, 0.0)
         for whose, its in ((user, run), (other_user, other)):
             whose.run(["scancel", *its.jobs.values()])
             its.wait_over(seconds=30)
@@ -267,3 +268,4 @@ def test_a_run_writes_nothing_to_a_full_home(user: OrdinaryUser, elsewhere: Path
         assert run.completion["exit_code"] == 0, run.log("training")
         assert list(run.directory.rglob("summary.json"))
         assert listed(user.home) == before
+        within(faults.HOME_FULL, 0.0)

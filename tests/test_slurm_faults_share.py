@@ -41,7 +41,7 @@ def clean(nothing_left: NothingLeft) -> None:
 
 @contextlib.contextmanager
 def faulty(node: str, folder: Path, **said: object) -> Iterator[Callable[..., None]]:
-    """``folder`` as ``node`` sees it through ``faulty_fs``; call what is yielded to change the weather."""
+    """``folder`` as ``node`` sees it through ``faulty_fs``; call what is yielded to change the conditions."""
     with tempfile.TemporaryDirectory() as place:
         control = Path(place) / "control.json"
 
@@ -351,6 +351,7 @@ def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
         "gpu ahead": lab.launch("g1", "a", command, *short, gpu=ahead),
         "gpu behind": lab.launch("g2", "b", command, *short, gpu=behind),
         "cpu ahead": lab.launch("c1", "a", command, *short, cpu=ahead),
+        "cpu behind": lab.launch("c2", "b", command, *short, cpu=behind),
     }
     for name, run in runs.items():
         until(f"the trainer, {name}", lambda run=run: run.text("told").strip(), 60)  # type: ignore[misc]
@@ -364,6 +365,7 @@ def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
     for name, run in runs.items():
         run.wait_over(seconds=40)
         assert run.completion["ended"] == "cancelled", f"{name}: {run.completion}"
+    within(faults.SKEWED, 0.0)
 
 
 # --- 22: the code and the interpreter of queued jobs ------------------------------------------------------------------

@@ -24,7 +24,16 @@ from slurm.lib.errors import EXIT_SUBMISSION, EnvironmentProblem, SubmissionErro
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import own_launcher
 from slurm.lib.plan import SECRETS_FILE, LaunchPlan, Request, Requeue, Restart, make_plan
-from slurm.lib.run_record import GitState, await_secrets, git_state, parse_git_status, read_jobs, read_secrets
+from slurm.lib.run_record import (
+    GitState,
+    await_secrets,
+    git_state,
+    join,
+    parse_git_status,
+    partner_of,
+    read_jobs,
+    read_secrets,
+)
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import Submitted, submit
 from tests.fake_slurm import Call, FakeSlurm
@@ -189,6 +198,16 @@ def test_the_record(slurm: FakeSlurm) -> None:
 def git(folder: Path, *words: str) -> str:
     argv = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(folder), *words]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_record_that_is_late_is_not_overwritten_by_its_own_job(tmp_path: Path) -> None:
+    directory = CoordinationDir(tmp_path)
+    join(directory, "runtime", "7", launched=True)
+    assert not directory.run_record.exists()
+    directory.run_record.write_text(json.dumps({"jobs": {"runtime": {"id": "7"}, "training": {"id": "8"}}}))
+    assert partner_of(directory, "runtime", "7") == "8"
+    join(directory, "runtime", "9", launched=False)
+    assert partner_of(directory, "runtime", "7") == "8", "nor by one that joins"
 
 
 def test_the_commit_and_whether_it_is_what_ran(tmp_path: Path) -> None:

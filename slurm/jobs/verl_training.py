@@ -46,7 +46,7 @@ def tell_partner(reason: str) -> None:
     own = os.environ.get("SKYRL_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     runtime = os.environ.get("SKYRL_RUNTIME_JOB_ID", "")
     flag = {"schema": 1, "job_id": own, "runtime_job_id": runtime, "host": socket.gethostname(), "reason": reason}
-    path = os.path.join(os.environ.get("SKYRL_COORD_DIR", "/nowhere").replace("%j", own), FLAG)
+    path = os.path.join((os.environ.get("SKYRL_COORD_DIR") or "/nowhere").replace("%j", own), FLAG)
     try:
         with open(path + "." + own, "w") as file:
             json.dump(dict(flag, exit_code=EXIT_ENVIRONMENT, ended="failed"), file)
@@ -101,12 +101,12 @@ def main() -> None:
     if not code:
         end_here(missing_code())
     sys.path[0] = code  # instead of this file's folder, whose names are nobody's modules
-    from slurm.lib.bootstrap import NoInterpreter, ensure_interpreter
+    from slurm.lib.bootstrap import ensure_interpreter  # no more: a run that is joined may have an older release's
 
     try:
         ensure_interpreter(code, os.path.join(code, "slurm", "jobs", JOB))
-    except NoInterpreter as problem:
-        tell_partner(problem.reason)
+    except SystemExit as problem:
+        tell_partner(getattr(problem, "reason", "no suitable Python; its log says more"))
         raise
     from slurm.lib.training_job import main as job
 

@@ -64,7 +64,7 @@ def available_cpus(settings: Settings) -> int:
 
 
 def common_flags(settings: Settings) -> tuple[str, ...]:
-    """The flags that the bash suite's server has too."""
+    """The flags that ``slurm-remote-runtime`` takes too."""
     flags = [
         ("--container-image", settings.container_image),
         ("--cpus-per-worker", f"{sandbox_room(settings, available_cpus(settings)).cpus_each:.10g}"),
@@ -103,7 +103,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple
         )
         if str(value)
     ]
-    # As the bash suite's call: the legacy clients build what their images lack.
+    # Legacy clients build what their images lack.
     switches = ("--enable-image-build", *(("--verbose",) if settings.skyrl_debug else ()))
     return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *switches)
 

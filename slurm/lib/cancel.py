@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slurm.lib.command_line import Parser, say
-from slurm.lib.coordination import Flag, is_listed
+from slurm.lib.coordination import Flag
 from slurm.lib.endings import End, note_ends
 from slurm.lib.errors import (
     EXIT_ENVIRONMENT,
@@ -45,7 +45,7 @@ WITHDRAWN = "cancelled before it began (launch.py cancel)"
 KILLED = "killed by launch.py cancel: it did not end when it was told"
 EPILOG = """\
 exit codes: 0 all jobs of the runs have ended, or had before; 2 there is no such run; 71 a local run of another host;
-75 a job has not ended within 15 s, or Slurm did not answer.
+75 a job has not ended within 15 s, or Slurm did not answer; 128+N stopped by signal N: what was begun goes on.
 """
 
 
@@ -245,18 +245,20 @@ def conclude(watched: Sequence[Watched]) -> None:
             continue
         directory, job_id = one.run.directory, one.job.job_id
         note_ends(directory, End(one.job.kind, job_id, None, one.reason, "launcher"))
-        if one.job.kind == "training" and not is_listed(directory.training_complete):
+        if one.job.kind == "training":
             runtime = next((job.job_id for job in one.run.jobs() if job.kind == "runtime"), "")
             flag = Flag.of_this_host(job_id, runtime, EXIT_SIGNAL_BASE + signal.SIGTERM, one.reason, Ended.CANCELLED)
             try:
-                directory.publish(directory.training_complete, flag)
+                directory.speak_for(directory.training_complete, flag)
             except EnvironmentProblem as problem:
                 log.warning("%s", problem)
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, the id of either job, or latest")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's directory, the id of any of its jobs, or latest"
+    )
     parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
     return parser
 

@@ -44,8 +44,8 @@ verbs: cancel RUN… ends runs (launch.py cancel --help).
 
 exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong,
 or a check found an error (also with --check); 69 the partner job is gone; 70 a fault of this suite; 71 something is
-missing on this machine; 73 Slurm did not take the jobs (nothing stays queued); 74 a node of the training job was lost;
-75 a deadline passed; 76 a restart did not begin; 128+N ended by signal N.
+missing on this machine; 73 Slurm did not take the jobs, or did not answer (the message names what may be left); 74 a
+node of the training job was lost; 75 a deadline passed; 76 a restart did not begin; 128+N ended by signal N.
 """
 
 

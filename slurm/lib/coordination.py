@@ -32,6 +32,26 @@ LATE_S = 60.0
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
     """Make ``path`` appear whole, with ``mode`` from its first moment: written beside, synced, renamed."""
+    _write(path, text, mode, lambda beside: beside.replace(path))
+
+
+def write_if_absent(path: Path, text: str, mode: int = 0o644) -> None:
+    """The same, unless ``path`` is there already: by the word of the file server, not of what this host remembers."""
+    _write(path, text, mode, lambda beside: _link(beside, path))
+
+
+def _link(beside: Path, path: Path) -> None:
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not is_listed(path):
+            beside.replace(path)
+    beside.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str, mode: int, put: Callable[[Path], object]) -> None:
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -40,7 +60,7 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        put(beside)
     except OSError as problem:
         with contextlib.suppress(OSError):  # on a read-only file system even of what is not there
             beside.unlink()
@@ -214,6 +234,19 @@ class CoordinationDir:
 
     def publish(self, path: Path, flag: Flag) -> None:
         write_atomically(path, flag.to_text())
+
+    def speak_for(self, path: Path, flag: Flag) -> None:
+        """Publish a flag about a job that cannot say it itself: never over that job's own, not even one unseen here.
+
+        A person's word stays, too.
+        """
+        text = read_if_there(path)
+        if text is None:
+            write_if_absent(path, flag.to_text())
+            return
+        there = parse_flag(text)
+        if there is None or not (there.by_hand or there.job_id == flag.job_id):
+            self.publish(path, flag)
 
     def read_url(self) -> str | None:
         return (read_if_there(self.runtime_url) or "").strip() or None

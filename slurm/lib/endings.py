@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.lib.coordination import CoordinationDir, Flag, parse_flag, read_if_there, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, read_if_there, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
 from slurm.lib.run_record import record_paths
@@ -68,11 +68,9 @@ def _speak_for_the_training(directory: CoordinationDir, ends: tuple[End, ...]) -
     """
     runtime = next((end.job_id for end in ends if end.kind == "runtime"), "")
     for end in ends:
-        flag = parse_flag(read_if_there(directory.training_complete) or "{}")
-        spoke = flag is not None and flag.job_id == end.job_id
-        wordless = end.kind == "training" and end.by == "runtime" and end.exit_code is None and not spoke
+        wordless = end.kind == "training" and end.by == "runtime" and end.exit_code is None
         if wordless and not _is_followed(directory, end.job_id):
-            directory.publish(directory.training_complete, Flag.of_this_host(end.job_id, runtime, None, end.reason))
+            directory.speak_for(directory.training_complete, Flag.of_this_host(end.job_id, runtime, None, end.reason))
 
 
 def _is_followed(directory: CoordinationDir, training: str) -> bool:

@@ -14,7 +14,7 @@ EXIT_USAGE = 2  # the command line or the configuration is wrong; nothing was cr
 EXIT_UNAVAILABLE = 69  # the partner job is gone or never became ready (EX_UNAVAILABLE)
 EXIT_INTERNAL = 70  # a fault of this suite (EX_SOFTWARE)
 EXIT_ENVIRONMENT = 71  # something this machine lacks: an interpreter, Podman, a folder (EX_OSERR)
-EXIT_SUBMISSION = 73  # Slurm refused or did not answer; whatever was submitted has been cancelled (EX_CANTCREAT)
+EXIT_SUBMISSION = 73  # Slurm refused or did not answer; the message names what may be left (EX_CANTCREAT)
 EXIT_NODE_LOST = 74  # a node of the training job was lost (EX_IOERR)
 EXIT_TIMEOUT = 75  # a deadline of ours passed, or a training was stopped to go on in another job (EX_TEMPFAIL)
 EXIT_NO_PROGRESS = 76  # a restart did not begin: the attempt before it was interrupted and had saved nothing new
@@ -40,7 +40,7 @@ class EnvironmentProblem(SuiteError):
 
 
 class SubmissionError(SuiteError):
-    """Slurm did not take the jobs; what had been submitted is cancelled.
+    """Slurm did not take the jobs, or did not answer; what had been submitted is cancelled.
 
     ``leaves_jobs`` where that could not be done, or is not known: then a held job may be in the queue. ``may_start``
     where all is ready and only Slurm's word about the last step is missing: then nothing is taken back.

@@ -20,11 +20,12 @@ from slurm.lib.deadlines import own_end
 from slurm.lib.errors import EXIT_OK, EXIT_SUBMISSION, EXIT_TIMEOUT, SubmissionError, WaitTimeout
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
+from slurm.lib.lookout import answered
 from slurm.lib.plan import AFTER, Request, Requeue
 from slurm.lib.preflight.words import duration, size
 from slurm.lib.restarts import Cause
 from slurm.lib.run_record import recorded_git, recorded_with
-from slurm.lib.scheduler import JobState, JobStatus, Slurm
+from slurm.lib.scheduler import JobState, JobStatus, Slurm, is_silence
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
@@ -143,12 +144,14 @@ class IdleWatch:
         self._word_at = self._began + FIRST_WORD_S
         self._try_at = self._began + settings.runtime_idle_limit if settings.runtime_idle_limit else math.inf
         if settings.min_run_time and not self.over:
-            self._know_end(own_end(self.job.job_id, self.job.environment, self.job.scheduler))
+            job = self.job
+            self._know_end(answered(lambda: own_end(job.job_id, job.environment, job.scheduler), self.notes))
 
     def look(self, heard: bool) -> Conclusion | None:
         """Why this job ends, or None; to be asked often. ``heard`` says that the training has started.
 
-        Slurm is asked only when there may be something to say or to do, and at most once a minute.
+        Slurm is asked only when there may be something to say or to do, and at most once a minute. ``Interrupted`` by a
+        signal, also while Slurm does not answer.
         """
         self.over = self.over or heard
         if self.over or self.clock() < self._next_question():
@@ -166,9 +169,10 @@ class IdleWatch:
         self._late_at = self.clock() + left - self.job.settings.min_run_time + 1
 
     def _asked(self, training: str) -> Conclusion | None:
-        status = self.job.scheduler.status(training)
+        scheduler = self.job.scheduler
+        status = answered(lambda: scheduler.status(training), self.notes)
         self.over = status.state is JobState.RUNNING
-        ends_at = None if self.over else self.job.scheduler.facts(self.job.job_id).ends_at
+        ends_at = None if self.over else answered(lambda: scheduler.facts(self.job.job_id), self.notes).ends_at
         left = None if ends_at is None else ends_at - time.time()
         wait = Wait(status, self.clock() - self._began, left)
         if self.job.settings.min_run_time and ends_at is not None:
@@ -273,15 +277,15 @@ class Swap:
     still_held: str = ""
 
     def __call__(self, slurm: Slurm, runtime: str) -> None:
-        status = slurm.status(self.training)
+        status = answered(lambda: slurm.status(self.training), self.notes)
         if not Wait(status, 0.0).is_pending:  # a person has cancelled it, or it has started
             raise self._not_out(status)
         complaint = slurm.cancel_pending(self.training)
-        if complaint:
+        if complaint and not is_silence(complaint):  # a silent Slurm may do it later: the new pair must be there then
             raise SubmissionError(f"the training job {self.training} could not be cancelled: {complaint}")
         try:
             status = self._certain(slurm)
-        except WaitTimeout as problem:  # the cancellation was taken; only what came of it is not known
+        except WaitTimeout as problem:  # the cancellation was said; only what came of it is not known
             self.still_held = str(problem)
             return
         if status.state is not JobState.PURGED and not status.words.startswith("CANCELLED"):
@@ -294,10 +298,12 @@ class Swap:
         return SubmissionError(f"the training job {self.training} {what} any more ({status.words})")
 
     def _certain(self, slurm: Slurm) -> JobStatus:
-        """Slurm's word, once it is one that will not change."""
+        """Slurm's word, once it is one that will not change; a cancellation that changed nothing is said again."""
 
         def word() -> JobStatus | None:
             status = slurm.status(self.training)
+            if Wait(status, 0.0).is_pending:
+                slurm.cancel_pending(self.training)  # a complaint is told by the next status
             open_yet = status.state in {JobState.PENDING, JobState.UNKNOWN} or "COMPLETING" in status.words
             return None if open_yet else status
 

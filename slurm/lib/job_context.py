@@ -93,7 +93,8 @@ def context(
         log.debug("%s", warning)
     directory = _existing(named) if named else _made(loaded.settings, job_id)
     scheduler = _scheduler(environment)
-    join(directory, kind, job_id)  # a launch recorded its jobs; one that joins does so late, and may have been killed
+    # A launch recorded its jobs; one that joins does so late, and may have been killed.
+    join(directory, kind, job_id, launched)
     if not launched:
         _link_logs(kind, job_id, directory, scheduler)
     return JobContext(

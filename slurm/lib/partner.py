@@ -5,8 +5,9 @@ be asked often. A partner that has never been heard of is asked about at once an
 end in the queue, or in its first seconds, is seen as soon as any other. Later Slurm is asked when the heartbeat has
 fallen silent, and otherwise at most once a minute. Neither alone ends a run: not a silent heartbeat while Slurm says
 RUNNING, not a word of Slurm while the heart beats. A job that Slurm no longer lists counts as ended when it is missing
-twice. But nobody waits for ever: silence of ``patience_s`` seconds ends the run whatever Slurm says, since the two
-jobs may be cut off from each other while Slurm reaches both.
+twice; one that was never heard of, of which silence says nothing, ten seconds apart: a controller that was just started
+may not list every job. But nobody waits for ever: silence of ``patience_s`` seconds ends the run whatever Slurm says,
+since the two jobs may be cut off from each other while Slurm reaches both.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from dataclasses import dataclass, field
 from slurm.lib.scheduler import JobState, JobStatus, Scheduler
 
 SILENT_AFTER_S = 4.0  # two beats and a half of the partner
-ASK_UNHEARD_EVERY_S = 8.0  # with the end of the other job, a run is released within 15 s
-ASK_AGAIN_S = 2.0  # about a job that Slurm does not list
+# With the end of the other job, a run is released within 15 s. Not less often after hours in the queue: nothing but an
+# answer to a question tells a user's job that a pending one was cancelled.
+ASK_UNHEARD_EVERY_S = 8.0
+ASK_AGAIN_S = 2.0  # about a job that has fallen silent and that Slurm does not list
+ASK_AGAIN_UNHEARD_S = 10.0  # about one that was never heard of: a question's wait in place of the usual one
 ASK_WHEN_SILENT_S = (5.0, 5.0, 5.0, 10.0, 20.0)  # seconds to the next question while the silence lasts
 ASK_OTHERWISE_S = 60.0  # sites forbid polling their controller more often
 FLAG_LATE_S = 10.0  # from Slurm's word that a job ended well to its completion flag, on a shared directory that is slow
 # Between two looks; more is time in which this job itself did not run, and says nothing of its partner.
 MOST_GAP_S = 15.0
+# Before its first word a partner may wait for its run's code and then for its secrets, a minute each, and load modules.
+FIRST_WORD_S = 300.0
 SUSPENDED = ("SUSPENDED", "STOPPED")  # squeue's words for a partner that cannot beat, by Slurm's own will
 
 
@@ -96,7 +102,7 @@ class PartnerWatch:
     def _pause_s(self, silent: bool) -> float:
         """Seconds from one question to the next."""
         if self._times_missing:
-            return ASK_AGAIN_S
+            return ASK_AGAIN_UNHEARD_S if self._heard_at is None else ASK_AGAIN_S
         if self._heard_at is None:
             return ASK_UNHEARD_EVERY_S
         if not silent:
@@ -128,10 +134,11 @@ class PartnerWatch:
 
     def _impatience(self) -> str | None:
         """The sentence for a silence that has lasted too long."""
-        if self._silence_s < self.patience_s:
+        patience_s = self.patience_s if self._heard_at is not None else max(self.patience_s, FIRST_WORD_S)
+        if self._silence_s < patience_s:
             return None
         place = f" on {self._node}" if self._node else ""
         answers = self._said.state is not JobState.UNKNOWN
         word = f"says {self._said.words.partition(',')[0]}" if answers else f"does not answer ({self._said.words})"
-        silence = f"was not heard of for {self.patience_s:g} s"
+        silence = f"was not heard of for {patience_s:g} s"
         return f"the {self.kind} job {self.job_id}{place} {silence}; Slurm {word} (PARTNER_PATIENCE)"

@@ -186,8 +186,11 @@ def _read_secrets(path: Path) -> dict[str, str]:
 
 def record_paths(directory: CoordinationDir) -> list[Path]:
     """The records of a directory: ``run.json`` of the launch that made it, ``run_<id>.json`` of jobs that joined."""
-    joined = sorted(directory.path.glob("run_*.json"), key=lambda path: (len(path.name), path.name))
-    return [path for path in [directory.run_record, *joined] if path.is_file()]
+    try:
+        joined = sorted(directory.path.glob("run_*.json"), key=lambda path: (len(path.name), path.name))
+        return [path for path in [directory.run_record, *joined] if path.is_file()]
+    except OSError:  # a file server that stumbles says nothing of the records
+        return []
 
 
 def read_jobs(directory: CoordinationDir) -> dict[str, str]:
@@ -230,10 +233,14 @@ def recorded_git(directory: CoordinationDir) -> GitState:
     return GitState(None, None)
 
 
-def join(directory: CoordinationDir, kind: str, job_id: str) -> None:
-    """Record a job that was submitted directly, so that its partner can look it up."""
+def join(directory: CoordinationDir, kind: str, job_id: str, launched: bool) -> None:
+    """Record a job that is in no record yet, so that its partner can look it up.
+
+    The record of a run that was ``launched`` is never written here: it may only be late.
+    """
     if any(_jobs_in(path).get(kind) == job_id for path in record_paths(directory)):
         return
     data = {"schema": SCHEMA, "created": utc_now(), "jobs": {kind: {"id": job_id, "name": _NAMES[kind]}}}
-    path = directory.path / f"run_{job_id}.json" if directory.run_record.exists() else directory.run_record
+    beside = launched or directory.run_record.exists()
+    path = directory.path / f"run_{job_id}.json" if beside else directory.run_record
     write_atomically(path, json.dumps(data, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Which run does a person mean? Its directory, the id of either of its jobs, or ``latest``; and which jobs has it?
+"""Which run does a person mean? Its directory, the id of any of its jobs, or ``latest``; and which jobs has it?
 
 A run is a directory: all its attempts, and jobs that joined it, are its jobs. What is known of them stands in its
 records, and Slurm knows the directory of a job by its log. A job that has not recorded itself yet (submitted with

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 TIMEOUT_S = 5.0
+NEVER_HEARD = 404
 QUICK_TIMEOUT_S = 1.0  # asked on this host in a loop that must also see signals
 
 
@@ -69,9 +70,13 @@ class RuntimeClient:
     def beat(self, name: str) -> Answer:
         return self.ask("POST", f"/heartbeat/{quote(name, safe='')}")
 
+    def heard(self, name: str) -> Answer:
+        """What the server knows of the beats of ``name``; 404 if none."""
+        return self.ask("GET", f"/heartbeat/{quote(name, safe='')}", timeout_s=QUICK_TIMEOUT_S)
+
     def heard_s_ago(self, name: str) -> float | None:
         """Seconds since the server last heard of ``name``, by its clock; None if never or if it does not say."""
-        body = self.ask("GET", f"/heartbeat/{quote(name, safe='')}", timeout_s=QUICK_TIMEOUT_S).body
+        body = self.heard(name).body
         age = body.get("age_s") if isinstance(body, dict) else None
         return float(age) if isinstance(age, (int, float)) else None
 
@@ -84,7 +89,10 @@ def _decoded(data: bytes) -> object:
 
 
 class Heartbeat(threading.Thread):
-    """Beats at the server until stopped, and knows when the server last answered."""
+    """Beats at the server until stopped, and knows when the server last answered, and whether it was started again.
+
+    A server that was counts the beats from 1 on. Of another's, which counts none, nothing is known.
+    """
 
     PERIOD_S = 1.5
 
@@ -93,20 +101,45 @@ class Heartbeat(threading.Thread):
         self._client, self._name = client, name
         self._end = threading.Event()
         self._answered_at = time.monotonic()
+        self._count = 0
+        self._restart_at: float | None = None
 
     def run(self) -> None:
         while not self._end.wait(self.PERIOD_S):
-            if self._client.beat(self._name).status in range(200, 500):  # 404: another's server, alive all the same
-                self._answered_at = time.monotonic()
+            self._beat()
+
+    def _beat(self) -> None:
+        answer = self._client.beat(self._name)
+        if answer.status in range(200, 500):  # 404: another's server, alive all the same
+            self._answered_at = time.monotonic()
+        count = _count(answer)
+        if count is not None:
+            self._restart_at = time.monotonic() if count <= self._count else self._restart_at
+            self._count = count
 
     def age_s(self) -> float:
         """Seconds since the server's last answer."""
         return time.monotonic() - self._answered_at
 
+    def restarted_s_ago(self) -> float | None:
+        """Seconds since the server was seen to have been started again, None if it was not. It is asked once more."""
+        before = self._count  # first: the other thread's beats can only add to it
+        answer = self._client.heard(self._name)
+        count = 0 if answer.status == NEVER_HEARD else _count(answer)
+        if count is not None and count < before:
+            self._restart_at = time.monotonic()
+        return None if self._restart_at is None else time.monotonic() - self._restart_at
+
     def __enter__(self) -> Heartbeat:
-        self._client.beat(self._name)
+        self._beat()
         self.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self._end.set()
+
+
+def _count(answer: Answer) -> int | None:
+    """How many beats the server has counted; None where it does not say."""
+    count = answer.body.get("count") if answer.ok and isinstance(answer.body, dict) else None
+    return count if isinstance(count, int) else None

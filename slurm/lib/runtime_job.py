@@ -188,7 +188,7 @@ def withdraw_training(job: JobContext, outcome: Outcome) -> tuple[End, ...]:
     reason = f"taken out of the queue before it began: the runtime job {job.job_id} failed: {outcome.reason}"
     flag = Flag.of_this_host(training, job.job_id, EXIT_UNAVAILABLE, reason, Ended.FAILED)
     try:
-        job.directory.publish(job.directory.training_complete, flag)
+        job.directory.speak_for(job.directory.training_complete, flag)
     except EnvironmentProblem as problem:
         log.error("%s", problem)
     return (End("training", training, flag.exit_code, reason, "runtime"),)

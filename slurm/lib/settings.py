@@ -678,7 +678,7 @@ class Settings:
         "PARTNER_PATIENCE",
         patience_seconds,
         600,
-        "How long one job of a run waits for a sign of life of the other, which by Slurm's word still runs.",
+        "How long one job of a run waits for a sign of life of the other, whatever Slurm says of it.",
         unit="s",
     )
 

@@ -293,10 +293,11 @@ def outcome_of(event: StopSignal | TrainingComplete | TrainingGone | NotBegun | 
     if isinstance(event, TrainingComplete):
         return _completed(event.flag)
     if isinstance(event, TrainingGone):
-        others = (End("training", event.job_id, None, event.why, "runtime"),)
         if event.ended_well:
+            others = (End("training", event.job_id, EXIT_OK, event.why, "runtime"),)
             reason = f"{event.why}; its completion flag was not seen here within {FLAG_LATE_S:g} s"
             return Outcome(EXIT_OK, reason, as_planned=True, others=others)
+        others = (End("training", event.job_id, None, event.why, "runtime"),)
         return Outcome(EXIT_UNAVAILABLE, f"{event.why}, without a completion flag", others=others)
     if isinstance(event, NotBegun):
         return Outcome(event.exit_code, event.reason, as_planned=event.goes_on)

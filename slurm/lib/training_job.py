@@ -82,6 +82,7 @@ FOREIGN_SERVERS = frozenset({404, 405})  # a server that is not ours need not ha
 # How long a trainer may take to stop after its runtime is gone; with SILENT_AFTER_S the GPUs are free within 15 s.
 STOP_GRACE_S = 5.0
 SERVER_BACK_S = 10.0  # twice what an API server that crashed needs to be there again
+RESTART_FELT_S = 60.0  # a trainer may try a broken request again for a while before it gives up
 NODE_WORD_S = 3.0  # from the death of a node's Ray, which fails the trainer, to where we see it
 
 
@@ -151,6 +152,7 @@ class TrainingSession:
         self.kill_wait_s = 0.0
         self.chain = Chain(job)
         self.deadline = Deadline()
+        self.server_restarted_s_ago: Callable[[], float | None] = lambda: None
         self._health = Answer(0, "not asked yet")
         self.failed = FlagReader.of_new_directory(job.directory.runtime_failed, self._of_our_runtime)
         if not job.own_dir:
@@ -209,6 +211,7 @@ class TrainingSession:
             Heartbeat(client, f"training-{self.job.job_id}") as heartbeat,
             self.partner_watch(endpoint, heartbeat) as watch,
         ):
+            self.server_restarted_s_ago = heartbeat.restarted_s_ago
             environment = self.prepare(trainer, endpoint, folder).plus({TRAINER_MARKER: marker})
             guardian.own_marker(TRAINER_MARKER, marker)
             self.chain.begin(endpoint.runtime_job_id, self.notes)
@@ -410,11 +413,13 @@ class TrainingSession:
             patience_s=patience_s,
         )
         partners = self.job.directory.heartbeat("runtime", endpoint.runtime_job_id)
-        counter = Counter(self.job.directory.heartbeat("training", self.job.job_id)) if is_listed(partners) else None
-        if counter:
-            partner.heartbeat_age_s = CounterWatch(partners).age_s
+        counter: Counter | None = None
 
         def flags() -> str | None:
+            nonlocal counter
+            if counter is None and is_listed(partners):  # perhaps late: it is seen late, or its first beat failed
+                counter = Counter(self.job.directory.heartbeat("training", self.job.job_id))
+                partner.heartbeat_age_s = CounterWatch(partners).age_s
             if counter:
                 counter.beat()
             return self.runtime_ended()
@@ -452,30 +457,41 @@ class TrainingSession:
                         return self._stopped_to_go_on(child, checkpoint)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
+        return self._ended_by_itself(child, code, canary, cluster, early)
+
+    def _ended_by_itself(
+        self, child: Child, code: int, canary: Child, cluster: RayCluster, early: EarlyStop
+    ) -> Outcome:
+        """The outcome of a trainer that was not stopped by us: of a fault elsewhere, of a signal, or its own."""
         if self.chain.successor:
             self.notes.sleep(CANARY_S)  # where Slurm signals every process, the trainer may have ended first
+        told = early.killed_by_it(code)
+        if code and not told and self.notes.stop_signal is None and (lost := self._lost_meanwhile(code, cluster)):
+            return self._as_signalled(lost)
         if self.notes.stop_signal is not None:
             return self._stopped_by_signal(child, self.notes.stop_signal, canary)
-        if early.killed_by_it(code):
+        if told:
             return Outcome(code, f"{ended(code)}, which announced the time limit", Ended.INTERRUPTED)
-        lost = self._lost_meanwhile(code, cluster) if code else None
-        return lost or Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
+        return Outcome(code, ended(code), Ended.FAILED if code else Ended.COMPLETED)
 
     def _lost_meanwhile(self, code: int, cluster: RayCluster) -> Outcome | None:
-        """The outcome where a trainer has failed for want of a node or of its runtime, which it notices before us."""
+        """The outcome where a trainer has failed for want of a node or of its runtime, which it notices before us.
+
+        A signal ends the wait for either: what took them away often takes this job too.
+        """
         end = time.monotonic() + (NODE_WORD_S if cluster.steps else 0.0)
         while (why := cluster.lost()) is None and self.notes.stop_signal is None and time.monotonic() < end:
             self.notes.sleep(LOOK_EVERY_S)
-        if why and self.notes.stop_signal is None:
+        if why:
             return Outcome(NodeLost.exit_code, f"{why}; {ended(code)}", Ended.INTERRUPTED)
-        return self._lost_runtime() if self.chain.successor else None
+        return self._lost_runtime(code) if self.chain.successor else None
 
-    def _lost_runtime(self) -> Outcome | None:
-        """The outcome where a trainer has failed because its sandboxes were gone, and stay so."""
+    def _lost_runtime(self, code: int) -> Outcome | None:
+        """The outcome where a trainer has failed because its sandboxes were gone, and stay so, or were for a moment."""
         end = time.monotonic() + SERVER_BACK_S
         while (why := self.runtime_ended()) is None and self.notes.stop_signal is None:
             if self._answers():
-                return None
+                return self._met_a_restart(code)
             if time.monotonic() > end:
                 why = "the runtime does not answer"
                 break
@@ -483,6 +499,17 @@ class TrainingSession:
         if why is None:
             return None
         return Outcome(PartnerGone.exit_code, f"the trainer failed, and {why}", self._without_runtime(why))
+
+    def _met_a_restart(self, code: int) -> Outcome | None:
+        """The outcome where the API server was started again just before: its open requests had no answer.
+
+        A trainer that fails of something else then costs one attempt; none begins without a new checkpoint.
+        """
+        ago = self.server_restarted_s_ago()
+        if ago is None or ago > RESTART_FELT_S:
+            return None
+        reason = f"{ended(code)}, {ago:.0f} s after the API server was started again"
+        return Outcome(code, reason, Ended.INTERRUPTED)
 
     def _answers(self) -> bool:
         """Whether the server answers; yes where none is known."""

@@ -45,13 +45,16 @@ class Folders:
     count: Count | None = None
 
     def begin(self, written: int) -> None:
-        """Count them anew, which ``look`` ends."""
+        """Count them anew, which ``look`` ends; where none is known, nothing is: du would count the folder it is in."""
+        if not self.paths:
+            return
         command = ["du", "--summarize", "--total", "--one-file-system", "--block-size=1", *self.paths]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.count = Count(process, time.monotonic(), written)
 
     def empty(self) -> subprocess.Popen[bytes]:
         """Begin to remove what lies in them, of a sandbox that was killed: Podman removes nothing on a full disk."""
+        assert self.paths, "find would remove the folder that it is in"
         command = ["find", *self.paths, "-xdev", "-mindepth", "1", "-delete"]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

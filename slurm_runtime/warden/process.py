@@ -341,7 +341,7 @@ class Warden:
                 {"event": "offender", "sandbox": name, "reason": reason}
             )  # it sees the death too: why, first
             end_container(one.holder, one.namespace)
-            if one.leaves_no_room:
+            if one.leaves_no_room and one.folders.paths:
                 one.folders.empty()
 
 

@@ -178,6 +178,8 @@ def test_the_agent_folder_of_the_killed_server_lives_as_long_as_what_has_it_moun
             api.run(engine.start(spec.name))
         api.run(api.manager.supervisor.adopt(api.run(api.manager.connection.ready())))
         assert api.client.get("/list").json()["total"] == 2
+        askers = [entry.askers for entry in api.manager.register.living()]
+        assert askers == [1, 1], "one who asks again and hangs up does not take it away"
         assert folder.is_dir()
     assert not folder.exists()
     assert strange.is_dir()  # a label may name anything

@@ -47,7 +47,7 @@ OFFENCES = {
 }
 STOPPED_S, RECOVERED_S = 2.0, 5.0
 PERIOD_S = 0.02
-NOISE_S = 0.03  # what this machine's own noise makes of an answer that takes 2 ms
+NOISE_S = 0.03  # what the noise of the machine measured on makes of an answer that takes 2 ms
 
 
 def ask(url: str) -> str:

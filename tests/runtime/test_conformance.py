@@ -1,4 +1,4 @@
-"""The rest of the conformance checklist on real rootless Podman; numbers in names are the checklist's."""
+"""The rest of the conformance checklist on real rootless Podman; numbers in names are those of ``test_checklist``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients may rely on, on the fake and on real Podman alike. Numbers in names are those of the checklist."""
+"""What clients may rely on, on the fake and on real Podman alike. Numbers in names are those of ``test_checklist``."""
 
 from __future__ import annotations
 

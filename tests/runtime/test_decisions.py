@@ -36,6 +36,7 @@ from slurm_runtime.sandbox import (
     without_secret,
 )
 from slurm_runtime.slots import Slots, share_out, units_for
+from slurm_runtime.warden.disk import Folders
 
 # Commands.
 
@@ -535,3 +536,12 @@ def test_heartbeats_count_by_their_clock() -> None:
     beat = heartbeats.get("a")
     assert beat is not None
     assert heartbeats.age_s(beat) == 7.5
+
+
+def test_folders_that_are_not_known_are_neither_counted_nor_emptied() -> None:
+    """``du`` and ``find`` without a path take the folder that they are in."""
+    folders = Folders()
+    folders.begin(5)
+    assert folders.count is None
+    with pytest.raises(AssertionError):
+        folders.empty()

@@ -97,6 +97,7 @@ def answered(server: Server, stop: threading.Event) -> list[float]:
     return taken
 
 
+@pytest.mark.faults
 def test_twenty_thousand_wrong_keys(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     nowhere = tmp_path / "none.sock"
@@ -153,12 +154,14 @@ def hostile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("path", ["/start", "/build"])
 @pytest.mark.parametrize("body", BODIES)
 def test_a_hostile_body_is_refused(hostile_server: Server, path: str, body: str) -> None:
     refused(hostile_server, path, BODIES[body])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("path", ["/start", "/stop"])
 def test_a_body_of_100_mb_is_refused_in_little_memory(hostile_server: Server, path: str) -> None:
     before = resident_bytes(hostile_server.process.pid)
@@ -245,6 +248,7 @@ def listed(folder: Path) -> dict[str, tuple[str, int, int, int]]:
     return found
 
 
+@pytest.mark.faults
 @pytest.mark.podman
 def test_hostile_archives_change_and_read_nothing_outside(
     rootless_podman: podman_service.Service,

@@ -1,0 +1,247 @@
+"""How a trainer's own end counts where something else went at the same moment: the trainers are real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from slurm.lib.coordination import CoordinationDir, Counter, Flag
+from slurm.lib.job_context import JobContext
+from slurm.lib.processes import Child, ChildSpec
+from slurm.lib.ray_cluster import RayCluster, Step
+from slurm.lib.restarts import Ended
+from slurm.lib.runtime_client import Heartbeat, RuntimeClient
+from slurm.lib.runtime_step import RuntimeStep
+from slurm.lib.scheduler import JobFacts
+from slurm.lib.settings import Settings
+from slurm.lib.signals import SignalNotes
+from slurm.lib.training_job import Endpoint, Outcome, TrainingSession, start_canary
+from slurm_runtime.heartbeats import Heartbeats
+from tests.runs import until
+from tests.test_partner import FakeScheduler
+
+ROOT = Path(__file__).resolve().parent.parent
+NOWHERE = "http://127.0.0.1:1"  # refuses every connection
+
+
+class Ending(FakeScheduler):
+    """A Slurm that takes this job away for another one, or not."""
+
+    preempted = True
+
+    def facts(self, job_id: str, timeout_s: float = 0.0) -> JobFacts:
+        return JobFacts(preempted=self.preempted)
+
+
+@pytest.fixture
+def ending() -> Ending:
+    return Ending()
+
+
+@pytest.fixture
+def session(tmp_path: Path, ending: Ending) -> TrainingSession:
+    """A training job with another attempt behind it, whose server does not answer."""
+    directory = CoordinationDir(tmp_path)
+    directory.publish_url(NOWHERE)
+    job = JobContext("8", directory, Settings(), {"SKYRL_RUNTIME_JOB_ID": "7"}, ending, ROOT, own_dir=True)
+    made = TrainingSession(job, SignalNotes(), RuntimeStep())
+    made.chain.successor = {"runtime": "9", "training": "10"}
+    return made
+
+
+def process(*argv: str) -> Child:
+    return Child(ChildSpec(argv, {"PATH": os.defpath}, "a process"), stop_grace_s=0.0)
+
+
+def outcome(session: TrainingSession, cluster: RayCluster | None = None, code: int = 1) -> Outcome:
+    """What is said of a trainer that ends with this code."""
+    with start_canary() as canary, process("sh", "-c", f"exit {code}") as child:
+        child.process.wait()
+        found = cluster or RayCluster()
+        return session.supervise(child, lambda: None, canary, found, session.early_stop(child))
+
+
+@contextmanager
+def signalled(session: TrainingSession, after_s: float) -> Iterator[None]:
+    """SIGTERM comes a moment after the trainer's end."""
+    timer = threading.Timer(after_s, session.notes.note, (signal.SIGTERM, None))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+@pytest.mark.parametrize(
+    ("preempted", "expected"), [(True, Ended.INTERRUPTED), (False, Ended.CANCELLED)], ids=["preemption", "scancel"]
+)
+def test_a_signal_while_the_runtime_is_waited_for_says_why(
+    session: TrainingSession, ending: Ending, preempted: bool, expected: Ended
+) -> None:
+    """The node of the runtime goes, the trainer fails, and then Slurm ends this job too."""
+    ending.preempted = preempted
+    with signalled(session, 1.0):
+        said = outcome(session)
+    word = "preemption" if preempted else "scancel"
+    assert said == Outcome(1, f"ended by SIGTERM ({word}); the trainer failed with exit code 1", expected)
+
+
+def test_a_signal_beside_the_runtimes_own_word_says_both(session: TrainingSession) -> None:
+    flag = Flag("7", "7", exit_code=143, reason="ended by SIGTERM", ended="cancelled")
+    look = session._answers
+
+    def answers() -> bool:
+        session.job.directory.publish(session.job.directory.runtime_failed, flag)
+        session.notes.note(signal.SIGTERM)
+        return look()
+
+    session._answers = answers  # type: ignore[method-assign]
+    said = outcome(session)
+    assert said.exit_code == 69
+    assert said.reason.endswith("the runtime job 7 failed: ended by SIGTERM; meanwhile ended by preemption")
+    assert said.ended is Ended.INTERRUPTED
+
+
+def test_a_lost_node_is_named_also_beside_a_signal(session: TrainingSession, tmp_path: Path) -> None:
+
+    def node_state(node: str) -> str:
+        session.notes.note(signal.SIGTERM)
+        return "down*"
+
+    with process("true") as step:
+        step.process.wait()
+        said = outcome(session, RayCluster(steps=[Step("gpu-b", step, tmp_path / "log")], node_state=node_state))
+    assert said.exit_code == 74
+    assert said.reason.startswith("node gpu-b was lost")
+    assert said.reason.endswith(
+        "(Slurm's state of the node: down*); the trainer failed with exit code 1; meanwhile ended by preemption"
+    )
+    assert said.ended is Ended.INTERRUPTED
+
+
+class Server(ThreadingHTTPServer):
+    """The part of an API server that the training job itself asks; ``heartbeats`` is None for another's."""
+
+    heartbeats: Heartbeats | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def _say(self, status: int, body: object) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def do_POST(self) -> None:
+        known = self.server.heartbeats
+        self._say(200, {"count": known.beat(self.path).count}) if known else self._say(404, "no such route")
+
+    def do_GET(self) -> None:
+        beat = self.server.heartbeats.get(self.path) if self.server.heartbeats else None
+        here = beat or self.path == "/health"
+        self._say(200, {"count": beat.count if beat else 0}) if here else self._say(404, "not heard of")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(session: TrainingSession) -> Iterator[Server]:
+    """One that answers, in place of the session's."""
+    with Server(("127.0.0.1", 0), Handler) as made:
+        session.job.directory.publish_url(made.url)
+        made.heartbeats = Heartbeats()
+        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("beats_after", [0, 1, 2])
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_trainer_that_fails_as_the_server_was_started_again_is_interrupted(
+    session: TrainingSession, server: Server, beats_after: int, before: int
+) -> None:
+    """Its requests that were open had no answer; the server is there again before anybody asks."""
+    heartbeat = Heartbeat(RuntimeClient(server.url, None), "training-8")
+    session.server_restarted_s_ago = heartbeat.restarted_s_ago
+    for _ in range(before):
+        heartbeat._beat()
+    assert outcome(session) == Outcome(1, "the trainer failed with exit code 1", Ended.FAILED)
+    server.heartbeats = Heartbeats()
+    for _ in range(beats_after):
+        heartbeat._beat()
+    expected = "the trainer failed with exit code 1, 0 s after the API server was started again"
+    assert outcome(session) == Outcome(1, expected, Ended.INTERRUPTED)
+    assert outcome(session, code=0) == Outcome(0, "the trainer ended", Ended.COMPLETED)
+    session.chain.successor = {}
+    assert outcome(session) == Outcome(1, "the trainer failed with exit code 1", Ended.FAILED)
+
+
+def test_a_restart_is_felt_for_a_minute(session: TrainingSession, server: Server) -> None:
+    ago = {59.6: Ended.INTERRUPTED, 60.4: Ended.FAILED}
+    for seconds, expected in ago.items():
+        session.server_restarted_s_ago = partial(float, seconds)
+        assert outcome(session).ended is expected
+
+
+def test_a_server_that_counts_no_beats_was_never_started_again(session: TrainingSession, server: Server) -> None:
+    server.heartbeats = None
+    with Heartbeat(RuntimeClient(server.url, None), "training-8") as heartbeat:
+        assert heartbeat.restarted_s_ago() is None
+        assert heartbeat.age_s() < 5
+    server.shutdown()
+    server.server_close()
+    assert heartbeat.restarted_s_ago() is None, "silence is no restart"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_runtime_that_beats_by_a_counter_is_answered_by_one(
+    session: TrainingSession, server: Server, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Its counter may be seen late, or its first beat have failed; without an answer it would end the run in time."""
+    monkeypatch.setattr("slurm.lib.training_job.PARTNER_LOOK_EVERY_S", 0.1)
+    server.heartbeats = None
+    directory = session.job.directory
+    theirs, ours = Counter(directory.heartbeat("runtime", "7")), directory.heartbeat("training", "8")
+    if not late:
+        theirs.beat()
+    client = RuntimeClient(server.url, None)
+    endpoint = Endpoint(server.url, None, "7")
+    with Heartbeat(client, "training-8") as heartbeat, session.partner_watch(endpoint, heartbeat) as gone:
+        if late:
+            time.sleep(0.5)
+            assert not ours.exists(), "a server of ours is told by HTTP"
+            theirs.beat()
+        until("beats of the training", lambda: ours.exists() and int(ours.read_text()) > 2, 5)
+        assert gone() is None
+
+
+def test_without_a_signal_a_runtime_that_stays_away_interrupts(
+    session: TrainingSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.lib.training_job.SERVER_BACK_S", 0.5)
+    said = outcome(session)
+    assert said == Outcome(69, "the trainer failed, and the runtime does not answer", Ended.INTERRUPTED)
+
+
+def test_a_trainers_own_end_is_its_own(session: TrainingSession) -> None:
+    session._answers = lambda: True  # type: ignore[method-assign]
+    assert outcome(session, code=3) == Outcome(3, "the trainer failed with exit code 3", Ended.FAILED)
+    assert outcome(session, code=0) == Outcome(0, "the trainer ended", Ended.COMPLETED)
