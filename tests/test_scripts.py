@@ -81,7 +81,9 @@ def copy() -> Iterator[Copy]:
         no_cache = shutil.ignore_patterns("__pycache__")
         for part in ("scripts", "slurm", ".ci"):
             shutil.copytree(CHECKOUT / part, made.root / part, ignore=no_cache)
-        shutil.copy(CHECKOUT / "pyproject.toml", made.root)
+        (made.root / "tests" / "cluster").mkdir(parents=True)
+        for file in ("pyproject.toml", "tests/cluster/alone"):
+            shutil.copy(CHECKOUT / file, made.root / file)
         (made.folder / "bin").mkdir(parents=True)
         (made.folder / "pytest-status").write_text("0")
         python = made.folder / "bin" / "python"
@@ -247,6 +249,17 @@ class TestTestCommand:
         assert len(copy.calls("/bin/vermin")) == 1
         assert "failed: ruff check; ruff format;" in done.stderr
         assert done.stdout.splitlines()[-1] == "== 1 failed, 2 passed in 0.10s =="
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a cluster a network of its own")
+    def test_without_arguments_every_test_is_in_one_of_three_parts(self, copy: Copy) -> None:
+        (copy.folder / "pytest-status").write_text("3")
+        done = copy.run("scripts/test")
+        assert done.returncode == 3
+        first, *others = copy.calls("-m pytest")
+        assert first == "-m pytest -m not slurm"
+        ends = sorted(line.partition(" -m slurm ")[2] for line in others)
+        assert ends == ["and faults", "and not faults"]
+        assert done.stdout.count("== 1 failed, 2 passed in 0.10s ==") == 3, "all three are shown"
 
     def test_in_ci_shows_the_logs_of_slurm_when_it_fails_and_last_what_did(self, copy: Copy) -> None:
         (copy.folder / "ruff-fails").touch()

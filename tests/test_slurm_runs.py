@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -317,24 +316,6 @@ def test_a_bash_script_with_the_helpers(user: User, checkout: Path, jobs_base: P
     assert values[1].startswith("cpu")
     assert values[2] == "1"
     assert values[3].startswith(f"graphroot /tmp/skyrl-{script.parent.stat().st_uid}-{job}/")
-
-
-def test_the_launcher_killed_before_the_commit_leaves_nothing_that_can_start(
-    user: User, checkout: Path, jobs_base: Path
-) -> None:
-    """scontrol on PATH is a fake that hangs at the release; the launcher is killed there."""
-    bin_dir = jobs_base / "bin"
-    bin_dir.mkdir()
-    fake = bin_dir / "scontrol"
-    fake.write_text("#!/bin/sh\nkill -9 $PPID\nsleep 1\n")
-    fake.chmod(0o755)
-    path = subprocess.run(["bash", "-c", "echo $PATH"], capture_output=True, text=True, check=True).stdout.strip()
-    argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={jobs_base}", TRAIN_LONG)
-    done = user.run(argv, env={"PATH": f"{bin_dir}:{path}"})
-    assert done.returncode != 0
-    states = user.run(["squeue", "-h", "-u", user.home.name, "-o", "%j %T %r"]).stdout.splitlines()
-    assert sorted(states) == ["skyrl-runtime PENDING JobHeldUser", "skyrl-train PENDING Dependency"]
-    user.run(["scancel", "-u", user.home.name])
 
 
 def test_a_cancelled_runtime_with_many_sandboxes_is_gone_within_kill_wait(
