@@ -254,7 +254,7 @@ SLOW_SHARE = Case(
     9,
     "each opening, listing, renaming and sync in the shared directory takes 2 s; `scancel`",
     "both jobs end",
-    120,
+    180,
 )
 LAUNCH_FULL = Case(9, "the shared directory is full at the launch", "an error with its name; nothing is queued", 20)
 GONE_BEFORE = Case(

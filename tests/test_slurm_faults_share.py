@@ -199,7 +199,9 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
     over(removed, faults.NO_DIRECTORY, begin)
     assert removed.exit_code("training") == "0"
     over(tardy, faults.SLOW_SHARE, begin)
-    assert (tardy.exit_code("training"), tardy.completion["ended"]) == ("143", "cancelled")
+    # Its body may have written the flag within KillWait, or not.
+    assert tardy.completion["job_id"] == tardy.jobs["training"]
+    assert re.search("SIGTERM .scancel.|CANCELLED", tardy.completion["reason"]), tardy.completion
     nothing_left()
 
     begin = time.monotonic()
@@ -250,7 +252,7 @@ PLANTS = {
         75,
         "to be ready",
         {**HERE, "runtime_ready.flag": OTHERS.to_text(), "runtime_failed.flag": OTHERS.to_text()},
-        runtime="7",
+        runtime="999999",  # of which Slurm knows nothing
     ),
     "an old address": Plant(75, DISAGREE, {**HERE, "runtime_ready.flag": ready("http://cpu-x:1", KEY)}),
     "an old key": Plant(75, DISAGREE, {**HERE, "runtime_ready.flag": ready(URL, "the new one")}),

@@ -151,7 +151,7 @@ def test_scancel_of_the_job_that_runs(user: User, checkout: Path, jobs_base: Pat
     run.wait_over(seconds=END_S)
     assert run.completion["exit_code"] == 143
     assert run.completion["ended"] == "cancelled"
-    run.wait_for_text("runtime", "stopping everything: ended by SIGTERM", 10)
+    run.wait_for_text("runtime", "ended by SIGTERM", 10)
 
 
 def test_scancel_of_the_runtimes_component_ends_the_training(user: User, checkout: Path, jobs_base: Path) -> None:
