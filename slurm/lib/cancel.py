@@ -249,7 +249,7 @@ def conclude(watched: Sequence[Watched]) -> None:
             runtime = next((job.job_id for job in one.run.jobs() if job.kind == "runtime"), "")
             flag = Flag.of_this_host(job_id, runtime, EXIT_SIGNAL_BASE + signal.SIGTERM, one.reason, Ended.CANCELLED)
             try:
-                directory.speak_for(directory.training_complete, flag)
+                directory.publish_if_absent(directory.training_complete, flag)  # an earlier attempt's says more
             except EnvironmentProblem as problem:
                 log.warning("%s", problem)
 

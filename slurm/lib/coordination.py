@@ -235,6 +235,10 @@ class CoordinationDir:
     def publish(self, path: Path, flag: Flag) -> None:
         write_atomically(path, flag.to_text())
 
+    def publish_if_absent(self, path: Path, flag: Flag) -> None:
+        """Publish a flag unless there is one, of whatever job, even one unseen here."""
+        write_if_absent(path, flag.to_text())
+
     def speak_for(self, path: Path, flag: Flag) -> None:
         """Publish a flag about a job that cannot say it itself: never over that job's own, not even one unseen here.
 
@@ -242,7 +246,7 @@ class CoordinationDir:
         """
         text = read_if_there(path)
         if text is None:
-            write_if_absent(path, flag.to_text())
+            self.publish_if_absent(path, flag)
             return
         there = parse_flag(text)
         if there is None or not (there.by_hand or there.job_id == flag.job_id):
