@@ -178,7 +178,7 @@ def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
     usual_s = time.monotonic() - begin
     for number in range(20):
         launcher = desk.start(LATER)
-        time.sleep(usual_s * (0.3 + 0.05 * number))
+        time.sleep(usual_s * (0.3 + 0.09 * number))
         launcher.kill()
         launcher.communicate()
         time.sleep(0.2)  # a call of sbatch goes on without it
