@@ -169,14 +169,10 @@ def test_bodies_that_hang_are_killed(user: OrdinaryUser, checkout: Path, jobs_ba
 
 def test_a_controller_that_does_not_answer(user: OrdinaryUser, checkout: Path, jobs_base: Path, cancel: Cancel) -> None:
     run = launch(user, checkout, jobs_base, TRAIN_LONG, *LATER)
-    controller = int((test_cluster.HOME / "slurmctld.pid").read_text())
-    os.kill(controller, signal.SIGSTOP)
-    try:
+    with test_cluster.silent_controller():
         begin = time.monotonic()
         done = cancel("latest")
         within(faults.CANCELLED_UNHEARD, time.monotonic() - begin)
-    finally:
-        os.kill(controller, signal.SIGCONT)
     assert done.returncode == 75
     assert done.stdout.count(faults.CANCELLED_UNHEARD.reads) == 2, done.stdout
     assert "not ended within 15 s" in done.stderr

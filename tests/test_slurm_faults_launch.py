@@ -221,37 +221,10 @@ def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
 # --- 8: the controller ------------------------------------------------------------------------------------------------
 
 
-def controller() -> int:
-    return int((test_cluster.HOME / "slurmctld.pid").read_text())
-
-
-@contextlib.contextmanager
-def silent_controller() -> Iterator[None]:
-    """slurmctld does not answer for the length of the block, and then does what it was told meanwhile."""
-    pid = controller()
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def no_controller() -> Iterator[None]:
-    """slurmctld is stopped in order for the length of the block, and started again."""
-    pid = controller()
-    os.kill(pid, signal.SIGTERM)
-    until("slurmctld to end", lambda: not Path(f"/proc/{pid}").exists(), 30)
-    try:
-        yield
-    finally:
-        environment = {**os.environ, **test_cluster.environment()}
-        subprocess.run(["slurmctld", "-f", test_cluster.environment()["SLURM_CONF"]], env=environment, check=True)
-
-
-OUTAGES = {faults.SILENT_CONTROLLER: silent_controller, faults.NO_CONTROLLER: no_controller}
-
-
+OUTAGES = {
+    faults.SILENT_CONTROLLER: test_cluster.silent_controller,
+    faults.NO_CONTROLLER: test_cluster.no_controller,
+}
 CAUGHT_AT = ("sbatch 1 before", "sbatch 2 before", "scontrol 1 before", "scontrol 2 before")
 
 

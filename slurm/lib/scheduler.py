@@ -302,8 +302,7 @@ class Slurm:
 
     def clock(self) -> float | None:
         """The controller's time in epoch seconds, to compare with what it says of jobs; None while it is silent."""
-        shown = self._with_epochs()._ask("scontrol", "show", "config", timeout_s=QUESTION_TIMEOUT_S).stdout
-        return parse_config_time(shown)
+        return parse_config_time(self._config(QUESTION_TIMEOUT_S))
 
     def components(self, job_id: str) -> list[str]:
         """The ids of the components of the queued heterogeneous job ``job_id``, in order; the first is its own."""

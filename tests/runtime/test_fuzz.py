@@ -145,10 +145,9 @@ class Fuzzed:
         return float(found[1])
 
 
-def fuzz(fuzzed: Fuzzed, examples: int, calls: int) -> None:
-    """Programs of calls, by several clients at once."""
-
-    @settings(
+def generated(examples: int) -> settings:
+    """So many examples, the same ones each time."""
+    return settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
@@ -156,6 +155,12 @@ def fuzz(fuzzed: Fuzzed, examples: int, calls: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
+
+
+def fuzz(fuzzed: Fuzzed, examples: int, calls: int) -> None:
+    """Programs of calls, by several clients at once."""
+
+    @generated(examples)
     @given(st.lists(CALLS, min_size=calls // 2, max_size=calls))
     def asked(program: list[Call]) -> None:
         with ThreadPoolExecutor(CLIENTS) as pool:
@@ -176,14 +181,7 @@ def fuzz_by_description(fuzzed: Fuzzed, examples: int) -> None:
 
 
 def _ask_about_the_living(fuzzed: Fuzzed, operation: Any, examples: int) -> None:
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @generated(examples)
     @given(case=operation.as_strategy(), start=START, alive=st.booleans())
     def asked(case: Any, start: dict[str, Any], alive: bool) -> None:
         if alive:
