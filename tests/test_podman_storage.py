@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import textwrap
@@ -22,6 +23,7 @@ from slurm.lib.podman_storage import PodmanStorage
 from slurm_runtime.agent.tree import MOUNT_POINT
 from slurm_runtime.references import archive_name
 from tests.conftest import OrdinaryUser
+from tests.runs import until
 from tests.runtime import agent_tree
 from tests.runtime.agent_tree import ASK_FOR_KEYRING, REFUSED
 
@@ -53,6 +55,35 @@ def test_each_folder_that_will_not_do_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_the_first_that_will_do_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ps.choose_scratch(["/nowhere", "/tmp"], "7") == Path("/tmp")
+
+
+def test_what_a_slow_look_found_is_killed_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        monkeypatch.setattr(ps, "processes_of", lambda _storage: [process.pid])
+        ps.kill_processes(PodmanStorage(tmp_path), deadline_s=0)
+        assert process.wait(10) == -signal.SIGKILL
+
+
+def test_a_podman_that_has_no_namespace_of_its_own_yet_is_one_of_the_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would make after the last look, a namespace and a process that holds it, nobody would end."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    storage = PodmanStorage(tmp_path)
+    podman, other = (tmp_path / "bin" / name for name in ("podman", "trainer"))
+    podman.parent.mkdir()
+    environment = storage.environment(os.environ)
+    for program in (podman, other):
+        shutil.copy("/bin/sleep", program)
+    its = subprocess.Popen([podman, "60"], env=environment)
+    no = subprocess.Popen([other, "60"], env=environment)
+    try:
+        until("both run", lambda: {ps._command_name(child.pid) for child in (its, no)} == {"podman", "trainer"}, 10)
+        assert ps.processes_of(storage) == [its.pid]
+    finally:
+        for child in (its, no):
+            child.kill()
+            child.wait()
 
 
 def test_file_system_of_a_mount() -> None:

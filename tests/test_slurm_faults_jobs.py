@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,18 +205,23 @@ class Seen:
         return self.scene.runs[case.fault]
 
 
-def limits_end(seen: Seen) -> None:
-    """Wait for the time limits, of all runs at once: the clock starts when Slurm signals the first job of a run."""
-    since: dict[Case, float] = {}
+def limit_ends(seen: Seen, case: Case) -> None:
+    """Wait for a time limit: the clock starts when Slurm, which looks every half minute, ends the job."""
+    run, kind = seen.scene.runs[case.fault], LIMITS[case][0]
     end = time.monotonic() + 150
-    while len(since) < len(LIMITS) and time.monotonic() < end:
-        for case, (kind, _settings) in LIMITS.items():
-            if case not in since and seen.scene.runs[case.fault].state(kind) != "RUNNING":
-                since[case] = time.monotonic()
+    while (state := run.state(kind)) == "RUNNING" and time.monotonic() < end:
         time.sleep(0.1)
-    for case in LIMITS:
-        begin = since.get(case, -case.bound_s)
-        seen.see(case, lambda case=case, begin=begin: seen.scene.released(case.fault, case, begin))  # type: ignore[misc]
+    since = time.monotonic()
+    assert state != "RUNNING", f"{case.fault}: its limit of a minute is over, and it runs"
+    seen.scene.released(case.fault, case, since)
+
+
+def watch_limits(seen: Seen) -> list[threading.Thread]:
+    """A thread for each time limit: Slurm need not end the jobs of the three runs at the same moment."""
+    looks = [threading.Thread(target=seen.see, args=(case, partial(limit_ends, seen, case))) for case in LIMITS]
+    for look in looks:
+        look.start()
+    return looks
 
 
 def cut_link(seen: Seen, sandboxes: list[str]) -> None:
@@ -255,12 +261,12 @@ def apart(user: OrdinaryUser, checkout: Path) -> Iterator[Seen]:
             scene.begin(case.fault, SAVES, *settings)
         scene.started(*(name for name in scene.runs if name != faults.LINK_CUT.fault))
         parted_at = time.monotonic()
-        limits = threading.Thread(target=limits_end, args=(seen,))
-        limits.start()
+        limits = watch_limits(seen)
         with test_cluster.isolate("cpu-b", "gpu-b"):
             seen.see(faults.LINK_CUT, lambda: cut_link(seen, sandboxes))
             seen.see(faults.PARTED, lambda: scene.released(faults.PARTED.fault, faults.PARTED, parted_at))
-        limits.join()
+        for look in limits:
+            look.join()
         scene.runs[faults.RUNTIME_NODE_OFF.fault] = run
         still_there = [kind for kind in run.jobs if run.state(kind) == "RUNNING"]
         scene.begin(faults.TRAINING_NODE_OFF.fault, TRAIN_LONG, *at("cpu-b", "gpu-a"))

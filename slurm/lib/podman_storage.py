@@ -305,16 +305,18 @@ def _mentions(pid: int, marker: bytes) -> bool:
 def processes_of(storage: PodmanStorage) -> list[int]:
     """Every process of the store: Podman, conmon, port forwarders, and all that runs in its containers.
 
-    As an ordinary user: all processes in the user namespaces of those that name the store in environment or command
-    line. As root there is no such namespace; there it is conmon and Podman themselves and what descends from them.
+    Podman and conmon that name the store in environment or command line, and what descends from them; as an ordinary
+    user also all processes in the user namespaces of those that name it. A Podman that starts is in none of its own
+    yet, and would make one, with a process that holds it, after the last look.
     """
     marker = f"{storage.root}/".encode()
     named = [pid for pid in pids() if _mentions(pid, marker)]
+    engine = {pid for pid in named if _command_name(pid) in {"podman", "conmon", "netavark", "aardvark-dns"}}
+    found = engine | descendants(engine)
     if os.geteuid() != 0:
         spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
-        return [pid for pid in pids() if _namespace(pid) in spaces]
-    engine = {pid for pid in named if _command_name(pid) in {"podman", "conmon", "netavark", "aardvark-dns"}}
-    return sorted(engine | descendants(engine))
+        found |= {pid for pid in pids() if _namespace(pid) in spaces}
+    return sorted(found)
 
 
 def _command_name(pid: int) -> str:
@@ -323,13 +325,19 @@ def _command_name(pid: int) -> str:
     return ""
 
 
-def kill_processes(storage: PodmanStorage, deadline_s: float = 3.0) -> None:
-    """Kill every process of the store, and look again until none is left or the deadline has passed."""
+def kill_processes(storage: PodmanStorage, deadline_s: float = 10.0) -> None:
+    """Kill every process of the store, and look again until none is left or the deadline has passed; say what is.
+
+    On a node with a high load a look at all processes takes seconds: whatever one has found is killed, however late.
+    """
     end = time.monotonic() + deadline_s
-    while (left := [pid for pid in processes_of(storage) if living_fields(pid) is not None]) and time.monotonic() < end:
+    while left := [pid for pid in processes_of(storage) if living_fields(pid) is not None]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        if time.monotonic() >= end:
+            log.warning("sent SIGKILL to processes of %s, not seen to end: %s", storage.root, left)
+            return
         time.sleep(0.02)
 
 
