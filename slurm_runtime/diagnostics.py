@@ -7,6 +7,7 @@ import contextlib
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,21 +53,25 @@ def _signal_name(exit_code: int) -> str:
         return ""
 
 
-async def _settled(engine: Engine, name: str, has_ended: bool) -> ContainerState:
+def never() -> bool:
+    return False
+
+
+async def _settled(engine: Engine, name: str, is_due: Callable[[], bool]) -> ContainerState:
     end = time.monotonic() + SETTLE_S
-    while (state := await engine.inspect(name)).running and has_ended and time.monotonic() < end:
+    while (state := await engine.inspect(name)).running and is_due() and time.monotonic() < end:
         await asyncio.sleep(SETTLE_PAUSE_S)
     return state
 
 
-async def diagnose(engine: Engine, name: str, has_ended: bool = False) -> Diagnosis:
+async def diagnose(engine: Engine, name: str, is_due: Callable[[], bool] = never) -> Diagnosis:
     """What can be learned of a container; a probe that fails says so and hides nothing else.
 
-    ``EngineUnreachable`` goes up: ask again. ``has_ended`` says that its first process is gone, which Podman learns a
-    moment later.
+    ``EngineUnreachable`` goes up: ask again. ``is_due`` says whether Podman's word of how it ended is to be waited for:
+    its first process is gone, and Podman learns that a moment later, or never while the disk is full.
     """
     try:
-        state = await _settled(engine, name, has_ended)
+        state = await _settled(engine, name, is_due)
     except EngineUnreachable:
         raise
     except EngineError as problem:

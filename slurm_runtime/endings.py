@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 
 from slurm_runtime.admission import Admission
 from slurm_runtime.background import Background
 from slurm_runtime.connection import Connection
 from slurm_runtime.control import ControlError
 from slurm_runtime.deaths import Deaths
-from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_memory
+from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_memory, never
 from slurm_runtime.entries import Entry, uninterrupted
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
@@ -130,16 +131,16 @@ class Endings:
 
     async def diagnosis(self, entry: Entry) -> Diagnosis:
         """Why it died. A forked server's exit code is known, its container may still idle."""
-        found = await self.learned(entry.name, entry.has_ended)
+        found = await self.learned(entry.name, lambda: entry.awaits_verdict)
         kernel_killed = killed_for_memory(entry.holder)
         if entry.server_ended and entry.server_exit is None and not entry.offence:
             return Diagnosis(SERVER_ENDED, found.last_lines)
         return judged(found, entry.offence, entry.server_exit, kernel_killed, self._memory_bites)
 
-    async def learned(self, name: str, has_ended: bool = False) -> Diagnosis:
-        """What Podman tells of a container that has ended, as soon as it answers."""
+    async def learned(self, name: str, is_due: Callable[[], bool] = never) -> Diagnosis:
+        """What Podman tells of a container that has ended, as soon as it answers; ``is_due`` as for ``diagnose``."""
         try:
-            return await self.connection.patiently(lambda: diagnose(self.engine, name, has_ended))
+            return await self.connection.patiently(lambda: diagnose(self.engine, name, is_due))
         except EngineUnreachable as problem:
             return Diagnosis(f"it ended while Podman did not answer, so how is not known: {problem}", "")
 

@@ -94,6 +94,11 @@ class Entry:
         return self.sandbox.specification.container_name
 
     @property
+    def awaits_verdict(self) -> bool:
+        """It has ended, and only Podman can tell how: the watchdog did not stop it."""
+        return self.has_ended and self.offence is None
+
+    @property
     def is_clean(self) -> bool:
         """Nothing of it is left: no container, no slot."""
         return self.lease is None and not self.has_container

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from slurm_runtime.diagnostics import SETTLE_S
 from slurm_runtime.ownership import process_mark
 from slurm_runtime.podman import ContainerSpec, EngineError, EngineUnreachable
 from slurm_runtime.sandbox import Mount
@@ -277,6 +278,20 @@ def test_14_a_client_that_hangs_up_leaves_no_sandbox(server_with: MakeServer) ->
         eventually(lambda: api.client.get("/sessions/gone").status_code == 200)
     eventually(lambda: session(api, "gone")["status"] == "stopped")
     eventually(lambda: api.names() == [] and api.manager.admission.slots.used == 0)
+
+
+def test_an_offender_has_failed_although_podman_never_learns_that_it_ended(fake: Api) -> None:
+    """As on a full disk, where Podman cannot note it: of one that ended by itself its word would be waited for."""
+    sandbox = started(fake)
+    entry = fake.manager.register.of_runtime(sandbox["runtime_id"])
+
+    def killed() -> None:
+        entry.has_ended = True
+        fake.manager.supervisor.hear({"event": "offender", "sandbox": entry.name, "reason": "it filled the disk"})
+
+    fake.loop.call_soon_threadsafe(killed)
+    eventually(lambda: session(fake, sandbox["session_id"])["pod_status"] == "failed", SETTLE_S / 2)
+    assert "it filled the disk" in session(fake, sandbox["session_id"])["pod_logs"]
 
 
 def test_stop_while_starting(server_with: MakeServer) -> None:
