@@ -31,6 +31,7 @@ class Case:
     :param bound_s: the seconds within which it does; where time is no matter, infinity
     :param reads: words of the reason as the user reads them, on a node called cpu-a; empty where nothing is to be read
     :param shown: the same for the document, where those words alone do not read well
+    :param unit: of the bound and of what is measured, where it is no time
     """
 
     row: int
@@ -39,6 +40,7 @@ class Case:
     bound_s: float = math.inf
     reads: str = ""
     shown: str = ""
+    unit: str = "s"
 
 
 ENDS = "the training job ends too"
@@ -298,6 +300,25 @@ BAD_NEIGHBOURS = Case(
     "each has failed with its reason; a fourth answers, starts processes and writes again; the run completes",
     20,
 )
+OFFENDERS = "one of a server's sandboxes is killed, runs out of memory, is a fork bomb, or fills its disk"
+LIMITS_BITE = Case(
+    6,
+    f"{OFFENDERS}, where cgroups bound them (Podman as root, CPUs of their own)",
+    "it has failed with its reason; while it does harm, again and again for a second, its neighbour's answers, each of "
+    "which takes 70 ms of computation, take at most twice as long as before and after (medians)",
+    2,
+    unit="×",
+)
+WATCHDOG_STOPS = Case(
+    6, f"{OFFENDERS}, where no cgroup bounds them (rootless, cgroup v1)", "it has failed with its reason", 2
+)
+NEIGHBOURS_RECOVER = Case(6, "the same, and what its neighbour notices", "its answers take as long as before again", 5)
+DISK_FILLED = Case(
+    6,
+    "a sandbox without a limit fills the node's disk, and the reserve is reached",
+    "it has failed with its reason, and its files are gone; others with some files go on",
+    2,
+)
 WRONG_KEYS = Case(
     17,
     "20,000 requests without a key, with a wrong one or with another run's, on few connections, of a server that logs "
@@ -391,6 +412,10 @@ CASES = (
     NO_PYTHON,
     MOVED,
     BAD_NEIGHBOURS,
+    LIMITS_BITE,
+    WATCHDOG_STOPS,
+    NEIGHBOURS_RECOVER,
+    DISK_FILLED,
     WRONG_KEYS,
     HOSTILE_UPLOADS,
     HOSTILE_BODIES,
@@ -484,7 +509,7 @@ def _recorded(run: Run, kind: str) -> str:
 
 def within(case: Case, seconds: float) -> float:
     """Assert the case's bound, and note what was measured where SKYRL_FAULT_TIMES says so."""
-    assert seconds < case.bound_s, f"{case.fault}: {seconds:.1f} s, not within {case.bound_s:g} s"
+    assert seconds < case.bound_s, f"{case.fault}: {seconds:.1f} {case.unit}, not within {case.bound_s:g} {case.unit}"
     if path := os.environ.get("SKYRL_FAULT_TIMES"):
         entry = {"row": case.row, "case": case.fault, "bound": case.bound_s, "measured": round(seconds, 1)}
         with Path(path).open("a") as file:

@@ -173,8 +173,8 @@ def fault_table() -> str:
             str(case.row),
             case.fault,
             case.outcome,
-            f"{case.bound_s:g} s" if case.bound_s < math.inf else "–",
-            f"{measured(case):.1f} s" if case.bound_s < math.inf else "–",
+            f"{case.bound_s:g} {case.unit}" if case.bound_s < math.inf else "–",
+            f"{measured(case):.1f} {case.unit}" if case.bound_s < math.inf else "–",
             f"`… {case.shown or case.reads} …`" if case.reads else "–",
         )
         for case in sorted(CASES, key=lambda case: case.row)
