@@ -210,8 +210,10 @@ OTHER_USER = Case(
 SANDBOX_ATTACKS = Case(
     18,
     "a sandbox tries the API without a key and with its own, the node's files, processes, loopback and namespaces, "
-    "Podman's socket, munge, the job's environment, mounts, devices and the kernel's settings",
-    "all refused",
+    "Podman's socket, munge, the job's environment, mounts, devices and the kernel's settings; of another sandbox the "
+    "agent server without its key, files, processes, environment, loopback, sockets and shared memory, and a keyring; "
+    "then it kills all that it can reach",
+    "all refused; the other one has all it had",
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
 LAUNCHER_KILLED = Case(21, "`kill -9` of the launcher of a local run", "nothing of the run is left", 10)

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shlex
+import subprocess
+import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slurm_runtime.agent.tree import AgentTree
 from tests import cluster as test_cluster
-from tests import faults
+from tests import faults, sandbox_secrets
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import runtime_processes, within
 from tests.runs import Run, launch, until
+from tests.runtime import agent_tree
+from tests.runtime.agent_tree import ASK_FOR_KEYRING, COMMAND
+from tests.runtime.test_contract import command
+from tests.sandbox_secrets import REACHED
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
+PROGRAM = Path(sandbox_secrets.__file__).read_text(encoding="utf-8")
 SERVES = "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"
 # Each line of the report is "what was tried: done", or what refused it.
 TRIES = """
@@ -69,25 +79,52 @@ REFUSED = {
 }
 OPEN = "a neighbour whose server asks for no key"  # as docs/security.md says
 
+# What refuses a sandbox that tries to get at another one's secret (tests/sandbox_secrets.py), with a key of its own.
+KEPT = {
+    "its server, without a key": "401",
+    "its server, with the key": "401",
+    "its server's events, without a key": "Authentication failed",
+    "its server's events, with the key": "Authentication failed",
+    "its server, at the node's loopback": "unreachable",
+    "its server, at its own loopback": "can't open '/workspace/secret'",  # there is the thief's own
+    "a port of its own loopback": "refused",
+    "its abstract socket": "refused",
+    "a socket among its files": "No such file",
+    "its /workspace": "no such file",
+    "its /tmp": "no such file",
+    "its /dev/shm": "no such file",
+    "its /workspace, where the node has it": "no such file",
+    "its root, by its process": "no such file",
+    "its environment": "container=podman",  # there is the thief's own
+    "its process": "No such process",
+    "its shared memory": "no such memory",
+}
+KEYLESS = {name for name in KEPT if "without a key" in name}
+TOLD = "what its server tells everybody"  # as docs/security.md says
+
 
 @pytest.fixture(autouse=True)
 def clean(nothing_left: NothingLeft) -> None:
     """Every test here ends with nothing left on any node."""
 
 
-def started(run: Run, session: str, script: str) -> dict[str, Any]:
-    """A sandbox that runs a shell script."""
-    body = {
-        "image": "localhost/skyrl-busybox:latest",
-        "session_id": session,
-        "working_dir": "/",
-        "command": ["/bin/sh", "-c", script],
-    }
+def ask(run: Run, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An answer of the run's API to who has its key."""
     headers = {"X-API-Key": run.text("runtime_api_key.txt").strip(), "Content-Type": "application/json"}
-    url = run.text("runtime_url.txt").strip()
-    request = urllib.request.Request(f"{url}/start", json.dumps(body).encode(), headers)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(run.text("runtime_url.txt").strip() + path, data, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return dict(json.load(answer))
+
+
+def started(run: Run, session: str, program: str | list[str], **more: Any) -> dict[str, Any]:
+    """A sandbox that runs a program, or the agent server."""
+    image = {"image": "localhost/skyrl-busybox:latest", "working_dir": "/"}
+    return ask(run, "/start", {**image, "session_id": session, "command": program, **more})
+
+
+def script(text: str) -> list[str]:
+    return ["/bin/sh", "-c", text]
 
 
 def report(sandbox: dict[str, Any]) -> dict[str, str]:
@@ -109,10 +146,13 @@ def port_of(url: str) -> str:
 
 
 def test_a_sandbox_that_attacks_is_refused(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    tree = agent_tree.tests_tree()
     settings = ("TRAINING_COMMAND=sleep 300", "CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
-    run = launch(user, checkout, jobs_base, *settings)
+    run = launch(user, checkout, jobs_base, *settings, f"AGENT_DIR={tree.root}")
     try:
+        until("the API server", lambda: run.text("runtime_ready.flag"), 40)
         attack(user, run)
+        attack_another(user, run, tree)
     finally:
         user.run(["scancel", *run.jobs.values()])
         run.wait_over(seconds=20)
@@ -121,9 +161,8 @@ def test_a_sandbox_that_attacks_is_refused(user: OrdinaryUser, checkout: Path, j
 
 def attack(user: OrdinaryUser, run: Run) -> None:
     """Have a sandbox of the run try everything, and compare what it was told."""
-    until("the API server", lambda: run.text("runtime_ready.flag"), 40)
     pid = runtime_processes(user, run, "slurm_runtime.api_server")[0]
-    neighbour = started(run, "neighbour", SERVES)
+    neighbour = started(run, "neighbour", script(SERVES))
     goals = {
         "NODE": test_cluster.NODES["cpu-a"],  # a static busybox cannot look a name up
         "PORT": port_of(run.text("runtime_url.txt")),
@@ -136,10 +175,62 @@ def attack(user: OrdinaryUser, run: Run) -> None:
     }
     for there in (goals["RUN"], goals["USERS_HOME"], goals["STORAGE"], f"/proc/{pid}"):
         assert Path(there).exists(), "what is tried for is there, outside"
-    said = report(started(run, "attacker", f"{_assigned(goals)}\n{TRIES}\n{SERVES}"))
+    said = report(started(run, "attacker", script(f"{_assigned(goals)}\n{TRIES}\n{SERVES}")))
     assert said.pop(OPEN) == "done"
     assert said.keys() == REFUSED.keys()
     assert not {name: word for name, word in said.items() if REFUSED[name] not in word}, said
+
+
+def agent(run: Run, session: str, **more: Any) -> dict[str, Any]:
+    """A sandbox with the agent server that serves."""
+    sandbox = started(run, session, COMMAND, **more)
+    until("the agent server", lambda: ask(run, f"/sessions/{session}")["pod_status"] == "ready", 120)
+    return sandbox
+
+
+def attack_another(user: OrdinaryUser, run: Run, tree: AgentTree) -> None:
+    """Have a sandbox of the run try to get at what another one has.
+
+    What refuses it is no accident: each try brings the secret from inside of the other one, from the node, or, where it
+    is a key that lacks, with that key.
+    """
+    secret = f"secret-{secrets.token_hex(16)}"
+    victim, thief = agent(run, "victim", environment={"SECRET": secret}), agent(run, "thief")
+    goals = {"url": victim["url"], "loopback": "10.0.2.2", **held(user, run, tree, victim)}
+
+    def brought(sandbox: dict[str, Any], owner: dict[str, Any]) -> dict[str, str]:
+        words = steal(goals, owner, tree.python_command(("-c", PROGRAM)))
+        return dict(json.loads(command(sandbox, shlex.join(words), 60)["stdout"]))
+
+    own, keyed = brought(thief, thief), brought(thief, victim)
+    assert own.pop(TOLD) == REACHED
+    assert own.keys() == KEPT.keys()
+    assert not {name: word for name, word in own.items() if KEPT[name] not in word}, own
+    ask_for_keyring = shlex.join(tree.python_command(("-c", ASK_FOR_KEYRING)))
+    assert command(thief, ask_for_keyring)["stdout"] == agent_tree.REFUSED
+    command(thief, "(sleep 0.2; kill -9 -1) > /dev/null 2>&1 &")
+    until("its end by its own hand", lambda: ask(run, "/sessions/thief")["pod_status"] == "failed", 10)
+
+    inside, program = brought(victim, victim), tree.python_command(("-c", PROGRAM), at=tree.root)
+    words = steal({**goals, "loopback": "127.0.0.1"}, victim, program)
+    outside = json.loads(test_cluster.on_node("cpu-a", *words))
+    got = {name for tries in (inside, outside, keyed) for name, word in tries.items() if word in {secret, REACHED}}
+    assert got - {TOLD} == KEPT.keys() - KEYLESS, (inside, outside, keyed)
+    assert subprocess.check_output([sys.executable, "-c", ASK_FOR_KEYRING], text=True).startswith("True")
+
+
+def held(user: OrdinaryUser, run: Run, tree: AgentTree, victim: dict[str, Any]) -> dict[str, Any]:
+    """Have a sandbox hold its SECRET; where the node has its workspace, and the process that holds it."""
+    words = shlex.join(tree.python_command(("-c", PROGRAM, "hold")))
+    command(victim, f"setsid {words} > /tmp/log 2>&1 & until [ -e /tmp/socket ]; do sleep 0.1; done")
+    pid = next(pid for pid, line in user.processes().items() if line.strip().endswith(" hold"))
+    storage = Path(f"/tmp/skyrl-{user.uid}-{run.jobs['runtime']}")
+    return {"workspace": str(next(storage.glob("**/_data/secret")).parent), "pid": pid}
+
+
+def steal(goals: dict[str, Any], owner: dict[str, Any], program: Sequence[str]) -> tuple[str, ...]:
+    """The command that tries to get at the secret, with the key of a sandbox."""
+    return (*program, "steal", json.dumps({**goals, "key": owner["session_api_key"]}))
 
 
 def _assigned(goals: dict[str, str]) -> str:
