@@ -270,6 +270,21 @@ PLANTED = Case(
     "each is ignored or named; no trainer starts",
     60,
 )
+PLANTED_RUNTIME = Case(
+    10,
+    "half-written, empty, foreign or old flags, records and secrets in the directory of a runtime job, before it "
+    "begins and while it serves; in the end an empty `training_complete.flag`",
+    "each is ignored or named; the last one counts as a person's word",
+    90,
+    "training_complete.flag was set by hand",
+)
+PLANTED_RUNS = Case(
+    10,
+    "half-written, foreign or old records and markers of submissions in the directories of runs; `launch.py`, "
+    "`launch.py cancel`",
+    "no job of another run, and no other job, is touched; what cannot be used is named",
+    reads="left alone",
+)
 SKEWED = Case(
     14,
     "the clock of the GPU node, or of the CPU node, is 5 minutes ahead or behind",
@@ -386,6 +401,8 @@ CASES = (
     LAUNCH_FULL,
     GONE_BEFORE,
     PLANTED,
+    PLANTED_RUNTIME,
+    PLANTED_RUNS,
     SKEWED,
     REBUILT,
     NO_PYTHON,

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from slurm.lib.launch_mark import own_launcher
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
@@ -106,6 +107,10 @@ class Desk:
         done = self.user.run(self.argv(*settings))
         assert done.returncode == 0, done.stderr
         return parse_report(self.user, done.stdout), done.stderr
+
+    def cancel(self, run: object) -> subprocess.CompletedProcess[str]:
+        argv = [str(self.checkout / "slurm" / "launch.py"), "cancel", str(run)]
+        return self.user.run(argv, {"SKYRL_JOBS_BASE": str(self.base)})
 
     def queue(self) -> list[Job]:
         answer = self.user.run(["squeue", "-h", f"--user={self.user.name}", "-o", "%A|%j|%T|%r"])
@@ -216,6 +221,66 @@ def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
     assert {job.job_id for job in desk.queue()} == ids
     assert len(ids) == 7
     within(faults.NOT_ITS_OWN, 0.0)
+
+
+# --- 10: records that are not to be believed -------------------------------------------------------------------------
+
+NOT_RECORDS = {
+    "half": '{"schema": 1, "jobs": {"training": {"id": "1',
+    "empty": "",
+    "list": "[1]",
+    "deep": "[" * 100_000,
+    "hostile": json.dumps(
+        {"jobs": {"training": {"id": "--me"}, "runtime": {"id": None}, "; scancel --me": {"id": "1"}}}
+    ),
+}
+
+
+def dead_launcher() -> str:
+    """A launcher of this host that does not live."""
+    host, boot, namespace, _pid, _ticks = own_launcher().split("/")
+    return f"{host}/{boot}/{namespace}/{2**22}/1"
+
+
+def test_records_that_are_not_to_be_believed(desk: Desk) -> None:
+    """Run directories that were copied, are older than a job of the same id, or half-written; the newest is one."""
+    whole, _ = desk.launch(LATER)
+    mine = desk.user.run(["sbatch", "--parsable", "--hold", "--job-name=mine", "--wrap=true"], cwd=desk.base)
+    ids = {*whole.jobs.values(), mine.stdout.strip()}
+    assert desk.user.run(["scontrol", "hold", *whole.jobs.values()]).returncode == 0
+    marker = {"schema": 1, "launcher": dead_launcher(), "jobs": list(whole.jobs.values()), "made": True}
+    folders = {name: desk.base / f"29990101_00000{n}_7" for n, name in enumerate(NOT_RECORDS)}
+    copied, old, marked = (desk.base / f"29980101_00000{n}_7" for n in range(3))
+    for folder in (*folders.values(), old, marked):
+        folder.mkdir()
+    shutil.copytree(whole.directory, copied, symlinks=True)
+    for name, text in NOT_RECORDS.items():
+        (folders[name] / "run.json").write_text(text)
+        (folders[name] / "submission_x.json").write_text(text)
+    (marked / "submission_x.json").write_text(json.dumps(marker))
+    (old / "run.json").write_text(json.dumps({"jobs": {"training": {"id": mine.stdout.strip()}}}))
+    subprocess.run(["chown", "-R", f"{desk.user.uid}:{desk.user.gid}", str(desk.base)], check=True)
+
+    following, said = desk.launch(LATER)
+    ids |= set(following.jobs.values())
+    assert {job.job_id for job in desk.queue()} == ids, said
+    assert "Traceback" not in said
+
+    for name, folder in folders.items():
+        refused = desk.cancel(folder)
+        assert refused.returncode == 2, (name, refused.stderr)
+        assert f"no job of the run {folder} is known: run.json" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert desk.cancel("latest").returncode == 2
+    for folder, words in ((copied, f"is of the run {whole.directory}"), (old, "is another job, mine")):
+        done = desk.cancel(folder)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stderr
+        assert faults.PLANTED_RUNS.reads in done.stdout
+    assert {job.job_id for job in desk.queue()} == ids
+    assert desk.cancel(whole.directory).returncode == 0
+    assert {job.job_id for job in desk.queue()} == ids - set(whole.jobs.values())
+    within(faults.PLANTED_RUNS, 0.0)
 
 
 # --- 8: the controller ------------------------------------------------------------------------------------------------
