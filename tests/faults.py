@@ -198,6 +198,18 @@ HOSTILE_VALUES = Case(
     "300 variables of a `.conf` with arbitrary text (line ends, quotes, `$( )`, `;`), in a folder named like that",
     "the trainer's environment has each of them exactly",
 )
+HOSTILE_KEYS = Case(
+    16,
+    "each key of the suite with values that a shell would run (`$( )`, quotes, line ends, `;`), in a `.conf`, as "
+    "`--set`, in the environment; those that carry free text in a run as well",
+    "carried exactly, or refused with its name before anything is queued; nothing of it runs",
+)
+HOSTILE_PATHS = Case(
+    16,
+    "the jobs base, the checkout, `SKYRL_PROJECT_ROOT` or the `.conf` lies in a folder whose name has line ends, "
+    "quotes, `$( )`, backslashes, `%j`, or bytes that are no UTF-8",
+    "the run completes, or the launch says which folder cannot be, and queues nothing",
+)
 MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
 OTHER_USER = Case(
     13,
@@ -344,6 +356,8 @@ CASES = (
     SILENT_CONTROLLER,
     NO_CONTROLLER,
     HOSTILE_VALUES,
+    HOSTILE_KEYS,
+    HOSTILE_PATHS,
     CANCELLED,
     CANCELLED_PENDING,
     CANCELLED_HUNG,

@@ -46,7 +46,9 @@ def git_state(checkout: Path) -> GitState:
     import sh  # 80 ms, so only where it is used
 
     try:
-        text = sh.git("-C", str(checkout), "status", "--porcelain=v2", "--branch", _timeout=10, _tty_out=False)
+        # By _cwd and not -C: an argument with bytes that are no UTF-8, as a path may have, sh cannot pass.
+        question = ("status", "--porcelain=v2", "--branch")
+        text = sh.git(*question, _cwd=str(checkout), _timeout=10, _tty_out=False, _decode_errors="replace")
     except (sh.CommandNotFound, sh.ErrorReturnCode, sh.TimeoutException):
         return GitState(None, None)
     return parse_git_status(str(text))

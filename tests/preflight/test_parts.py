@@ -540,6 +540,12 @@ def test_what_sbatch_says(code: int, words: str, found: list[Level]) -> None:
     assert levels(cluster.submission_findings("runtime", Completed(("sbatch",), code, "", words))) == found
 
 
+def test_a_refusal_shows_the_keys_that_it_may_mean() -> None:
+    argv = ("sbatch", "--partition=gpu", "--constraint=a&b", "--mem=1G", "x.py")
+    (found,) = cluster.submission_findings("training", Completed(argv, 1, "", "Invalid feature specification"))
+    assert "GPU_PARTITION=gpu, CONSTRAINT=a&b or a size" in str(found)
+
+
 def starting_at(time: str) -> Completed:
     words = f"sbatch: Job 5 to start at {time} using 2 processors on nodes a in partition test"
     return Completed(("sbatch",), 0, "", words)
