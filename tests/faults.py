@@ -213,8 +213,8 @@ HOSTILE_PATHS = Case(
 MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
 OTHER_USER = Case(
     13,
-    "another user on the same node tries the key file, the run directory, the environments of the run's processes, its "
-    "Podman socket, and its API with the key of a run of its own",
+    "two users on the same node: each tries the other's key file, run directory, environments of the run's processes, "
+    "Podman socket, and API with the key of a run of its own",
     "all refused",
 )
 SANDBOX_ATTACKS = Case(
