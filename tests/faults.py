@@ -71,6 +71,10 @@ NO_PODMAN = Case(3, "the CPU node has no Podman", ENDS, 10, "cpu-a cannot run th
 NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a cannot run this job: no range for")
 FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
 NO_PORT = Case(3, "all of `RUNTIME_PORT_RANGE` is in use", ENDS, 10, "no free port in RUNTIME_PORT_RANGE on cpu-a")
+NO_SANDBOX_PORT = Case(3, "all of `SANDBOX_PORT_RANGE` is in use", ENDS, 10, "no free port in SANDBOX_PORT_RANGE")
+DISK_FILLS = Case(
+    3, "the CPU node's local disk fills while the image is loaded", ENDS, 10, "no space left on the local disk of cpu-a"
+)
 NO_IMAGE = Case(3, "the image is nowhere", ENDS, 10, "CONTAINER_IMAGE=localhost/nonesuch is not on cpu-a")
 ALL_GOES_ON = "the same address, key and sandboxes answer; the run goes on"
 RECOVERED = "the API server and the Podman service answer again, after"
@@ -366,6 +370,8 @@ CASES = (
     NO_SUBUIDS,
     FULL_DISK,
     NO_PORT,
+    NO_SANDBOX_PORT,
+    DISK_FILLS,
     NO_IMAGE,
     CANCELLED_EARLY,
     SERVER_KILLED,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests import cluster as test_cluster
-from tests import faults
+from tests import faults, lying_image
 from tests.conftest import NothingLeft, OrdinaryUser, leaving_nothing
 from tests.faults import Case, released, runtime_processes, within
 from tests.runs import Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
@@ -41,7 +41,7 @@ def clean(nothing_left: NothingLeft) -> None:
 
 @contextlib.contextmanager
 def taken_port() -> Iterator[None]:
-    """Somebody else listens on the port of cpu-a."""
+    """Somebody else listens on PORT of cpu-a."""
     pid = test_cluster.slurmd_pid("cpu-a")
     argv = ["nsenter", f"--target={pid}", "--net", "busybox", "httpd", "-f", "-p", str(PORT), "-h", "/usr/share"]
     with subprocess.Popen(argv) as process:
@@ -57,11 +57,31 @@ def full_disk() -> contextlib.AbstractContextManager[None]:
     return test_cluster.mounted("cpu-a", test_cluster.LOCAL_DISK, *tmpfs)
 
 
+LARGE_IMAGE, ARCHIVE = "localhost/large:latest", test_cluster.SHARE / "large.tar"
+
+
+@contextlib.contextmanager
+def disk_for_less_than_the_image() -> Iterator[None]:
+    """The disk has what is asked for at the start; the image, once unpacked, is larger."""
+    lying_image.write_large(ARCHIVE, LARGE_IMAGE, 280)
+    try:
+        tmpfs = ("-t", "tmpfs", "-o", "size=270m,mode=1777", "tmpfs")
+        with test_cluster.mounted("cpu-a", test_cluster.LOCAL_DISK, *tmpfs):
+            yield
+    finally:
+        ARCHIVE.unlink()
+
+
 CANNOT_START: dict[Case, tuple[Callable[[], contextlib.AbstractContextManager[None]], tuple[str, ...]]] = {
     faults.NO_PODMAN: (lambda: test_cluster.hide("cpu-a", PODMAN), ()),
     faults.NO_SUBUIDS: (lambda: test_cluster.hide("cpu-a", Path("/etc/subuid")), ()),
     faults.FULL_DISK: (full_disk, (f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}",)),
     faults.NO_PORT: (taken_port, (f"RUNTIME_PORT_RANGE={PORT}-{PORT}",)),
+    faults.NO_SANDBOX_PORT: (taken_port, (f"SANDBOX_PORT_RANGE={PORT}-{PORT}",)),
+    faults.DISK_FILLS: (
+        disk_for_less_than_the_image,
+        (f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}", f"CONTAINER_IMAGE={LARGE_IMAGE}", f"IMAGE_ARCHIVE={ARCHIVE}"),
+    ),
     faults.NO_IMAGE: (contextlib.nullcontext, ("CONTAINER_IMAGE=localhost/nonesuch",)),
 }
 
