@@ -242,6 +242,7 @@ class Plant:
     later: str = ""
     runtime: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
 
 
 HERE = {"runtime_url.txt": URL, "runtime_api_key.txt": KEY}
@@ -348,7 +349,7 @@ def served(lab: Lab, name: str, plant: Plant) -> Run:
     folder = lab.folder(name.replace(" ", "_"))
     for file, text in plant.files.items():
         put(lab, folder / file, text)
-    sets = [word for setting in SMALL for word in ("--set", setting)]
+    sets = [word for setting in (*SMALL, *plant.settings) for word in ("--set", setting)]
     options = ["--mem=1G", "--output=%j.out", "--error=%j.err"]
     script = str(lab.checkout / "slurm/jobs/runtime_server.py")
     argv = ["sbatch", "--parsable", *options, script, "--config", "dev", *sets, "--coord-dir", str(folder)]
@@ -378,7 +379,15 @@ def test_files_that_a_runtime_job_is_not_to_believe(lab: Lab) -> None:
     go = lab.folder("signals") / "go"
     serving = served(lab, "serving", Plant(0, "", SERVES))
     pair = lab.launch("pair", "b", WAITING.format(go, "true"))
-    runs = {name: served(lab, name, plant) for name, plant in RUNTIME_PLANTS.items()}
+    waiting = lab.launch("waiting", "a", "true", cpu="--begin=now+3600")
+    others = json.dumps({"jobs": {"training": {"id": waiting.jobs["training"]}}})
+    plants = {
+        **RUNTIME_PLANTS,
+        "the training of another run": Plant(
+            71, f"of the run {waiting.directory}", {"run_7.json": others}, settings=("SANDBOX_PORT_RANGE=1-1",)
+        ),
+    }
+    runs = {name: served(lab, name, plant) for name, plant in plants.items()}
     until("ready", lambda: f'"job_id": "{serving.jobs["runtime"]}"' in serving.text("runtime_ready.flag"), 60)
     assert serving.text("runtime_api_key.txt").strip() == GIVEN
     assert URL not in serving.text("runtime_url.txt")
@@ -402,12 +411,13 @@ def test_files_that_a_runtime_job_is_not_to_believe(lab: Lab) -> None:
     assert serving.exit_code("runtime") == "0", output(serving)
     assert (pair.exit_code("training"), pair.exit_code("runtime")) == ("0", "0"), pair.log("runtime")
     assert f"training job {pair.jobs['training']} is complete" in pair.log("runtime")
-    for name, plant in RUNTIME_PLANTS.items():
+    for name, plant in plants.items():
         run = runs[name]
         assert (name, run.exit_code("runtime")) == (name, str(plant.exit_code)), output(run)
         assert plant.says in output(run), f"{name}: {output(run)}"
-        assert "runtime_failed.flag" not in plant.files
-        assert plant.environment or plant.says in run.text("runtime_failed.flag"), name
+        told = run.text("runtime_failed.flag")
+        assert plant.environment or plant.settings or plant.says in told, name
+    assert waiting.state("training") == "PENDING", "it could not start, by the word of another run's runtime job"
     for run in (serving, *runs.values()):
         assert "Traceback" not in output(run)
 
