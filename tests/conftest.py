@@ -66,6 +66,7 @@ class OrdinaryUser:
             group=self.gid,
             extra_groups=[],
             umask=0o022,
+            errors="surrogateescape",  # a path may hold any byte
             text=True,
             stdin=subprocess.DEVNULL,
             **options,  # type: ignore[call-overload]  # stdout and stderr, forwarded

@@ -73,6 +73,10 @@ NO_PODMAN = Case(3, "the CPU node has no Podman", ENDS, 10, "cpu-a cannot run th
 NO_SUBUIDS = Case(3, "`/etc/subuid` of the CPU node is empty", ENDS, 10, "cpu-a cannot run this job: no range for")
 FULL_DISK = Case(3, "the CPU node's local disk is full", ENDS, 10, "too little for images and sandboxes")
 NO_PORT = Case(3, "all of `RUNTIME_PORT_RANGE` is in use", ENDS, 10, "no free port in RUNTIME_PORT_RANGE on cpu-a")
+NO_SANDBOX_PORT = Case(3, "all of `SANDBOX_PORT_RANGE` is in use", ENDS, 10, "no free port in SANDBOX_PORT_RANGE")
+DISK_FILLS = Case(
+    3, "the CPU node's local disk fills while the image is loaded", ENDS, 10, "no space left on the local disk of cpu-a"
+)
 NO_IMAGE = Case(3, "the image is nowhere", ENDS, 10, "CONTAINER_IMAGE=localhost/nonesuch is not on cpu-a")
 ALL_GOES_ON = "the same address, key and sandboxes answer; the run goes on"
 RECOVERED = "the API server and the Podman service answer again, after"
@@ -200,11 +204,23 @@ HOSTILE_VALUES = Case(
     "300 variables of a `.conf` with arbitrary text (line ends, quotes, `$( )`, `;`), in a folder named like that",
     "the trainer's environment has each of them exactly",
 )
+HOSTILE_KEYS = Case(
+    16,
+    "each key of the suite with values that a shell would run (`$( )`, quotes, line ends, `;`), in a `.conf`, as "
+    "`--set`, in the environment; those that carry free text in a run as well",
+    "carried exactly, or refused with its name before anything is queued; nothing of it runs",
+)
+HOSTILE_PATHS = Case(
+    16,
+    "the jobs base, the checkout, `SKYRL_PROJECT_ROOT` or the `.conf` lies in a folder whose name has line ends, "
+    "quotes, `$( )`, backslashes, `%j`, or bytes that are no UTF-8",
+    "the run completes, or the launch says which folder cannot be, and queues nothing",
+)
 MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
 OTHER_USER = Case(
     13,
-    "another user on the same node tries the key file, the run directory, the environments of the run's processes, its "
-    "Podman socket, and its API with the key of a run of its own",
+    "two users on the same node: each tries the other's key file, run directory, environments of the run's processes, "
+    "Podman socket, and API with the key of a run of its own",
     "all refused",
 )
 SANDBOX_ATTACKS = Case(
@@ -273,6 +289,21 @@ PLANTED = Case(
     "half-written, empty, foreign or old flags, addresses, keys and records in the directory of a training job",
     "each is ignored or named; no trainer starts",
     60,
+)
+PLANTED_RUNTIME = Case(
+    10,
+    "half-written, empty, foreign or old flags, records and secrets in the directory of a runtime job, before it "
+    "begins and while it serves; in the end an empty `training_complete.flag`",
+    "each is ignored or named; the last one counts as a person's word",
+    90,
+    "training_complete.flag was set by hand",
+)
+PLANTED_RUNS = Case(
+    10,
+    "half-written, foreign or old records and markers of submissions in the directories of runs; `launch.py`, "
+    "`launch.py cancel`",
+    "no job of another run, and no other job, is touched; what cannot be used is named",
+    reads="left alone",
 )
 SKEWED = Case(
     14,
@@ -352,6 +383,8 @@ CASES = (
     SILENT_CONTROLLER,
     NO_CONTROLLER,
     HOSTILE_VALUES,
+    HOSTILE_KEYS,
+    HOSTILE_PATHS,
     CANCELLED,
     CANCELLED_PENDING,
     CANCELLED_HUNG,
@@ -360,6 +393,8 @@ CASES = (
     NO_SUBUIDS,
     FULL_DISK,
     NO_PORT,
+    NO_SANDBOX_PORT,
+    DISK_FILLS,
     NO_IMAGE,
     CANCELLED_EARLY,
     SERVER_KILLED,
@@ -409,6 +444,8 @@ CASES = (
     LAUNCH_FULL,
     GONE_BEFORE,
     PLANTED,
+    PLANTED_RUNTIME,
+    PLANTED_RUNS,
     SKEWED,
     REBUILT,
     NO_PYTHON,

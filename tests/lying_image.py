@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 NAME = "localhost/skyrl-liar:latest"
 WRAPPER = b"""#!/bin/busybox-real sh
@@ -43,9 +45,44 @@ def _layer() -> bytes:
 def write(path: Path) -> None:
     """Write the image as an archive for ``podman load``."""
     layer = _layer()
-    digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
-    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": [digest]}}
-    manifest = [{"Config": "config.json", "RepoTags": [NAME], "Layers": ["layer.tar"]}]
+    _write(path, NAME, layer, hashlib.sha256(layer).hexdigest())
+
+
+class _Zeros(io.RawIOBase):
+    def read(self, size: int = -1) -> bytes:
+        return bytes(size)
+
+
+class _Packed(io.RawIOBase):
+    """What is written, gzipped, and the digest of what it was."""
+
+    def __init__(self) -> None:
+        self.data, self.digest = io.BytesIO(), hashlib.sha256()
+        self.packer = gzip.GzipFile(fileobj=self.data, mode="wb", compresslevel=1)
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.packer.write(data)
+
+
+def write_large(path: Path, name: str, megabytes: int) -> None:
+    """Write an image whose archive is small, as its layer is packed, and which needs so much room on a disk."""
+    layer = _Packed()
+    with layer.packer, tarfile.open(fileobj=layer, mode="w|") as archive:
+        info = tarfile.TarInfo("zeros")
+        info.size = megabytes * 1024**2
+        archive.addfile(info, _Zeros())
+    _write(path, name, layer.data.getvalue(), layer.digest.hexdigest())
+
+
+def _write(path: Path, name: str, layer: bytes, digest: str) -> None:
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
     with tarfile.open(path, "w") as archive:
         _add(archive, "layer.tar", layer)
         _add(archive, "config.json", json.dumps(config).encode())

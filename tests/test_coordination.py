@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import threading
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm.lib import coordination
-from slurm.lib.coordination import CoordinationDir, Counter, CounterWatch, Flag, FlagReader, parse_flag
+from slurm.lib.coordination import CoordinationDir, Counter, CounterWatch, Flag, FlagReader, parse_flag, parse_object
 from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.run_record import job_ids
 
 
 def ours(flag: Flag) -> bool:
@@ -105,9 +107,26 @@ def test_no_text_breaks_the_reader(text: str) -> None:
     parse_flag(text)
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner)))
+SCALARS = st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["--me", "1,2", "7"])
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+
+
+@given(JSON)
 def test_no_json_breaks_the_reader(value: object) -> None:
     parse_flag(json.dumps({"schema": 1, "job_id": value, "exit_code": value}))
+
+
+@given(st.text() | JSON.map(json.dumps) | st.just("[" * 100_000))
+def test_an_object_or_nothing(text: str) -> None:
+    assert isinstance(parse_object(text), dict)
+
+
+@given(JSON)
+def test_ids_of_jobs_are_words_whatever_a_record_holds(value: object) -> None:
+    for jobs in (value, {"training": value}, {"training": {"id": value}}):
+        for kind, job_id in job_ids(jobs).items():
+            assert kind in {"training", "runtime"}
+            assert re.fullmatch(r"\w[\w.+]*", job_id, re.ASCII), "an option of scancel, or several ids"
 
 
 def test_a_counter_tells_life_by_change_not_by_time(tmp_path: Path) -> None:

@@ -117,6 +117,14 @@ def test_a_dead_launchers_jobs_go_the_training_first_and_then_the_directory(slur
     assert not folder.exists()
 
 
+def test_a_marker_that_names_jobs_of_another_launcher_is_of_a_copied_directory(slurm: FakeSlurm) -> None:
+    """Or Slurm has given their ids anew."""
+    unfinished(slurm, dead())
+    slurm.answer("squeue --user", {"stdout": HELD.format(own_launcher())})
+    clear(door(slurm), slurm.jobs)
+    assert not slurm.of("scancel")
+
+
 @pytest.mark.parametrize(("found", "goes"), [([], True), ([".submission_101.json.vm.1"], True), (["run.json"], False)])
 def test_a_launcher_that_died_before_it_wrote_the_marker(slurm: FakeSlurm, found: list[str], goes: bool) -> None:
     folder = slurm.jobs / "29990304_050607_101"

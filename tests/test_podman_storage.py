@@ -18,7 +18,7 @@ import pytest
 from slurm.lib import podman_storage as ps
 from slurm.lib.api_server_child import AlarmFilter, listening_socket
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.images import has_image, image_source, is_nowhere
+from slurm.lib.images import has_image, image_source, is_nowhere, refusal
 from slurm.lib.podman_storage import PodmanStorage
 from slurm_runtime.agent.tree import MOUNT_POINT
 from slurm_runtime.references import archive_name
@@ -117,6 +117,15 @@ def test_where_an_image_comes_from(tmp_path: Path) -> None:
     assert image_source("docker.io/org/x:2", None, overlay) == "registry"
     assert image_source("docker.io/org/x:1", tmp_path / "a.tar", overlay) == "archive"
     assert image_source("localhost/skyrl-busybox:latest", None, None) == "made here"
+
+
+def test_a_full_disk_is_said_first(tmp_path: Path) -> None:
+    said = "writing blob: storing blob to file: write /x/1: No space left on device"
+    assert refusal("/a.tar", said, tmp_path).startswith("no space left on the local disk of ")
+    assert (
+        refusal("/a.tar", "invalid tar header", tmp_path)
+        == "podman could not take the image /a.tar: invalid tar header"
+    )
 
 
 def test_an_image_that_cannot_be_had(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from slurm.lib import settings as parsers
+from slurm.lib.launch_mark import own_launcher
+from slurm.lib.settings import KEYS
 from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
@@ -106,6 +109,10 @@ class Desk:
         done = self.user.run(self.argv(*settings))
         assert done.returncode == 0, done.stderr
         return parse_report(self.user, done.stdout), done.stderr
+
+    def cancel(self, run: object) -> subprocess.CompletedProcess[str]:
+        argv = [str(self.checkout / "slurm" / "launch.py"), "cancel", str(run)]
+        return self.user.run(argv, {"SKYRL_JOBS_BASE": str(self.base)})
 
     def queue(self) -> list[Job]:
         answer = self.user.run(["squeue", "-h", f"--user={self.user.name}", "-o", "%A|%j|%T|%r"])
@@ -218,6 +225,66 @@ def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
     within(faults.NOT_ITS_OWN, 0.0)
 
 
+# --- 10: records that are not to be believed -------------------------------------------------------------------------
+
+NOT_RECORDS = {
+    "half": '{"schema": 1, "jobs": {"training": {"id": "1',
+    "empty": "",
+    "list": "[1]",
+    "deep": "[" * 100_000,
+    "hostile": json.dumps(
+        {"jobs": {"training": {"id": "--me"}, "runtime": {"id": None}, "; scancel --me": {"id": "1"}}}
+    ),
+}
+
+
+def dead_launcher() -> str:
+    """A launcher of this host that does not live."""
+    host, boot, namespace, _pid, _ticks = own_launcher().split("/")
+    return f"{host}/{boot}/{namespace}/{2**22}/1"
+
+
+def test_records_that_are_not_to_be_believed(desk: Desk) -> None:
+    """Run directories that were copied, are older than a job of the same id, or half-written; the newest is one."""
+    whole, _ = desk.launch(LATER)
+    mine = desk.user.run(["sbatch", "--parsable", "--hold", "--job-name=mine", "--wrap=true"], cwd=desk.base)
+    ids = {*whole.jobs.values(), mine.stdout.strip()}
+    assert desk.user.run(["scontrol", "hold", *whole.jobs.values()]).returncode == 0
+    marker = {"schema": 1, "launcher": dead_launcher(), "jobs": list(whole.jobs.values()), "made": True}
+    folders = {name: desk.base / f"29990101_00000{n}_7" for n, name in enumerate(NOT_RECORDS)}
+    copied, old, marked = (desk.base / f"29980101_00000{n}_7" for n in range(3))
+    for folder in (*folders.values(), old, marked):
+        folder.mkdir()
+    shutil.copytree(whole.directory, copied, symlinks=True)
+    for name, text in NOT_RECORDS.items():
+        (folders[name] / "run.json").write_text(text)
+        (folders[name] / "submission_x.json").write_text(text)
+    (marked / "submission_x.json").write_text(json.dumps(marker))
+    (old / "run.json").write_text(json.dumps({"jobs": {"training": {"id": mine.stdout.strip()}}}))
+    subprocess.run(["chown", "-R", f"{desk.user.uid}:{desk.user.gid}", str(desk.base)], check=True)
+
+    following, said = desk.launch(LATER)
+    ids |= set(following.jobs.values())
+    assert {job.job_id for job in desk.queue()} == ids, said
+    assert "Traceback" not in said
+
+    for name, folder in folders.items():
+        refused = desk.cancel(folder)
+        assert refused.returncode == 2, (name, refused.stderr)
+        assert f"no job of the run {folder} is known: run.json" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert desk.cancel("latest").returncode == 2
+    for folder, words in ((copied, f"is of the run {whole.directory}"), (old, "is another job, mine")):
+        done = desk.cancel(folder)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stderr
+        assert faults.PLANTED_RUNS.reads in done.stdout
+    assert {job.job_id for job in desk.queue()} == ids
+    assert desk.cancel(whole.directory).returncode == 0
+    assert {job.job_id for job in desk.queue()} == ids - set(whole.jobs.values())
+    within(faults.PLANTED_RUNS, 0.0)
+
+
 # --- 8: the controller ------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +333,7 @@ def test_launches_while_the_controller_is_away(desk: Desk, case: faults.Case) ->
 
 HOSTILE_NAME = """it's $(touch pwned) "a"; b `c` $HOME & *?"""
 DUMPS = """TRAINING_COMMAND="$SKYRL_PYTHON" -c "import json, os
-found = {name.decode(): value.hex() for name, value in os.environb.items() if name.startswith(b'HOSTILE_')}
+found = {name.decode(): value.hex() for name, value in os.environb.items()}
 json.dump(found, open('found.json', 'w'))\""""
 
 
@@ -288,17 +355,113 @@ def hostile_values(count: int) -> list[bytes]:
     return found
 
 
+# Keys that a run with a TRAINING_COMMAND carries and does not act on, and those whose word Slurm or Podman judges.
+CARRIED = (
+    *("MODEL", "WANDB_PROJECT", "WANDB_EXPERIMENT", "TASK_YAML", "ADV_ESTIMATOR", "FI_PROVIDER"),
+    *("DATA_DIR", "TRAIN_DATA", "VAL_DATA", "CHECKPOINT_DIR", "ROLLOUT_DIR", "CACHE_DIR", "DATASET_PATH"),
+    *("IMAGE_PREFIX", "RAY_PYTHON", "CUDA_MODULES", "ALLHANDS_API_KEY"),
+)
+JUDGED = ("GPU_PARTITION", "CPU_PARTITION", "CONSTRAINT", "RESERVATION", "EXCLUDE_NODES", "CONTAINER_IMAGE")
+
+
+def hostile_keys(canary: Path) -> dict[str, str]:
+    """Values of the keys that a run carries, which a shell would make the file ``canary`` by."""
+    word = f"$(touch${{IFS}}{canary})"
+    text = f"a' \" ; touch {canary}; `touch {canary}`\n$(touch {canary})"
+    free: dict[object, str] = {
+        parsers.text: text,
+        parsers.path: str(canary.parent / f"a' \" ; touch {canary.name}; `touch {canary.name}`$(touch {canary.name})"),
+        parsers.words: shlex.quote(text),
+        parsers.experiment: f"$(touch {canary.name}) ; `touch {canary.name}` 'q",
+    }
+    return {name: free.get(KEYS[name].parse, word) for name in CARRIED}
+
+
+def test_slurm_runs_nothing_of_a_hostile_word(desk: Desk) -> None:
+    """Of keys that reach its commands; all are asked at once, each in a launch of its own."""
+    canary = desk.folder / "canary"
+    word = f"$(touch${{IFS}}{canary});touch${{IFS}}{canary}"
+    words = dict.fromkeys(JUDGED, word) | {"CPU_SBATCH_ARGS": shlex.join([f"--comment={word}", "--begin=now+3600"])}
+    with contextlib.ExitStack() as end:
+        launchers = {name: end.enter_context(desk.start(LATER, f"{name}={value}")) for name, value in words.items()}
+        said = {name: launcher.communicate(timeout=60) for name, launcher in launchers.items()}
+    for name, (_, err) in said.items():
+        assert launchers[name].returncode in {0, 2, 73}, err
+        assert "Traceback" not in err
+        assert launchers[name].returncode == 0 or word in err, err
+    taken = {name: parse_report(desk.user, out) for name, (out, _) in said.items() if launchers[name].returncode == 0}
+    jobs = {job.job_id for job in desk.queue()}
+    assert jobs == {job_id for run in taken.values() for job_id in run.jobs.values()}
+    shown = desk.user.run(["scontrol", "show", "job", taken["CPU_SBATCH_ARGS"].jobs["runtime"]]).stdout
+    assert f"Comment={word}" in shown
+    assert {"GPU_PARTITION", "CPU_PARTITION"}.isdisjoint(taken)
+    assert not canary.exists()
+
+
+# Each of these folders may hold the checkout and the .conf; the jobs base only where that is said.
+FOLDERS = {
+    "line": ("new\nline $(touch pwned)", "must be one path, not several lines"),
+    "backslash": ("back\\slash 'q'", "after a backslash Slurm fills in no job id"),
+    "percent": ("%j; touch pwned #", "%j would stand for a job's id"),
+    "bytes": (os.fsdecode(b"\xff\t%x=`touch pwned`,"), ""),
+}
+
+
+@pytest.mark.podman
+def test_folders_with_hostile_names(desk: Desk) -> None:
+    places = {kind: desk.folder / name for kind, (name, _) in FOLDERS.items()}
+    for place in places.values():
+        shutil.copytree(desk.checkout, place / "SkyRL", symlinks=True)
+        (place / "mine.conf").write_text('source "$SKYRL_CONFIG_DIR/dev.conf"\n')
+    subprocess.run(["chown", "-Rh", f"{desk.user.uid}:{desk.user.gid}", str(desk.folder)], check=True)
+
+    def launched(checkout: Path, conf: object, base: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        settings = (*SMALL, NO_GPU, TRUE, f"SKYRL_JOBS_BASE={base}", *more)
+        words = [word for setting in settings for word in ("--set", setting)]
+        argv = [str(checkout / "slurm" / "launch.py"), "--config", str(conf), *words]
+        return desk.user.run(argv, cwd=desk.folder)
+
+    for kind, (_, words) in FOLDERS.items():
+        if words:
+            refused = launched(desk.checkout, "dev", places[kind] / "runs")
+            assert (refused.returncode, words in refused.stderr) == (2, True), refused.stderr
+    line = places["line"]
+    for refused in (
+        launched(line / "SkyRL", "dev", desk.base),
+        launched(desk.checkout, "dev", desk.base, f"SKYRL_PROJECT_ROOT={line}"),
+    ):
+        assert refused.returncode == 2, refused.stderr
+        assert f"SKYRL_PROJECT_ROOT={line}: {FOLDERS['line'][1]}" in refused.stderr
+    assert not desk.queue()
+
+    done = [launched(desk.checkout, line / "mine.conf", desk.base)]
+    done += [
+        launched(places[kind] / "SkyRL", places[kind] / "mine.conf", desk.base) for kind in ("backslash", "percent")
+    ]
+    done.append(launched(places["bytes"] / "SkyRL", places["bytes"] / "mine.conf", places["bytes"] / "runs"))
+    for one in done:
+        assert one.returncode == 0, one.stderr
+        run = parse_report(desk.user, one.stdout)
+        run.wait_over(seconds=90)
+        assert run.completion["exit_code"] == 0, run.log("training") + run.log("training", "err")
+    assert not list(desk.folder.rglob("pwned"))
+    assert not (desk.user.home / "pwned").exists()
+    within(faults.HOSTILE_PATHS, 0.0)
+
+
 @pytest.mark.podman
 def test_values_reach_the_trainer_exactly(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
     values = {f"HOSTILE_{number}": value for number, value in enumerate(hostile_values(300))}
     assert len(values) > 250
+    values |= {name: os.fsencode(value) for name, value in hostile_keys(jobs_base / "pwned").items()}
     place = jobs_base / HOSTILE_NAME
     shutil.copytree(checkout, place / "SkyRL", symlinks=True)
     conf = place / "mine.conf"
     quoted = [name.encode() + b"='" + value.replace(b"'", b"'\\''") + b"'\n" for name, value in values.items()]
     conf.write_bytes(b'source "$SKYRL_CONFIG_DIR/dev.conf"\n' + b"".join(quoted))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(place)], check=True)
-    words = [word for setting in (*SMALL, NO_GPU, DUMPS) for word in ("--set", setting)]
+    small = [setting for setting in SMALL if not setting.startswith(CARRIED)]
+    words = [word for setting in (*small, NO_GPU, DUMPS) for word in ("--set", setting)]
     argv = [str(place / "SkyRL" / "slurm" / "launch.py"), "--config", str(conf), *words]
     done = user.run([*argv, "--set", f"SKYRL_JOBS_BASE={place / 'runs'}"], cwd=place)
     assert done.returncode == 0, done.stderr
@@ -307,6 +470,6 @@ def test_values_reach_the_trainer_exactly(user: OrdinaryUser, checkout: Path, jo
     run.wait_over(seconds=60)
     assert run.completion["exit_code"] == 0, run.log("training") + run.log("training", "err")
     found = {name: bytes.fromhex(value) for name, value in json.loads(run.text("found.json")).items()}
-    assert found == values
+    assert {name: found.get(name) for name in values} == values
     assert not list(jobs_base.rglob("pwned"))
     within(faults.HOSTILE_VALUES, 0.0)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests import cluster as test_cluster
-from tests import faults
+from tests import faults, lying_image
 from tests.conftest import NothingLeft, OrdinaryUser, leaving_nothing
 from tests.faults import Case, released, runtime_processes, within
 from tests.runs import Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
@@ -41,7 +41,7 @@ def clean(nothing_left: NothingLeft) -> None:
 
 @contextlib.contextmanager
 def taken_port() -> Iterator[None]:
-    """Somebody else listens on the port of cpu-a."""
+    """Somebody else listens on PORT of cpu-a."""
     pid = test_cluster.slurmd_pid("cpu-a")
     argv = ["nsenter", f"--target={pid}", "--net", "busybox", "httpd", "-f", "-p", str(PORT), "-h", "/usr/share"]
     with subprocess.Popen(argv) as process:
@@ -57,11 +57,31 @@ def full_disk() -> contextlib.AbstractContextManager[None]:
     return test_cluster.mounted("cpu-a", test_cluster.LOCAL_DISK, *tmpfs)
 
 
+LARGE_IMAGE, ARCHIVE = "localhost/large:latest", test_cluster.SHARE / "large.tar"
+
+
+@contextlib.contextmanager
+def disk_for_less_than_the_image() -> Iterator[None]:
+    """The disk has what is asked for at the start; the image, once unpacked, is larger."""
+    lying_image.write_large(ARCHIVE, LARGE_IMAGE, 280)
+    try:
+        tmpfs = ("-t", "tmpfs", "-o", "size=270m,mode=1777", "tmpfs")
+        with test_cluster.mounted("cpu-a", test_cluster.LOCAL_DISK, *tmpfs):
+            yield
+    finally:
+        ARCHIVE.unlink()
+
+
 CANNOT_START: dict[Case, tuple[Callable[[], contextlib.AbstractContextManager[None]], tuple[str, ...]]] = {
     faults.NO_PODMAN: (lambda: test_cluster.hide("cpu-a", PODMAN), ()),
     faults.NO_SUBUIDS: (lambda: test_cluster.hide("cpu-a", Path("/etc/subuid")), ()),
     faults.FULL_DISK: (full_disk, (f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}",)),
     faults.NO_PORT: (taken_port, (f"RUNTIME_PORT_RANGE={PORT}-{PORT}",)),
+    faults.NO_SANDBOX_PORT: (taken_port, (f"SANDBOX_PORT_RANGE={PORT}-{PORT}",)),
+    faults.DISK_FILLS: (
+        disk_for_less_than_the_image,
+        (f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}", f"CONTAINER_IMAGE={LARGE_IMAGE}", f"IMAGE_ARCHIVE={ARCHIVE}"),
+    ),
     faults.NO_IMAGE: (contextlib.nullcontext, ("CONTAINER_IMAGE=localhost/nonesuch",)),
 }
 
@@ -172,23 +192,32 @@ def test_many_launches_at_once(user: OrdinaryUser, checkout: Path, jobs_base: Pa
 def test_another_user_on_the_node_gets_at_nothing(
     user: OrdinaryUser, other_user: OrdinaryUser, checkout: Path, jobs_base: Path
 ) -> None:
+    """Each of two users tries the other's run, whose sandboxes then still answer, and its own."""
     theirs = other_user.home / "jobs"
     shutil.rmtree(theirs, ignore_errors=True)
     with leaving_nothing(other_user):
         run, sandboxes = with_sandboxes(user, checkout, jobs_base, ON_A, NO_GPU)
-        other = launch(other_user, checkout, theirs, "TRAINING_COMMAND=sleep 300", ON_A, NO_GPU)
-        until("the other run's key", lambda: other.text("runtime_ready.flag"), 30)
-        goals = goals_in(user, run)
-        refused = attempt(other_user, {**goals, "key": other.text("runtime_api_key.txt").strip()}, theirs)
-        assert set(refused.values()) == {"Permission denied", "401"}, refused
-        assert all(map(answers, sandboxes))
-        allowed = attempt(user, {**goals, "key": run.text("runtime_api_key.txt").strip()}, jobs_base)
-        assert set(allowed.values()) == {"done"}, allowed
-        assert refused.keys() == allowed.keys()
+        other, other_sandboxes = with_sandboxes(other_user, checkout, theirs, ON_A, NO_GPU)
+        mine, its = goals_in(user, run), goals_in(other_user, other)
+        for intruder, own, goals, folder in ((other_user, its, mine, theirs), (user, mine, its, jobs_base)):
+            refused = attempt(intruder, {**goals, "key": own["key"]}, folder)
+            by_http = {word for word in refused if word.startswith(("GET ", "POST "))}
+            assert refused == {word: "401" if word in by_http else "Permission denied" for word in refused}
+            assert len(refused) == tries(goals)
+        assert all(map(answers, [*sandboxes, *other_sandboxes]))
+        for owner, goals, folder in ((user, mine, jobs_base), (other_user, its, theirs)):
+            allowed = attempt(owner, goals, folder)
+            assert set(allowed.values()) == {"done"}, allowed
+            assert len(allowed) == tries(goals)
         within(faults.OTHER_USER, 0.0)
-        for whose, its in ((user, run), (other_user, other)):
-            whose.run(["scancel", *its.jobs.values()])
-            its.wait_over(seconds=30)
+        for whose, its_run in ((user, run), (other_user, other)):
+            whose.run(["scancel", *its_run.jobs.values()])
+            its_run.wait_over(seconds=30)
+
+
+def tries(goals: Mapping[str, Any]) -> int:
+    """How many things are tried: each folder and file, the socket, and the API in four ways."""
+    return len(goals["folders"]) + len(goals["files"]) + 1 + 4
 
 
 def goals_in(user: OrdinaryUser, run: Run) -> dict[str, Any]:
@@ -200,6 +229,7 @@ def goals_in(user: OrdinaryUser, run: Run) -> dict[str, Any]:
         "files": [str(run.directory / "runtime_api_key.txt"), str(storage / "api_key"), *environments],
         "socket": str(storage / "podman.sock"),
         "url": run.text("runtime_url.txt").strip(),
+        "key": run.text("runtime_api_key.txt").strip(),
         "runtime_id": json.loads(run.text("sandboxes.json"))[0]["runtime_id"],
     }
 

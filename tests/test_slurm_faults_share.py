@@ -241,6 +241,8 @@ class Plant:
     files: Mapping[str, str]
     later: str = ""
     runtime: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
 
 
 HERE = {"runtime_url.txt": URL, "runtime_api_key.txt": KEY}
@@ -282,7 +284,8 @@ def submitted(lab: Lab, name: str, plant: Plant) -> Run:
 
 
 def output(run: Run) -> str:
-    return run.text(f"{run.jobs['training']}.out")
+    job_id = next(iter(run.jobs.values()))
+    return run.text(f"{job_id}.out") + run.text(f"{job_id}.err")
 
 
 def test_files_that_are_not_to_be_believed(lab: Lab) -> None:
@@ -301,6 +304,122 @@ def test_files_that_are_not_to_be_believed(lab: Lab) -> None:
         assert plant.says in str(run.completion.get("reason")), f"{name}: {run.completion}"
         assert not (run.directory / "never").exists(), name
     assert "runtime_ready.flag was set by hand; believing it" in output(runs["an address by hand"])
+
+
+DEEP = "[" * 100_000  # more than Python's reader takes
+# What lies in a runtime job's directory before it begins: it ends at once.
+RUNTIME_PLANTS = {
+    "half the secrets": Plant(71, "secrets.json", {"secrets.json": '{"ALLHANDS_API_KEY": "hal'}),
+    "empty secrets": Plant(71, "secrets.json", {"secrets.json": ""}),
+    "secrets that are no text": Plant(71, "it holds no names with their", {"secrets.json": '{"HF_TOKEN": {"a": 1}}'}),
+    "a key of two words": Plant(2, "ALLHANDS_API_KEY", {"secrets.json": '{"ALLHANDS_API_KEY": "two words"}'}),
+    "half an attempt": Plant(
+        76,
+        "saved no checkpoint at all",
+        {"attempt_1.json": '{"checkpoint": "global_st', "training_complete.flag": OTHERS.to_text()},
+        environment={"SKYRL_AFTER_JOB_ID": "999999", "SKYRL_ATTEMPT": "2"},
+    ),
+    "an end by hand": Plant(
+        0,
+        "training_complete.flag was set by hand); there is nothing to go on with",
+        {"attempt_1.json": DEEP, "training_complete.flag": ""},
+        environment={"SKYRL_AFTER_JOB_ID": "999999", "SKYRL_ATTEMPT": "2"},
+    ),
+}
+GIVEN = "the-key-of-this-run"
+SERVES = {  # with this it serves
+    "training_complete.flag": "",
+    "runtime_failed.flag": OTHERS.to_text(),
+    "runtime_ready.flag": ready(URL, KEY),
+    **HERE,
+    "secrets.json": json.dumps({"ALLHANDS_API_KEY": GIVEN}),
+    "run.json": "{",
+    "run_4.json": json.dumps({"jobs": {"training": {"id": "--me"}}}),
+    "run_5.json": json.dumps({"jobs": {"training": {"id": None}}}),
+    "run_6.json": DEEP,
+    "run_7.json": "[1]",
+    "run_8.json": json.dumps({"jobs": {"runtime": {"id": "8"}, "training": {"id": "9"}}}),
+    "attempt_1.json": json.dumps({"successor": {"training": "10"}, "jobs": ["9"]}),
+    "heartbeat_training_9.txt": "1",
+}
+
+
+def served(lab: Lab, name: str, plant: Plant) -> Run:
+    """A runtime job submitted directly into a directory that is prepared."""
+    folder = lab.folder(name.replace(" ", "_"))
+    for file, text in plant.files.items():
+        put(lab, folder / file, text)
+    sets = [word for setting in (*SMALL, *plant.settings) for word in ("--set", setting)]
+    options = ["--mem=1G", "--output=%j.out", "--error=%j.err"]
+    script = str(lab.checkout / "slurm/jobs/runtime_server.py")
+    argv = ["sbatch", "--parsable", *options, script, "--config", "dev", *sets, "--coord-dir", str(folder)]
+    done = lab.user.run(argv, cwd=folder, env=plant.environment)
+    assert done.returncode == 0, done.stderr
+    return Run(lab.user, folder, {"runtime": done.stdout.strip()})
+
+
+def put(lab: Lab, path: Path, text: str) -> None:
+    """A new file of the user's in place of what is there."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_bytes(text.encode("utf-8", "surrogateescape"))
+    os.chown(beside, lab.user.uid, lab.user.gid)
+    beside.replace(path)
+
+
+def flags_of_nobody(job_id: str) -> list[str]:
+    """Completion flags that do not end the runtime job ``job_id``."""
+    own = json.loads(Flag("9", job_id, "gpu-x", exit_code=0, reason="done").to_text())
+    texts = [json.dumps({**own, **wrong}) for wrong in ({"schema": 2}, {"exit_code": "0"}, {"reason": ["done"]})]
+    return [*texts, json.dumps(own)[:-20], "[]", DEEP, "\0" * 200, "\udcff", OTHERS.to_text()]
+
+
+def test_files_that_a_runtime_job_is_not_to_believe(lab: Lab) -> None:
+    """Those that come while it serves are there for longer than it takes between two looks."""
+    begin = time.monotonic()
+    go = lab.folder("signals") / "go"
+    serving = served(lab, "serving", Plant(0, "", SERVES))
+    pair = lab.launch("pair", "b", WAITING.format(go, "true"))
+    waiting = lab.launch("waiting", "a", "true", cpu="--begin=now+3600")
+    others = json.dumps({"jobs": {"training": {"id": waiting.jobs["training"]}}})
+    plants = {
+        **RUNTIME_PLANTS,
+        "the training of another run": Plant(
+            71, f"of the run {waiting.directory}", {"run_7.json": others}, settings=("SANDBOX_PORT_RANGE=1-1",)
+        ),
+    }
+    runs = {name: served(lab, name, plant) for name, plant in plants.items()}
+    until("ready", lambda: f'"job_id": "{serving.jobs["runtime"]}"' in serving.text("runtime_ready.flag"), 60)
+    assert serving.text("runtime_api_key.txt").strip() == GIVEN
+    assert URL not in serving.text("runtime_url.txt")
+    pair.wait_for_text("training", "trainer started", 60)
+    foreign = {"runtime": {"id": serving.jobs["runtime"]}, "training": {"id": "999999"}}
+    put(lab, pair.directory / "run.json", json.dumps({"schema": 1, "jobs": foreign}))
+    put(lab, pair.directory / f"run_{serving.jobs['runtime']}.json", "")
+    for text in flags_of_nobody(serving.jobs["runtime"]):
+        put(lab, serving.directory / "training_complete.flag", text)
+        put(lab, pair.directory / "training_complete.flag", text)
+        time.sleep(1)
+    assert {serving.state("runtime"), pair.state("runtime"), pair.state("training")} == {"RUNNING"}, output(serving)
+    put(lab, serving.directory / "training_complete.flag", "")
+    put(lab, pair.directory / "run.json", "{")
+    go.touch()
+    for run in (serving, pair, *runs.values()):
+        run.wait_over(seconds=faults.PLANTED_RUNTIME.bound_s)
+    within(faults.PLANTED_RUNTIME, time.monotonic() - begin)
+
+    assert faults.PLANTED_RUNTIME.reads in output(serving)
+    assert serving.exit_code("runtime") == "0", output(serving)
+    assert (pair.exit_code("training"), pair.exit_code("runtime")) == ("0", "0"), pair.log("runtime")
+    assert f"training job {pair.jobs['training']} is complete" in pair.log("runtime")
+    for name, plant in plants.items():
+        run = runs[name]
+        assert (name, run.exit_code("runtime")) == (name, str(plant.exit_code)), output(run)
+        assert plant.says in output(run), f"{name}: {output(run)}"
+        told = run.text("runtime_failed.flag")
+        assert plant.environment or plant.settings or plant.says in told, name
+    assert waiting.state("training") == "PENDING", "it could not start, by the word of another run's runtime job"
+    for run in (serving, *runs.values()):
+        assert "Traceback" not in output(run)
 
 
 def test_a_directory_that_is_removed_before_the_runtime_is_ready(lab: Lab) -> None:

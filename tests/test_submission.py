@@ -525,7 +525,9 @@ def test_secrets_that_come_late_are_waited_for(tmp_path: Path, monkeypatch: pyte
     assert not naps
 
 
-@pytest.mark.parametrize("text", ["[]", "1", "{", '"x"'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "1", "{", '"x"', '{"A": 1}', '{"A": null}', '{"A=B": "x"}', '{"A": "\\u0000"}', "[" * 10**5]
+)
 def test_secrets_that_are_none_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "secrets.json").write_text(text)
     with pytest.raises(EnvironmentProblem, match=r"cannot read .*secrets.json"):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slurm.lib.checkpoints import Checkpoints
 from slurm.lib.config import LoadedConfig
-from slurm.lib.coordination import CoordinationDir, Flag, FlagReader, read_if_there, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, FlagReader, parse_object, read_if_there, write_atomically
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SubmissionError, WaitTimeout
 from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
@@ -53,11 +53,8 @@ class Attempt:
 
 def checkpoint_at_start(directory: CoordinationDir, number: int) -> str:
     """Where the checkpoints stood when the attempt began; empty where it did not say."""
-    try:
-        data = json.loads(read_if_there(directory.attempt(number)) or "{}")
-    except ValueError:
-        return ""
-    return str(data.get("checkpoint", "")) if isinstance(data, dict) else ""
+    said = parse_object(read_if_there(directory.attempt(number))).get("checkpoint")
+    return said if isinstance(said, str) else ""
 
 
 def checkpoints_of(settings: Settings, directory: CoordinationDir) -> Checkpoints:

@@ -32,7 +32,7 @@ from slurm.lib.errors import (
 from slurm.lib.helpers import jobs_base
 from slurm.lib.logs import log
 from slurm.lib.restarts import Ended
-from slurm.lib.runs import FoundRun, RunJob, find
+from slurm.lib.runs import FoundRun, RunJob, find, stranger
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.signals import SignalNotes
 
@@ -58,6 +58,7 @@ class Act(str, enum.Enum):
     CANCEL = "cancelled"
 
 
+LIVING = (JobState.PENDING, JobState.RUNNING)
 SIGNALS = {Act.TELL: signal.SIGTERM, Act.KILL: signal.SIGKILL}
 
 
@@ -83,6 +84,12 @@ class Watched:
     done: list[Act] = field(default_factory=list)
     complaint: str = ""
     seconds: float = 0.0
+    stranger: str | None = None  # whose it is, where it is not of this run; None while that was not asked
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is something to wait for."""
+        return not self.is_over and not self.stranger
 
     @property
     def is_over(self) -> bool:
@@ -110,6 +117,8 @@ class Watched:
         """What became of it, in a line."""
         assert self.was and self.now
         what = f"{self.job.kind} job {self.job.job_id}"
+        if self.stranger:
+            return f"{what}: {self.stranger}; left alone"
         if self.is_over and not self.done and self.was.state.is_final:
             return f"{what}: had ended ({self.was.words})"
         acts = ", ".join(dict.fromkeys(act.value for act in self.done)) or "nothing done"
@@ -127,6 +136,7 @@ class Watched:
             "was": self.was.words,
             "done": [act.name.lower() for act in self.done],
             "ended": self.is_over,
+            "stranger": bool(self.stranger),
             "now": self.now.words,
             "seconds": round(self.seconds, 1),
         }
@@ -136,6 +146,8 @@ class Hand(Protocol):
     """Who carries out the steps: Slurm, or signals on this machine."""
 
     def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]: ...
+
+    def stranger(self, one: Watched, timeout_s: float) -> str: ...
 
     def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None: ...
 
@@ -148,6 +160,9 @@ class SlurmHand:
 
     def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]:
         return self.slurm.statuses([one.job.job_id for one in jobs], timeout_s)
+
+    def stranger(self, one: Watched, timeout_s: float) -> str:
+        return stranger(one.job.job_id, one.run.directory, self.slurm, timeout_s) if one.run.directory else ""
 
     def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None:
         ids = list(dict.fromkeys(one.job.leader or one.job.job_id for one in jobs))
@@ -168,6 +183,9 @@ class LocalHand:
 
     def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]:
         return {one.job.job_id: self._seen(one) for one in jobs}
+
+    def stranger(self, one: Watched, timeout_s: float) -> str:
+        return ""  # the start of its process is recorded with it
 
     def _seen(self, one: Watched) -> JobStatus:
         status = self._processes(one).status(one.job.job_id)
@@ -205,7 +223,7 @@ class Cancellation:
         pause = FIRST_PAUSE_S
         while True:
             self._look()
-            left = [one for one in self.watched.values() if not one.is_over]
+            left = [one for one in self.watched.values() if one.is_left]
             if not left or self.elapsed_s + pause > END_S:
                 return list(self.watched.values())
             for act in Act:
@@ -220,10 +238,12 @@ class Cancellation:
             for job in run.jobs():
                 self.watched.setdefault(job.job_id, Watched(run, job))
         for local, hand in self.hands.items():
-            asked = [one for one in self.watched.values() if one.job.is_local is local and not one.is_over]
+            asked = [one for one in self.watched.values() if one.job.is_local is local and one.is_left]
             seen = hand.statuses(asked, self._left_s()) if asked else {}
             for one in asked:
                 one.see(seen[one.job.job_id], self.elapsed_s)
+                if one.stranger is None and one.now and one.now.state in LIVING:
+                    one.stranger = hand.stranger(one, self._left_s())
 
     def _do(self, act: Act, jobs: Iterable[Watched]) -> None:
         jobs = list(jobs)
@@ -272,7 +292,10 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     watched = Cancellation(runs, {False: SlurmHand(slurm), True: LocalHand()}, notes, begin).carry_out()
     conclude(watched)
     said = say(as_json(runs, watched) if arguments.json else as_text(runs, watched))
-    left = [one.job.job_id for one in watched if not one.is_over]
+    for one in watched:
+        if one.stranger:
+            log.warning("a record of %s names the job %s, which %s", one.run.name, one.job.job_id, one.stranger)
+    left = [one.job.job_id for one in watched if one.is_left]
     if left:
         log.error("not ended within 15 s: %s; look with squeue, and try again", ", ".join(left))
     return EXIT_TIMEOUT if left else EXIT_OK if said else EXIT_ENVIRONMENT

@@ -87,6 +87,7 @@ def load_config(
     settings = complete(Settings(**parsed), said.keys() - bad.keys(), place)  # type: ignore[arg-type]  # parsed by key
     problems += [*sourced.problems, *_associative_problems(sourced), *_lost_values(sourced), *bad.values()]
     problems += _unknown_overrides(set_values, said, sourced, environment)
+    problems += _broken_paths(settings, said, bad)
     problems += _contradiction_problems(contradictions(settings), said, bad)
     if problems:
         raise ConfigError(sorted(problems, key=_reading_order))
@@ -215,6 +216,16 @@ def _lost_values(sourced: SourcedConf) -> Iterator[Problem]:
             sentence = f"{name} is set for the command behind its value alone, which bash has run, and then forgotten"
             fix = f'quote a value with a space: {name}="…"; or, if the command was meant: env {name}=… COMMAND'
             yield Problem(f"{file}:{line}", sentence, fix)
+
+
+def _broken_paths(settings: Settings, said: Mapping[str, _Said], bad: Mapping[str, Problem]) -> Iterator[Problem]:
+    """Paths that are made of the home, the current folder or the checkout, and that no job could read back."""
+    for name, key in KEYS.items():
+        value = getattr(settings, key.attribute)
+        if isinstance(value, Path) and "\n" in str(value) and name not in bad:
+            where = _where(name, said[name]) if name in said else "default"
+            fix = "use a folder without a line end in its name, for the checkout and your home as well"
+            yield Problem(where, f"{name}={value}: must be one path, not several lines", fix)
 
 
 def _contradiction_problems(

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from slurm.lib.errors import EnvironmentProblem
 
@@ -86,6 +87,15 @@ def read_if_there(path: Path) -> str | None:
         return None
 
 
+def parse_object(text: str | None) -> dict[str, Any]:
+    """The JSON object that a text holds; empty for anything else: half-written, a list, nested beyond measure."""
+    try:
+        data = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def utc_now() -> str:
     """The time of this host, for people; no decision compares it with another host's."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -130,11 +140,8 @@ def parse_flag(text: str) -> Flag | None:
     """The flag that a text holds; None for anything half-written or foreign."""
     if not text.strip():
         return Flag(by_hand=True)
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(data, dict) or data.get("schema") != 1:
+    data = parse_object(text)
+    if data.get("schema") != 1:
         return None
     known = {field.name: data[field.name] for field in fields(Flag) if field.name in data and field.name != "by_hand"}
     exit_code = known.get("exit_code")

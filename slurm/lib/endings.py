@@ -9,7 +9,6 @@ what it knows, reads again, and says it again where the other one has written in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.lib.coordination import CoordinationDir, Flag, read_if_there, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, parse_object, read_if_there, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
-from slurm.lib.run_record import record_paths
+from slurm.lib.run_record import job_ids, record_paths
 
 LOOKS, PAUSE_S = 4, 0.1  # the other job needs milliseconds from its reading to its writing
 PATIENCE_S = 5.0  # with a directory so slow that further looks would keep the node for minutes
@@ -76,7 +75,7 @@ def _speak_for_the_training(directory: CoordinationDir, ends: tuple[End, ...]) -
 def _is_followed(directory: CoordinationDir, training: str) -> bool:
     """Whether this training has queued another attempt."""
     attempts = map(_read, directory.path.glob("attempt_*.json"))
-    return any(data.get("successor") and data.get("jobs", {}).get("training") == training for data in attempts)
+    return any(data.get("successor") and job_ids(data.get("jobs")).get("training") == training for data in attempts)
 
 
 def _noted(path: Path, ends: tuple[End, ...]) -> bool:
@@ -94,10 +93,7 @@ def _noted(path: Path, ends: tuple[End, ...]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        data = json.loads(read_if_there(path) or "{}")
-        return data if isinstance(data, dict) else {}
-    return {}
+    return parse_object(read_if_there(path))
 
 
 def _is_news(job: object, end: End) -> bool:

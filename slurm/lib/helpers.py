@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -250,12 +249,11 @@ class _Ended:
 
 def run_job_ids(directory: CoordinationDir) -> list[str]:
     """The ids of every job that a run's records or its name tell of: Slurm's numbers, or ``local…``."""
-    from slurm.lib.run_record import record_paths
+    from slurm.lib.run_record import record_paths, recorded_jobs
 
     ids = [directory.path.name.rpartition("_")[2]]
     for path in record_paths(directory):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # half a record, or none
-            ids += [str(job["id"]) for job in json.loads(path.read_text(encoding="utf-8"))["jobs"].values()]
+        ids += recorded_jobs(path).values()
     return [job_id for job_id in dict.fromkeys(ids) if re.fullmatch(r"[0-9]+|local.*", job_id)]
 
 

@@ -107,7 +107,16 @@ class _Loader:
     def _podman(self, arguments: list[str], environment: Mapping[str, str]) -> None:
         answer = run(["podman", *arguments], timeout_s=LOAD_TIMEOUT_S, environment=environment, check=self.check)
         if not answer.ok:
-            raise EnvironmentProblem(f"podman could not take the image {arguments[-1]}: {answer.complaint}")
+            raise EnvironmentProblem(refusal(arguments[-1], answer.complaint, self.storage.root))
+
+
+def refusal(image: str, complaint: str, storage: Path) -> str:
+    """Why Podman did not take an image; of a disk that became full meanwhile Podman says much else first."""
+    sentence = f"podman could not take the image {image}: {complaint}"
+    if "no space left on device" not in complaint.lower():
+        return sentence
+    fix = "set LOCAL_SCRATCH to a larger disk of the node"
+    return f"no space left on the local disk of {socket.gethostname()}, where {storage} is; {fix} ({sentence})"
 
 
 def busybox_archive(job: JobContext, check: Callable[[], None]) -> Path:

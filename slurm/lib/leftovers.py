@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, read_if_there, remove_run_dir, write_atomically
+from slurm.lib.coordination import (
+    STAMP_FORMAT,
+    CoordinationDir,
+    parse_object,
+    read_if_there,
+    remove_run_dir,
+    write_atomically,
+)
 from slurm.lib.launch_mark import Launcher, host_of, launcher_of, own_launcher, state_of
 from slurm.lib.logs import log
 from slurm.lib.run_record import secrets_of
@@ -67,10 +74,12 @@ def markers(folder: Path) -> list[Marker]:
 
 
 def _marker(path: Path) -> Marker | None:
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        data = json.loads(read_if_there(path) or "{}")
-        return Marker(path, str(data["launcher"]), tuple(map(str, data["jobs"])), data["made"] is True)
-    return None
+    data = parse_object(read_if_there(path))
+    launcher, jobs = data.get("launcher"), data.get("jobs")
+    if not isinstance(launcher, str) or not isinstance(jobs, list):
+        return None
+    ids = tuple(str(job) for job in jobs)
+    return Marker(path, launcher, ids, data.get("made") is True) if all(map(str.isdigit, ids)) else None
 
 
 def discard(folder: Path) -> None:
@@ -195,8 +204,17 @@ def _recent(base: Path) -> Iterator[Path]:
 
 
 def _queued(marker: Marker, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
-    """The jobs in the queue that a submission has submitted, known by their ids or by their launcher."""
-    return [job for job in jobs if job.job_id in marker.jobs or launcher_of(job.comment) == marker.launcher]
+    """The jobs in the queue that a submission has submitted, known by their launcher.
+
+    Those with a person's comment are known by their ids. With another launcher's they are another submission's, of
+    which this marker is a copy, or which has got the same ids since.
+    """
+
+    def its_own(job: QueuedJob) -> bool:
+        launcher = launcher_of(job.comment)
+        return job.job_id in marker.jobs if launcher is None else launcher == marker.launcher
+
+    return list(filter(its_own, jobs))
 
 
 def _ids(marker: Marker, jobs: Sequence[QueuedJob]) -> tuple[str, ...]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from slurm.lib.coordination import LATE_S, CoordinationDir, is_listed, utc_now, write_atomically
+from slurm.lib.coordination import LATE_S, CoordinationDir, is_listed, parse_object, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.plan import OWN_ID, LaunchPlan, secrets_file
 from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
@@ -45,7 +46,9 @@ def git_state(checkout: Path) -> GitState:
     import sh  # 80 ms, so only where it is used
 
     try:
-        text = sh.git("-C", str(checkout), "status", "--porcelain=v2", "--branch", _timeout=10, _tty_out=False)
+        # By _cwd and not -C: an argument with bytes that are no UTF-8, as a path may have, sh cannot pass.
+        question = ("status", "--porcelain=v2", "--branch")
+        text = sh.git(*question, _cwd=str(checkout), _timeout=10, _tty_out=False, _decode_errors="replace")
     except (sh.CommandNotFound, sh.ErrorReturnCode, sh.TimeoutException):
         return GitState(None, None)
     return parse_git_status(str(text))
@@ -177,11 +180,16 @@ def _read_secrets(path: Path) -> dict[str, str]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise EnvironmentProblem(f"cannot read {path}: {problem}") from None
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not all(map(_is_variable, data, data.values())):
         raise EnvironmentProblem(f"cannot read {path}: it holds no names with their values")
-    return {str(name): str(value) for name, value in data.items()}
+    return data
+
+
+def _is_variable(name: str, value: object) -> bool:
+    """Whether an environment can hold this."""
+    return bool(name) and not {"=", "\0"} & set(name) and isinstance(value, str) and "\0" not in value
 
 
 def record_paths(directory: CoordinationDir) -> list[Path]:
@@ -197,7 +205,7 @@ def read_jobs(directory: CoordinationDir) -> dict[str, str]:
     """The ids of a run's jobs by kind; of several that joined the last one. Empty where there is no record."""
     jobs: dict[str, str] = {}
     for path in record_paths(directory):
-        jobs |= _jobs_in(path)
+        jobs |= recorded_jobs(path)
     return jobs
 
 
@@ -207,30 +215,44 @@ def partner_of(directory: CoordinationDir, kind: str, job_id: str) -> str | None
     The one that was recorded with it, else the last that was recorded alone. Other attempts at the run are other pairs.
     """
     other = _OTHER[kind]
-    alone = [jobs[other] for jobs in map(_jobs_in, record_paths(directory)) if other in jobs and kind not in jobs]
+    alone = [jobs[other] for jobs in map(recorded_jobs, record_paths(directory)) if other in jobs and kind not in jobs]
     return recorded_with(directory, kind, job_id) or (alone[-1] if alone else None)
 
 
 def recorded_with(directory: CoordinationDir, kind: str, job_id: str) -> str | None:
     """The id of the job that was launched together with this one; None for a job that was launched alone."""
     other = _OTHER[kind]
-    pairs = [jobs for jobs in map(_jobs_in, record_paths(directory)) if other in jobs and jobs.get(kind) == job_id]
+    pairs = [jobs for jobs in map(recorded_jobs, record_paths(directory)) if other in jobs and jobs.get(kind) == job_id]
     return pairs[0][other] if pairs else None
 
 
-def _jobs_in(path: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return {kind: str(job["id"]) for kind, job in data["jobs"].items()}
-    return {}
+def recorded_jobs(path: Path) -> dict[str, str]:
+    """The ids of the jobs by kind in one record; empty for one that is half-written, or none of ours."""
+    return job_ids(_read_record(path).get("jobs"))
+
+
+_JOB_ID = re.compile(r"\w[\w.+]*", re.ASCII)  # no option of a command, and no list of several
+
+
+def job_ids(jobs: object) -> dict[str, str]:
+    """The ids by kind in what a record says of jobs; without what is none of ours, as in a record that is foreign."""
+    named = jobs.items() if isinstance(jobs, Mapping) else ()
+    ids = {kind: job.get("id") if isinstance(job, Mapping) else job for kind, job in named}
+    texts = {kind: str(job_id) for kind, job_id in ids.items() if type(job_id) in {str, int}}
+    return {kind: job_id for kind, job_id in texts.items() if kind in _NAMES and _JOB_ID.fullmatch(job_id)}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
 
 
 def recorded_git(directory: CoordinationDir) -> GitState:
     """The commit that the run was launched from, as its record has it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        git = json.loads(directory.run_record.read_text(encoding="utf-8"))["git"]
-        return GitState(git["commit"], git["dirty"])
-    return GitState(None, None)
+    git = _read_record(directory.run_record).get("git")
+    return GitState(git.get("commit"), git.get("dirty")) if isinstance(git, dict) else GitState(None, None)
 
 
 def join(directory: CoordinationDir, kind: str, job_id: str, launched: bool) -> None:
@@ -238,7 +260,7 @@ def join(directory: CoordinationDir, kind: str, job_id: str, launched: bool) -> 
 
     The record of a run that was ``launched`` is never written here: it may only be late.
     """
-    if any(_jobs_in(path).get(kind) == job_id for path in record_paths(directory)):
+    if any(recorded_jobs(path).get(kind) == job_id for path in record_paths(directory)):
         return
     data = {"schema": SCHEMA, "created": utc_now(), "jobs": {kind: {"id": job_id, "name": _NAMES[kind]}}}
     beside = launched or directory.run_record.exists()

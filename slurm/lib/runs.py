@@ -8,7 +8,6 @@ sbatch directly, and pending) is a run of its own.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, read_if_there
+from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, parse_object, read_if_there
 from slurm.lib.errors import UsageError
-from slurm.lib.run_record import record_paths
+from slurm.lib.run_record import job_ids, record_paths
 from slurm.lib.scheduler import Slurm
 
 LATEST = "latest"
@@ -73,22 +72,13 @@ def _pairs(directory: CoordinationDir) -> Iterator[tuple[dict[str, str], bool]]:
     for path in record_paths(directory):
         data = _read(path)
         het = het or data.get("pairing") == "het"
-        yield _ids(data.get("jobs")), data.get("pairing") == "het"
+        yield job_ids(data.get("jobs")), data.get("pairing") == "het"
     for path in sorted(directory.path.glob("attempt_*.json")):
-        yield _ids(_read(path).get("successor")), het
-
-
-def _ids(jobs: object) -> dict[str, str]:
-    named = jobs.items() if isinstance(jobs, Mapping) else ()
-    ids = {str(kind): str(job["id"] if isinstance(job, Mapping) else job) for kind, job in named}
-    return {kind: job_id for kind, job_id in ids.items() if kind in KINDS.values() and job_id}
+        yield job_ids(_read(path).get("successor")), het
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        data = json.loads(read_if_there(path) or "{}")
-        return data if isinstance(data, dict) else {}
-    return {}
+    return parse_object(read_if_there(path))
 
 
 def run_folders(base: Path) -> list[Path]:
@@ -119,7 +109,32 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
         found = _folder(name, base)
     if found is None:
         raise UsageError(f"there is no run {name!r}{_what_there_is(base)}")
-    return FoundRun(name, CoordinationDir(found))
+    run = FoundRun(name, CoordinationDir(found))
+    if not run.jobs():
+        records = ", ".join(path.name for path in record_paths(CoordinationDir(found)))
+        raise UsageError(f"no job of the run {found} is known: {records} in it is not whole, or none of ours")
+    return run
+
+
+def stranger(job_id: str, directory: CoordinationDir, slurm: Slurm, ask_s: float) -> str:
+    """Whose a living job is, where the record that names it is foreign, or older than the job; empty for a run's own.
+
+    Slurm knows the directory of a job by its log. One that lies elsewhere is believed to be of a job that was submitted
+    directly, as long as the job has a name of ours and no other run's records tell of it.
+    """
+    log = slurm.log_path(job_id, timeout_s=ask_s)
+    if log is None or _is_same(log.parent, directory.path):
+        return ""
+    if any(job_id in jobs.values() for jobs, _het in _pairs(CoordinationDir(log.parent))):
+        return f"is of the run {log.parent}"
+    name = slurm.job_name(job_id, ask_s)
+    return f"is another job, {name}, with its log in {log.parent}" if name and name not in KINDS else ""
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return one == other
 
 
 def _folder(name: str, base: Path) -> Path | None:

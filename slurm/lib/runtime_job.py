@@ -30,8 +30,9 @@ from slurm.lib.preflight.node import ready_runtime_node
 from slurm.lib.registries import registries_conf, site_conf
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import partner_of
+from slurm.lib.runs import stranger
 from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
-from slurm.lib.scheduler import JobState
+from slurm.lib.scheduler import JobState, Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.supervisor import (
     Action,
@@ -57,6 +58,7 @@ from slurm.lib.waiting import wait_for
 from slurm.lib.watchers import RunWatch, TrainingWatcher
 
 START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
+ASK_S = 5.0  # whose a training is
 LOOK_EVERY_S = 0.05  # at our children and signals
 
 
@@ -182,6 +184,10 @@ def withdraw_training(job: JobContext, outcome: Outcome) -> tuple[End, ...]:
     """Take a training job that has not started out of the queue: it could only fail. Its flag says why; so it ended."""
     training = partner_of(job.directory, "runtime", job.job_id)
     if not training or job.scheduler.status(training).state is not JobState.PENDING:
+        return ()
+    whose = stranger(training, job.directory, job.scheduler, ASK_S) if isinstance(job.scheduler, Slurm) else ""
+    if whose:
+        log.warning("a record here names the training job %s, which %s; it stays in the queue", training, whose)
         return ()
     complaint = job.scheduler.cancel([training])
     log.warning("cancelled the pending training job %s, which could only fail%s", training, complaint or "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -540,6 +541,12 @@ def test_what_sbatch_says(code: int, words: str, found: list[Level]) -> None:
     assert levels(cluster.submission_findings("runtime", Completed(("sbatch",), code, "", words))) == found
 
 
+def test_a_refusal_shows_the_keys_that_it_may_mean() -> None:
+    argv = ("sbatch", "--partition=gpu", "--constraint=a&b", "--mem=1G", "x.py")
+    (found,) = cluster.submission_findings("training", Completed(argv, 1, "", "Invalid feature specification"))
+    assert "GPU_PARTITION=gpu, CONSTRAINT=a&b or a size" in str(found)
+
+
 def starting_at(time: str) -> Completed:
     words = f"sbatch: Job 5 to start at {time} using 2 processors on nodes a in partition test"
     return Completed(("sbatch",), 0, "", words)
@@ -658,6 +665,17 @@ def test_gpus_of_a_node(visible: int | None, found: list[Level]) -> None:
 )
 def test_the_disk_of_a_node(free: int, image: str, found: list[Level]) -> None:
     assert levels(node.disk_findings(Path("/scratch"), free, image)) == found
+
+
+def test_a_range_for_sandboxes_has_a_free_port_or_is_named() -> None:
+    ports = range(20_000, 20_003)
+    assert node.sandbox_port_findings(ports, lambda port: port == 20_002) == []
+    (found,) = node.sandbox_port_findings(ports, lambda _: False)
+    assert "no free port in SANDBOX_PORT_RANGE=20000-20002" in found.sentence
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        assert not node.is_free(taken.getsockname()[1])
 
 
 def test_a_training_node_names_all_that_it_lacks(tmp_path: Path) -> None:

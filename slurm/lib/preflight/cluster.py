@@ -7,7 +7,7 @@ Slurm's own word (``sbatch --test-only``) comes first. It takes jobs that wait f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -89,10 +89,29 @@ def submission_findings(kind: str, answer: Completed) -> list[Finding]:
     if is_silent(answer):
         return [_silence(answer)]
     if not answer.ok:
-        fix = "correct the keys that it names (partition, ACCOUNT, QOS, sizes); sinfo shows what there is"
+        said = ", ".join(_judged(kind, answer.argv))
+        fix = f"correct what it means, {said + ' or ' if said else ''}a size; sinfo shows what there is"
         return [error("slurm", f"Slurm would not take the {kind} job: {words}", fix)]
     start = _start_in(answer)
     return [estimate("slurm", f"the {kind} job would start about {start}, by Slurm's word now")] if start else []
+
+
+# The keys whose words Slurm knows, by the options that say them.
+JUDGED = {
+    "account": "ACCOUNT",
+    "qos": "QOS",
+    "constraint": "CONSTRAINT",
+    "reservation": "RESERVATION",
+    "exclude": "EXCLUDE_NODES",
+}
+
+
+def _judged(kind: str, argv: Sequence[str]) -> Iterator[str]:
+    """The keys with their values by which Slurm may refuse a job; it seldom says which it means."""
+    names = {**JUDGED, "partition": "CPU_PARTITION" if kind == "runtime" else "GPU_PARTITION"}
+    for option, _, value in (word[2:].partition("=") for word in argv if word.startswith("--")):
+        if option in names:
+            yield f"{names[option]}={value}"
 
 
 def _start_in(answer: Completed) -> str:

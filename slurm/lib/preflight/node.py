@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from slurm.lib.errors import EnvironmentProblem
@@ -35,6 +35,8 @@ def ready_runtime_node(settings: Settings, environment: Mapping[str, str], job_i
         found.append(error("storage", str(problem), ""))
     found += program_findings([name for name in _programs() if not shutil.which(name, path=environment.get("PATH"))])
     found += node_id_findings(look_at_ids())
+    if settings.sandbox_port_range and not settings.slurm_runtime_dir:  # another's server has its own ports
+        found += sandbox_port_findings(settings.sandbox_port_range, is_free)
     refuse(found)
     if scratch is None:  # refused above
         raise EnvironmentProblem("no folder for Podman storage")
@@ -69,6 +71,26 @@ def disk_findings(scratch: Path, free: int, image: str) -> list[Finding]:
     if free < SCANT_FREE and not image.startswith(SMALL_IMAGE):
         return [warning("storage", f"{sentence}, which few images fill", fix)]
     return []
+
+
+def sandbox_port_findings(ports: range, is_free: Callable[[int], bool]) -> list[Finding]:
+    """A range of which not one port is free: the first sandbox would fail, long after the GPUs are there."""
+    if any(map(is_free, ports)):
+        return []
+    range_ = f"SANDBOX_PORT_RANGE={ports.start}-{ports[-1]}"
+    fix = "widen it, or leave it unset; ss -tln on that node shows who listens"
+    return [error("storage", f"no free port in {range_} on {socket.gethostname()}", fix)]
+
+
+def is_free(port: int) -> bool:
+    """Whether this node's port could be had now, as a sandbox would have it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one with connections in TIME_WAIT is free
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def check_training_node(settings: Settings, environment: Mapping[str, str]) -> None:
