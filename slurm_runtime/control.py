@@ -89,6 +89,10 @@ class Control(Protocol):
         """The last sample of each: ``memory_bytes``, ``processes``, ``cpu_s``, ``disk_bytes``, ``commands``."""
         ...
 
+    async def end_stray(self, monitor: int, started: int, container: str, runtime: str) -> None:
+        """End a container that Podman does not know any more; ``monitor`` is its conmon, which started then (ticks)."""
+        ...
+
     async def close(self) -> None:
         """End it with everything it started; sandboxes live on."""
         ...

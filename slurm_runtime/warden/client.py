@@ -133,6 +133,10 @@ class Warden:
         usage: Mapping[str, Mapping[str, float]] = answer["usage"]
         return usage
 
+    async def end_stray(self, monitor: int, started: int, container: str, runtime: str) -> None:
+        request = {"monitor": monitor, "started": started, "container": container, "runtime": runtime}
+        await self._ask({"do": "end_stray", **request}, DEADLINE_S)
+
     async def close(self) -> None:
         self._closing = True
         if self._writer:

@@ -25,6 +25,7 @@ sys.path.insert(0, sys.argv[3] if len(sys.argv) > 3 else "")
 from slurm_runtime.warden import network, room
 from slurm_runtime.warden.killing import end_container
 from slurm_runtime.warden.proc import members, namespace_of, signal_all
+from slurm_runtime.warden.remains import end_stray
 from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, new_session_keyring, prctl, setns
 from slurm_runtime.warden.watchdog import Watchdog
 
@@ -115,6 +116,7 @@ class Warden:
             "adopt": self.adopt,
             "forget": self.forget,
             "usage": self.usage,
+            "end_stray": self.end_stray,
         }
 
     def run(self) -> None:
@@ -333,6 +335,10 @@ class Warden:
     def usage(self, request: Request) -> dict[str, Any]:
         del request
         return {"ok": True, "usage": self.watchdog.report()}
+
+    def end_stray(self, request: Request) -> dict[str, Any]:
+        end_stray(int(request["monitor"]), int(request["started"]), request["container"], request["runtime"])
+        return {"ok": True}
 
     def bark(self) -> None:
         """Stop who takes more than it may."""

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from slurm_runtime.control import ControlError
+from slurm_runtime.remains import monitors
 from slurm_runtime.warden.client import Warden
 from tests.runtime import podman_service
 from tests.runtime.commands import IMAGE
@@ -102,6 +103,43 @@ def test_a_start_that_podman_was_at_is_done_again(outage_api: Api, rootless_podm
             assert settled(outage_api, path) == "ready"
             stop = outage_api.client.post("/stop", json={"runtime_id": answer.json()["runtime_id"]})
             assert stop.status_code == 200, stop.text
+
+
+def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: str) -> bool:
+    """Start a sandbox and kill the service once the monitor of its container is there; whether that left a stray.
+
+    The container is one that never ran, as Podman sees it: its removal, before the start is made again, ends nothing.
+    """
+    before = {one.pid for one in monitors(graph_root)}
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(api.start, image=IMAGE, command=api.serve)
+        cut = eventually(lambda: [one for one in monitors(graph_root) if one.pid not in before], pause_s=0.0)
+        with back_after(service, 0.1):
+            pass
+        answer = starting.result()
+    assert answer.status_code == 201, answer.text
+    runtime_id = answer.json()["runtime_id"]
+    assert settled(api, f"/runtime/{runtime_id}") == "ready"
+    was_made_again = not api.run(api.engine.exists(cut[0].container))
+    eventually(lambda: [one.name for one in monitors(graph_root)] == [f"sandbox-{runtime_id}"])
+    assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 200
+    return was_made_again
+
+
+def test_what_a_cut_start_leaves_is_ended(outage_api: Api, rootless_podman: podman_service.Service) -> None:
+    """Its monitor and processes, what the runtime has noted of it, and its network namespace."""
+    graph_root = outage_api.run(outage_api.engine.facts()).graph_root
+    networks = rootless_podman.home / "x" / "netns"
+    before = set(networks.iterdir()) if networks.exists() else set()
+    strays = 0
+    for _ in range(20):
+        strays += cut_at_its_monitor(outage_api, rootless_podman, graph_root)
+        if strays == 3:
+            break
+    assert strays == 3
+    eventually(lambda: monitors(graph_root) == [])
+    eventually(lambda: list((rootless_podman.home / "x" / "runc").iterdir()) == [])
+    eventually(lambda: set(networks.iterdir()) <= before)
 
 
 def test_an_outage_that_lasts_is_an_error_after_its_patience(rootless_podman: podman_service.Service) -> None:
