@@ -9,6 +9,7 @@ books, asked after the monitor was seen, is nobody's. One that is being started 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -25,6 +26,7 @@ from slurm_runtime.warden.proc import all_pids, name_of, stat_of
 
 MONITOR = "conmon"
 LOOK_FOR_S = 30.0  # after Podman's service, or this server, was started again
+EMPTY_NETWORK_S = 120.0  # as long as a start may take: one that is being made for a container is empty too
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,5 @@ class Remains:
                 log.warning("ended what was left of a start of %s that was cut off", one.name)
             except ControlError as problem:
                 log.warning("what is left of a start of %s that was cut off is not ended yet: %s", one.name, problem)
+        with contextlib.suppress(ControlError):
+            await control.tidy_networks(EMPTY_NETWORK_S)

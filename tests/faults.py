@@ -94,6 +94,12 @@ OUTER_KILLED = Case(
     5,
     RECOVERED,
 )
+CUT_START = Case(
+    5,
+    "`kill -9` of the Podman service once a container that it starts has its first processes",
+    "they end too, with their port; monitors, and what runc has noted, are those of living sandboxes alone",
+    15,
+)
 THREE_CRASHES = Case(
     4,
     "the API server or the Podman service is killed for the third time within a minute",
@@ -342,6 +348,7 @@ CASES = (
     SERVER_KILLED,
     INNER_KILLED,
     OUTER_KILLED,
+    CUT_START,
     THREE_CRASHES,
     TRAINER_FAILS,
     TRAINER_RAISES,

@@ -1,7 +1,8 @@
 """Ends what is left of a container that Podman does not know any more, by its monitor (conmon).
 
-Its processes, what its runtime has noted of it, and its network namespace, which is kept by a mount. The forwarders of
-its port end by themselves: the monitor holds the pipe whose end they wait for.
+Its processes go, and what its runtime has noted of it. The forwarders of its port end by themselves: the monitor holds
+the pipe whose end they wait for. A network namespace that a mount keeps bears no container's name: ``Networks`` takes
+away those in which nothing has lived for long.
 """
 
 from __future__ import annotations
@@ -26,15 +27,12 @@ def end_stray(monitor: int, started: int, container: str, runtime: str) -> None:
     tree = _stopped_tree(monitor, started)
     if not tree:
         return
-    environment = _environment(monitor)
-    networks = {namespace_of(pid, "net") for pid in tree} - {namespace_of(os.getpid(), "net"), 0}
+    environment = environment_of(monitor)
     for pid in tree:
         _signal(pid, signal.SIGKILL)
     while any(_lives(pid, ticks) for pid, ticks in tree.items()):
         _pause_before(end, f"the processes of container {container[:12]} did not end")
     _have_runtime_forget(runtime, container, environment)
-    for network in networks:
-        _forget_network(network, end)
 
 
 def _stopped_tree(root: int, started: int) -> dict[int, int]:
@@ -73,10 +71,12 @@ def _pause_before(end: float, complaint: str) -> None:
     time.sleep(PAUSE_S)
 
 
-def _environment(pid: int) -> dict[str, str]:
-    """Where its runtime keeps its notes depends on the environment of whoever calls it."""
-    text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape")
-    pairs = (entry.partition("=") for entry in text.split("\0"))
+def environment_of(pid: int) -> dict[str, str]:
+    """What a process was started with, if it is there: where Podman and its runtime keep their notes depends on it."""
+    text = b""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/environ").read_bytes()
+    pairs = (entry.partition("=") for entry in text.decode(errors="surrogateescape").split("\0"))
     return {name: value for name, _, value in pairs if name and not name.startswith("_OCI_")}
 
 
@@ -88,16 +88,35 @@ def _have_runtime_forget(runtime: str, container: str, environment: dict[str, st
         subprocess.run(words, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, timeout=DEADLINE_S, check=False)
 
 
-def _forget_network(network: int, end: float) -> None:
-    """Take away the mount that keeps a network namespace, once nothing lives in it."""
-    while any(namespace_of(pid, "net") == network for pid in all_pids()):
-        _pause_before(end, f"the forwarders of network namespace {network} did not end")
-    for place in places_of(network, Path("/proc/self/mountinfo").read_text(errors="surrogateescape")):
-        umount(place, MNT_DETACH)
-        os.unlink(place)
+class Networks:
+    """The network namespaces that mounts in ``folder`` keep, as Podman makes them, the warden's view of mounts.
+
+    One that is being made for a container has no process yet: only what is empty at every look for longer than a start
+    can take is taken away.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._empty_since: dict[str, float] = {}
+
+    def tidy(self, empty_for_s: float) -> int:
+        """Look once, and take away those that have been empty for so long; how many."""
+        if self.folder is None:
+            return 0
+        kept = networks_in(self.folder, Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+        lived_in = {namespace_of(pid, "net") for pid in all_pids()} if kept else set()
+        now = time.monotonic()
+        empty = [place for place, network in kept.items() if network not in lived_in]
+        self._empty_since = {place: self._empty_since.get(place, now) for place in empty}
+        old = [place for place, since in self._empty_since.items() if now - since >= empty_for_s]
+        for place in old:
+            umount(place, MNT_DETACH)
+            os.unlink(place)
+        return len(old)
 
 
-def places_of(network: int, mountinfo: str) -> list[str]:
-    """Where a network namespace is mounted. Pure."""
+def networks_in(folder: Path, mountinfo: str) -> dict[str, int]:
+    """The network namespaces that are mounted in a folder: place → inode. Pure."""
     rows = [line.split() for line in mountinfo.splitlines()]
-    return [row[4].replace("\\040", " ") for row in rows if row[3] == f"net:[{network}]"]
+    found = {row[4].replace("\\040", " "): row[3] for row in rows if row[3].startswith("net:[")}
+    return {place: int(root[5:-1]) for place, root in found.items() if Path(place).parent == folder}

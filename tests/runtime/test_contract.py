@@ -17,12 +17,12 @@ from tests.runtime.conftest import API_KEY, Api
 VOCABULARY = {"pending", "running", "ready", "failed", "crashloopbackoff", "not found", "unknown"}
 
 
-def eventually(probe: Callable[[], Any], deadline_s: float = 10.0, pause_s: float = 0.05) -> Any:
+def eventually(probe: Callable[[], Any], deadline_s: float = 10.0) -> Any:
     """The first true result of ``probe``."""
     deadline = time.monotonic() + deadline_s
     while not (found := probe()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(pause_s)
+        time.sleep(0.05)
     return found
 
 

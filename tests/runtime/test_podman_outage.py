@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from slurm_runtime.control import ControlError
-from slurm_runtime.remains import monitors
+from slurm_runtime.remains import Monitor, monitors
 from slurm_runtime.warden.client import Warden
 from tests.runtime import podman_service
 from tests.runtime.commands import IMAGE
@@ -106,40 +106,69 @@ def test_a_start_that_podman_was_at_is_done_again(outage_api: Api, rootless_podm
 
 
 def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: str) -> bool:
-    """Start a sandbox and kill the service once the monitor of its container is there; whether that left a stray.
+    """Start a sandbox and kill the service once the monitor of its container is there; whether that cut the start off.
 
-    The container is one that never ran, as Podman sees it: its removal, before the start is made again, ends nothing.
+    Then the container is one that never ran, for Podman: its removal, before the start is made again, ends no process.
     """
     before = {one.pid for one in monitors(graph_root)}
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(api.start, image=IMAGE, command=api.serve)
-        cut = eventually(lambda: [one for one in monitors(graph_root) if one.pid not in before], pause_s=0.0)
-        with back_after(service, 0.1):
-            pass
+        cut: list[Monitor] = []
+        while not cut:
+            cut = [one for one in monitors(graph_root) if one.pid not in before]
+            assert not starting.done()
+        with back_after(service, 0.3):
+            time.sleep(0.2)
+            never_ran = (service.home / "x" / "runc" / cut[0].container / "exec.fifo").exists()
         answer = starting.result()
     assert answer.status_code == 201, answer.text
     runtime_id = answer.json()["runtime_id"]
     assert settled(api, f"/runtime/{runtime_id}") == "ready"
-    was_made_again = not api.run(api.engine.exists(cut[0].container))
     eventually(lambda: [one.name for one in monitors(graph_root)] == [f"sandbox-{runtime_id}"])
     assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 200
-    return was_made_again
+    return never_ran
+
+
+def assert_only_networks_of_sandboxes(api: Api, service: podman_service.Service, sandboxes: int = 0) -> None:
+    """Once those in which nothing lives are taken away."""
+    control = api.manager.launcher.control
+    assert control is not None
+    api.run(control.tidy_networks(0.0))
+    folder = service.home / "x" / "netns"
+    mounted = service.podman("unshare", "sh", "-c", f"grep {folder}/ /proc/self/mountinfo || true")
+    assert len(list(folder.iterdir())) == len(mounted.splitlines()) == sandboxes
 
 
 def test_what_a_cut_start_leaves_is_ended(outage_api: Api, rootless_podman: podman_service.Service) -> None:
-    """Its monitor and processes, what the runtime has noted of it, and its network namespace."""
+    """Its monitor and processes, what the runtime has noted of it, and in the end its network namespace."""
     graph_root = outage_api.run(outage_api.engine.facts()).graph_root
-    networks = rootless_podman.home / "x" / "netns"
-    before = set(networks.iterdir()) if networks.exists() else set()
     strays = 0
     for _ in range(20):
         strays += cut_at_its_monitor(outage_api, rootless_podman, graph_root)
         if strays == 3:
             break
-    assert strays == 3
+    assert strays, "of 20 starts none was cut off"
     eventually(lambda: monitors(graph_root) == [])
     eventually(lambda: list((rootless_podman.home / "x" / "runc").iterdir()) == [])
-    eventually(lambda: set(networks.iterdir()) <= before)
+    assert_only_networks_of_sandboxes(outage_api, rootless_podman)
+
+
+def test_a_network_in_which_nothing_lives_goes_once_that_is_so_for_long(
+    outage_api: Api, rootless_podman: podman_service.Service
+) -> None:
+    """As a start leaves it that is cut off before the container has a process; a sandbox's own stays."""
+    sandbox = started(outage_api)
+    assert_only_networks_of_sandboxes(outage_api, rootless_podman, sandboxes=1)
+    left = rootless_podman.home / "x" / "netns" / "netns-of-a-cut-start"
+    rootless_podman.podman("unshare", "sh", "-c", f"touch {left} && unshare --net={left} true")
+    control = outage_api.manager.launcher.control
+    assert control is not None
+    assert outage_api.run(control.tidy_networks(60.0)) == 0
+    assert left.exists()
+    assert outage_api.run(control.tidy_networks(0.0)) == 1
+    assert not left.exists()
+    assert_only_networks_of_sandboxes(outage_api, rootless_podman, sandboxes=1)
+    assert httpx.get(f"{sandbox['url']}/health", trust_env=False).status_code == 200
 
 
 def test_an_outage_that_lasts_is_an_error_after_its_patience(rootless_podman: podman_service.Service) -> None:
