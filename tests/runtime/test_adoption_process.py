@@ -21,6 +21,7 @@ import pytest
 
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.ownership import process_mark
+from slurm_runtime.remains import monitors
 from slurm_runtime.warden.proc import members, namespace_of
 from tests.runtime import podman_service
 from tests.runtime.agent_tree import COMMAND
@@ -246,6 +247,36 @@ def test_a_start_in_flight_is_asked_for_again_and_is_one_sandbox(lineage: MakeLi
         assert len(living) == number + 1
         # What Podman was still asked for by the killed server appears later, and is swept then.
         eventually(lambda living=living: set(servers.podman.containers()) == living)  # type: ignore[misc]
+
+
+def cut_off(servers: Lineage, server: Server, graph_root: str) -> Server:
+    """Kill Podman's service and the server at once while a container of session "cut" starts; the next server."""
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(server.start, session_id="cut")
+        while not monitors(graph_root):
+            assert not starting.done()
+        servers.podman.kill()
+        servers.kill()
+        with contextlib.suppress(httpx.TransportError):
+            starting.result()
+    servers.podman.begin()
+    return servers.begin("--adopt")
+
+
+def test_what_a_start_leaves_that_both_deaths_cut_off_is_ended(lineage: MakeLineage) -> None:
+    """The next server removes the container, and ends what Podman does not know of it."""
+    servers = lineage()
+    server = servers.begin()
+    graph_root = servers.podman.podman("info", "--format", "{{.Store.GraphRoot}}").strip()
+    for _ in range(10):  # on a busy machine the container may run by the time that its monitor is seen
+        server = cut_off(servers, server, graph_root)
+        found = get(server, "/sessions/cut")
+        if found["pod_status"] == "failed":
+            break
+        server.request("POST", "/stop", {"runtime_id": found["runtime_id"]})
+        eventually(lambda: monitors(graph_root) == [])
+    assert "cut off when the API server was killed" in found["pod_logs"]
+    eventually(lambda: servers.podman.containers() == [] and monitors(graph_root) == [])
 
 
 def test_a_container_that_appears_after_the_first_look_is_removed_too(lineage: MakeLineage) -> None:
