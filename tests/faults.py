@@ -325,7 +325,7 @@ ENDURANCE = Case(
     20,
     "2,000 sandboxes come and go, 8 at a time; every 4 s one of them is killed, every 35 s the API server or Podman's "
     "service",
-    "the others serve; descriptors, memory, slots, ports, containers and their monitors, and storage of the run are as before",
+    "the others serve; descriptors, memory, slots, ports, containers, monitors and storage of the run are as before",
     600,
 )
 CASES = (
