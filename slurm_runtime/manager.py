@@ -24,6 +24,7 @@ from slurm_runtime.connection import Connection
 from slurm_runtime.diagnostics import Diagnosis
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry, NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow
+from slurm_runtime.failures import Failures
 from slurm_runtime.images import Images
 from slurm_runtime.labels import Labels
 from slurm_runtime.launcher import Launcher
@@ -74,7 +75,8 @@ class Manager:
         self.host = PublicHost(config.public_host, background)
         self.companions = Companions(self.launcher, background, make_control, lambda event: self.supervisor.hear(event))
         self.connection = Connection(config, engine, background, self._connected)
-        self.endings = Endings(self.launcher, self.connection, self.admission, background)
+        self.failures = Failures(config.failures_file, goes_on=config.adopt)
+        self.endings = Endings(self.launcher, self.connection, self.admission, background, self.failures)
         self.starts = Starts(self.launcher, self.connection, self.admission, self.endings, self.host, probe)
         self.pauses = Pauses(self.launcher, self.connection, self.starts)
         adoption = Adoption(self.launcher, self.register, self.admission, self.starts, self.endings)
@@ -91,6 +93,8 @@ class Manager:
             idle_of,
         )
         self._closing = False
+        for failed in self.failures.known:
+            (self.register.add if failed.is_last else self.register.add_dead)(Entry(failed.sandbox))
 
     async def settled(self) -> bool:
         """Whether all sandboxes are known: at once, or after those of a killed server are taken over (``adopt``).
@@ -176,6 +180,7 @@ class Manager:
             )
         entry = Entry(Sandbox(specification))
         self.register.add(entry)
+        self.failures.note_again(specification.session_id)
         entry.bring_up = asyncio.create_task(self.starts.bring_up(entry))
         return entry
 
