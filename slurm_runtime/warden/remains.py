@@ -89,10 +89,10 @@ def _have_runtime_forget(runtime: str, container: str, environment: dict[str, st
 
 
 class Networks:
-    """The network namespaces that mounts in ``folder`` keep, as Podman makes them, the warden's view of mounts.
+    """The network namespaces that mounts in ``folder`` keep, as Podman makes them for containers.
 
-    One that is being made for a container has no process yet: only what is empty at every look for longer than a start
-    can take is taken away.
+    One that is being made has no process yet, or no mount: only what is empty at every look for longer than a start can
+    take is taken away.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -103,14 +103,16 @@ class Networks:
         """Look once, and take away those that have been empty for so long; how many."""
         if self.folder is None:
             return 0
-        kept = networks_in(self.folder, Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
-        lived_in = {namespace_of(pid, "net") for pid in all_pids()} if kept else set()
+        mounted = networks_in(self.folder, Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+        places = list(map(str, self.folder.iterdir())) if self.folder.is_dir() else []
+        lived_in = {namespace_of(pid, "net") for pid in all_pids()} if places else set()
         now = time.monotonic()
-        empty = [place for place, network in kept.items() if network not in lived_in]
+        empty = [place for place in places if mounted.get(place) not in lived_in]
         self._empty_since = {place: self._empty_since.get(place, now) for place in empty}
         old = [place for place, since in self._empty_since.items() if now - since >= empty_for_s]
         for place in old:
-            umount(place, MNT_DETACH)
+            if place in mounted:
+                umount(place, MNT_DETACH)
             os.unlink(place)
         return len(old)
 
