@@ -27,6 +27,8 @@ from tests.runtime.test_contract import eventually, started
 
 pytestmark = pytest.mark.podman
 
+REMAINS_S = 15.0  # as the fault matrix: what a start leaves that was cut off is gone
+
 
 @pytest.fixture
 def outage_api(rootless_podman: podman_service.Service) -> Iterator[Api]:
@@ -105,6 +107,17 @@ def test_a_start_that_podman_was_at_is_done_again(outage_api: Api, rootless_podm
             assert stop.status_code == 200, stop.text
 
 
+def until_watched(graph_root: str, names: list[str]) -> None:
+    """Wait until the containers that are watched are those with these names."""
+    end = time.monotonic() + REMAINS_S
+    while found := monitors(graph_root):
+        if [one.name for one in found] == names:
+            return
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    assert not names
+
+
 def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: str) -> bool:
     """Start a sandbox and kill the service once the monitor of its container is there; whether that cut the start off.
 
@@ -123,8 +136,8 @@ def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: st
         answer = starting.result()
     assert answer.status_code == 201, answer.text
     runtime_id = answer.json()["runtime_id"]
-    assert settled(api, f"/runtime/{runtime_id}") == "ready"
-    eventually(lambda: [one.name for one in monitors(graph_root)] == [f"sandbox-{runtime_id}"])
+    eventually(lambda: api.client.get(f"/runtime/{runtime_id}").json()["pod_status"] == "ready", 40)
+    until_watched(graph_root, [f"sandbox-{runtime_id}"])
     assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 200
     return never_ran
 
@@ -148,7 +161,7 @@ def test_what_a_cut_start_leaves_is_ended(outage_api: Api, rootless_podman: podm
         if strays == 3:
             break
     assert strays, "of 20 starts none was cut off"
-    eventually(lambda: monitors(graph_root) == [])
+    until_watched(graph_root, [])
     eventually(lambda: list((rootless_podman.home / "x" / "runc").iterdir()) == [])
     assert_only_networks_of_sandboxes(outage_api, rootless_podman)
 
