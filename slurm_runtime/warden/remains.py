@@ -22,7 +22,10 @@ PAUSE_S = 0.01
 
 
 def end_stray(monitor: int, started: int, container: str, runtime: str) -> None:
-    """End the container with this monitor, if that is still the process that ``started`` then; ``OSError`` if not."""
+    """End the container with this monitor, if that is still the process that ``started`` then.
+
+    ``OSError`` if its processes do not end.
+    """
     end = time.monotonic() + DEADLINE_S
     tree = _stopped_tree(monitor, started)
     if not tree:
