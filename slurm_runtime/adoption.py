@@ -22,14 +22,13 @@ from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.podman import ContainerState, EngineError, EngineFacts, EngineSilent, EngineUnreachable
 from slurm_runtime.register import Register
-from slurm_runtime.sandbox import SESSION_KEY_VARIABLE, Dialect, Sandbox, Specification, State
+from slurm_runtime.sandbox import CONTAINER_PREFIX, SESSION_KEY_VARIABLE, Dialect, Sandbox, Specification, State
 from slurm_runtime.starts import Starts
 from slurm_runtime.warden.proc import Scanner, namespace_of, stat_of
 
 ANSWER_S = 1.0  # for the first answer of a sandbox: one that takes longer is waited for beside requests
 STOPPED_LETTERS = "Tt"
 NEVER_RAN = frozenset({"configured", "created", "initialized"})
-PREFIX = "sandbox-"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _alone(one: Found, job: str) -> Decision:
     notes = read(one.labels)
     key = one.state.variables.get(SESSION_KEY_VARIABLE, "")
     session_id = one.labels.get(SESSION_LABEL, "")
-    named = one.state.name.startswith(PREFIX) and session_id and key
+    named = one.state.name.startswith(CONTAINER_PREFIX) and session_id and key
     if notes is None or not named or one.labels.get(JOB_LABEL, "") != job:
         return Decision(one, Fate.FOREIGN)
     whole = Decision(one, Fate.RUNNING, "", specification_of(one, notes, session_id, key), notes)
@@ -127,7 +126,7 @@ def _lost(decision: Decision, reason: str) -> Decision:
 def specification_of(one: Found, notes: Notes, session_id: str, key: str) -> Specification:
     """What is known of a client's request once its sandbox runs: enough to answer, not to start it again. Pure."""
     return Specification(
-        runtime_id=one.state.name.removeprefix(PREFIX),
+        runtime_id=one.state.name.removeprefix(CONTAINER_PREFIX),
         session_id=session_id,
         session_api_key=key,
         image=notes.image,

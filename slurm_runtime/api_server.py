@@ -258,6 +258,12 @@ def _add_life(group: argparse._ArgumentGroup) -> None:
         "ids, URLs and keys",
     )
     add(
+        "--failures-file",
+        type=Path,
+        metavar="FILE",
+        help="where to note which sandboxes failed, and why, for the next server with --adopt (default: nowhere)",
+    )
+    add(
         "--stop-with-stdin",
         action="store_true",
         help="stop at the end of standard input, and ignore SIGTERM, SIGINT and SIGHUP: for a parent that stops its "
@@ -310,6 +316,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         public_host = args.host
     return ServerConfig(
         adopt=args.adopt,
+        failures_file=args.failures_file,
         default_image=args.container_image,
         public_host=public_host,
         cpus_per_worker=args.cpus_per_worker,

@@ -89,6 +89,14 @@ class Control(Protocol):
         """The last sample of each: ``memory_bytes``, ``processes``, ``cpu_s``, ``disk_bytes``, ``commands``."""
         ...
 
+    async def end_stray(self, monitor: int, started: int, container: str, runtime: str) -> None:
+        """End a container that Podman does not know any more; ``monitor`` is its conmon, which started then (ticks)."""
+        ...
+
+    async def tidy_networks(self, empty_for_s: float) -> int:
+        """Take away the network namespaces of containers that were empty at every call for so long; how many."""
+        ...
+
     async def close(self) -> None:
         """End it with everything it started; sandboxes live on."""
         ...

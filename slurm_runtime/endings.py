@@ -15,6 +15,7 @@ from slurm_runtime.control import ControlError
 from slurm_runtime.deaths import Deaths
 from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_memory, never
 from slurm_runtime.entries import Entry, uninterrupted
+from slurm_runtime.failures import Failures
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.podman import EngineError, EngineUnreachable
@@ -30,11 +31,16 @@ class Endings:
     """Ends sandboxes, and notices that they have ended.
 
     A slot stays taken while the container may still run. ``failures`` are the last sandboxes that failed, the latest
-    first, each with the time (monotonic) at which it did.
+    first, each with the time (monotonic) at which it did; ``kept`` is where the next server finds them.
     """
 
     def __init__(
-        self, launcher: Launcher, connection: Connection, admission: Admission, background: Background
+        self,
+        launcher: Launcher,
+        connection: Connection,
+        admission: Admission,
+        background: Background,
+        kept: Failures,
     ) -> None:
         self.config = launcher.config
         self.engine = launcher.engine
@@ -42,6 +48,7 @@ class Endings:
         self.connection = connection
         self.admission = admission
         self.background = background
+        self.kept = kept
         self.failures: deque[tuple[float, Sandbox]] = deque(maxlen=FAILURES_KEPT)
         self._removers = asyncio.Semaphore(self.config.removers)
         self._deaths = Deaths()
@@ -79,6 +86,7 @@ class Endings:
 
     def note_failure(self, sandbox: Sandbox) -> None:
         self.failures.appendleft((time.monotonic(), sandbox))
+        self.kept.note(sandbox)
 
     async def clean(self, entry: Entry) -> None:
         """Remove the container, then give port and slot back; ``EngineError`` leaves the rest for another time."""

@@ -24,6 +24,7 @@ from slurm_runtime.connection import Connection
 from slurm_runtime.diagnostics import Diagnosis
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry, NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow
+from slurm_runtime.failures import Failures
 from slurm_runtime.images import Images
 from slurm_runtime.labels import Labels
 from slurm_runtime.launcher import Launcher
@@ -32,9 +33,10 @@ from slurm_runtime.naming import PublicHost
 from slurm_runtime.ownership import SERVER_LABEL, process_mark
 from slurm_runtime.page import Failure, SandboxRow, Snapshot
 from slurm_runtime.pauses import Pauses
-from slurm_runtime.podman import Engine, EngineUnreachable
+from slurm_runtime.podman import Engine, EngineFacts, EngineUnreachable
 from slurm_runtime.ports import Ports
 from slurm_runtime.register import Register
+from slurm_runtime.remains import Remains
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
 from slurm_runtime.slots import Slots, units_for
 from slurm_runtime.starts import Probe, Starts
@@ -72,15 +74,27 @@ class Manager:
         self.background = background = Background()
         self.host = PublicHost(config.public_host, background)
         self.companions = Companions(self.launcher, background, make_control, lambda event: self.supervisor.hear(event))
-        self.connection = Connection(config, engine, background, self.companions.start)
-        self.endings = Endings(self.launcher, self.connection, self.admission, background)
+        self.connection = Connection(config, engine, background, self._connected)
+        self.failures = Failures(config.failures_file, goes_on=config.adopt)
+        self.endings = Endings(self.launcher, self.connection, self.admission, background, self.failures)
         self.starts = Starts(self.launcher, self.connection, self.admission, self.endings, self.host, probe)
         self.pauses = Pauses(self.launcher, self.connection, self.starts)
         adoption = Adoption(self.launcher, self.register, self.admission, self.starts, self.endings)
+        self.remains = Remains(self.launcher, self.register)
         self.supervisor = Supervisor(
-            self.launcher, self.connection, self.register, self.endings, background, adoption, mark, idle_of
+            self.launcher,
+            self.connection,
+            self.register,
+            self.endings,
+            background,
+            adoption,
+            self.remains,
+            mark,
+            idle_of,
         )
         self._closing = False
+        for failed in self.failures.known:
+            (self.register.add if failed.is_last else self.register.add_dead)(Entry(failed.sandbox))
 
     async def settled(self) -> bool:
         """Whether all sandboxes are known: at once, or after those of a killed server are taken over (``adopt``).
@@ -90,6 +104,11 @@ class Manager:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.supervisor.swept.wait(), self.config.adoption_patience_s)
         return self.supervisor.swept.is_set() or self._closing
+
+    async def _connected(self, facts: EngineFacts) -> None:
+        """Podman answers for the first time, or its service is another one."""
+        self.remains.look_again()
+        await self.companions.start(facts)
 
     # Reading: from memory.
 
@@ -161,6 +180,7 @@ class Manager:
             )
         entry = Entry(Sandbox(specification))
         self.register.add(entry)
+        self.failures.note_again(specification.session_id)
         entry.bring_up = asyncio.create_task(self.starts.bring_up(entry))
         return entry
 

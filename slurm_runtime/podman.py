@@ -105,7 +105,8 @@ class EngineFacts:
 
     ``controllers`` are the cgroup controllers that it may use: a limit without its controller does not bite.
     ``private_network`` is the network mode to ask for. ``pid`` is the process behind
-    the socket, 0 where there is none. ``disk_quota`` says that the store's file system can bound a container's disk.
+    the socket, 0 where there is none. ``disk_quota`` says that the store's file system can bound a container's disk;
+    ``graph_root`` is where that store lies.
     """
 
     version: str
@@ -116,6 +117,7 @@ class EngineFacts:
     cgroup_version: str = "v2"
     disk_quota: bool = False
     pid: int = 0
+    graph_root: str = ""
 
     @property
     def can_pause(self) -> bool:
@@ -259,6 +261,10 @@ class Engine(Protocol):
 
     async def inspect(self, name: str) -> ContainerState:
         """Its state, or ``NoSuchContainer``."""
+        ...
+
+    async def exists(self, name: str) -> bool:
+        """Whether there is a container with this name or id, in whatever state; no start or removal is waited for."""
         ...
 
     async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
@@ -408,6 +414,7 @@ def parse_facts(info: Mapping[str, Any], init_programs: Sequence[str]) -> Engine
         has_init=any(Path(program).is_file() for program in init_programs),
         cgroup_version=str(host.get("cgroupVersion", "v2")),
         disk_quota=backing == "xfs" and has_project_quota(str(store.get("graphRoot", "/"))),
+        graph_root=str(store.get("graphRoot") or ""),
     )
 
 
@@ -646,6 +653,13 @@ class Podman:
 
     async def inspect(self, name: str) -> ContainerState:
         return parse_inspect(await self._ask("GET", f"/containers/{name}/json", QUICK_S))
+
+    async def exists(self, name: str) -> bool:
+        try:
+            await self._ask("GET", f"/containers/{name}/exists", QUICK_S)
+            return True
+        except NoSuchContainer:
+            return False
 
     async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
         filters = quote(json.dumps({"label": [label]}))

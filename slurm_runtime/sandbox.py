@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 PORT_PLACEHOLDER = "88888888"  # SkyRL-OpenHands writes it where the server knows the port better
 DEFAULT_CONTAINER_PORT = 60000  # what every OpenHands client names in its command
 SESSION_KEY_VARIABLE = "SESSION_API_KEY"
+CONTAINER_PREFIX = "sandbox-"
 
 
 class Dialect(enum.Enum):
@@ -82,7 +83,7 @@ class Specification:
 
     @property
     def container_name(self) -> str:
-        return f"sandbox-{self.runtime_id}"
+        return f"{CONTAINER_PREFIX}{self.runtime_id}"
 
     @property
     def container_environment(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from slurm_runtime.logs import log
 from slurm_runtime.ownership import SERVER_LABEL, is_orphan
 from slurm_runtime.podman import ContainerState, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.register import Register
+from slurm_runtime.remains import Remains
 from slurm_runtime.sandbox import State
 
 IdleOf = Callable[[str], Awaitable[float | None]]  # seconds since the server at a URL was asked for something
@@ -41,6 +42,7 @@ class Supervisor:
         endings: Endings,
         background: Background,
         adoption: Adoption,
+        remains: Remains,
         mark: str,
         idle_of: IdleOf,
     ) -> None:
@@ -52,6 +54,7 @@ class Supervisor:
         self.endings = endings
         self.background = background
         self.adoption = adoption
+        self.remains = remains
         self.mark = mark
         self.swept = asyncio.Event()  # all sandboxes are known that there are
         if not self.config.adopt:
@@ -71,10 +74,10 @@ class Supervisor:
                 facts = await self.connection.ready()
                 if self.config.adopt and not self.swept.is_set():
                     await self.adopt(facts)
-                if time.monotonic() >= self._next_sweep:
-                    await self.sweep()
-                else:
-                    await self._remove_orphans()
+                is_time = time.monotonic() >= self._next_sweep
+                await (self.sweep() if is_time else self._remove_orphans())
+                if is_time or self.remains.is_due:
+                    await self.remains.end(facts)
                 await self._look()
                 await self._retry_cleaning()
                 await self._reap_idle()

@@ -100,6 +100,12 @@ OUTER_KILLED = Case(
     5,
     RECOVERED,
 )
+CUT_START = Case(
+    5,
+    "`kill -9` of the Podman service once a container that it starts has its first processes",
+    "they end too, with their port; monitors, and what runc has noted, are those of living sandboxes alone",
+    15,
+)
 THREE_CRASHES = Case(
     4,
     "the API server or the Podman service is killed for the third time within a minute",
@@ -373,7 +379,7 @@ ENDURANCE = Case(
     20,
     "2,000 sandboxes come and go, 8 at a time; every 4 s one of them is killed, every 35 s the API server or Podman's "
     "service",
-    "the others serve; descriptors, memory, slots, ports, containers and storage of the run are as before",
+    "the others serve; descriptors, memory, slots, ports, containers, monitors and storage of the run are as before",
     600,
 )
 CASES = (
@@ -400,6 +406,7 @@ CASES = (
     SERVER_KILLED,
     INNER_KILLED,
     OUTER_KILLED,
+    CUT_START,
     THREE_CRASHES,
     TRAINER_FAILS,
     TRAINER_RAISES,

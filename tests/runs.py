@@ -172,6 +172,25 @@ def answers(url: str, timeout_s: float = 5) -> bool:
         return False
 
 
+def storage_of(run: Run, uid: int) -> Path:
+    """Where the runtime job of a run of the user with this id keeps its containers, on its node."""
+    return Path(f"/tmp/skyrl-{uid}-{run.jobs['runtime']}")
+
+
+def monitored(storage: Path) -> dict[int, str]:
+    """The processes that watch a container of this storage (conmon): pid → the container's id."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            line = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+        except OSError:
+            continue
+        words = line.decode(errors="replace").split("\0")
+        if words[0].endswith("/conmon") and f"{storage}/" in " ".join(words):
+            found[int(entry.name)] = words[words.index("-c") + 1]
+    return found
+
+
 def podman_ps(path: Path, every: bool = False) -> set[str]:
     """The ids of the running containers of a Podman service: what ``podman ps`` asks it, without a store of its own.
 

@@ -26,7 +26,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import runtime_processes, within
-from tests.runs import Run, body_pid, launch, podman_ps, until
+from tests.runs import Run, body_pid, launch, monitored, podman_ps, storage_of, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -38,6 +38,7 @@ SERVER, SERVICE = "slurm_runtime.api_server", "podman system service"
 CRASHES = (SERVER, SERVICE)
 SERVES = "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"
 GROWTH = 1.1
+CUT_FILES = 2  # of a start that was cut off: a volume, the name of a network (for minutes), Podman's temporary files
 
 
 @pytest.fixture(autouse=True)
@@ -56,20 +57,25 @@ class State:
     body_resident_kib: int
     containers: frozenset[str]
     ports: int
+    monitors: int
+    runtime_notes: int
     slots: int
     storage_files: int
 
     def exceeds(self, before: State, cut_starts: int = 0) -> list[str]:
-        """What is more than it was. Each start that the death of Podman's service cuts off may keep its port."""
+        """What is more than it was. Each start that the death of Podman's service cut off may have left files."""
+        files = before.storage_files * GROWTH + CUT_FILES * cut_starts
         grown = {
             "descriptors": self.descriptors > before.descriptors + 5,
             "memory": self.resident_kib > before.resident_kib * GROWTH,
             "descriptors of the body": self.body_descriptors > before.body_descriptors + 5,
             "memory of the body": self.body_resident_kib > before.body_resident_kib * GROWTH,
             "containers": bool(self.containers - before.containers),
-            "ports": self.ports > before.ports + cut_starts,
+            "ports": self.ports > before.ports,
+            "monitors": self.monitors > before.monitors,
+            "notes of the container runtime": self.runtime_notes > before.runtime_notes,
             "slots": self.slots > before.slots,
-            "files of the storage": self.storage_files > before.storage_files * GROWTH,
+            "files of the storage": self.storage_files > files,
         }
         return [what for what, is_more in grown.items() if is_more]
 
@@ -95,7 +101,7 @@ class Load:
 
     @property
     def storage(self) -> Path:
-        return Path(f"/tmp/skyrl-{self.user.uid}-{self.run.jobs['runtime']}")
+        return storage_of(self.run, self.user.uid)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         headers = {"X-API-Key": self.run.text("runtime_api_key.txt").strip(), "Content-Type": "application/json"}
@@ -192,6 +198,8 @@ class Load:
             *resources(body_pid(self.run, "runtime")),
             containers=frozenset(podman_ps(self.storage / "podman.sock", every=True)),
             ports=sum(self.user.is_id(uid) for _, uid in test_cluster.listeners("cpu-a")),
+            monitors=len(monitored(self.storage)),
+            runtime_notes=sum(1 for _ in (self.storage / "run" / "runc").iterdir()),
             slots=self.slots_used(),
             storage_files=sum(1 for _ in self.storage.rglob("*")),
         )

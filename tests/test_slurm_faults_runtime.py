@@ -21,7 +21,7 @@ from slurm.lib.runtime_client import Answer, RuntimeClient
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import Case, released, runtime_processes, within
-from tests.runs import Run, launch, until
+from tests.runs import Run, launch, monitored, podman_ps, storage_of, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -29,7 +29,6 @@ IMAGE = "localhost/skyrl-busybox:latest"
 SETTINGS = ("CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPUS_PER_NODE=0")
 SERVER, SERVICE = "slurm_runtime.api_server", "podman system service"
 FEW = 2  # requests of one client that were being answered as the server died
-START_UNDER_WAY_S = 0.1  # of about 0.3 that a start takes
 # A trainer with three sandboxes, each with a file of its own. One is paused; once the file "go" is there they are used
 # again, by what the API says of their sessions.
 TRAINER = """TRAINING_COMMAND="$SKYRL_PYTHON" - <<'END'
@@ -188,24 +187,39 @@ def service_processes(user: OrdinaryUser, run: Run) -> tuple[list[int], int]:
     return pids, next((pid for pid in pids if parents[pid] in pids), pids[0])
 
 
+def is_sound(storage: Path, living: int) -> bool:
+    """Whether Podman runs so many containers, one process watches each, and runc's notes are about these alone."""
+    running = podman_ps(storage / "podman.sock")
+    noted = {entry.name for entry in (storage / "run" / "runc").iterdir()}
+    watched = sorted(monitored(storage).values())
+    return len(running) == living and watched == sorted(running) and noted == running
+
+
 def kill_service(user: OrdinaryUser, run: Run, client: Client, case: Case) -> None:
     """Kill one of the processes of the Podman service, and wait until it is back and a new sandbox runs a command.
 
-    One that is being started meanwhile gets there too. Until the death of the waiting process is seen, the other one
-    goes on serving.
+    One that is being started meanwhile, whose first processes are there already, gets there too; what the dead service
+    had made of it is gone then. Until the death of the waiting process is seen, the other one goes on serving.
     """
+    storage = storage_of(run, user.uid)
     pids, serves = service_processes(user, run)
     doomed = serves if case is faults.INNER_KILLED else next(pid for pid in pids if pid != serves)
     before = run.log("runtime").count(case.reads)
     with ThreadPoolExecutor(1) as pool:
+        living = set(monitored(storage))
         under_way = pool.submit(client.starts, f"before{doomed}")
-        time.sleep(START_UNDER_WAY_S)
+        end = time.monotonic() + case.bound_s
+        while set(monitored(storage)) <= living:
+            assert time.monotonic() < end, "no start was seen"
         begin = time.monotonic()
         os.kill(doomed, signal.SIGKILL)
         until("the recovery", lambda: run.log("runtime").count(case.reads) > before, case.bound_s)
         until("a new sandbox", lambda: client.starts(f"after{doomed}"), case.bound_s)
         assert under_way.result(timeout=case.bound_s)
         within(case, time.monotonic() - begin)
+        nobodys = "monitors of living sandboxes alone"
+        until(nobodys, lambda: is_sound(storage, living=len(living) + 2), faults.CUT_START.bound_s)
+        within(faults.CUT_START, time.monotonic() - begin)
     assert client.old_ones_are_whole()
     assert not set(pids) & set(runtime_processes(user, run, SERVICE)), "nothing of the dead one is left"
 

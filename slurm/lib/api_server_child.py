@@ -74,13 +74,14 @@ def common_flags(settings: Settings) -> tuple[str, ...]:
     return tuple(word for flag in flags for word in flag)
 
 
-def own_flags(job: JobContext, listener: socket.socket, key_file: Path) -> tuple[str, ...]:
+def own_flags(job: JobContext, listener: socket.socket, key_file: Path, failures_file: Path) -> tuple[str, ...]:
     """The flags of our server."""
     settings = job.settings
     archives = archives_folder(settings)
     flags = [
         ("--fd", str(listener.fileno())),
         ("--api-key-file", str(key_file)),
+        ("--failures-file", str(failures_file)),
         ("--public-host", public_host(job.is_local)),
         ("--cpus", str(available_cpus(settings))),
         ("--label", f"job={job.job_id}"),
@@ -223,7 +224,7 @@ def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, 
         sys.executable,
         "-m",
         "slurm_runtime.api_server",
-        *own_flags(job, listener, key_file),
+        *own_flags(job, listener, key_file, storage.root / "failures.jsonl"),
         "--stop-timeout",
         f"{0.8 * stop_s:g}",
     )

@@ -133,6 +133,14 @@ class Warden:
         usage: Mapping[str, Mapping[str, float]] = answer["usage"]
         return usage
 
+    async def end_stray(self, monitor: int, started: int, container: str, runtime: str) -> None:
+        request = {"monitor": monitor, "started": started, "container": container, "runtime": runtime}
+        await self._ask({"do": "end_stray", **request}, DEADLINE_S)
+
+    async def tidy_networks(self, empty_for_s: float) -> int:
+        answer = await self._ask({"do": "tidy_networks", "empty_for_s": empty_for_s}, DEADLINE_S)
+        return int(answer["removed"])
+
     async def close(self) -> None:
         self._closing = True
         if self._writer:

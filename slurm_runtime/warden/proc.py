@@ -47,6 +47,14 @@ def stat_of(pid: int) -> list[str]:
         os.close(descriptor)
 
 
+def name_of(pid: int) -> str:
+    """The name of a process's program, its first 15 characters; empty where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return ""
+
+
 def proportional_bytes(pid: int) -> int:
     """Memory of a process with shared pages divided among those who share them."""
     return _rolled_up(pid, ("Pss:",))

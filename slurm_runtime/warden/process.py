@@ -25,6 +25,7 @@ sys.path.insert(0, sys.argv[3] if len(sys.argv) > 3 else "")
 from slurm_runtime.warden import network, room
 from slurm_runtime.warden.killing import end_container
 from slurm_runtime.warden.proc import members, namespace_of, signal_all
+from slurm_runtime.warden.remains import Networks, end_stray, environment_of
 from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, new_session_keyring, prctl, setns
 from slurm_runtime.warden.watchdog import Watchdog
 
@@ -39,19 +40,26 @@ class Failure(Exception):
     """A request cannot be served."""
 
 
-def join_podman(pid: int) -> None:
-    """Become root of the user namespace that Podman's service lives in; nothing to do where it is our own."""
+def join_podman(pid: int) -> bool:
+    """Become root of the user namespace that Podman's service lives in; False, with nothing done, if it is our own."""
     theirs = namespace_of(pid, "user")
     if not theirs:
         raise ProcessLookupError(f"its service, process {pid}, has ended")
     if theirs == namespace_of(os.getpid(), "user"):
-        return
+        return False
     descriptors = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")]
     for descriptor in descriptors:
         setns(descriptor)
         os.close(descriptor)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
+    return True
+
+
+def networks_of(pid: int, is_rootless: bool) -> Networks:
+    """Those that a rootless Podman keeps; root's lie where anybody on the machine may keep some."""
+    folder = environment_of(pid).get("XDG_RUNTIME_DIR") if is_rootless else None
+    return Networks(Path(folder) / "netns" if folder else None)
 
 
 class Lines:
@@ -92,9 +100,10 @@ class Imports:
 class Warden:
     """Serves one API server."""
 
-    def __init__(self, owner: Lines, code: Path) -> None:
+    def __init__(self, owner: Lines, code: Path, networks: Networks) -> None:
         self.owner = owner
         self.code = code
+        self.networks = networks
         self.watchdog = Watchdog()
         self.selector = selectors.DefaultSelector()
         self.tree: Mapping[str, Any] | None = None
@@ -115,6 +124,8 @@ class Warden:
             "adopt": self.adopt,
             "forget": self.forget,
             "usage": self.usage,
+            "end_stray": self.end_stray,
+            "tidy_networks": self.tidy_networks,
         }
 
     def run(self) -> None:
@@ -334,6 +345,13 @@ class Warden:
         del request
         return {"ok": True, "usage": self.watchdog.report()}
 
+    def end_stray(self, request: Request) -> dict[str, Any]:
+        end_stray(int(request["monitor"]), int(request["started"]), request["container"], request["runtime"])
+        return {"ok": True}
+
+    def tidy_networks(self, request: Request) -> dict[str, Any]:
+        return {"ok": True, "removed": self.networks.tidy(float(request["empty_for_s"]))}
+
     def bark(self) -> None:
         """Stop who takes more than it may."""
         for name, one, reason in self.watchdog.look():
@@ -354,7 +372,7 @@ def main() -> None:
     owner = Lines(socket.socket(fileno=descriptor))
     os.set_inheritable(descriptor, False)
     try:
-        join_podman(podman)
+        networks = networks_of(podman, is_rootless=join_podman(podman))
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # taking on other ids has cleared it
     except OSError as problem:
         owner.send({"event": "unusable", "reason": f"Podman's namespaces cannot be joined: {problem}"})
@@ -362,7 +380,7 @@ def main() -> None:
     with contextlib.suppress(OSError):  # no quota left: what is forked may make no call that uses it
         new_session_keyring()
     owner.send({"event": "ready"})
-    Warden(owner, Path(sys.argv[3]) / "slurm_runtime").run()
+    Warden(owner, Path(sys.argv[3]) / "slurm_runtime", networks).run()
 
 
 if __name__ == "__main__":

@@ -213,6 +213,10 @@ class FakePodman:
     async def inspect(self, name: str) -> ContainerState:
         return self._container(name).state
 
+    async def exists(self, name: str) -> bool:
+        self._answers()
+        return name in self.containers
+
     async def list(self, label: str) -> list[tuple[ContainerState, Mapping[str, str]]]:
         self._answers()
         name, equals, value = label.partition("=")

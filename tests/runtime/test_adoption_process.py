@@ -21,6 +21,7 @@ import pytest
 
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.ownership import process_mark
+from slurm_runtime.remains import monitors
 from slurm_runtime.warden.proc import members, namespace_of
 from tests.runtime import podman_service
 from tests.runtime.agent_tree import COMMAND
@@ -246,6 +247,64 @@ def test_a_start_in_flight_is_asked_for_again_and_is_one_sandbox(lineage: MakeLi
         assert len(living) == number + 1
         # What Podman was still asked for by the killed server appears later, and is swept then.
         eventually(lambda living=living: set(servers.podman.containers()) == living)  # type: ignore[misc]
+
+
+def test_one_that_had_failed_before_is_known_with_its_reason(
+    lineage: MakeLineage, rootless_podman: podman_service.Service
+) -> None:
+    """Its session had no other one since; of a session that had, the next server knows that other one, or none."""
+    failures = rootless_podman.home / "failures"
+    servers = lineage("--failures-file", str(failures))
+    first = servers.begin()
+    victims = [ready(first, session_id=f"s{number}") for number in range(3)]
+    for victim in victims:
+        os.kill(holder_of(servers.podman, victim), signal.SIGKILL)
+    paths = [f"/runtime/{victim['runtime_id']}" for victim in victims]
+    eventually(lambda: all(get(first, path)["pod_status"] == "failed" for path in paths))
+    before = get(first, "/sessions/s0")
+    again, other = ready(first, session_id="s1"), ready(first, session_id="s2")
+    assert first.request("POST", "/stop", {"runtime_id": other["runtime_id"]}).status_code == 200
+    servers.kill()
+    second = servers.begin("--adopt")
+    found = get(second, "/sessions/s0")
+    assert "137 (SIGKILL)" in found["pod_logs"]
+    assert {**found, "session_api_key": before["session_api_key"]} == before
+    assert get(second, "/sessions/s1")["runtime_id"] == again["runtime_id"]
+    assert second.request("GET", "/sessions/s2").status_code == 404
+    assert get(second, paths[2])["pod_status"] == "failed"
+    assert get(second, "/list")["total"] == 1
+    assert failures.stat().st_mode & 0o777 == 0o600
+    assert ready(second, session_id="s0")["runtime_id"] != before["runtime_id"]
+
+
+def cut_off(servers: Lineage, server: Server, graph_root: str) -> Server:
+    """Kill Podman's service and the server at once while a container of session "cut" starts; the next server."""
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(server.start, session_id="cut")
+        while not monitors(graph_root):
+            assert not starting.done()
+        servers.podman.kill()
+        servers.kill()
+        with contextlib.suppress(httpx.TransportError):
+            starting.result()
+    servers.podman.begin()
+    return servers.begin("--adopt")
+
+
+def test_what_a_start_leaves_that_both_deaths_cut_off_is_ended(lineage: MakeLineage) -> None:
+    """The next server removes the container, and ends what Podman does not know of it."""
+    servers = lineage()
+    server = servers.begin()
+    graph_root = servers.podman.podman("info", "--format", "{{.Store.GraphRoot}}").strip()
+    for _ in range(10):  # on a busy machine the container may run by the time that its monitor is seen
+        server = cut_off(servers, server, graph_root)
+        found = get(server, "/sessions/cut")
+        if found["pod_status"] == "failed":
+            break
+        server.request("POST", "/stop", {"runtime_id": found["runtime_id"]})
+        eventually(lambda: monitors(graph_root) == [])
+    assert "cut off when the API server was killed" in found["pod_logs"]
+    eventually(lambda: servers.podman.containers() == [] and monitors(graph_root) == [])
 
 
 def test_a_container_that_appears_after_the_first_look_is_removed_too(lineage: MakeLineage) -> None:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from slurm_runtime.control import ControlError
+from slurm_runtime.remains import Monitor, monitors
 from slurm_runtime.warden.client import Warden
 from tests.runtime import podman_service
 from tests.runtime.commands import IMAGE
@@ -25,6 +26,8 @@ from tests.runtime.conftest import CONFIG, Api, KillablePodman, serving
 from tests.runtime.test_contract import eventually, started
 
 pytestmark = pytest.mark.podman
+
+REMAINS_S = 15.0  # as the fault matrix: what a start leaves that was cut off is gone
 
 
 @pytest.fixture
@@ -102,6 +105,83 @@ def test_a_start_that_podman_was_at_is_done_again(outage_api: Api, rootless_podm
             assert settled(outage_api, path) == "ready"
             stop = outage_api.client.post("/stop", json={"runtime_id": answer.json()["runtime_id"]})
             assert stop.status_code == 200, stop.text
+
+
+def until_watched(graph_root: str, names: list[str]) -> None:
+    """Wait until the containers that are watched are those with these names."""
+    end = time.monotonic() + REMAINS_S
+    while found := monitors(graph_root):
+        if [one.name for one in found] == names:
+            return
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    assert not names
+
+
+def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: str) -> bool:
+    """Start a sandbox and kill the service once the monitor of its container is there; whether that cut the start off.
+
+    Then the container is one that never ran, for Podman: its removal, before the start is made again, ends no process.
+    """
+    before = {one.pid for one in monitors(graph_root)}
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(api.start, image=IMAGE, command=api.serve)
+        cut: list[Monitor] = []
+        while not cut:
+            cut = [one for one in monitors(graph_root) if one.pid not in before]
+            assert not starting.done()
+        with back_after(service, 0.3):
+            time.sleep(0.2)
+            never_ran = (service.home / "x" / "runc" / cut[0].container / "exec.fifo").exists()
+        answer = starting.result()
+    assert answer.status_code == 201, answer.text
+    runtime_id = answer.json()["runtime_id"]
+    eventually(lambda: api.client.get(f"/runtime/{runtime_id}").json()["pod_status"] == "ready", 40)
+    until_watched(graph_root, [f"sandbox-{runtime_id}"])
+    assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 200
+    return never_ran
+
+
+def assert_only_networks_of_sandboxes(api: Api, service: podman_service.Service, sandboxes: int = 0) -> None:
+    """Once those in which nothing lives are taken away."""
+    control = api.manager.launcher.control
+    assert control is not None
+    api.run(control.tidy_networks(0.0))
+    folder = service.home / "x" / "netns"
+    mounted = service.podman("unshare", "sh", "-c", f"grep {folder}/ /proc/self/mountinfo || true")
+    assert len(list(folder.iterdir())) == len(mounted.splitlines()) == sandboxes
+
+
+def test_what_a_cut_start_leaves_is_ended(outage_api: Api, rootless_podman: podman_service.Service) -> None:
+    """Its monitor and processes, what the runtime has noted of it, and in the end its network namespace."""
+    graph_root = outage_api.run(outage_api.engine.facts()).graph_root
+    strays = 0
+    for _ in range(20):
+        strays += cut_at_its_monitor(outage_api, rootless_podman, graph_root)
+        if strays == 3:
+            break
+    assert strays, "of 20 starts none was cut off"
+    until_watched(graph_root, [])
+    eventually(lambda: list((rootless_podman.home / "x" / "runc").iterdir()) == [])
+    assert_only_networks_of_sandboxes(outage_api, rootless_podman)
+
+
+def test_a_network_in_which_nothing_lives_goes_once_that_is_so_for_long(
+    outage_api: Api, rootless_podman: podman_service.Service
+) -> None:
+    """As a start leaves it that is cut off before the container has a process; a sandbox's own stays."""
+    sandbox = started(outage_api)
+    assert_only_networks_of_sandboxes(outage_api, rootless_podman, sandboxes=1)
+    left = rootless_podman.home / "x" / "netns" / "netns-of-a-cut-start"
+    rootless_podman.podman("unshare", "sh", "-c", f"touch {left} && unshare --net={left} true")
+    control = outage_api.manager.launcher.control
+    assert control is not None
+    assert outage_api.run(control.tidy_networks(60.0)) == 0
+    assert left.exists()
+    assert outage_api.run(control.tidy_networks(0.0)) == 1
+    assert not left.exists()
+    assert_only_networks_of_sandboxes(outage_api, rootless_podman, sandboxes=1)
+    assert httpx.get(f"{sandbox['url']}/health", trust_env=False).status_code == 200
 
 
 def test_an_outage_that_lasts_is_an_error_after_its_patience(rootless_podman: podman_service.Service) -> None:
