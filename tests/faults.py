@@ -173,6 +173,16 @@ KILLED_ANY_TIME = Case(
     "`kill -9` of `launch.py` at 20 moments, from its first lines to its last",
     "nothing that can start is left, or the whole run; the next launch removes the rest",
 )
+KILLED_AT_A_CALL_HET = Case(
+    12,
+    "`kill -9` of `launch.py` before and after each of these calls with `PAIRING=het`, where one is for both parts",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+KILLED_ANY_TIME_HET = Case(
+    12,
+    "`kill -9` of `launch.py` at 20 moments with `PAIRING=het`",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
 NOT_ITS_OWN = Case(
     12,
     "a launch while another one is between its two `sbatch`, a person holds a run, and one of another host is held",
@@ -325,6 +335,8 @@ ENDURANCE = Case(
 CASES = (
     KILLED_AT_A_CALL,
     KILLED_ANY_TIME,
+    KILLED_AT_A_CALL_HET,
+    KILLED_ANY_TIME_HET,
     NOT_ITS_OWN,
     SILENT_CONTROLLER,
     NO_CONTROLLER,

@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 NO_GPU = "GPUS_PER_NODE=0"
 TRUE = "TRAINING_COMMAND=true"
 LATER = "CPU_SBATCH_ARGS=--begin=now+3600"
+HET = "PAIRING=het"
 OUTAGE_S = 120.0
 ELSEWHERE = "skyrl:login9.example/boot/1/2/3/0"
 # Does what Slurm's command does; at one of its calls, before or after it, kills the launcher or waits to go on.
@@ -143,42 +144,76 @@ def assert_nothing_can_start(desk: Desk) -> None:
             assert ids or runtime, jobs
 
 
-POINTS = [
-    *(f"{command} {n} {when}" for command in ("sbatch", "scontrol") for n in (1, 2) for when in ("before", "after"))
-]
+@dataclass(frozen=True)
+class Killing:
+    """A kind of run whose launcher is killed: before and after its calls of Slurm, and at any time.
+
+    ``left`` counts its jobs that are held after each of these kills but the last, which comes after the commit.
+    """
+
+    at_a_call: faults.Case
+    any_time: faults.Case
+    settings: tuple[str, ...]
+    calls: tuple[str, ...]
+    left: tuple[int, ...]
+
+    @property
+    def points(self) -> list[str]:
+        return [f"{call} {when}" for call in self.calls for when in ("before", "after")]
 
 
-def test_a_launcher_killed_at_each_call(desk: Desk) -> None:
+KILLINGS = (
+    Killing(
+        faults.KILLED_AT_A_CALL,
+        faults.KILLED_ANY_TIME,
+        (),
+        ("sbatch 1", "sbatch 2", "scontrol 1", "scontrol 2"),
+        (0, 1, 1, 2, 2, 2, 2),
+    ),
+    Killing(faults.KILLED_AT_A_CALL_HET, faults.KILLED_ANY_TIME_HET, (HET,), ("sbatch 1", "scontrol 1"), (0, 2, 2)),
+)
+MOMENTS = 20
+
+
+def killed_at(desk: Desk, point: str, *settings: str) -> None:
+    """A launch that is killed at a point."""
+    with desk.start(*settings, env=desk.wrapped(point.replace(" ", "_"), point, "kill")) as launcher:
+        out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == -signal.SIGKILL, (point, out, err)
+    time.sleep(1)
+    assert_nothing_can_start(desk)
+
+
+@pytest.mark.parametrize("killing", KILLINGS, ids=lambda killing: killing.at_a_call.fault)
+def test_a_launcher_killed_at_each_call(desk: Desk, killing: Killing) -> None:
     """Without anything to wait for: what could start would have started."""
-    for number, point in enumerate(POINTS):
-        env = desk.wrapped(f"bin{number}", point, "kill")
-        with desk.start(env=env) as launcher:
-            out, err = launcher.communicate(timeout=60)
-        assert launcher.returncode == -signal.SIGKILL, (point, out, err)
-        time.sleep(1)
-        assert_nothing_can_start(desk)
+    *before, committed = killing.points
+    for point, count in zip(before, killing.left, strict=True):
+        killed_at(desk, point, *killing.settings)
         left = [job for job in desk.queue() if job.name.startswith("skyrl")]
-        if point != POINTS[-1]:
-            assert len(left) == [0, 1, 1, 2, 2, 2, 2][number], (point, left)
-            assert not [job for job in left if job.can_start], (point, left)
+        assert len(left) == count, (point, left)
+        assert not [job for job in left if job.can_start], (point, left)
+    killed_at(desk, committed, *killing.settings)
     finished = {path for path in desk.folders() if list(path.glob("*.out"))}
     assert len(finished) == 1, "the one that was killed after its commit"
     until("its end", lambda: not desk.queue(), 60)
-    run, said = desk.launch(LATER)
+    run, said = desk.launch(LATER, *killing.settings)
     assert {job.job_id for job in desk.queue()} == set(run.jobs.values())
     assert desk.folders() == {*finished, run.directory}
     assert not list(desk.base.glob("*/submission_*")), said
-    within(faults.KILLED_AT_A_CALL, 0.0)
+    within(killing.at_a_call, 0.0)
 
 
-def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
+@pytest.mark.parametrize("killing", KILLINGS, ids=lambda killing: killing.any_time.fault)
+def test_a_launcher_killed_at_any_time(desk: Desk, killing: Killing) -> None:
     """The moments reach from before its first call of Slurm to after its last, however fast the machine is."""
+    later = (LATER, *killing.settings)
     begin = time.monotonic()
-    kept, left = {desk.launch(LATER)[0].directory}, 0
+    kept, left = {desk.launch(*later)[0].directory}, 0
     usual_s = time.monotonic() - begin
-    for number in range(20):
-        launcher = desk.start(LATER)
-        time.sleep(usual_s * (0.3 + 0.09 * number))
+    for number in range(MOMENTS):
+        launcher = desk.start(*later)
+        time.sleep(usual_s * (0.3 + 1.8 * number / MOMENTS))
         launcher.kill()
         launcher.communicate()
         time.sleep(0.2)  # a call of sbatch goes on without it
@@ -189,12 +224,12 @@ def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
         left += any(job.reason == "JobHeldUser" for job in queue)
     assert len(kept) > 1, "no kill came after the commit"
     assert left, "no kill came between the first sbatch and the commit"
-    run, _ = desk.launch(LATER)
+    run, _ = desk.launch(*later)
     whole = desk.whole_runs()
     assert desk.folders() == whole.keys()
     assert whole.keys() == {*kept, run.directory}
     assert {job.job_id for job in desk.queue()} == set().union(*whole.values())
-    within(faults.KILLED_ANY_TIME, 0.0)
+    within(killing.any_time, 0.0)
 
 
 def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
