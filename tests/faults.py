@@ -302,6 +302,12 @@ NO_PYTHON = Case(
 MOVED = Case(
     22, "the checkout is moved while both jobs are queued", "the run completes, from its own copy of the code", 60
 )
+UPGRADED = Case(
+    22,
+    "the checkout is upgraded by `git pull` while both jobs are queued",
+    "the run completes, with the code of its launch",
+    60,
+)
 BAD_NEIGHBOURS = Case(
     6,
     "in one run one sandbox runs out of memory, another is a fork bomb, another fills the node's disk",
@@ -402,6 +408,7 @@ CASES = (
     REBUILT,
     NO_PYTHON,
     MOVED,
+    UPGRADED,
     BAD_NEIGHBOURS,
     WRONG_KEYS,
     HOSTILE_UPLOADS,
