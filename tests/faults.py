@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -144,18 +145,46 @@ PARTED = Case(
 )
 CONTROLLER_SILENT = Case(
     8,
-    "the controller does not answer for a minute, and is down for another",
-    "the run goes on and its sandboxes answer, then and once the controller is back",
+    "the controller does not answer for two minutes, is down for two, or slow for two, as above",
+    "a run goes on and its sandboxes answer, then and once the controller is back",
 )
 SIGNAL_IN_SILENCE = Case(
     8,
-    "SIGTERM to a training job's body while the controller does not answer",
+    "SIGTERM to a training job's body while the controller does not answer, or is down",
     "the trainer is stopped, and nothing of the run is left on its nodes",
     15,
+)
+NEXT_IN_SILENCE = Case(
+    8,
+    "the controller does not answer, is down or slow when a training job with `RESTARTS=1` queues its next attempt",
+    "the trainer starts; the attempt is queued once the controller is back",
+    30,
+    "the next attempt is not queued yet; the trainer starts meanwhile",
+)
+CANCELLED_SLOWLY = Case(
+    8,
+    "`launch.py cancel` while the controller is slow",
+    "it has ended the run's jobs, or says that they have not ended, exit code 75; said again, it ends them",
+    15,
+    "has not ended",
 )
 RUNTIMES_LIMIT = Case(11, "the runtime job's time limit comes first", ENDS, 15, "ended by SIGTERM")
 TRAININGS_LIMIT = Case(11, "the training job's time limit comes first", ENDS_OTHER, 15, "SIGTERM (the time limit)")
 BOTH_LIMITS = Case(11, "both jobs reach their time limit", BOTH_END, 15, "ended by SIGTERM")
+CHAINED_AT_LIMIT = Case(
+    11,
+    "both jobs of a run with `RESTARTS=1` reach their time limit, in which the trainer saves",
+    "both jobs end within 15 s; the trainer of the next pair goes on",
+    30,
+    "it goes on in the jobs",
+)
+CHAINED_BEFORE_LIMIT = Case(
+    11,
+    "the trainer of a run with `RESTARTS=1` saves when it is told that the time limit comes",
+    "both jobs end within 15 s, before the limit; the trainer of the next pair goes on",
+    30,
+    "it goes on in the jobs",
+)
 DEAD_JOB = Case(
     19,
     "`kill -9` of a runtime job's body, guardian, API server and Podman service at once; its sandboxes live on",
@@ -202,6 +231,12 @@ NO_CONTROLLER = Case(
     "each waits and completes, or says that nothing was queued; never half a pair",
     240,
     "Slurm does not answer; waiting up to",
+)
+SLOW_CONTROLLER = Case(
+    8,
+    f"`slurmctld` is slow for two minutes, works for 1 s and does nothing for 20 s in turns (SIGSTOP, SIGCONT): {AWAY}",
+    "each waits and completes, or says that nothing was queued; never half a pair",
+    240,
 )
 HOSTILE_VALUES = Case(
     16,
@@ -346,6 +381,7 @@ CASES = (
     NOT_ITS_OWN,
     SILENT_CONTROLLER,
     NO_CONTROLLER,
+    SLOW_CONTROLLER,
     HOSTILE_VALUES,
     CANCELLED,
     CANCELLED_PENDING,
@@ -381,9 +417,13 @@ CASES = (
     PARTED,
     CONTROLLER_SILENT,
     SIGNAL_IN_SILENCE,
+    NEXT_IN_SILENCE,
+    CANCELLED_SLOWLY,
     RUNTIMES_LIMIT,
     TRAININGS_LIMIT,
     BOTH_LIMITS,
+    CHAINED_AT_LIMIT,
+    CHAINED_BEFORE_LIMIT,
     MANY_LAUNCHES,
     OTHER_USER,
     HOME_FULL,
@@ -420,11 +460,13 @@ CASES = (
 class NothingLeftOfRun(NothingLeft):
     """A check that one run left nothing, while others of its user go on: what names its jobs, and its port.
 
-    ``disk_in_reach``: its CPU node is on; of one that is off, the next runtime job there removes the storage.
+    ``disk_in_reach``: its CPU node is on; of one that is off, the next runtime job there removes the storage. ``url``:
+    the address of its server, where the next attempt's replaces it.
     """
 
     run: Run
     disk_in_reach: bool = True
+    url: str = ""
 
     def now(self) -> list[str]:
         """What is left at this moment. Sandboxes are processes of the storage, which ends with the last of them."""
@@ -436,11 +478,12 @@ class NothingLeftOfRun(NothingLeft):
         storage = [
             f"{name}" for name in names if self.disk_in_reach and any((folder / name).exists() for folder in SCRATCH)
         ]
-        sockets = [line for node in cluster.NODES for line in cluster.sockets(node) if any(n in line for n in names)]
+        named = re.compile(rf"({'|'.join(names)})(?!\d)")  # job 35 is not job 3
+        sockets = [line for node in cluster.NODES for line in cluster.sockets(node) if named.search(line)]
         return [*processes, *storage, *sockets, *self._ports()]
 
     def _ports(self) -> list[str]:
-        host, _, port = self.run.text("runtime_url.txt").strip().rpartition("//")[2].rpartition(":")
+        host, _, port = (self.url or self.run.text("runtime_url.txt")).strip().rpartition("//")[2].rpartition(":")
         taken = bool(host) and host in cluster.NODES and (int(port), self.user.uid) in cluster.listeners(host)
         return [f"port {port} on {host}"] if taken else []
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 
 from tests import cluster as test_cluster
 from tests import faults
-from tests.conftest import NothingLeft, OrdinaryUser
+from tests.conftest import NothingLeft, OrdinaryUser, belongings
 from tests.faults import within
-from tests.runs import SMALL, Run, launch_argv, parse_report, until
+from tests.runs import SMALL, Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 
 NO_GPU = "GPUS_PER_NODE=0"
+TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 600"
 TRUE = "TRAINING_COMMAND=true"
 LATER = "CPU_SBATCH_ARGS=--begin=now+3600"
 HET = "PAIRING=het"
@@ -107,6 +108,9 @@ class Desk:
         done = self.user.run(self.argv(*settings))
         assert done.returncode == 0, done.stderr
         return parse_report(self.user, done.stdout), done.stderr
+
+    def cancel(self, run: Run) -> subprocess.CompletedProcess[str]:
+        return self.user.run([str(self.checkout / "slurm" / "launch.py"), "cancel", str(run.directory)])
 
     def queue(self) -> list[Job]:
         answer = self.user.run(["squeue", "-h", f"--user={self.user.name}", "-o", "%A|%j|%T|%r"])
@@ -259,42 +263,134 @@ def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
 OUTAGES = {
     faults.SILENT_CONTROLLER: test_cluster.silent_controller,
     faults.NO_CONTROLLER: test_cluster.no_controller,
+    faults.SLOW_CONTROLLER: test_cluster.slow_controller,
 }
 CAUGHT_AT = ("sbatch 1 before", "sbatch 2 before", "scontrol 1 before", "scontrol 2 before")
 
 
+@dataclass
+class Launches:
+    """Launches that an outage catches at their calls, and one that begins in it."""
+
+    desk: Desk
+    end: contextlib.ExitStack
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    said: list[tuple[str, str]] = field(default_factory=list)  # stdout and stderr of each
+
+    def catch(self) -> None:
+        """Have them wait at their calls."""
+        self.folders = [self.desk.folder / f"bin{number}" for number in range(len(CAUGHT_AT))]
+        for path, point in zip(self.folders, CAUGHT_AT, strict=True):
+            self._start(self.desk.wrapped(path.name, point, "wait"))
+        until("their calls", lambda: all((path / "reached").exists() for path in self.folders), 60)
+
+    def go_on(self) -> None:
+        """Let them make their calls; one more begins."""
+        for path in self.folders:
+            (path / "go").touch()
+        self._start()
+
+    def _start(self, env: dict[str, str] | None = None) -> None:
+        self.started.append(self.end.enter_context(self.desk.start(LATER, env=env)))
+
+    def await_ends(self, seconds: float) -> None:
+        self.said = [launcher.communicate(timeout=seconds) for launcher in self.started]
+
+    def assert_whole(self) -> None:
+        """Each has completed, or says that nothing was queued; in the queue is what has completed, nothing else."""
+        taken: set[str] = set()
+        for launcher, (out, err) in zip(self.started, self.said, strict=True):
+            assert launcher.returncode in {0, 73}, err
+            assert launcher.returncode == 0 or "nothing was queued" in err or "cancelled" in err, err
+            assert "Traceback" not in err
+            if launcher.returncode == 0:
+                jobs = set(parse_report(self.desk.user, out).jobs.values())
+                assert len(jobs) == 2
+                taken |= jobs
+        assert taken, "a controller that comes back is worth waiting for"
+        jobs_left = self.desk.queue()
+        assert {job.job_id for job in jobs_left} == taken, (self.said, jobs_left)
+        assert not [job for job in jobs_left if job.reason == "JobHeldUser"], "all of them have been let go"
+        assert set().union(*self.desk.whole_runs().values()) == taken
+        assert len(self.desk.folders()) * 2 == len(taken)
+
+
+def signalled(desk: Desk, run: Run, over_at: float) -> None:
+    """SIGTERM to the body of a training job; nobody has to hear Slurm for its end."""
+    begin = time.monotonic()
+    os.kill(body_pid(run, "training"), signal.SIGTERM)
+    check = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run)
+    until("the run's end on its nodes", lambda: run.completion and not check.now(), 60)
+    within(faults.SIGNAL_IN_SILENCE, time.monotonic() - begin)
+
+
+def cancelled_again(desk: Desk, run: Run, over_at: float) -> None:
+    """``launch.py cancel``, again and again until the run has ended, or the outage; each says what has become of it."""
+    check = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run)
+    while time.monotonic() < over_at:
+        begin = time.monotonic()
+        done = desk.cancel(run)
+        within(faults.CANCELLED_SLOWLY, time.monotonic() - begin)
+        if done.returncode == 0:
+            until("the run's end on its nodes", lambda: not check.now(), 15)
+            return
+        assert done.returncode == 75, done.stderr
+        assert faults.CANCELLED_SLOWLY.reads in done.stdout
+
+
+def queues_its_next_attempt(desk: Desk) -> Run:
+    """A run whose training job is at its first call of sbatch, where it waits."""
+    env = desk.wrapped("next", "sbatch 3 before", "wait")
+    run = launch(
+        desk.user, desk.checkout, desk.folder / "chain", TRAIN_LONG, NO_GPU, "RESTARTS=1", "RESTART_LEAD=60", env=env
+    )
+    until("its sbatch", lambda: (desk.folder / "next" / "reached").exists(), 60)
+    assert "trainer started" not in run.log("training")
+    return run
+
+
+END = dict.fromkeys(OUTAGES, signalled) | {faults.SLOW_CONTROLLER: cancelled_again}
+
+
+@pytest.mark.podman
 @pytest.mark.parametrize("case", OUTAGES, ids=lambda case: case.fault)
-def test_launches_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
-    """Some are caught by it at one of their calls, one begins in it."""
+def test_launches_and_runs_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
+    """Meanwhile one run goes on, one is about to queue its next attempt, and one is ended."""
+    on_a, on_b = (f"CPU_SBATCH_ARGS=--nodelist=cpu-{name}" for name in "ab")
+    run, sandboxes = with_sandboxes(desk.user, desk.checkout, desk.folder / "on", NO_GPU, on_a)
+    ending = launch(desk.user, desk.checkout, desk.folder / "ending", TRAIN_LONG, NO_GPU, on_b)
+    ending.wait_for_text("training", "trainer started", 60)
     with contextlib.ExitStack() as end:
-        folders = [desk.folder / f"bin{number}" for number in range(len(CAUGHT_AT))]
-        environments = [desk.wrapped(path.name, point, "wait") for path, point in zip(folders, CAUGHT_AT, strict=True)]
-        launchers = [end.enter_context(desk.start(LATER, env=env)) for env in environments]
-        until("their calls", lambda: all((path / "reached").exists() for path in folders), 60)
+        launches = Launches(desk, end)
+        launches.catch()
+        following = queues_its_next_attempt(desk)
         begin = time.monotonic()
         with OUTAGES[case]():
-            for path in folders:
-                (path / "go").touch()
-            launchers.append(end.enter_context(desk.start(LATER)))
-            time.sleep(OUTAGE_S)
-        said = [launcher.communicate(timeout=case.bound_s) for launcher in launchers]
+            (desk.folder / "next" / "go").touch()
+            launches.go_on()
+            following.wait_for_text("training", "trainer started", faults.NEXT_IN_SILENCE.bound_s)
+            within(faults.NEXT_IN_SILENCE, time.monotonic() - begin)
+            END[case](desk, ending, begin + OUTAGE_S)
+            assert all(map(answers, sandboxes))
+            time.sleep(max(0.0, begin + OUTAGE_S - time.monotonic()))
+            assert all(map(answers, sandboxes))
+        until("Slurm knows the run's jobs", lambda: {run.state(kind) for kind in run.jobs} == {"RUNNING"}, 30)
+        launches.await_ends(case.bound_s)
         within(case, time.monotonic() - begin)
-    taken: set[str] = set()
-    for launcher, (out, err) in zip(launchers, said, strict=True):
-        assert launcher.returncode in {0, 73}, err
-        assert launcher.returncode == 0 or "nothing was queued" in err or "cancelled" in err, err
-        assert "Traceback" not in err
-        assert case.reads in err
-        if launcher.returncode == 0:
-            jobs = set(parse_report(desk.user, out).jobs.values())
-            assert len(jobs) == 2
-            taken |= jobs
-    assert taken, "a controller that comes back is worth waiting for"
-    jobs_left = desk.queue()
-    assert {job.job_id for job in jobs_left} == taken, (said, jobs_left)
-    assert not [job for job in jobs_left if job.reason == "JobHeldUser"], "all of them have been let go"
-    assert set().union(*desk.whole_runs().values()) == taken
-    assert len(desk.folders()) * 2 == len(taken)
+        until("its next attempt", lambda: "it goes on in the jobs" in following.log("training"), case.bound_s)
+    assert {job.job_id for job in desk.queue()} >= set(following.next_attempt().jobs.values())
+    assert faults.NEXT_IN_SILENCE.reads in following.log("training")
+    assert all(map(answers, sandboxes))
+    assert not run.completion
+    assert "is gone" not in run.log("training") + run.log("runtime")
+    within(faults.CONTROLLER_SILENT, 0.0)
+    assert all(case.reads in err for _, err in launches.said)
+    queued = following.next_attempt()
+    for one in (run, ending, following):
+        assert desk.cancel(one).returncode == 0
+    for one in (run, ending, following, queued):
+        one.wait_over(seconds=30)
+    launches.assert_whole()
 
 
 # --- 16: hostile input ------------------------------------------------------------------------------------------------
