@@ -194,16 +194,19 @@ class Chain:
         attempt = Attempt(self.number, jobs, checkpoints_of(self.job.settings, self.job.directory).mark())
         self._record(attempt)
         log.info("attempt %d of at most %d, from %s", self.number, restarts + 1, attempt.checkpoint or "the beginning")
-        if self.number > restarts:
-            return
-        self._queueing = Lookout(lambda: self._queue_next(attempt)).__enter__()  # which ends with its first look
+        if self.number <= restarts:
+            self._queueing = Lookout(lambda: self._queue_next(attempt)).__enter__()  # which ends with its first look
+            self._await_queued(self._queueing, still_possible)
+
+    @staticmethod
+    def _await_queued(queueing: Lookout[bool], still_possible: Callable[[], None]) -> None:
         end = time.monotonic() + START_S
-        while not self._queueing.wait(NOTE_EVERY_S):
+        while not queueing.wait(NOTE_EVERY_S):
             still_possible()
             if time.monotonic() > end:
                 log.warning("the next attempt is not queued yet; the trainer starts meanwhile")
                 return
-        self._queueing.seen()
+        queueing.seen()
 
     def _record(self, attempt: Attempt) -> None:
         try:
@@ -237,7 +240,7 @@ class Chain:
         self.call_off()
         if self._is_queueing(TAKE_BACK_S):
             log.warning(
-                "the next attempt was still being queued; what is left of it is held: the next launch removes it"
+                "the next attempt was still being queued; what is left of it is held: a later launch removes it"
             )
         self._queueing = None
 
