@@ -150,8 +150,8 @@ CONTROLLER_SILENT = Case(
 )
 SIGNAL_IN_SILENCE = Case(
     8,
-    "SIGTERM to a training job's body while the controller does not answer, or is down",
-    "the trainer is stopped, and nothing of the run is left on its nodes",
+    "SIGTERM to a training job's body that queues its next attempt while the controller does not answer, or is down",
+    "the trainer is stopped, and nothing of the run is left on its nodes; what Slurm may take later stays held",
     15,
 )
 NEXT_IN_SILENCE = Case(

@@ -189,8 +189,8 @@ save() { sleep 1; echo "saved $*" > part; mv part saved; }
 trap '[ -e saved ] || save at the limit; exit 0' TERM; WHEN_TOLD
 echo "trainer started"; while :; do sleep 0.2; done"""
 CHAINS = {
-    faults.CHAINED_AT_LIMIT: (GOES_ON.replace("WHEN_TOLD", "trap '' USR1"), ONE_MINUTE),
-    faults.CHAINED_BEFORE_LIMIT: (GOES_ON.replace("WHEN_TOLD", "trap 'save before it' USR1"), "--time=2"),
+    faults.CHAINED_AT_LIMIT: (GOES_ON.replace("WHEN_TOLD", "trap '' USR1"), "TIME_LIMIT=1"),
+    faults.CHAINED_BEFORE_LIMIT: (GOES_ON.replace("WHEN_TOLD", "trap 'save before it' USR1"), "TIME_LIMIT=2"),
 }
 
 
@@ -284,7 +284,7 @@ def apart(user: OrdinaryUser, checkout: Path) -> Iterator[Seen]:
             scene.begin(case.fault, SAVES, *settings)
         for case, (trainer, limit) in CHAINS.items():
             chained = ("RESTARTS=1", "RESTART_LEAD=30", "CPUS_FOR_RUNTIME=2")
-            scene.begin(case.fault, trainer, *at("cpu-b", "gpu-a", limit, limit), *chained)
+            scene.begin(case.fault, trainer, *at("cpu-b", "gpu-a"), limit, *chained)
         scene.started(*(name for name in scene.runs if name != faults.LINK_CUT.fault))
         parted_at = time.monotonic()
         limits = watch_limits(seen)

@@ -322,6 +322,7 @@ def signalled(desk: Desk, run: Run, over_at: float) -> None:
     check = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run)
     until("the run's end on its nodes", lambda: run.completion and not check.now(), 60)
     within(faults.SIGNAL_IN_SILENCE, time.monotonic() - begin)
+    assert "if it is interrupted it goes on" not in run.log("training"), "it was still queueing its next attempt"
 
 
 def cancelled_again(desk: Desk, run: Run, over_at: float) -> None:
@@ -338,15 +339,23 @@ def cancelled_again(desk: Desk, run: Run, over_at: float) -> None:
         assert faults.CANCELLED_SLOWLY.reads in done.stdout
 
 
-def queues_its_next_attempt(desk: Desk) -> Run:
+def queues_its_next_attempt(desk: Desk, name: str) -> Run:
     """A run whose training job is at its first call of sbatch, where it waits."""
-    env = desk.wrapped("next", "sbatch 3 before", "wait")
-    run = launch(
-        desk.user, desk.checkout, desk.folder / "chain", TRAIN_LONG, NO_GPU, "RESTARTS=1", "RESTART_LEAD=60", env=env
-    )
-    until("its sbatch", lambda: (desk.folder / "next" / "reached").exists(), 60)
-    assert "trainer started" not in run.log("training")
+    env = desk.wrapped(f"bin_{name}", "sbatch 3 before", "wait")
+    chained = ("RESTARTS=1", "RESTART_LEAD=60")
+    run = launch(desk.user, desk.checkout, desk.folder / name, TRAIN_LONG, NO_GPU, *chained, env=env)
+    until("its sbatch", lambda: (desk.folder / f"bin_{name}" / "reached").exists(), 60)
     return run
+
+
+def remove_held(desk: Desk) -> None:
+    """Remove what Slurm took from a training job that had ended by then: held until a later launch removes it."""
+    answer = desk.user.run(["squeue", "-h", f"--user={desk.user.name}", "-o", "%A|%r|%k"])
+    jobs = [line.split("|", 2) for line in answer.stdout.splitlines()]
+    theirs = {job_id: reason for job_id, reason, comment in jobs if comment.startswith("skyrl:gpu-")}
+    assert set(theirs.values()) <= {"JobHeldUser"}, jobs
+    if theirs:
+        assert desk.user.run(["scancel", *theirs]).returncode == 0
 
 
 END = dict.fromkeys(OUTAGES, signalled) | {faults.SLOW_CONTROLLER: cancelled_again}
@@ -355,20 +364,19 @@ END = dict.fromkeys(OUTAGES, signalled) | {faults.SLOW_CONTROLLER: cancelled_aga
 @pytest.mark.podman
 @pytest.mark.parametrize("case", OUTAGES, ids=lambda case: case.fault)
 def test_launches_and_runs_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
-    """Meanwhile one run goes on, one is about to queue its next attempt, and one is ended."""
-    on_a, on_b = (f"CPU_SBATCH_ARGS=--nodelist=cpu-{name}" for name in "ab")
-    run, sandboxes = with_sandboxes(desk.user, desk.checkout, desk.folder / "on", NO_GPU, on_a)
-    ending = launch(desk.user, desk.checkout, desk.folder / "ending", TRAIN_LONG, NO_GPU, on_b)
-    ending.wait_for_text("training", "trainer started", 60)
+    """Meanwhile one run goes on; two are about to queue their next attempts, one of which is ended."""
+    run, sandboxes = with_sandboxes(desk.user, desk.checkout, desk.folder / "on", NO_GPU)
     with contextlib.ExitStack() as end:
         launches = Launches(desk, end)
         launches.catch()
-        following = queues_its_next_attempt(desk)
+        ending, following = (queues_its_next_attempt(desk, name) for name in ("ending", "following"))
         begin = time.monotonic()
         with OUTAGES[case]():
-            (desk.folder / "next" / "go").touch()
+            for name in ("ending", "following"):
+                (desk.folder / f"bin_{name}" / "go").touch()
             launches.go_on()
-            following.wait_for_text("training", "trainer started", faults.NEXT_IN_SILENCE.bound_s)
+            for one in (ending, following):
+                one.wait_for_text("training", "trainer started", faults.NEXT_IN_SILENCE.bound_s)
             within(faults.NEXT_IN_SILENCE, time.monotonic() - begin)
             END[case](desk, ending, begin + OUTAGE_S)
             assert all(map(answers, sandboxes))
@@ -390,6 +398,7 @@ def test_launches_and_runs_while_the_controller_is_away(desk: Desk, case: faults
         assert desk.cancel(one).returncode == 0
     for one in (run, ending, following, queued):
         one.wait_over(seconds=30)
+    remove_held(desk)
     launches.assert_whole()
 
 
