@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -156,18 +157,46 @@ PARTED = Case(
 )
 CONTROLLER_SILENT = Case(
     8,
-    "the controller does not answer for a minute, and is down for another",
-    "the run goes on and its sandboxes answer, then and once the controller is back",
+    "the controller does not answer for two minutes, is down for two, or slow for two, as above",
+    "a run goes on and its sandboxes answer, then and once the controller is back",
 )
 SIGNAL_IN_SILENCE = Case(
     8,
-    "SIGTERM to a training job's body while the controller does not answer",
-    "the trainer is stopped, and nothing of the run is left on its nodes",
+    "SIGTERM to a training job's body that queues its next attempt while the controller does not answer, or is down",
+    "the trainer is stopped, and nothing of the run is left on its nodes; what Slurm may take later stays held",
     15,
+)
+NEXT_IN_SILENCE = Case(
+    8,
+    "the controller does not answer, is down or slow when a training job with `RESTARTS=1` queues its next attempt",
+    "the trainer starts; the attempt is queued once the controller is back",
+    30,
+    "the next attempt is not queued yet; the trainer starts meanwhile",
+)
+CANCELLED_SLOWLY = Case(
+    8,
+    "`launch.py cancel` while the controller is slow",
+    "it has ended the run's jobs, or says that they have not ended, exit code 75; said again, it ends them",
+    15,
+    "has not ended",
 )
 RUNTIMES_LIMIT = Case(11, "the runtime job's time limit comes first", ENDS, 15, "ended by SIGTERM")
 TRAININGS_LIMIT = Case(11, "the training job's time limit comes first", ENDS_OTHER, 15, "SIGTERM (the time limit)")
 BOTH_LIMITS = Case(11, "both jobs reach their time limit", BOTH_END, 15, "ended by SIGTERM")
+CHAINED_AT_LIMIT = Case(
+    11,
+    "both jobs of a run with `RESTARTS=1` reach their time limit, in which the trainer saves",
+    "both jobs end within 15 s; the trainer of the next pair goes on",
+    30,
+    "it goes on in the jobs",
+)
+CHAINED_BEFORE_LIMIT = Case(
+    11,
+    "the trainer of a run with `RESTARTS=1` saves when it is told that the time limit comes",
+    "both jobs end within 15 s, before the limit; the trainer of the next pair goes on",
+    30,
+    "it goes on in the jobs",
+)
 DEAD_JOB = Case(
     19,
     "`kill -9` of a runtime job's body, guardian, API server and Podman service at once; its sandboxes live on",
@@ -183,6 +212,16 @@ KILLED_AT_A_CALL = Case(
 KILLED_ANY_TIME = Case(
     12,
     "`kill -9` of `launch.py` at 20 moments, from its first lines to its last",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+KILLED_AT_A_CALL_HET = Case(
+    12,
+    "`kill -9` of `launch.py` before and after each of these calls with `PAIRING=het`, where one is for both parts",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
+KILLED_ANY_TIME_HET = Case(
+    12,
+    "`kill -9` of `launch.py` at 20 moments with `PAIRING=het`",
     "nothing that can start is left, or the whole run; the next launch removes the rest",
 )
 NOT_ITS_OWN = Case(
@@ -204,6 +243,12 @@ NO_CONTROLLER = Case(
     "each waits and completes, or says that nothing was queued; never half a pair",
     240,
     "Slurm does not answer; waiting up to",
+)
+SLOW_CONTROLLER = Case(
+    8,
+    f"`slurmctld` is slow for two minutes, works for 1 s and does nothing for 20 s in turns (SIGSTOP, SIGCONT): {AWAY}",
+    "each waits and completes, or says that nothing was queued; never half a pair",
+    240,
 )
 HOSTILE_VALUES = Case(
     16,
@@ -333,6 +378,12 @@ NO_PYTHON = Case(
 MOVED = Case(
     22, "the checkout is moved while both jobs are queued", "the run completes, from its own copy of the code", 60
 )
+UPGRADED = Case(
+    22,
+    "the checkout is upgraded by `git pull` while both jobs are queued",
+    "the run completes, with the code of its launch",
+    60,
+)
 BAD_NEIGHBOURS = Case(
     6,
     "in one run one sandbox runs out of memory, another is a fork bomb, another fills the node's disk",
@@ -385,9 +436,12 @@ ENDURANCE = Case(
 CASES = (
     KILLED_AT_A_CALL,
     KILLED_ANY_TIME,
+    KILLED_AT_A_CALL_HET,
+    KILLED_ANY_TIME_HET,
     NOT_ITS_OWN,
     SILENT_CONTROLLER,
     NO_CONTROLLER,
+    SLOW_CONTROLLER,
     HOSTILE_VALUES,
     HOSTILE_KEYS,
     HOSTILE_PATHS,
@@ -428,9 +482,13 @@ CASES = (
     PARTED,
     CONTROLLER_SILENT,
     SIGNAL_IN_SILENCE,
+    NEXT_IN_SILENCE,
+    CANCELLED_SLOWLY,
     RUNTIMES_LIMIT,
     TRAININGS_LIMIT,
     BOTH_LIMITS,
+    CHAINED_AT_LIMIT,
+    CHAINED_BEFORE_LIMIT,
     MANY_LAUNCHES,
     OTHER_USER,
     HOME_FULL,
@@ -457,6 +515,7 @@ CASES = (
     REBUILT,
     NO_PYTHON,
     MOVED,
+    UPGRADED,
     BAD_NEIGHBOURS,
     LIMITS_BITE,
     WATCHDOG_STOPS,
@@ -472,11 +531,13 @@ CASES = (
 class NothingLeftOfRun(NothingLeft):
     """A check that one run left nothing, while others of its user go on: what names its jobs, and its port.
 
-    ``disk_in_reach``: its CPU node is on; of one that is off, the next runtime job there removes the storage.
+    ``disk_in_reach``: its CPU node is on; of one that is off, the next runtime job there removes the storage. ``url``:
+    the address of its server, where the next attempt's replaces it.
     """
 
     run: Run
     disk_in_reach: bool = True
+    url: str = ""
 
     def now(self) -> list[str]:
         """What is left at this moment. Sandboxes are processes of the storage, which ends with the last of them."""
@@ -488,11 +549,12 @@ class NothingLeftOfRun(NothingLeft):
         storage = [
             f"{name}" for name in names if self.disk_in_reach and any((folder / name).exists() for folder in SCRATCH)
         ]
-        sockets = [line for node in cluster.NODES for line in cluster.sockets(node) if any(n in line for n in names)]
+        named = re.compile(rf"({'|'.join(names)})(?!\d)")  # job 35 is not job 3
+        sockets = [line for node in cluster.NODES for line in cluster.sockets(node) if named.search(line)]
         return [*processes, *storage, *sockets, *self._ports()]
 
     def _ports(self) -> list[str]:
-        host, _, port = self.run.text("runtime_url.txt").strip().rpartition("//")[2].rpartition(":")
+        host, _, port = (self.url or self.run.text("runtime_url.txt")).strip().rpartition("//")[2].rpartition(":")
         taken = bool(host) and host in cluster.NODES and (int(port), self.user.uid) in cluster.listeners(host)
         return [f"port {port} on {host}"] if taken else []
 

@@ -8,7 +8,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Protocol
@@ -77,6 +77,11 @@ class Run:
     @property
     def completion(self) -> dict[str, Any]:
         return dict(json.loads(self.text("training_complete.flag") or "{}"))
+
+    def next_attempt(self, number: int = 1) -> Run:
+        """The jobs that wait for the end of an attempt; written down before its trainer starts."""
+        record = json.loads(self.text(f"attempt_{number}.json"))
+        return replace(self, jobs=dict(record["successor"]))
 
     def exit_code(self, kind: str) -> str:
         shown = self.user.run(["scontrol", "show", "job", self.jobs[kind]]).stdout

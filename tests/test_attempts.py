@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from slurm.lib.restarts import Ended
 from slurm.lib.run_record import GitState, partner_of, read_jobs
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
-from slurm.lib.signals import SignalNotes
+from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
 from tests.fake_slurm import FakeSlurm
 
@@ -69,7 +70,7 @@ def first(slurm: FakeSlurm, directory: CoordinationDir) -> JobContext:
 def begun(slurm: FakeSlurm, *overrides: str) -> tuple[JobContext, Chain]:
     job = first(slurm, launched(slurm, *overrides))
     chain = Chain(job)
-    chain.begin("101", SignalNotes())
+    chain.begin("101", SignalNotes().check)
     return job, chain
 
 
@@ -115,7 +116,7 @@ def test_no_secret_leaves_its_file(slurm: FakeSlurm) -> None:
 def test_the_records(slurm: FakeSlurm) -> None:
     directory = launched(slurm)
     save(directory, 3)
-    Chain(first(slurm, directory)).begin("101", SignalNotes())
+    Chain(first(slurm, directory)).begin("101", SignalNotes().check)
     record = json.loads(directory.attempt(1).read_text())
     assert record == {
         "schema": 1,
@@ -154,7 +155,7 @@ def test_the_last_attempt_queues_none(slurm: FakeSlurm) -> None:
     job = body(slurm, directory, "106", 1, {"SKYRL_ATTEMPT": "3"})
     before = len(slurm.calls)
     chain = Chain(job)
-    chain.begin("105", SignalNotes())
+    chain.begin("105", SignalNotes().check)
     assert not chain.successor
     assert len(slurm.calls) == before
     assert json.loads(directory.attempt(3).read_text())["successor"] == {}
@@ -169,13 +170,84 @@ def test_a_refusal_of_slurms_does_not_end_the_training(
     words = "sbatch: error: Batch job submission failed: Access/permission denied"
     slurm.answer("sbatch", {}, {}, {"code": 1, "stdout": "", "stderr": words})
     chain = Chain(job)
-    chain.begin("101", SignalNotes())
+    chain.begin("101", SignalNotes().check)
     assert not chain.successor
     assert "there will be no restart: Slurm did not take the job" in caplog.text
     by_hand = f"launch it again with: --set CHECKPOINT_DIR={directory.checkpoints} --set WANDB_EXPERIMENT=skyrl"
     assert by_hand in caplog.text
     chain.conclude(Ended.INTERRUPTED)
     assert caplog.text.count(by_hand) == 2
+
+
+SILENT_SLURM = {
+    "code": 1,
+    "stdout": "",
+    "stderr": "sbatch: error: Unable to contact slurm controller (connect failure)",
+}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wait for the next attempt at the trainer's start, and short ones for Slurm."""
+    monkeypatch.setattr("slurm.lib.attempts.START_S", 0.0)
+    monkeypatch.setattr("slurm.lib.unheard.PAUSE_S", 0.1)
+    monkeypatch.setattr("slurm.lib.unheard.LOOK_PAUSE_S", 0.1)
+    monkeypatch.setattr("slurm.lib.logs.log.propagate", True)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_silent_slurm_holds_up_no_trainer(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    directory = launched(slurm)
+    slurm.answer("sbatch", {}, {}, SILENT_SLURM)
+    slurm.answer("squeue --user", *[SILENT_SLURM] * 6)
+    chain = Chain(first(slurm, directory))
+    chain.begin("101", SignalNotes().check)
+    assert not chain.successor
+    assert "the next attempt is not queued yet; the trainer starts meanwhile" in caplog.text
+    until(lambda: json.loads(directory.attempt(1).read_text())["successor"])
+    assert chain.successor == {"runtime": "104", "training": "105"}
+    chain.conclude(Ended.INTERRUPTED)
+    assert "no further attempt is queued" not in caplog.text
+    assert not slurm.of("scancel")
+
+
+def test_what_is_being_queued_is_taken_back_at_the_end(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    directory = launched(slurm)
+    slurm.answer("sbatch", {}, {}, {}, SILENT_SLURM)  # the first job of the next attempt is taken
+    slurm.answer("squeue --user", *[SILENT_SLURM] * 1000)
+    chain = Chain(first(slurm, directory))
+    chain.begin("101", SignalNotes().check)
+    until(lambda: "Slurm does not answer; waiting up to 900 s" in caplog.text)
+    chain.conclude(Ended.INTERRUPTED)
+    assert not chain.successor
+    assert [call.argv for call in slurm.of("scancel")] == [["103"]]
+    assert "no further attempt is queued" in caplog.text
+    assert "was still being queued" not in caplog.text
+    assert list(directory.path.glob("submission_*")), "the next launch looks for the one that was not heard of"
+
+
+def test_a_signal_ends_the_wait_for_slurm(slurm: FakeSlurm, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.lib.attempts.START_S", 60.0)
+    directory = launched(slurm)
+    slurm.answer("sbatch", {}, {}, SILENT_SLURM)
+    slurm.answer("squeue --user", *[SILENT_SLURM] * 1000)
+    notes = SignalNotes()
+    notes.note(15)
+    chain = Chain(first(slurm, directory))
+    with pytest.raises(Interrupted):
+        chain.begin("101", notes.check)
+    chain.conclude(Ended.CANCELLED)
+    assert not chain.successor
 
 
 @pytest.mark.parametrize("ended", Ended)
@@ -198,7 +270,7 @@ def test_without_restarts_slurm_is_asked_nothing(slurm: FakeSlurm) -> None:
     directory = launched(slurm, "RESTARTS=0")
     before = len(slurm.calls)
     chain = Chain(first(slurm, directory))
-    chain.begin("101", SignalNotes())
+    chain.begin("101", SignalNotes().check)
     chain.conclude(Ended.INTERRUPTED)
     assert len(slurm.calls) == before
     assert not directory.attempt(1).exists()
@@ -232,7 +304,7 @@ def test_both_jobs_of_the_next_attempt_decide_alike(
 ) -> None:
     directory = launched(slurm)
     save(directory, 3)
-    Chain(first(slurm, directory)).begin("101", SignalNotes())
+    Chain(first(slurm, directory)).begin("101", SignalNotes().check)
     save(directory, step)
     ended_as(directory, ended)
     slurm.answer("squeue", {"stdout": "TIMEOUT|TimeLimit|gpu1\n"}, {"stdout": "PENDING|Resources|\n"})

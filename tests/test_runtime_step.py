@@ -190,7 +190,7 @@ def test_the_next_attempt_is_one_job_too(slurm: FakeSlurm) -> None:
     directory = launched(slurm, "RESTARTS=2")
     job = first(slurm, directory, INSIDE)
     chain = Chain(job)
-    chain.begin("102", SignalNotes())
+    chain.begin("102", SignalNotes().check)
     assert chain.successor["training"] == "102", "the fake's next number"
     following = slurm.of("sbatch")[-1]
     assert {"--hold", "--dependency=afterany:101", "--signal=B:USR1@900"} <= set(following.argv)

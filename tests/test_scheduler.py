@@ -158,3 +158,10 @@ def test_an_sbatch_without_an_answer_may_have_queued_the_job(slurm: Slurm, monke
     fake(path_of(slurm), "sbatch", "sleep 5")
     with pytest.raises(SubmissionError, match="may have been queued all the same"):
         slurm.submit(["sbatch", "x"])
+
+
+def test_an_sbatch_that_is_killed_may_have_queued_the_job(slurm: Slurm) -> None:
+    fake(path_of(slurm), "sbatch", "kill -9 $$")
+    with pytest.raises(SubmissionError, match="it may have been queued all the same") as caught:
+        slurm.submit(["sbatch"])
+    assert caught.value.leaves_jobs

@@ -5,8 +5,6 @@ The cases only wait, so those that can go on side by side do; each test then rea
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,12 +18,13 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import OrdinaryUser, belongings, fresh_folder, leaving_nothing
 from tests.faults import Case, NothingLeftOfRun, released, within
-from tests.runs import STARTS_SANDBOXES, WITH_SANDBOXES, Run, answers, body_pid, launch, until, with_sandboxes
+from tests.runs import STARTS_SANDBOXES, WITH_SANDBOXES, Run, answers, launch, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
 NO_GPU = "GPUS_PER_NODE=0"
 TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 600"
+RELEASED_S = 15.0  # of a run, after whatever ended it
 ON_GO = 'TRAINING_COMMAND=echo trainer started; until [ -e "$SKYRL_COORD_DIR/go" ]; do sleep 0.1; done; '
 
 
@@ -184,6 +183,15 @@ LIMITS = {
     faults.TRAININGS_LIMIT: ("training", at("cpu-b", "gpu-a", more_gpu=ONE_MINUTE)),
     faults.BOTH_LIMITS: ("runtime", at("cpu-b", "gpu-a", ONE_MINUTE, ONE_MINUTE)),
 }
+# Saves when it is told that the limit comes, or when the limit is there; in the next attempt it is done.
+GOES_ON = """TRAINING_COMMAND=cd "$CHECKPOINT_DIR"; [ ! -e saved ] || { echo "trainer went on, $(cat saved)"; exit 0; }
+save() { sleep 1; echo "saved $*" > part; mv part saved; }
+trap '[ -e saved ] || save at the limit; exit 0' TERM; WHEN_TOLD
+echo "trainer started"; while :; do sleep 0.2; done"""
+CHAINS = {
+    faults.CHAINED_AT_LIMIT: (GOES_ON.replace("WHEN_TOLD", "trap '' USR1"), "TIME_LIMIT=1"),
+    faults.CHAINED_BEFORE_LIMIT: (GOES_ON.replace("WHEN_TOLD", "trap 'save before it' USR1"), "TIME_LIMIT=2"),
+}
 
 
 @dataclass
@@ -216,9 +224,24 @@ def limit_ends(seen: Seen, case: Case) -> None:
     seen.scene.released(case.fault, case, since)
 
 
+def chain_goes_on(seen: Seen, case: Case) -> None:
+    """Wait for the end of an attempt, of which nothing is to be left, and for the trainer of the next one."""
+    scene, run = seen.scene, seen.scene.runs[case.fault]
+    following = run.next_attempt()
+    check = NothingLeftOfRun(scene.user, belongings(scene.user), run, url=run.text("runtime_url.txt"))
+    until(f"the first end of {case.fault}", lambda: {run.state(kind) for kind in run.jobs} != {"RUNNING"}, 180)
+    since = time.monotonic()
+    until(f"release: {case.fault}", lambda: all(map(run.is_over, run.jobs)) and not check.now(), RELEASED_S)
+    following.wait_for_text("training", "trainer went on", case.bound_s)
+    within(case, time.monotonic() - since)
+    assert case.reads in run.log("training")
+    following.wait_over(seconds=30)
+
+
 def watch_limits(seen: Seen) -> list[threading.Thread]:
-    """A thread for each time limit: Slurm need not end the jobs of the three runs at the same moment."""
-    looks = [threading.Thread(target=seen.see, args=(case, partial(limit_ends, seen, case))) for case in LIMITS]
+    """A thread for each time limit: Slurm need not end the jobs of the runs at the same moment."""
+    waits = {**dict.fromkeys(LIMITS, limit_ends), **dict.fromkeys(CHAINS, chain_goes_on)}
+    looks = [threading.Thread(target=seen.see, args=(case, partial(look, seen, case))) for case, look in waits.items()]
     for look in looks:
         look.start()
     return looks
@@ -259,6 +282,9 @@ def apart(user: OrdinaryUser, checkout: Path) -> Iterator[Seen]:
         scene.begin(faults.PARTED.fault, TRAIN_LONG, *at("cpu-b", "gpu-b"), "PARTNER_PATIENCE=60")
         for case, (_kind, settings) in LIMITS.items():
             scene.begin(case.fault, SAVES, *settings)
+        for case, (trainer, limit) in CHAINS.items():
+            chained = ("RESTARTS=1", "RESTART_LEAD=30", "CPUS_FOR_RUNTIME=2")
+            scene.begin(case.fault, trainer, *at("cpu-b", "gpu-a"), limit, *chained)
         scene.started(*(name for name in scene.runs if name != faults.LINK_CUT.fault))
         parted_at = time.monotonic()
         limits = watch_limits(seen)
@@ -310,34 +336,16 @@ def test_a_time_limit_leaves_the_trainer_time_to_save(apart: Seen, case: Case) -
         assert run.state(whose) == "TIMEOUT"
 
 
-# --- 8: the controller ------------------------------------------------------------------------------------------------
-
-
-def test_a_controller_that_is_silent_or_down_ends_nothing_and_holds_up_no_signal(
-    scene: Scene, user: OrdinaryUser, checkout: Path
-) -> None:
-    run, sandboxes = with_sandboxes(user, checkout, scene.base / "on", *at("cpu-a"), NO_GPU)
-    told = scene.begin(faults.SIGNAL_IN_SILENCE.fault, TRAIN_LONG, *at("cpu-b"))
-    scene.started(faults.SIGNAL_IN_SILENCE.fault)
-    body = body_pid(told, "training")
-    outage = time.monotonic()
-    with test_cluster.silent_controller():
-        time.sleep(15)
-        signalled = time.monotonic()
-        os.kill(body, signal.SIGTERM)
-        check = NothingLeftOfRun(user, belongings(user), told)
-        until("the run's end on its nodes", lambda: told.completion and not check.now(), 60)
-        within(faults.SIGNAL_IN_SILENCE, time.monotonic() - signalled)
-        assert all(map(answers, sandboxes))
-        time.sleep(max(0.0, outage + 60 - time.monotonic()))
-    with test_cluster.no_controller():
-        time.sleep(max(0.0, outage + 120 - time.monotonic()))
-        assert all(map(answers, sandboxes))
-    until("Slurm knows the run's jobs", lambda: {run.state(kind) for kind in run.jobs} == {"RUNNING"}, 30)
-    assert all(map(answers, sandboxes))
-    within(faults.CONTROLLER_SILENT, 0.0)
-    assert not run.completion
-    assert "is gone" not in run.log("training") + run.log("runtime")
-    told.wait_over(seconds=30)
-    user.run(["scancel", *run.jobs.values()])
-    run.wait_over(seconds=30)
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.fault)
+def test_a_time_limit_is_followed_by_the_next_attempt(apart: Seen, case: Case) -> None:
+    run = apart.judge(case)
+    following = run.next_attempt()
+    how, code = {
+        faults.CHAINED_AT_LIMIT: ("at the limit", {"69", "143"}),  # of whichever job the limit is seen first
+        faults.CHAINED_BEFORE_LIMIT: ("before it", {"75"}),
+    }[case]
+    assert f"trainer went on, saved {how}" in following.log("training")
+    assert run.exit_code("training") in code
+    assert ("TIMEOUT" in map(run.state, run.jobs)) == (case is faults.CHAINED_AT_LIMIT)
+    assert following.completion["job_id"] == following.jobs["training"]
+    assert following.completion["exit_code"] == 0

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,17 @@ from slurm.lib.launch_mark import own_launcher
 from slurm.lib.settings import KEYS
 from tests import cluster as test_cluster
 from tests import faults
-from tests.conftest import NothingLeft, OrdinaryUser
+from tests.conftest import NothingLeft, OrdinaryUser, belongings
 from tests.faults import within
-from tests.runs import SMALL, Run, launch_argv, parse_report, until
+from tests.runs import SMALL, Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 
 NO_GPU = "GPUS_PER_NODE=0"
+TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 600"
 TRUE = "TRAINING_COMMAND=true"
 LATER = "CPU_SBATCH_ARGS=--begin=now+3600"
+HET = "PAIRING=het"
 OUTAGE_S = 120.0
 ELSEWHERE = "skyrl:login9.example/boot/1/2/3/0"
 # Does what Slurm's command does; at one of its calls, before or after it, kills the launcher or waits to go on.
@@ -150,42 +152,76 @@ def assert_nothing_can_start(desk: Desk) -> None:
             assert ids or runtime, jobs
 
 
-POINTS = [
-    *(f"{command} {n} {when}" for command in ("sbatch", "scontrol") for n in (1, 2) for when in ("before", "after"))
-]
+@dataclass(frozen=True)
+class Killing:
+    """A kind of run whose launcher is killed: before and after its calls of Slurm, and at any time.
+
+    ``left`` counts its jobs that are held after each of these kills but the last, which comes after the commit.
+    """
+
+    at_a_call: faults.Case
+    any_time: faults.Case
+    settings: tuple[str, ...]
+    calls: tuple[str, ...]
+    left: tuple[int, ...]
+
+    @property
+    def points(self) -> list[str]:
+        return [f"{call} {when}" for call in self.calls for when in ("before", "after")]
 
 
-def test_a_launcher_killed_at_each_call(desk: Desk) -> None:
+KILLINGS = (
+    Killing(
+        faults.KILLED_AT_A_CALL,
+        faults.KILLED_ANY_TIME,
+        (),
+        ("sbatch 1", "sbatch 2", "scontrol 1", "scontrol 2"),
+        (0, 1, 1, 2, 2, 2, 2),
+    ),
+    Killing(faults.KILLED_AT_A_CALL_HET, faults.KILLED_ANY_TIME_HET, (HET,), ("sbatch 1", "scontrol 1"), (0, 2, 2)),
+)
+MOMENTS = 20
+
+
+def killed_at(desk: Desk, point: str, *settings: str) -> None:
+    """A launch that is killed at a point."""
+    with desk.start(*settings, env=desk.wrapped(point.replace(" ", "_"), point, "kill")) as launcher:
+        out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == -signal.SIGKILL, (point, out, err)
+    time.sleep(1)
+    assert_nothing_can_start(desk)
+
+
+@pytest.mark.parametrize("killing", KILLINGS, ids=lambda killing: killing.at_a_call.fault)
+def test_a_launcher_killed_at_each_call(desk: Desk, killing: Killing) -> None:
     """Without anything to wait for: what could start would have started."""
-    for number, point in enumerate(POINTS):
-        env = desk.wrapped(f"bin{number}", point, "kill")
-        with desk.start(env=env) as launcher:
-            out, err = launcher.communicate(timeout=60)
-        assert launcher.returncode == -signal.SIGKILL, (point, out, err)
-        time.sleep(1)
-        assert_nothing_can_start(desk)
+    *before, committed = killing.points
+    for point, count in zip(before, killing.left, strict=True):
+        killed_at(desk, point, *killing.settings)
         left = [job for job in desk.queue() if job.name.startswith("skyrl")]
-        if point != POINTS[-1]:
-            assert len(left) == [0, 1, 1, 2, 2, 2, 2][number], (point, left)
-            assert not [job for job in left if job.can_start], (point, left)
+        assert len(left) == count, (point, left)
+        assert not [job for job in left if job.can_start], (point, left)
+    killed_at(desk, committed, *killing.settings)
     finished = {path for path in desk.folders() if list(path.glob("*.out"))}
     assert len(finished) == 1, "the one that was killed after its commit"
     until("its end", lambda: not desk.queue(), 60)
-    run, said = desk.launch(LATER)
+    run, said = desk.launch(LATER, *killing.settings)
     assert {job.job_id for job in desk.queue()} == set(run.jobs.values())
     assert desk.folders() == {*finished, run.directory}
     assert not list(desk.base.glob("*/submission_*")), said
-    within(faults.KILLED_AT_A_CALL, 0.0)
+    within(killing.at_a_call, 0.0)
 
 
-def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
+@pytest.mark.parametrize("killing", KILLINGS, ids=lambda killing: killing.any_time.fault)
+def test_a_launcher_killed_at_any_time(desk: Desk, killing: Killing) -> None:
     """The moments reach from before its first call of Slurm to after its last, however fast the machine is."""
+    later = (LATER, *killing.settings)
     begin = time.monotonic()
-    kept, left = {desk.launch(LATER)[0].directory}, 0
+    kept, left = {desk.launch(*later)[0].directory}, 0
     usual_s = time.monotonic() - begin
-    for number in range(20):
-        launcher = desk.start(LATER)
-        time.sleep(usual_s * (0.3 + 0.09 * number))
+    for number in range(MOMENTS):
+        launcher = desk.start(*later)
+        time.sleep(usual_s * (0.3 + 1.8 * number / MOMENTS))
         launcher.kill()
         launcher.communicate()
         time.sleep(0.2)  # a call of sbatch goes on without it
@@ -196,12 +232,12 @@ def test_a_launcher_killed_at_any_time(desk: Desk) -> None:
         left += any(job.reason == "JobHeldUser" for job in queue)
     assert len(kept) > 1, "no kill came after the commit"
     assert left, "no kill came between the first sbatch and the commit"
-    run, _ = desk.launch(LATER)
+    run, _ = desk.launch(*later)
     whole = desk.whole_runs()
     assert desk.folders() == whole.keys()
     assert whole.keys() == {*kept, run.directory}
     assert {job.job_id for job in desk.queue()} == set().union(*whole.values())
-    within(faults.KILLED_ANY_TIME, 0.0)
+    within(killing.any_time, 0.0)
 
 
 def test_what_is_not_a_leftover_stays(desk: Desk) -> None:
@@ -291,42 +327,143 @@ def test_records_that_are_not_to_be_believed(desk: Desk) -> None:
 OUTAGES = {
     faults.SILENT_CONTROLLER: test_cluster.silent_controller,
     faults.NO_CONTROLLER: test_cluster.no_controller,
+    faults.SLOW_CONTROLLER: test_cluster.slow_controller,
 }
 CAUGHT_AT = ("sbatch 1 before", "sbatch 2 before", "scontrol 1 before", "scontrol 2 before")
 
 
+@dataclass
+class Launches:
+    """Launches that an outage catches at their calls, and one that begins in it."""
+
+    desk: Desk
+    end: contextlib.ExitStack
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    said: list[tuple[str, str]] = field(default_factory=list)  # stdout and stderr of each
+
+    def catch(self) -> None:
+        """Have them wait at their calls."""
+        self.folders = [self.desk.folder / f"bin{number}" for number in range(len(CAUGHT_AT))]
+        for path, point in zip(self.folders, CAUGHT_AT, strict=True):
+            self._start(self.desk.wrapped(path.name, point, "wait"))
+        until("their calls", lambda: all((path / "reached").exists() for path in self.folders), 60)
+
+    def go_on(self) -> None:
+        """Let them make their calls; one more begins."""
+        for path in self.folders:
+            (path / "go").touch()
+        self._start()
+
+    def _start(self, env: dict[str, str] | None = None) -> None:
+        self.started.append(self.end.enter_context(self.desk.start(LATER, env=env)))
+
+    def await_ends(self, seconds: float) -> None:
+        self.said = [launcher.communicate(timeout=seconds) for launcher in self.started]
+
+    def assert_whole(self) -> None:
+        """Each has completed, or says that nothing was queued; in the queue is what has completed, nothing else."""
+        taken: set[str] = set()
+        for launcher, (out, err) in zip(self.started, self.said, strict=True):
+            assert launcher.returncode in {0, 73}, err
+            assert launcher.returncode == 0 or "nothing was queued" in err or "cancelled" in err, err
+            assert "Traceback" not in err
+            if launcher.returncode == 0:
+                jobs = set(parse_report(self.desk.user, out).jobs.values())
+                assert len(jobs) == 2
+                taken |= jobs
+        assert taken, "a controller that comes back is worth waiting for"
+        jobs_left = self.desk.queue()
+        assert {job.job_id for job in jobs_left} == taken, (self.said, jobs_left)
+        assert not [job for job in jobs_left if job.reason == "JobHeldUser"], "all of them have been let go"
+        assert set().union(*self.desk.whole_runs().values()) == taken
+        assert len(self.desk.folders()) * 2 == len(taken)
+
+
+def signalled(desk: Desk, run: Run, over_at: float) -> None:
+    """SIGTERM to the body of a training job; nobody has to hear Slurm for its end."""
+    begin = time.monotonic()
+    os.kill(body_pid(run, "training"), signal.SIGTERM)
+    check = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run)
+    until("the run's end on its nodes", lambda: run.completion and not check.now(), 60)
+    within(faults.SIGNAL_IN_SILENCE, time.monotonic() - begin)
+    assert "if it is interrupted it goes on" not in run.log("training"), "it was still queueing its next attempt"
+
+
+def cancelled_again(desk: Desk, run: Run, over_at: float) -> None:
+    """``launch.py cancel``, again and again until the run has ended, or the outage; each says what has become of it."""
+    check = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run)
+    while time.monotonic() < over_at:
+        begin = time.monotonic()
+        done = desk.cancel(run.directory)
+        within(faults.CANCELLED_SLOWLY, time.monotonic() - begin)
+        if done.returncode == 0:
+            until("the run's end on its nodes", lambda: not check.now(), 15)
+            return
+        assert done.returncode == 75, done.stderr
+        assert faults.CANCELLED_SLOWLY.reads in done.stdout
+
+
+def queues_its_next_attempt(desk: Desk, name: str) -> Run:
+    """A run whose training job is at its first call of sbatch, where it waits."""
+    env = desk.wrapped(f"bin_{name}", "sbatch 3 before", "wait")
+    chained = ("RESTARTS=1", "RESTART_LEAD=60")
+    run = launch(desk.user, desk.checkout, desk.folder / name, TRAIN_LONG, NO_GPU, *chained, env=env)
+    until("its sbatch", lambda: (desk.folder / f"bin_{name}" / "reached").exists(), 60)
+    return run
+
+
+def remove_held(desk: Desk) -> None:
+    """Remove what Slurm took from a training job that had ended by then: held until a later launch removes it."""
+    answer = desk.user.run(["squeue", "-h", f"--user={desk.user.name}", "-o", "%A|%r|%k"])
+    jobs = [line.split("|", 2) for line in answer.stdout.splitlines()]
+    theirs = {job_id: reason for job_id, reason, comment in jobs if comment.startswith("skyrl:gpu-")}
+    assert set(theirs.values()) <= {"JobHeldUser"}, jobs
+    if theirs:
+        assert desk.user.run(["scancel", *theirs]).returncode == 0
+
+
+END = dict.fromkeys(OUTAGES, signalled) | {faults.SLOW_CONTROLLER: cancelled_again}
+
+
+@pytest.mark.podman
 @pytest.mark.parametrize("case", OUTAGES, ids=lambda case: case.fault)
-def test_launches_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
-    """Some are caught by it at one of their calls, one begins in it."""
+def test_launches_and_runs_while_the_controller_is_away(desk: Desk, case: faults.Case) -> None:
+    """Meanwhile one run goes on; two are about to queue their next attempts, one of which is ended."""
+    run, sandboxes = with_sandboxes(desk.user, desk.checkout, desk.folder / "on", NO_GPU)
     with contextlib.ExitStack() as end:
-        folders = [desk.folder / f"bin{number}" for number in range(len(CAUGHT_AT))]
-        environments = [desk.wrapped(path.name, point, "wait") for path, point in zip(folders, CAUGHT_AT, strict=True)]
-        launchers = [end.enter_context(desk.start(LATER, env=env)) for env in environments]
-        until("their calls", lambda: all((path / "reached").exists() for path in folders), 60)
+        launches = Launches(desk, end)
+        launches.catch()
+        ending, following = (queues_its_next_attempt(desk, name) for name in ("ending", "following"))
         begin = time.monotonic()
         with OUTAGES[case]():
-            for path in folders:
-                (path / "go").touch()
-            launchers.append(end.enter_context(desk.start(LATER)))
-            time.sleep(OUTAGE_S)
-        said = [launcher.communicate(timeout=case.bound_s) for launcher in launchers]
+            for name in ("ending", "following"):
+                (desk.folder / f"bin_{name}" / "go").touch()
+            launches.go_on()
+            for one in (ending, following):
+                one.wait_for_text("training", "trainer started", faults.NEXT_IN_SILENCE.bound_s)
+            within(faults.NEXT_IN_SILENCE, time.monotonic() - begin)
+            END[case](desk, ending, begin + OUTAGE_S)
+            assert all(map(answers, sandboxes))
+            time.sleep(max(0.0, begin + OUTAGE_S - time.monotonic()))
+            assert all(map(answers, sandboxes))
+        until("Slurm knows the run's jobs", lambda: {run.state(kind) for kind in run.jobs} == {"RUNNING"}, 30)
+        launches.await_ends(case.bound_s)
         within(case, time.monotonic() - begin)
-    taken: set[str] = set()
-    for launcher, (out, err) in zip(launchers, said, strict=True):
-        assert launcher.returncode in {0, 73}, err
-        assert launcher.returncode == 0 or "nothing was queued" in err or "cancelled" in err, err
-        assert "Traceback" not in err
-        assert case.reads in err
-        if launcher.returncode == 0:
-            jobs = set(parse_report(desk.user, out).jobs.values())
-            assert len(jobs) == 2
-            taken |= jobs
-    assert taken, "a controller that comes back is worth waiting for"
-    jobs_left = desk.queue()
-    assert {job.job_id for job in jobs_left} == taken, (said, jobs_left)
-    assert not [job for job in jobs_left if job.reason == "JobHeldUser"], "all of them have been let go"
-    assert set().union(*desk.whole_runs().values()) == taken
-    assert len(desk.folders()) * 2 == len(taken)
+        until("its next attempt", lambda: "it goes on in the jobs" in following.log("training"), case.bound_s)
+    assert {job.job_id for job in desk.queue()} >= set(following.next_attempt().jobs.values())
+    assert faults.NEXT_IN_SILENCE.reads in following.log("training")
+    assert all(map(answers, sandboxes))
+    assert not run.completion
+    assert "is gone" not in run.log("training") + run.log("runtime")
+    within(faults.CONTROLLER_SILENT, 0.0)
+    assert all(case.reads in err for _, err in launches.said)
+    queued = following.next_attempt()
+    for one in (run, ending, following):
+        assert desk.cancel(one.directory).returncode == 0
+    for one in (run, ending, following, queued):
+        one.wait_over(seconds=30)
+    remove_held(desk)
+    launches.assert_whole()
 
 
 # --- 16: hostile input ------------------------------------------------------------------------------------------------

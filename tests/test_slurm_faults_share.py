@@ -517,29 +517,69 @@ def rebuilt(python: Path) -> None:
     (old / "METADATA").write_text(re.sub(r"^Version: .*", "Version: 99.9", text, flags=re.MULTILINE))
 
 
+@dataclass(frozen=True)
+class Repository:
+    """A user's checkout that git knows."""
+
+    user: OrdinaryUser
+    path: Path
+
+    def git(self, *words: str) -> str:
+        who = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+        done = self.user.run(["git", "-C", str(self.path), *who, *words])
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def commit(self) -> str:
+        """Commit everything; the commit's id."""
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message=all of it")
+        return self.git("rev-parse", "HEAD")
+
+    def upgrade(self) -> str:
+        """Where to pull a version from, of which no module can be used."""
+        newer = Repository(self.user, self.path.with_name("upstream"))
+        self.git("clone", "--quiet", str(self.path), str(newer.path))
+        for folder in ("slurm", "slurm_runtime", "shell_rl", "local_verl"):
+            for module in (newer.path / folder).rglob("*.py"):
+                module.write_text("#!/usr/bin/env python3\nraise SystemExit('upgraded')\n")
+        newer.commit()
+        return str(newer.path)
+
+
 def test_code_and_interpreter_while_jobs_are_queued(lab: Lab) -> None:
     again, gone = own_environment(lab, "env-rebuilt"), own_environment(lab, "env-gone")
-    moving = lab.folder("moving") / "SkyRL"
-    subprocess.run(["cp", "-a", str(lab.checkout), str(moving)], check=True)
-    later = "--begin=now+12"
+    moving, upgrading = (lab.folder(name) / "SkyRL" for name in ("moving", "upgrading"))
+    for copy in (moving, upgrading):
+        subprocess.run(["cp", "-a", str(lab.checkout), str(copy)], check=True)
+    repository = Repository(lab.user, upgrading)
+    repository.git("init", "--quiet")
+    launched, upstream = repository.commit(), repository.upgrade()
+    later = "--begin=now+15"
     command = 'printf %s "$PYTHONPATH" > "$SKYRL_COORD_DIR/path"'
-    upgraded = lab.launch("rebuilt", "a", command, gpu=later, env={"SKYRL_PYTHON": str(again)})
+    renewed = lab.launch("rebuilt", "a", command, gpu=later, env={"SKYRL_PYTHON": str(again)})
     lost = lab.launch("gone", "b", "true", gpu=later, env={"SKYRL_PYTHON": str(gone)})
     queued = ("TRAINING_COMMAND=" + command, NO_GPU, f"CPU_SBATCH_ARGS={later}")
     moved = launch(lab.user, moving, lab.folder("moved"), *queued, options=("--no-check",))
-    for run in (upgraded, lost):
+    upgraded = launch(lab.user, upgrading, lab.folder("upgraded"), *queued, options=("--no-check",))
+    for run in (renewed, lost):
         until("ready", lambda run=run: run.text("runtime_ready.flag"), 40)  # type: ignore[misc]
     rebuilt(again)
     shutil.rmtree(gone.parent.parent)
     moving.parent.rename(moving.parent.with_name("elsewhere"))
+    repository.git("pull", "--quiet", "--ff-only", upstream, "HEAD")
     begin = time.monotonic()
-    assert {run.state("training") for run in (upgraded, lost, moved)} == {"PENDING"}
+    assert {run.state("training") for run in (renewed, lost, moved, upgraded)} == {"PENDING"}
+    assert {run.state("runtime") for run in (moved, upgraded)} == {"PENDING"}
+    assert "upgraded" in lab.user.run([str(upgrading / "slurm" / "launch.py"), "--version"]).stderr
 
-    over(upgraded, faults.REBUILT, begin, "training")
-    assert upgraded.completion["exit_code"] == 0
+    over(renewed, faults.REBUILT, begin, "training")
+    assert renewed.completion["exit_code"] == 0
     over(lost, faults.NO_PYTHON, begin)
     assert (lost.exit_code("training"), lost.completion["exit_code"]) == ("71", 71)
     assert faults.NO_PYTHON.reads in lost.completion["reason"]
-    over(moved, faults.MOVED, begin)
-    assert moved.completion["exit_code"] == 0, moved.log("training")
-    assert moved.text("path").startswith(f"{moved.directory}/code")
+    for run, case in ((moved, faults.MOVED), (upgraded, faults.UPGRADED)):
+        over(run, case, begin)
+        assert run.completion["exit_code"] == 0, run.log("training")
+        assert run.text("path").startswith(f"{run.directory}/code")
+    assert json.loads(upgraded.text("run.json"))["git"]["commit"] == launched

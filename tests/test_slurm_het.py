@@ -8,7 +8,6 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,9 +197,8 @@ def restartable(user: User, checkout: Path, jobs_base: Path, *settings: str) -> 
     """A run that has saved and goes on, and its next attempt, which waits."""
     run = launch(user, checkout, jobs_base, HET, "RESTARTS=2", SAVES_AT_ONCE, *settings)
     run.wait_for_text("training", "trainer started", 60)
-    following = json.loads(run.text("attempt_1.json"))["successor"]
     until("a checkpoint", lambda: (run.directory / "checkpoints" / "count").exists(), 10)
-    return run, replace(run, jobs=following)
+    return run, run.next_attempt()
 
 
 def went_on(first: Run, second: Run) -> None:
@@ -210,7 +208,7 @@ def went_on(first: Run, second: Run) -> None:
     assert second.completion["exit_code"] == 0
     assert re.search(r"attempt 2: .* going on from 1 file", second.log("training"))
     assert "attempt 2:" not in second.log("runtime"), "judged once"
-    third = replace(second, jobs=json.loads(first.text("attempt_2.json"))["successor"])
+    third = first.next_attempt(2)
     assert {third.state(kind) for kind in third.jobs} == {"CANCELLED"}
 
 

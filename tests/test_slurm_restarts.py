@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ class Story:
         for name in names:
             run = self.runs[name]
             run.wait_for_text("training", "trainer started", 90)
-            # The record is written before the trainer starts.
-            self.nexts[name] = replace(run, jobs=dict(self.attempt(run, 1)["successor"]))
+            self.nexts[name] = run.next_attempt()
         time.sleep(1)
 
     def attempt(self, run: Run, number: int) -> dict[str, Any]:
@@ -144,7 +143,7 @@ def went_on(story: Story, name: str) -> tuple[Run, Run]:
     assert started and ends, second.log("training")
     assert int(ends[1]) == int(started[1]) + 4 > 4
     assert {second.exit_code(kind) for kind in second.jobs} == {"0"}
-    third = replace(second, jobs=dict(story.attempt(first, 2)["successor"]))
+    third = first.next_attempt(2)
     assert {third.state(kind) for kind in third.jobs} == {"CANCELLED"}, "nothing is left to be done"
     return first, second
 

@@ -189,15 +189,6 @@ def test_paths_with_a_space(user: User, checkout: Path, jobs_base: Path) -> None
     assert str(jobs_base / "my jobs") in run.log("training")
 
 
-def test_the_code_of_a_queued_run_does_not_change(user: User, checkout: Path, jobs_base: Path) -> None:
-    copy = user.home / "upgraded"
-    user.run(["bash", "-c", f"rm -rf '{copy}' && mkdir '{copy}' && cp -a '{checkout}' '{copy}/SkyRL'"])
-    run = launch(user, copy / "SkyRL", jobs_base, "TRAINING_COMMAND=true", "CPU_SBATCH_ARGS=--begin=now+3")
-    user.run(["rm", "-rf", str(copy)])
-    run.wait_over(seconds=60)
-    assert run.completion["exit_code"] == 0, run.log("training", "err")
-
-
 def submit(user: User, *argv: str, cwd: Path, env: dict[str, str] | None = None) -> str:
     done = user.run(["sbatch", "--parsable", *argv], cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr

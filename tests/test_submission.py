@@ -415,6 +415,10 @@ def test_a_slurm_that_stays_silent_is_an_error_that_says_what_may_be_left(slurm:
     ) as caught:
         patient(plan_for(slurm), patience_s=0.0)
     assert caught.value.leaves_jobs
+    slurm.forget()
+    slurm.answer("sbatch", SILENT)
+    with pytest.raises(SubmissionError, match=r"it may have been queued all the same.*; nothing else was queued"):
+        patient(plan_for(slurm), patience_s=0.0)
 
 
 def test_a_persons_own_comment_is_kept_and_such_a_job_is_not_looked_for(slurm: FakeSlurm, unhurried: None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -18,10 +19,11 @@ from pathlib import Path
 from slurm.lib.checkpoints import Checkpoints
 from slurm.lib.config import LoadedConfig
 from slurm.lib.coordination import CoordinationDir, Flag, FlagReader, parse_object, read_if_there, write_atomically
-from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, WaitTimeout
 from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
+from slurm.lib.lookout import NOTE_EVERY_S, Lookout
 from slurm.lib.plan import AFTER, ATTEMPT, LaunchPlan, Request, Restart, make_plan
 from slurm.lib.restarts import Cause, Ended, Verdict, cause_of, verdict
 from slurm.lib.run_record import partner_of, recorded_git
@@ -33,6 +35,9 @@ from slurm.lib.waiting import wait_for
 
 SCHEMA = 1
 FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw before (nfs(5): acdirmax)
+# A Slurm that is silent as the next attempt is queued holds up the trainer for no longer than this, and is then asked
+# beside it; as this job ends, it has the other time to take back what it has begun.
+START_S, QUEUE_PATIENCE_S, TAKE_BACK_S = 15.0, 900.0, 1.0
 ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
 STDERR_TAIL = 4096  # bytes
 
@@ -131,9 +136,13 @@ def _withdraw(job: JobContext) -> None:
 
 
 def queue_next(job: JobContext, number: int, notes: SignalNotes) -> dict[str, str]:
-    """Queue the attempt after this job, number ``number``; its jobs' ids by kind. ``SubmissionError`` says why not."""
+    """Queue the attempt after this job, number ``number``; its jobs' ids by kind. ``SubmissionError`` says why not.
+
+    Waits for a Slurm that does not answer.
+    """
     plan = next_plan(job, number)
-    return submit(plan, notes, lambda: recorded_git(job.directory), plan_checkout(job)).jobs
+    checkout = plan_checkout(job)
+    return submit(plan, notes, lambda: recorded_git(job.directory), checkout, patience_s=QUEUE_PATIENCE_S).jobs
 
 
 def plan_checkout(job: JobContext) -> Path:
@@ -156,16 +165,22 @@ def plan_here(job: JobContext, request: Request) -> LaunchPlan:
 class Chain:
     """This attempt among the others, for its training job.
 
-    ``successor``: the jobs of the next attempt by kind, empty where none is queued.
+    ``successor``: the jobs of the next attempt by kind, empty where none is queued, or not yet.
     """
 
     def __init__(self, job: JobContext) -> None:
         self.job = job
         self.number = number_of(job.environment)
         self.successor: dict[str, str] = {}
+        self._queueing: Lookout[bool] | None = None
+        self._called_off = SignalNotes()  # by which the queueing is stopped, which knows of no other signal
 
-    def begin(self, runtime_job_id: str, notes: SignalNotes) -> None:
-        """Record the attempt and queue the next one, where RESTARTS allows one. A refusal of Slurm's is a warning."""
+    def begin(self, runtime_job_id: str, still_possible: Callable[[], None]) -> None:
+        """Record the attempt and queue the next one, where RESTARTS allows one. A refusal of Slurm's is a warning.
+
+        While Slurm does not answer it is asked in the background, from 15 s on beside the trainer. ``still_possible``
+        raises the reason why this attempt does not begin.
+        """
         restarts = self.job.settings.restarts
         if not restarts:
             return
@@ -176,10 +191,19 @@ class Chain:
         attempt = Attempt(self.number, jobs, checkpoints_of(self.job.settings, self.job.directory).mark())
         self._record(attempt)
         log.info("attempt %d of at most %d, from %s", self.number, restarts + 1, attempt.checkpoint or "the beginning")
-        if self.number > restarts:
-            return
-        self._queue_next(notes)
-        self._record(replace(attempt, successor=self.successor))
+        if self.number <= restarts:
+            self._queueing = Lookout(lambda: self._queue_next(attempt)).__enter__()  # which ends with its first look
+            self._await_queued(self._queueing, still_possible)
+
+    @staticmethod
+    def _await_queued(queueing: Lookout[bool], still_possible: Callable[[], None]) -> None:
+        end = time.monotonic() + START_S
+        while not queueing.wait(NOTE_EVERY_S):
+            still_possible()
+            if time.monotonic() > end:
+                log.warning("the next attempt is not queued yet; the trainer starts meanwhile")
+                return
+        queueing.seen()
 
     def _record(self, attempt: Attempt) -> None:
         try:
@@ -187,13 +211,35 @@ class Chain:
         except EnvironmentProblem as problem:
             log.warning("%s; without it a restart counts every checkpoint as a new one", problem)
 
-    def _queue_next(self, notes: SignalNotes) -> None:
+    def _queue_next(self, attempt: Attempt) -> bool:
+        """Queue it, and say so in the log and in the attempt's record; True once there is nothing more to be done."""
         try:
-            self.successor = queue_next(self.job, self.number + 1, notes)
-        except SubmissionError as problem:
+            self.successor = queue_next(self.job, self.number + 1, self._called_off)
+        except Interrupted:
+            return True
+        except SuiteError as problem:
             log.warning("there will be no restart: %s. %s", problem, self._by_hand())
-            return
+            return True
         log.info("if it is interrupted it goes on in the jobs %s", ", ".join(self.successor.values()))
+        self._record(replace(attempt, successor=self.successor))
+        return True
+
+    def call_off(self) -> None:
+        """This attempt is about to end: take back what is being queued. Waits for nothing."""
+        if self._is_queueing():
+            self._called_off.note(signal.SIGTERM)
+
+    def _is_queueing(self, seconds: float = 0.0) -> bool:
+        return self._queueing is not None and not self._queueing.wait(seconds)
+
+    def settle(self) -> None:
+        """The same, and wait a little for its end, before the processes of this job are ended."""
+        self.call_off()
+        if self._is_queueing(TAKE_BACK_S):
+            log.warning(
+                "the next attempt was still being queued; what is left of it is held: a later launch removes it"
+            )
+        self._queueing = None
 
     def _by_hand(self) -> str:
         found = checkpoints_of(self.job.settings, self.job.directory)
@@ -215,6 +261,7 @@ class Chain:
 
     def conclude(self, ended: Ended) -> None:
         """At the end of this attempt: leave the next one in the queue, or take it out."""
+        self.settle()
         if ended is Ended.INTERRUPTED and self.successor:
             log.info("it goes on in the jobs %s", ", ".join(self.successor.values()))
         elif ended is Ended.INTERRUPTED and self.job.settings.restarts:

@@ -31,6 +31,7 @@ from slurm.lib.errors import (
 )
 from slurm.lib.helpers import jobs_base
 from slurm.lib.logs import log
+from slurm.lib.processes import own_age_s
 from slurm.lib.restarts import Ended
 from slurm.lib.runs import FoundRun, RunJob, find, stranger
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
@@ -38,6 +39,7 @@ from slurm.lib.signals import SignalNotes
 
 KILL_AFTER_S, CANCEL_AFTER_S = 9.0, 11.0
 END_S = 13.0  # of all: 15 s are promised, the start of Python included
+SLOWEST_START_S = 1.5  # of Python on a busy host, as far as it is made up for
 COMMAND_S = 3.0  # one question or order, to a controller that may be silent
 FIND_S = 5.0  # for all questions about which runs are meant
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
@@ -206,12 +208,13 @@ class LocalHand:
 
 @dataclass
 class Cancellation:
-    """Ends runs, watching all of their jobs at once."""
+    """Ends runs, watching all of their jobs at once, for at most ``end_s`` seconds after ``begin``."""
 
     runs: Sequence[FoundRun]
     hands: Mapping[bool, Hand]  # by whether a job is local
     notes: SignalNotes
     begin: float
+    end_s: float = END_S
     watched: dict[str, Watched] = field(default_factory=dict)
 
     @property
@@ -224,7 +227,7 @@ class Cancellation:
         while True:
             self._look()
             left = [one for one in self.watched.values() if one.is_left]
-            if not left or self.elapsed_s + pause > END_S:
+            if not left or self.elapsed_s + pause > self.end_s:
                 return list(self.watched.values())
             for act in Act:
                 self._do(act, [one for one in left if one.now and due(one.now, one.done, self.elapsed_s) is act])
@@ -255,7 +258,7 @@ class Cancellation:
                     one.done += [] if complaint else [act]
 
     def _left_s(self) -> float:
-        return max(0.2, min(COMMAND_S, END_S - self.elapsed_s))
+        return max(0.2, min(COMMAND_S, self.end_s - self.elapsed_s))
 
 
 def conclude(watched: Sequence[Watched]) -> None:
@@ -285,11 +288,11 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str], notes: SignalNotes) -> int:
     """The verb; returns its exit code."""
-    begin = time.monotonic()
+    begin, end_s = time.monotonic(), END_S - min(own_age_s(), SLOWEST_START_S)
     arguments = build_parser().parse_args(argv)
     slurm = Slurm()
     runs = _found(arguments.runs, slurm, begin + FIND_S)
-    watched = Cancellation(runs, {False: SlurmHand(slurm), True: LocalHand()}, notes, begin).carry_out()
+    watched = Cancellation(runs, {False: SlurmHand(slurm), True: LocalHand()}, notes, begin, end_s).carry_out()
     conclude(watched)
     said = say(as_json(runs, watched) if arguments.json else as_text(runs, watched))
     for one in watched:

@@ -21,7 +21,7 @@ from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
-from slurm.lib.settings import Settings, gpu_gres
+from slurm.lib.settings import Settings, gpu_gres, slurm_seconds
 from slurm.lib.trainer import trainer_of
 from slurm.lib.verl_versions import VerlVersion
 
@@ -35,6 +35,7 @@ SECRETS_FILE = "SKYRL_SECRETS_FILE"
 OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, "SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"})
 LOCAL_PID = "<pid>"
 DEPENDENCY, BEGIN = ("dependency", "d"), ("begin", "b")  # options of sbatch, in long and short
+SIGNAL_EARLY_S, SLOWEST_START_S = 60.0, 60.0  # of a signal of Slurm's before its time; of a job body on a busy node
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
 
 
@@ -184,10 +185,18 @@ def _site_options(settings: Settings) -> tuple[str, ...]:
             ("reservation", settings.reservation),
             ("exclude", settings.exclude_nodes),
             ("time", settings.time_limit),
-            # To the job's own process alone; Slurm may send it up to a minute early (sbatch(1)).
-            ("signal", f"B:USR1@{settings.restart_lead}" if settings.restarts else None),
+            ("signal", f"B:USR1@{settings.restart_lead}" if _is_signalled(settings) else None),
         ]
     )
+
+
+def _is_signalled(settings: Settings) -> bool:
+    """Whether Slurm is to tell each job's own process that the time limit is near, as the job's own clock does.
+
+    Slurm may do so up to a minute early (sbatch(1)): not where that would kill a process that has just been started.
+    """
+    left_before = slurm_seconds(settings.time_limit) - settings.restart_lead
+    return bool(settings.restarts) and left_before > SIGNAL_EARLY_S + SLOWEST_START_S
 
 
 def _logs(kind: str, base: Path, directory: str) -> tuple[str, ...]:

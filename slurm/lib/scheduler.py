@@ -283,7 +283,9 @@ class Slurm:
         except WaitTimeout as problem:
             raise self._unheard(str(problem)) from None
         job_id = parse_job_id(answer)
-        if not answer.ok and is_silence(answer.complaint):
+        if answer.returncode < 0 or (
+            not answer.ok and is_silence(answer.complaint)
+        ):  # sbatch was killed, or heard nothing
             raise self._unheard(answer.complaint)
         if not answer.ok or job_id is None:
             raise SubmissionError(f"Slurm did not take the job: {answer.complaint}")

@@ -62,7 +62,8 @@ class _Undo:
             discard(self.made)
         for path in [*self.added, *([self.marker] if self.marker and not self.is_unsure else [])]:
             path.unlink(missing_ok=True)
-        return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else "nothing was queued"
+        nothing = "nothing else was queued" if self.is_unsure else "nothing was queued"
+        return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else nothing
 
 
 @contextlib.contextmanager

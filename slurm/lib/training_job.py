@@ -214,14 +214,15 @@ class TrainingSession:
             self.server_restarted_s_ago = heartbeat.restarted_s_ago
             environment = self.prepare(trainer, endpoint, folder).plus({TRAINER_MARKER: marker})
             guardian.own_marker(TRAINER_MARKER, marker)
-            self.chain.begin(endpoint.runtime_job_id, self.notes)
-            guardian.await_detached()
-            adopt_orphans()
 
             def still_possible() -> None:
                 self.notes.check()
                 if why := watch():
                     raise PartnerGone(why)
+
+            self.chain.begin(endpoint.runtime_job_id, still_possible)
+            guardian.await_detached()
+            adopt_orphans()
 
             with (
                 start_canary() as canary,
@@ -236,6 +237,7 @@ class TrainingSession:
                 finally:
                     self.notes.on_other = None
                     child.kill()
+                    self.chain.settle()  # sbatch is one of the processes that are killed now
                     # daemons that it left, in sessions of their own
                     kill_descendants(spared={canary.pid} | cluster.pids | self.step.pids)
                 self.record(outcome)  # now: what is still to be removed may outlast Slurm's KillWait
@@ -451,6 +453,7 @@ class TrainingSession:
                     return self._stopped(child, PartnerGone.exit_code, why, self._without_runtime(why))
                 if why := cluster.lost():
                     return self._stopped(child, NodeLost.exit_code, why, Ended.INTERRUPTED)
+                early.goes_on = bool(self.chain.successor)  # which may be queued late, or be taken out
                 if checkpoint := early.saved():
                     early.goes_on = self.chain.waits()
                     if early.goes_on:
@@ -529,6 +532,7 @@ class TrainingSession:
         """
         name = signal.Signals(number).name
         log.warning("received %s; stopping the trainer", name)
+        self.chain.call_off()
         if not canary.wait(CANARY_S):
             child.send(number)
         end = time.monotonic() + max(1.0, self.kill_wait_s - 2.5)

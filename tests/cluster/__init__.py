@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -319,6 +320,29 @@ def silent_controller() -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def slow_controller(silent_s: float = 20.0, works_s: float = 1.0) -> Iterator[None]:
+    """slurmctld works for a second and does nothing for 20, again and again, as one that is kept busy.
+
+    It does all that it is told. An answer takes up to 20 s, and Slurm's commands wait for one 10 s (MessageTimeout).
+    """
+    over = threading.Event()
+
+    def alternate() -> None:
+        while not over.is_set():
+            with silent_controller():
+                over.wait(silent_s)
+            over.wait(works_s)
+
+    turns = threading.Thread(target=alternate)
+    turns.start()
+    try:
+        yield
+    finally:
+        over.set()
+        turns.join()
 
 
 @contextlib.contextmanager
