@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.lib.coordination import CoordinationDir, Flag, read_if_there, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
 from slurm.lib.run_record import record_paths
@@ -94,8 +94,9 @@ def _noted(path: Path, ends: tuple[End, ...]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        data = json.loads(read_if_there(path) or "{}")
+    """What a file holds that a listing has just shown; nothing where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        data = json.loads(path.read_text(encoding="utf-8"))
         return data if isinstance(data, dict) else {}
     return {}
 

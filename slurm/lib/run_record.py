@@ -7,7 +7,7 @@ import getpass
 import json
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,16 +206,26 @@ def partner_of(directory: CoordinationDir, kind: str, job_id: str) -> str | None
 
     The one that was recorded with it, else the last that was recorded alone. Other attempts at the run are other pairs.
     """
+    return partner_and_bond(directory, kind, job_id)[0]
+
+
+def partner_and_bond(directory: CoordinationDir, kind: str, job_id: str) -> tuple[str | None, bool]:
+    """The same, and whether the two were launched together: then no job that joins takes its place."""
     other = _OTHER[kind]
-    alone = [jobs[other] for jobs in map(_jobs_in, record_paths(directory)) if other in jobs and kind not in jobs]
-    return recorded_with(directory, kind, job_id) or (alone[-1] if alone else None)
+    recorded = [_jobs_in(path) for path in record_paths(directory)]
+    together = _together(recorded, kind, job_id)
+    alone = [jobs[other] for jobs in recorded if other in jobs and kind not in jobs]
+    return together or (alone[-1] if alone else None), together is not None
 
 
 def recorded_with(directory: CoordinationDir, kind: str, job_id: str) -> str | None:
     """The id of the job that was launched together with this one; None for a job that was launched alone."""
+    return _together(map(_jobs_in, record_paths(directory)), kind, job_id)
+
+
+def _together(recorded: Iterable[Mapping[str, str]], kind: str, job_id: str) -> str | None:
     other = _OTHER[kind]
-    pairs = [jobs for jobs in map(_jobs_in, record_paths(directory)) if other in jobs and jobs.get(kind) == job_id]
-    return pairs[0][other] if pairs else None
+    return next((jobs[other] for jobs in recorded if other in jobs and jobs.get(kind) == job_id), None)
 
 
 def _jobs_in(path: Path) -> dict[str, str]:
