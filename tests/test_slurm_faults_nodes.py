@@ -336,7 +336,7 @@ def test_runs_with_a_home_that_root_cannot_read(user: OrdinaryUser, elsewhere: P
         assert inside.directory.parent == user.home / ".skyrl_jobs"
         on_disk = replace(inside, directory=disk / inside.directory.relative_to(user.home))
         for run in (on_disk, outside):
-            run.wait_over(seconds=120)
+            run.wait_over(seconds=180)
             assert run.completion["exit_code"] == 0, run.log("training")
             assert list(run.directory.rglob("summary.json"))
         assert f"{user.home}/SkyRL/.venv" in on_disk.text("run.json")
