@@ -283,6 +283,12 @@ SANDBOX_ATTACKS = Case(
     "all refused; the other one has all it had",
 )
 HOME_FULL = Case(15, "the home is full", "the run completes; in the home nothing has changed")
+HOME_SQUASHED = Case(
+    15,
+    "root cannot read the home (NFS root squash, imitated by a FUSE file system); checkout, environment and "
+    "`SKYRL_JOBS_BASE` are in it, or elsewhere",
+    "the runs complete; in the home nothing has changed but `SKYRL_JOBS_BASE`",
+)
 LAUNCHER_KILLED = Case(21, "`kill -9` of the launcher of a local run", "nothing of the run is left", 10)
 LAUNCHER_KILLED_EARLY = Case(
     21, "`kill -9` of the launcher of a local run whose runtime is starting", "nothing of the run is left", 10
@@ -293,6 +299,22 @@ LATE_FILES = Case(
     "the run's code, secrets and key are seen on the GPU node 30 s late",
     "the run completes, with its own code, secrets and key",
     150,
+)
+LATE_READY = Case(9, "the ready flag is seen on the GPU node 30 s late", "the run completes", 120)
+LATE_ADDRESS = Case(9, "the API server's address is seen on the GPU node 30 s late", "the run completes", 120)
+LATE_SUCCESS = Case(
+    9,
+    "the completion flag of a training that succeeded is seen on the CPU node 30 s late",
+    "the runtime job ends by Slurm's word, as after a success",
+    45,
+    "its completion flag was not seen here within 10 s",
+)
+LATE_FAILURE = Case(
+    9,
+    "the completion flag of a training that failed is seen on the CPU node 30 s late",
+    "the runtime job ends by Slurm's word; the flag says what the training wrote",
+    45,
+    "on gpu-b), without a completion flag",
 )
 NO_SECRETS = Case(
     9, "the secrets are not seen on the GPU node", "both jobs end", 120, "secrets.json to be seen on gpu-a, in vain"
@@ -325,7 +347,28 @@ SLOW_SHARE = Case(
     9,
     "each opening, listing, renaming and sync in the shared directory takes 2 s; `scancel`",
     "both jobs end",
-    180,
+    120,
+)
+FULL_AT_START = Case(
+    9,
+    "the shared directory is full when the runtime job starts, or when the training job does",
+    "both jobs end; where a log has no room, the job's comment says so (`scontrol show job`)",
+    45,
+    "its log could not be written: No space left on device",
+)
+READ_ONLY_RUNTIME = Case(
+    9,
+    "the run directory is read-only on the CPU node when the runtime job starts, which Slurm then cannot start",
+    "the training job ends too",
+    45,
+    "JobLaunchFailure, on cpu-b); is its run directory there on that node, and writable?",
+)
+READ_ONLY_TRAINING = Case(
+    9,
+    "the run directory is read-only on the GPU node when the training job starts, which Slurm then cannot start",
+    "the runtime job ends too",
+    45,
+    "JobLaunchFailure, on gpu-b); is its run directory there on that node, and writable?",
 )
 LAUNCH_FULL = Case(9, "the shared directory is full at the launch", "an error with its name; nothing is queued", 20)
 GONE_BEFORE = Case(
@@ -492,6 +535,7 @@ CASES = (
     MANY_LAUNCHES,
     OTHER_USER,
     HOME_FULL,
+    HOME_SQUASHED,
     SANDBOX_ATTACKS,
     DEAD_JOB,
     ENDURANCE,
@@ -499,6 +543,10 @@ CASES = (
     LAUNCHER_KILLED_EARLY,
     TERMINAL_CLOSED,
     LATE_FILES,
+    LATE_READY,
+    LATE_ADDRESS,
+    LATE_SUCCESS,
+    LATE_FAILURE,
     NO_SECRETS,
     NO_CODE,
     NO_FLAG,
@@ -506,6 +554,9 @@ CASES = (
     READ_ONLY,
     NO_DIRECTORY,
     SLOW_SHARE,
+    FULL_AT_START,
+    READ_ONLY_RUNTIME,
+    READ_ONLY_TRAINING,
     LAUNCH_FULL,
     GONE_BEFORE,
     PLANTED,

@@ -1,10 +1,13 @@
-"""A shared folder as one node may see it under faults: every call slow, or new files there only later.
+"""A shared folder as one node may see it under faults: every call slow, new files there only later, root refused.
 
 A FUSE pass-through, started as a program of its own under the system's Python, in the mount namespace of the node that
-is to suffer: ``faulty_fs.py FOLDER CONTROL`` mounts over ``FOLDER`` what was there before. ``CONTROL`` is a JSON file
-that may be rewritten meanwhile: ``delay_s`` for each call that a client's caches do not answer; ``late_s`` during which
-a file whose name matches one of ``late`` is not there, counted from this node's first look at it. What the node itself
-has made is there at once.
+is to suffer: ``faulty_fs.py FOLDER CONTROL [SOURCE]`` mounts over ``FOLDER`` what was there before, or ``SOURCE``.
+``CONTROL`` is a JSON file that may be rewritten meanwhile: ``delay_s`` for each call that a client's caches do not
+answer; ``late_s`` during which a file whose name matches one of ``late`` is not there, counted from this node's first
+look at it (what the node itself has made is there at once); ``root_squash``: root is nobody, as on NFS by default, and
+here that means to be refused. As there, the file-system user id of the calling thread counts, which is root's in a
+set-uid program, the user's in slurmstepd once it has dropped its privileges, and the user's for root in the user's own
+user namespace; and what is done with an open file is its opener's.
 """
 
 from __future__ import annotations
@@ -22,8 +25,13 @@ from typing import Any
 
 import fusepy  # type: ignore[import-not-found]  # Debian's, of the system's Python
 
-# What a client of a shared file system does from its caches: attributes of what it has seen, and what a sync completes.
-AT_ONCE = frozenset({"getattr", "access", "write", "flush", "release", "releasedir"})
+# What a client of a shared file system does from its caches: attributes of what it has seen, and what a sync completes;
+# and what NFS has no call for: whether a file is a terminal, capabilities that a write would take from it.
+AT_ONCE = frozenset({"getattr", "access", "write", "flush", "release", "releasedir", "ioctl", "getxattr"})
+
+
+BY_HANDLE = frozenset({"read", "write", "flush", "fsync", "release", "releasedir"})  # whoever opened it, did it
+NOBODYS = frozenset({"init", "destroy"})  # the kernel's
 
 
 class Conditions:
@@ -52,7 +60,14 @@ class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
     def __call__(self, operation: str, *arguments: Any) -> Any:
         if operation not in AT_ONCE:
             time.sleep(float(self.conditions.now().get("delay_s", 0)))
+        if self.conditions.now().get("root_squash") and self._is_refused(operation, *arguments):
+            raise fusepy.FuseOSError(errno.EACCES)
         return super().__call__(operation, *arguments)
+
+    def _is_refused(self, operation: str, *arguments: Any) -> bool:
+        """Root may know of the folder itself, whose parent is another file system, and of nothing in it."""
+        known = operation in BY_HANDLE | NOBODYS or (operation == "getattr" and arguments[0] == "/")
+        return not known and fusepy.fuse_get_context()[0] == 0
 
     def _real(self, path: str) -> str:
         return f"/proc/self/fd/{self.root}/{path.lstrip('/')}"
@@ -90,6 +105,11 @@ class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
             if not self._hidden(f"{path.rstrip('/')}/{name}"):
                 yield name
 
+    def statfs(self, _path: str) -> dict[str, Any]:
+        status = os.fstatvfs(self.root)
+        names = ("bavail", "bfree", "blocks", "bsize", "favail", "ffree", "files", "frsize", "namemax")
+        return {f"f_{name}": getattr(status, f"f_{name}") for name in names}
+
     def readlink(self, path: str) -> str:
         return os.readlink(self._there(path))
 
@@ -111,6 +131,9 @@ class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
 
     def rename(self, old: str, new: str) -> None:
         os.rename(self._there(old), self._real(new))
+
+    def link(self, target: str, source: str) -> None:
+        os.link(self._there(source), self._real(target))
 
     def unlink(self, path: str) -> None:
         os.unlink(self._there(path))
@@ -143,13 +166,16 @@ class FaultyFolder(fusepy.Operations):  # type: ignore[misc]  # untyped
         os.close(fh)
 
 
-def main(folder: str, control: str) -> None:
+def main(folder: str, control: str, source: str = "") -> None:
     """Mount over the folder, and serve until it is unmounted."""
-    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    # Nothing is cached by the kernel, so that each look of the node's is a call here.
-    caches = {"attr_timeout": 0, "entry_timeout": 0, "negative_timeout": 0}
+    root = os.open(source or folder, os.O_RDONLY | os.O_DIRECTORY)
+    conditions = Conditions(Path(control))
+    # Nothing is cached by the kernel, so that each look of the node's is a call here. Where users are told apart, names
+    # and attributes are, for a second: of what the user has just looked at root may learn so much, but not open it.
+    remembered_s = 1 if conditions.now().get("root_squash") else 0
+    caches = dict.fromkeys(("attr_timeout", "entry_timeout", "negative_timeout"), remembered_s)
     fusepy.FUSE(
-        FaultyFolder(root, Conditions(Path(control))),
+        FaultyFolder(root, conditions),
         folder,
         foreground=True,
         allow_other=True,

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Protocol
+
+from tests import cluster
+
+FAULTY = Path(__file__).with_name("faulty_fs.py")
 
 
 class User(Protocol):
@@ -32,6 +41,39 @@ def until(what: str, condition: Callable[[], object], seconds: float) -> float:
         assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
         time.sleep(0.1)
     return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def faulty(node: str, folder: Path, source: Path | None = None, **said: object) -> Iterator[Callable[..., None]]:
+    """``folder`` as ``node`` sees it through ``faulty_fs``; call what is yielded to change the conditions.
+
+    With a ``source`` what lies there. ``node`` may be the empty string: the login host.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        control = Path(place) / "control.json"
+
+        def change(**now: object) -> None:
+            beside = control.with_suffix(".new")
+            beside.write_text(json.dumps(now))
+            beside.rename(control)
+
+        change(**said)
+        on_it = ["nsenter", f"--target={cluster.slurmd_pid(node)}", "--mount"] if node else []
+        words = [str(folder), str(control), *([str(source)] if source else [])]
+        with subprocess.Popen([*on_it, "/usr/bin/python3", str(FAULTY), *words]) as server:
+            try:
+                until(f"{folder} on {node}", lambda: _is_faulty(on_it, folder), 20)
+                yield change
+            finally:
+                change()
+                subprocess.run([*on_it, "umount", "--lazy", str(folder)], check=False)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(5)  # which it does by itself once nothing there is open any more
+                server.terminate()
+
+
+def _is_faulty(on_it: list[str], folder: Path) -> bool:
+    return subprocess.run([*on_it, "mountpoint", "-q", str(folder)], check=False).returncode == 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +184,21 @@ def launch(
     done = user.run(argv, timeout=60, **more)
     assert done.returncode == 0, done.stderr
     return parse_report(user, done.stdout)
+
+
+def own_environment(folder: Path) -> Path:
+    """An environment with the packages of this one, made in a folder of a user's; returns its interpreter."""
+    ours = Path(sys.prefix)
+    packages = next((ours / "lib").glob("python3*/site-packages"))
+    target = folder / "lib" / packages.parent.name / "site-packages"
+    target.mkdir(parents=True)
+    for entry in packages.iterdir():
+        (target / entry.name).symlink_to(entry)
+    (folder / "bin").mkdir()
+    shutil.copy(ours / "pyvenv.cfg", folder)
+    python = folder / "bin" / "python"
+    python.symlink_to((ours / "bin" / "python").resolve())
+    return python
 
 
 # A trainer that starts two sandboxes and writes what it knows of them.

@@ -57,6 +57,23 @@ def test_the_key_is_private_from_its_first_moment(tmp_path: Path, monkeypatch: p
     assert stat.S_IMODE((tmp_path / "runtime_api_key.txt").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o277])
+def test_the_mode_does_not_depend_on_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        coordination.write_atomically(tmp_path / "flag", "text", 0o644)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "flag").stat().st_mode) == 0o644
+
+
+def test_who_writes_only_what_is_absent_learns_whether_it_was(tmp_path: Path) -> None:
+    assert coordination.write_if_absent(tmp_path / "flag", "first")
+    assert not coordination.write_if_absent(tmp_path / "flag", "second")
+    assert (tmp_path / "flag").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["flag"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"cannot write .*nowhere/runtime_url\.txt: No such file"):
         CoordinationDir(tmp_path / "nowhere").publish_url("http://h:1")

@@ -165,3 +165,20 @@ def test_an_sbatch_that_is_killed_may_have_queued_the_job(slurm: Slurm) -> None:
     with pytest.raises(SubmissionError, match="it may have been queued all the same") as caught:
         slurm.submit(["sbatch"])
     assert caught.value.leaves_jobs
+
+
+@pytest.mark.parametrize(
+    ("comment", "noted"),
+    [("skyrl:host/boot/1/2/3/0", True), ("(null)", True), ("", True), ("project 7", False), ("(null) 7", False)],
+)
+def test_a_note_takes_the_place_of_our_mark_and_of_no_persons_comment(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, comment: str, noted: bool
+) -> None:
+    folder = path_of(slurm)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    fake(folder, "squeue", f"echo '{comment}'")
+    fake(folder, "scontrol", f'echo "$@" > {folder}/said')
+    slurm.note("8", "skyrl: no room")
+    assert (folder / "said").exists() == noted
+    if noted:
+        assert (folder / "said").read_text() == "update JobId=8 Comment=skyrl: no room\n"

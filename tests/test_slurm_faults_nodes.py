@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,22 @@ from tests import cluster as test_cluster
 from tests import faults, lying_image
 from tests.conftest import NothingLeft, OrdinaryUser, leaving_nothing
 from tests.faults import Case, released, runtime_processes, within
-from tests.runs import Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
+from tests.runs import (
+    Run,
+    answers,
+    body_pid,
+    faulty,
+    launch,
+    launch_argv,
+    own_environment,
+    parse_report,
+    until,
+    with_sandboxes,
+)
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
-ON_A = "CPU_SBATCH_ARGS=--nodelist=cpu-a"
+ON_A, ON_B = "CPU_SBATCH_ARGS=--nodelist=cpu-a", "CPU_SBATCH_ARGS=--nodelist=cpu-b"
 NO_GPU = "GPUS_PER_NODE=0"
 TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 300"
 PODMAN = Path("/usr/bin/podman")
@@ -270,6 +282,29 @@ def full_home(user: OrdinaryUser) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def squashed_home(user: OrdinaryUser) -> Iterator[Path]:
+    """The user's home is on a server to which root is nobody, on the login host and on every node; yields its disk.
+
+    An imitation of NFS with root squash: our FUSE file system refuses root.
+    """
+    disk, home = test_cluster.SHARE / "exported", test_cluster.SHARE / "home"
+    with contextlib.ExitStack() as undo:
+        for folder in (disk, home):
+            folder.mkdir(mode=0o700)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        os.chown(disk, user.uid, user.gid)
+        (disk / ".bashrc").write_text("# of the user\n")
+        undo.enter_context(faulty("", home, disk, root_squash=True))  # below SHARE: seen on every node
+        undo.enter_context(test_cluster.mounted_here(user.home, "--bind", str(home)))
+        for node in test_cluster.NODES:
+            undo.enter_context(test_cluster.mounted(node, user.home, "--bind", str(home)))
+            with pytest.raises(test_cluster.ClusterError, match="Permission denied"):
+                test_cluster.on_node(node, "cat", str(user.home / ".bashrc"))
+        assert user.run(["cat", str(user.home / ".bashrc")]).stdout == "# of the user\n"
+        yield disk
+
+
 def listed(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Every path below a folder: its size, mode and time of change."""
     found = {str(path): path.lstat() for path in [folder, *folder.rglob("*")]}
@@ -289,13 +324,52 @@ def elsewhere(user: OrdinaryUser, checkout: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+TRAINS = 'TRAINING_COMMAND="$SKYRL_PYTHON" -m shell_rl.train --sandboxes 2 --steps 2 || test $? = 3'
+
+
 def test_a_run_writes_nothing_to_a_full_home(user: OrdinaryUser, elsewhere: Path) -> None:
-    command = 'TRAINING_COMMAND="$SKYRL_PYTHON" -m shell_rl.train --sandboxes 2 --steps 2 || test $? = 3'
     with full_home(user):
         before = listed(user.home)
-        run = launch(user, elsewhere / "SkyRL", elsewhere / "jobs", command, NO_GPU, cwd=elsewhere)
+        run = launch(user, elsewhere / "SkyRL", elsewhere / "jobs", TRAINS, NO_GPU, cwd=elsewhere)
         run.wait_over(seconds=120)
         assert run.completion["exit_code"] == 0, run.log("training")
         assert list(run.directory.rglob("summary.json"))
         assert listed(user.home) == before
         within(faults.HOME_FULL, 0.0)
+
+
+def launched_from(user: OrdinaryUser, folder: Path, *settings: str) -> Run:
+    """Launch a run from the checkout in a folder that root, which starts the user's shell, may not enter."""
+    argv = launch_argv(folder / "SkyRL", TRAINS, NO_GPU, *settings)
+    done = user.run(["bash", "-c", 'cd "$0" && exec "$@"', str(folder / "SkyRL"), *argv], cwd=Path("/"))
+    assert done.returncode == 0, done.stderr
+    return parse_report(user, done.stdout)
+
+
+def furnished(user: OrdinaryUser, disk: Path, checkout: Path) -> None:
+    """Put a checkout and its environment into a home, with the byte code that a first launch leaves."""
+    copy = disk / "SkyRL"
+    subprocess.run(["cp", "-a", str(checkout), str(copy)], check=True)
+    (copy / ".venv").unlink()
+    python = own_environment(copy / ".venv")
+    done = user.run([str(python), "-m", "compileall", "-q", str(copy / "slurm"), str(copy / "slurm_runtime")])
+    assert done.returncode == 0, done.stderr
+
+
+def test_runs_with_a_home_that_root_cannot_read(user: OrdinaryUser, elsewhere: Path) -> None:
+    with squashed_home(user) as disk:
+        furnished(user, disk, elsewhere / "SkyRL")
+        before = listed(disk)
+        # SKYRL_JOBS_BASE of the first is the default, ~/.skyrl_jobs.
+        inside = launched_from(user, user.home, ON_A)
+        outside = launched_from(user, elsewhere, ON_B, f"SKYRL_JOBS_BASE={elsewhere}/jobs")
+        assert inside.directory.parent == user.home / ".skyrl_jobs"
+        on_disk = replace(inside, directory=disk / inside.directory.relative_to(user.home))
+        for run in (on_disk, outside):
+            run.wait_over(seconds=180)
+            assert run.completion["exit_code"] == 0, run.log("training")
+            assert list(run.directory.rglob("summary.json"))
+        assert f"{user.home}/SkyRL/.venv" in on_disk.text("run.json")
+        changed = {path for path, _ in before.items() ^ listed(disk).items()} - {str(disk)}
+        assert {Path(path).relative_to(disk).parts[0] for path in changed} == {".skyrl_jobs"}
+        within(faults.HOME_SQUASHED, 0.0)

@@ -8,11 +8,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +21,12 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import Case, within
-from tests.runs import SMALL, Run, launch, launch_argv, until
+from tests.runs import SMALL, Run, faulty, launch, launch_argv, own_environment, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
 NO_GPU = "GPUS_PER_NODE=0"
-FAULTY = Path(__file__).with_name("faulty_fs.py")
-NEVER = 1e6  # seconds
+LATE_S, NEVER = 30, 1e6  # seconds
 SKEWED_CLOCK = Path(__file__).with_name("skewed_clock.c")
 TOLD = "hf_told_by_the_launch_alone"
 
@@ -37,39 +34,6 @@ TOLD = "hf_told_by_the_launch_alone"
 @pytest.fixture(autouse=True)
 def clean(nothing_left: NothingLeft) -> None:
     """Every test here ends with nothing left on any node."""
-
-
-@contextlib.contextmanager
-def faulty(node: str, folder: Path, **said: object) -> Iterator[Callable[..., None]]:
-    """``folder`` as ``node`` sees it through ``faulty_fs``; call what is yielded to change the conditions."""
-    with tempfile.TemporaryDirectory() as place:
-        control = Path(place) / "control.json"
-
-        def change(**now: object) -> None:
-            beside = control.with_suffix(".new")
-            beside.write_text(json.dumps(now))
-            beside.rename(control)
-
-        change(**said)
-        pid = test_cluster.slurmd_pid(node)
-        argv = ["nsenter", f"--target={pid}", "--mount", "/usr/bin/python3", str(FAULTY), str(folder), str(control)]
-        with subprocess.Popen(argv) as server:
-            try:
-                until(f"{folder} on {node}", lambda: _is_mounted(node, folder), 20)
-                yield change
-            finally:
-                change()
-                test_cluster.on_node(node, "umount", "--lazy", str(folder))
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.wait(5)  # which it does by itself once nothing there is open any more
-                server.terminate()
-
-
-def _is_mounted(node: str, folder: Path) -> bool:
-    with contextlib.suppress(test_cluster.ClusterError):
-        test_cluster.on_node(node, "mountpoint", "-q", str(folder))
-        return True
-    return False
 
 
 @dataclass
@@ -128,21 +92,38 @@ ASKED = 'printf %s "$HF_TOKEN" > "$SKYRL_COORD_DIR/token"; printf %s "$PYTHONPAT
 
 def test_files_that_are_late_or_never_come(lab: Lab) -> None:
     late = ["code", "secrets.json", "runtime_api_key.txt"]
-    lab.mounts.enter_context(faulty("gpu-a", lab.folder("late"), late=late, late_s=30))
+    lab.mounts.enter_context(faulty("gpu-a", lab.folder("late"), late=late, late_s=LATE_S))
     lab.mounts.enter_context(faulty("gpu-a", lab.folder("secrets"), late=["secrets.json"], late_s=NEVER))
     lab.mounts.enter_context(faulty("gpu-b", lab.folder("code"), late=["code"], late_s=NEVER))
     lab.mounts.enter_context(faulty("cpu-b", lab.folder("flag"), late=["training_complete.flag"], late_s=NEVER))
+    lab.mounts.enter_context(faulty("gpu-b", lab.folder("ready"), late=["runtime_ready.flag"], late_s=LATE_S))
+    lab.mounts.enter_context(faulty("gpu-b", lab.folder("url"), late=["runtime_url.txt"], late_s=LATE_S))
+    for name in ("success", "failure"):
+        lab.mounts.enter_context(faulty("cpu-b", lab.folder(name), late=["training_complete.flag"], late_s=LATE_S))
     begin = time.monotonic()
     secret = {"HF_TOKEN": TOLD, "ALLHANDS_API_KEY": "the-key-of-this-launch"}
     all_late = lab.launch("late", "a", ASKED, env=secret)
     no_secrets = lab.launch("secrets", "a", "touch never", env=secret)
     no_code = lab.launch("code", "b", "touch never")
-    no_flag = lab.launch("flag", "b", "true")
+    no_flag, success = lab.launch("flag", "b", "true"), lab.launch("success", "b", "true")
+    failure = lab.launch("failure", "b", "exit 3")
+    ready, address = lab.launch("ready", "b", "true"), lab.launch("url", "b", "true")
 
-    no_flag.wait_over("training", seconds=90)
-    over(no_flag, faults.NO_FLAG, time.monotonic(), "runtime")
-    assert no_flag.exit_code("runtime") == no_flag.exit_code("training") == "0"
+    unseen = {
+        faults.NO_FLAG: (no_flag, 0, 0),
+        faults.LATE_SUCCESS: (success, 0, 0),
+        faults.LATE_FAILURE: (failure, 69, 3),
+    }
+    for case, (run, runtimes, trainings) in unseen.items():
+        run.wait_over(seconds=90)
+        within(case, end_of(run, "runtime") - end_of(run, "training"))
+        assert case.reads in run.log("runtime")
+        assert (run.exit_code("runtime"), run.exit_code("training")) == (str(runtimes), str(trainings))
+        assert (run.completion["job_id"], run.completion["exit_code"]) == (run.jobs["training"], trainings)
 
+    for run, case in ((ready, faults.LATE_READY), (address, faults.LATE_ADDRESS)):
+        assert over(run, case, begin) > LATE_S
+        assert run.completion["exit_code"] == 0, run.log("training")
     over(all_late, faults.LATE_FILES, begin)
     assert all_late.completion["exit_code"] == 0, all_late.log("training")
     assert all_late.text("token") == TOLD
@@ -164,11 +145,7 @@ LOUD = "head -c 8192 /dev/zero | tr '\\0' x; exit 3"
 
 def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_left: NothingLeft) -> None:
     go = lab.folder("signals")
-    disk = test_cluster.SHARE / "small"
-    disk.mkdir()
-    lab.mounts.callback(disk.rmdir)
-    tmpfs = ("-t", "tmpfs", "-o", f"size=8m,uid={lab.user.uid},mode=755", "tmpfs")
-    lab.mounts.enter_context(test_cluster.mounted_here(disk, *tmpfs))
+    disk = small_disk(lab, "small")
     slow = [lab.mounts.enter_context(faulty(node, lab.folder("slow"))) for node in ("cpu-b", "gpu-b")]
 
     def begun(name: str, nodes: str, end: str, base: Path | None = None) -> Run:
@@ -180,9 +157,7 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
     for run in (full, read_only, removed, tardy):
         run.wait_for_text("training", "trainer started", 60)
     for node in (read_only.node("runtime"), read_only.node("training")):
-        folder = read_only.directory
-        lab.mounts.enter_context(test_cluster.mounted(node, folder, "--bind", str(folder)))  # what is open stays so
-        test_cluster.on_node(node, "mount", "-o", "remount,ro,bind", str(folder))
+        make_read_only(lab, node, read_only.directory)
     shutil.rmtree(removed.directory)
     fill(disk)
     for change in slow:
@@ -213,6 +188,66 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
     assert refused.returncode == 73, refused.stderr
     assert "No space left on device" in refused.stderr
     assert not lab.user.run(["squeue", "-h", "-u", lab.user.name]).stdout
+
+
+LATER = "--begin=now+600"  # until it is to start
+
+
+def test_a_directory_that_is_full_or_read_only_when_a_job_starts(lab: Lab) -> None:
+    disks = [small_disk(lab, name) for name in ("first", "second")]
+    never = "touch never"
+    full_first = lab.launch("full1", "a", never, f"SKYRL_JOBS_BASE={disks[0]}", cpu=LATER)
+    full_second = lab.launch("full2", "a", never, f"SKYRL_JOBS_BASE={disks[1]}", gpu=LATER)
+    closed_first = lab.launch("closed1", "b", never, cpu=LATER)
+    closed_second = lab.launch("closed2", "b", never, gpu=LATER)
+    for run in (full_second, closed_second):
+        until("ready", lambda run=run: run.text("runtime_ready.flag"), 40)  # type: ignore[misc]
+    for disk in disks:
+        fill(disk)
+    make_read_only(lab, "cpu-b", closed_first.directory)
+    make_read_only(lab, "gpu-b", closed_second.directory)
+    begin = time.monotonic()
+    started = (full_first, "runtime"), (full_second, "training"), (closed_first, "runtime"), (closed_second, "training")
+    for run, kind in started:
+        begun = lab.user.run(["scontrol", "update", f"JobId={run.jobs[kind]}", "StartTime=now"])
+        assert begun.returncode == 0, begun.stderr
+
+    over(closed_first, faults.READ_ONLY_RUNTIME, begin, "training")
+    assert closed_first.exit_code("training") == "69"
+    over(closed_second, faults.READ_ONLY_TRAINING, begin, "runtime")
+    assert closed_second.exit_code("runtime") == "69"
+    for run, case in ((closed_first, faults.READ_ONLY_RUNTIME), (closed_second, faults.READ_ONLY_TRAINING)):
+        assert case.reads in run.completion["reason"]
+    for run, kind in started[:2]:
+        over(run, replace(faults.FULL_AT_START, reads=""), begin)
+        assert not (run.directory / "never").exists()
+        told = {name: comment(run, name) or run.log(name, "err") for name in run.jobs}
+        assert all("No space left on device" in words for words in told.values()), told
+        assert faults.FULL_AT_START.reads in told[kind]
+    assert (full_first.exit_code("runtime"), full_first.exit_code("training")) == ("71", "69")
+    assert (full_second.exit_code("training"), full_second.exit_code("runtime")) == ("71", "69")
+
+
+def comment(run: Run, kind: str) -> str:
+    """What a job's comment says to people."""
+    found = re.search(r"^ *Comment=skyrl: (.+)$", lab_ask(run.user, run.jobs[kind]), re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def small_disk(lab: Lab, name: str) -> Path:
+    """A disk of its own that all nodes share."""
+    disk = test_cluster.SHARE / name
+    disk.mkdir()
+    lab.mounts.callback(disk.rmdir)
+    tmpfs = ("-t", "tmpfs", "-o", f"size=8m,uid={lab.user.uid},mode=755", "tmpfs")
+    lab.mounts.enter_context(test_cluster.mounted_here(disk, *tmpfs))
+    return disk
+
+
+def make_read_only(lab: Lab, node: str, folder: Path) -> None:
+    """Let one node write nothing in a folder any more; what is open there stays so."""
+    lab.mounts.enter_context(test_cluster.mounted(node, folder, "--bind", str(folder)))
+    test_cluster.on_node(node, "mount", "-o", "remount,ro,bind", str(folder))
 
 
 def fill(disk: Path) -> None:
@@ -449,7 +484,8 @@ def skewed(library: Path, seconds: int) -> str:
     return f"--export=ALL,LD_PRELOAD={library},SKEW_S={seconds}"
 
 
-def limit_of(run: Run, kind: str) -> float:
+def end_of(run: Run, kind: str) -> float:
+    """When a job has ended, or its time limit while it runs; by the controller's clock, in whole seconds."""
     shown = lab_ask(run.user, run.jobs[kind])
     found = re.search(r"EndTime=(\d+)", shown)
     assert found, shown
@@ -477,7 +513,7 @@ def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
     for name, run in runs.items():
         until(f"the trainer, {name}", lambda run=run: run.text("told").strip(), 60)  # type: ignore[misc]
         began = (run.directory / "started").stat().st_mtime
-        left = min(limit_of(run, kind) for kind in run.jobs) - began
+        left = min(end_of(run, kind) for kind in run.jobs) - began
         said = re.search(r"this training may go on for (\d+) s", run.log("training"))
         assert said, run.log("training")
         assert abs(int(said[1]) - left) < 5, f"{name}: says {said[1]} s, {left:.0f} s are left"
@@ -490,22 +526,6 @@ def test_clocks_that_differ_by_minutes(lab: Lab) -> None:
 
 
 # --- 22: the code and the interpreter of queued jobs ------------------------------------------------------------------
-
-
-def own_environment(lab: Lab, name: str) -> Path:
-    """An environment of the user's with the packages of this one; returns its interpreter."""
-    ours = Path(sys.prefix)
-    folder = lab.folder(name)
-    packages = next((ours / "lib").glob("python3*/site-packages"))
-    target = folder / "lib" / packages.parent.name / "site-packages"
-    target.mkdir(parents=True)
-    for entry in packages.iterdir():
-        (target / entry.name).symlink_to(entry)
-    (folder / "bin").mkdir()
-    shutil.copy(ours / "pyvenv.cfg", folder)
-    python = folder / "bin" / "python"
-    python.symlink_to((ours / "bin" / "python").resolve())
-    return python
 
 
 def rebuilt(python: Path) -> None:
@@ -548,7 +568,7 @@ class Repository:
 
 
 def test_code_and_interpreter_while_jobs_are_queued(lab: Lab) -> None:
-    again, gone = own_environment(lab, "env-rebuilt"), own_environment(lab, "env-gone")
+    again, gone = own_environment(lab.folder("env-rebuilt")), own_environment(lab.folder("env-gone"))
     moving, upgrading = (lab.folder(name) / "SkyRL" for name in ("moving", "upgrading"))
     for copy in (moving, upgrading):
         subprocess.run(["cp", "-a", str(lab.checkout), str(copy)], check=True)

@@ -15,15 +15,18 @@ import math
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slurm.lib.errors import EnvironmentProblem
+
+T = TypeVar("T")
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
 PRESENCE_PATIENCE_S = 10.0
@@ -36,32 +39,39 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
     _write(path, text, mode, lambda beside: beside.replace(path))
 
 
-def write_if_absent(path: Path, text: str, mode: int = 0o644) -> None:
-    """The same, unless ``path`` is there already: by the word of the file server, not of what this host remembers."""
-    _write(path, text, mode, lambda beside: _link(beside, path))
+def write_if_absent(path: Path, text: str, mode: int = 0o644) -> bool:
+    """The same, unless ``path`` is there already: by the word of the file server, not of what this host remembers.
+
+    Returns whether it was written.
+    """
+    return _write(path, text, mode, lambda beside: _link(beside, path))
 
 
-def _link(beside: Path, path: Path) -> None:
+def _link(beside: Path, path: Path) -> bool:
     try:
         os.link(beside, path)
     except FileExistsError:
-        pass
+        beside.unlink(missing_ok=True)
+        return False
     except OSError:  # a file system without hard links
-        if not is_listed(path):
-            beside.replace(path)
+        absent = not is_listed(path)
+        beside.replace(path) if absent else beside.unlink(missing_ok=True)
+        return absent
     beside.unlink(missing_ok=True)
+    return True
 
 
-def _write(path: Path, text: str, mode: int, put: Callable[[Path], object]) -> None:
+def _write(path: Path, text: str, mode: int, put: Callable[[Path], T]) -> T:
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), mode)
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # by the umask; else a call of the server less
+                os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        put(beside)
+        return put(beside)
     except OSError as problem:
         with contextlib.suppress(OSError):  # on a read-only file system even of what is not there
             beside.unlink()
@@ -242,18 +252,19 @@ class CoordinationDir:
     def publish(self, path: Path, flag: Flag) -> None:
         write_atomically(path, flag.to_text())
 
-    def publish_if_absent(self, path: Path, flag: Flag) -> None:
-        """Publish a flag unless there is one, of whatever job, even one unseen here."""
-        write_if_absent(path, flag.to_text())
+    def publish_if_absent(self, path: Path, flag: Flag) -> bool:
+        """Publish a flag unless there is one, of whatever job, even one unseen here; returns whether it did."""
+        return write_if_absent(path, flag.to_text())
 
     def speak_for(self, path: Path, flag: Flag) -> None:
         """Publish a flag about a job that cannot say it itself: never over that job's own, not even one unseen here.
 
         A person's word stays, too.
         """
+        if self.publish_if_absent(path, flag):
+            return
         text = read_if_there(path)
         if text is None:
-            self.publish_if_absent(path, flag)
             return
         there = parse_flag(text)
         if there is None or not (there.by_hand or there.job_id == flag.job_id):

@@ -14,12 +14,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from slurm.lib.coordination import CoordinationDir, Flag, parse_object, read_if_there, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
-from slurm.lib.run_record import job_ids, record_paths
+from slurm.lib.run_record import job_ids, read_record, record_paths
 
 LOOKS, PAUSE_S = 4, 0.1  # the other job needs milliseconds from its reading to its writing
 PATIENCE_S = 5.0  # with a directory so slow that further looks would keep the node for minutes
@@ -74,13 +73,13 @@ def _speak_for_the_training(directory: CoordinationDir, ends: tuple[End, ...]) -
 
 def _is_followed(directory: CoordinationDir, training: str) -> bool:
     """Whether this training has queued another attempt."""
-    attempts = map(_read, directory.path.glob("attempt_*.json"))
+    attempts = map(read_record, directory.path.glob("attempt_*.json"))
     return any(data.get("successor") and job_ids(data.get("jobs")).get("training") == training for data in attempts)
 
 
 def _noted(path: Path, ends: tuple[End, ...]) -> bool:
     """Write what is new to one record; returns whether anything was."""
-    data = _read(path)
+    data = read_record(path)
     jobs = data.get("jobs")
     told = [end for end in ends if isinstance(jobs, dict) and _is_news(jobs.get(end.kind), end)]
     if not told or not isinstance(jobs, dict):
@@ -90,10 +89,6 @@ def _noted(path: Path, ends: tuple[End, ...]) -> bool:
         jobs[end.kind] = {**jobs[end.kind], "ended": what}
     write_atomically(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
     return True
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return parse_object(read_if_there(path))
 
 
 def _is_news(job: object, end: End) -> bool:

@@ -17,6 +17,7 @@ from slurm.lib.config import Check, LoadedConfig, load_config
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
 from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
 from slurm.lib.interpreter import MARK_NAME, changes, mark
+from slurm.lib.launch_mark import PREFIX
 from slurm.lib.logs import flush_or_give_up, log, setup_job_logging
 from slurm.lib.plan import SECRETS_FILE
 from slurm.lib.run_record import await_secrets, join, read_jobs, read_secrets
@@ -184,7 +185,15 @@ def run_body(kind: str, script: str, argv: Sequence[str], run: Callable[[JobCont
             tell_partner(kind, arguments.coord_dir, os.environ, words, EXIT_INTERNAL)
             return EXIT_INTERNAL
         finally:
-            flush_or_give_up()
+            if complaint := flush_or_give_up():
+                say_at_slurm(complaint, os.environ)
+
+
+def say_at_slurm(complaint: str, environment: Mapping[str, str]) -> None:
+    """Say in this job's comment why its log has no end; the one place left where a person may look."""
+    scheduler = _scheduler(environment)
+    if isinstance(scheduler, Slurm):
+        scheduler.note(own_job_id(environment), f"{PREFIX} its log could not be written: {complaint}")
 
 
 def tell_partner(kind: str, coord_dir: str | None, environment: Mapping[str, str], reason: str, exit_code: int) -> None:

@@ -44,13 +44,19 @@ class ColourFormatter(logging.Formatter):
         return line.replace(level, f"{COLOURS.get(record.levelname, '')}{level}\x1b[0m", 1)
 
 
-def flush_or_give_up() -> None:
-    """Write what is still to be written, as the last act of a job body; a full disk does not change its exit code."""
+def flush_or_give_up() -> str | None:
+    """Write what is still to be written, as the last act of a job body; a full disk does not change its exit code.
+
+    Returns why something could not be written, None where all is.
+    """
+    complaint = None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:
+        except OSError as problem:
+            complaint = problem.strerror
             give_up(stream)
+    return complaint
 
 
 def debug_wanted(environment: Mapping[str, str] = os.environ) -> bool:

@@ -32,6 +32,8 @@ FLAG_LATE_S = 10.0  # from Slurm's word that a job ended well to its completion 
 MOST_GAP_S = 15.0
 # Before its first word a partner may wait for its run's code and then for its secrets, a minute each, and load modules.
 FIRST_WORD_S = 300.0
+# Slurm's word for a job that has no log, since its body never began; and what to do about it.
+NOT_LAUNCHED = "JobLaunchFailure", "; is its run directory there on that node, and writable? slurmd's log says more"
 SUSPENDED = ("SUSPENDED", "STOPPED")  # squeue's words for a partner that cannot beat, by Slurm's own will
 
 
@@ -122,6 +124,7 @@ class PartnerWatch:
         if not self._said.state.is_final or self._times_missing == 1:
             return None
         why = f"the {self.kind} job {self.job_id} is gone: {self._said.state.value} ({self._said.words})"
+        why += NOT_LAUNCHED[1] if NOT_LAUNCHED[0] in self._said.words else ""
         if self._said.state is not JobState.ENDED_WELL:
             return why
         self._ended_well = (self.clock(), why)

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,21 +214,31 @@ def partner_of(directory: CoordinationDir, kind: str, job_id: str) -> str | None
 
     The one that was recorded with it, else the last that was recorded alone. Other attempts at the run are other pairs.
     """
+    return partner_and_bond(directory, kind, job_id)[0]
+
+
+def partner_and_bond(directory: CoordinationDir, kind: str, job_id: str) -> tuple[str | None, bool]:
+    """The same, and whether the two were launched together: then no job that joins takes its place."""
     other = _OTHER[kind]
-    alone = [jobs[other] for jobs in map(recorded_jobs, record_paths(directory)) if other in jobs and kind not in jobs]
-    return recorded_with(directory, kind, job_id) or (alone[-1] if alone else None)
+    recorded = list(map(recorded_jobs, record_paths(directory)))
+    together = _together(recorded, kind, job_id)
+    alone = [jobs[other] for jobs in recorded if other in jobs and kind not in jobs]
+    return together or (alone[-1] if alone else None), together is not None
 
 
 def recorded_with(directory: CoordinationDir, kind: str, job_id: str) -> str | None:
     """The id of the job that was launched together with this one; None for a job that was launched alone."""
+    return _together(map(recorded_jobs, record_paths(directory)), kind, job_id)
+
+
+def _together(recorded: Iterable[Mapping[str, str]], kind: str, job_id: str) -> str | None:
     other = _OTHER[kind]
-    pairs = [jobs for jobs in map(recorded_jobs, record_paths(directory)) if other in jobs and jobs.get(kind) == job_id]
-    return pairs[0][other] if pairs else None
+    return next((jobs[other] for jobs in recorded if other in jobs and jobs.get(kind) == job_id), None)
 
 
 def recorded_jobs(path: Path) -> dict[str, str]:
     """The ids of the jobs by kind in one record; empty for one that is half-written, or none of ours."""
-    return job_ids(_read_record(path).get("jobs"))
+    return job_ids(read_record(path).get("jobs"))
 
 
 _JOB_ID = re.compile(r"\w[\w.+]*", re.ASCII)  # no option of a command, and no list of several
@@ -242,7 +252,8 @@ def job_ids(jobs: object) -> dict[str, str]:
     return {kind: job_id for kind, job_id in texts.items() if kind in _NAMES and _JOB_ID.fullmatch(job_id)}
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """What a file holds that a listing has just shown; nothing where it cannot be read, or holds no JSON object."""
     try:
         return parse_object(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -251,7 +262,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def recorded_git(directory: CoordinationDir) -> GitState:
     """The commit that the run was launched from, as its record has it."""
-    git = _read_record(directory.run_record).get("git")
+    git = read_record(directory.run_record).get("git")
     return GitState(git.get("commit"), git.get("dirty")) if isinstance(git, dict) else GitState(None, None)
 
 

@@ -133,7 +133,7 @@ class RuntimeJob:
         elif isinstance(action, TellTraining):
             tell_training(self.job, action.outcome)
         elif isinstance(action, Withdraw):
-            self.withdrawn = withdraw_training(self.job, action.outcome)
+            self.withdrawn = withdraw_training(self.job, action.outcome, self.watch.training.launched_with)
         else:
             self.conclude(action)
 
@@ -180,9 +180,12 @@ def how_ended(job: JobContext, outcome: Outcome) -> str:
     return why_ended(job, "runtime", None).ended if signalled else Ended.INTERRUPTED
 
 
-def withdraw_training(job: JobContext, outcome: Outcome) -> tuple[End, ...]:
-    """Take a training job that has not started out of the queue: it could only fail. Its flag says why; so it ended."""
-    training = partner_of(job.directory, "runtime", job.job_id)
+def withdraw_training(job: JobContext, outcome: Outcome, known: str | None) -> tuple[End, ...]:
+    """Take a training job that has not started out of the queue: it could only fail. Its flag says why; so it ended.
+
+    ``known`` is its id where that need not be looked up.
+    """
+    training = known or partner_of(job.directory, "runtime", job.job_id)
     if not training or job.scheduler.status(training).state is not JobState.PENDING:
         return ()
     whose = stranger(training, job.directory, job.scheduler, ASK_S) if isinstance(job.scheduler, Slurm) else ""

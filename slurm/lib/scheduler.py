@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.launch_mark import PREFIX
 from slurm.lib.processes import Completed, run, start_ticks
 from slurm.lib.settings import slurm_seconds
 
@@ -351,6 +352,15 @@ class Slurm:
     @staticmethod
     def _complaint(answer: Completed) -> str | None:
         return None if answer.ok or "Invalid job id" in answer.stderr else answer.complaint
+
+    def note(self, job_id: str, words: str) -> None:
+        """Put words into a job's comment, which everybody may read, in place of our mark; a person's own comment stays.
+
+        A Slurm that is silent does not get to know them.
+        """
+        said = self._ask("squeue", "-h", "--all", "-t", "all", "-j", job_id, "-o", "%k")
+        if said.ok and re.match(rf"{PREFIX}|\(null\)$|$", said.stdout.strip()):
+            self._ask("scontrol", "update", f"JobId={job_id}", f"Comment={words}")
 
     def end_steps(self, job_id: str) -> None:
         """SIGTERM to the processes of a job's steps, which are to end by themselves."""

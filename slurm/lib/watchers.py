@@ -20,7 +20,7 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.lookout import Lookout
 from slurm.lib.partner import FLAG_LATE_S, PartnerWatch
 from slurm.lib.podman_service import PodmanService
-from slurm.lib.run_record import partner_of
+from slurm.lib.run_record import partner_and_bond
 from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
 from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import (
@@ -47,7 +47,8 @@ SAME_SIGNAL_S = 0.3  # between one process's TERM and another's, when slurmstepd
 class TrainingWatcher:
     """Looks for the training's end: its completion flag, and whether its job is still there.
 
-    ``server`` is set once it answers: from then on it is asked who was heard of.
+    ``server`` is set once it answers: from then on it is asked who was heard of. ``launched_with`` is the training's id
+    once it is known that no other can take its place.
     """
 
     job: JobContext
@@ -55,6 +56,7 @@ class TrainingWatcher:
     counter: Counter
     server: ApiServer | None = None
     partner: PartnerWatch | None = None
+    launched_with: str | None = None
 
     @staticmethod
     def of(job: JobContext) -> TrainingWatcher:
@@ -97,9 +99,10 @@ class TrainingWatcher:
         return self.complete() or TrainingGone(partner.job_id, why, partner.ended_well)  # its last act may be the flag
 
     def _find_partner(self) -> PartnerWatch | None:
-        training = partner_of(self.job.directory, "runtime", self.job.job_id)
+        training, bond = partner_and_bond(self.job.directory, "runtime", self.job.job_id)
         if training is None:
             return None
+        self.launched_with = training if bond else None
         watch = CounterWatch(self.job.directory.heartbeat("training", training))
 
         def age_s() -> float | None:
