@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import ge
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import pytest
@@ -191,7 +191,10 @@ def harmful(offenders: Sequence[Offender]) -> tuple[float, float]:
 
 
 def slowdown(api: Api, latency: Latency, offence: Offence) -> tuple[float]:
-    """How many times as long the neighbour's answers take during an offence as in the quiet before and after it."""
+    """How many times as long the neighbour's answers take during an offence as in the quiet before and after it.
+
+    On average: it is asked for one after the other, so a median would count the slow ones too little.
+    """
     program = offence.lasting or offence.program
     offenders = [Offender.of(api, offence, program, number) for number in range(offence.sandboxes)]
     time.sleep(QUIET_S)
@@ -199,7 +202,7 @@ def slowdown(api: Api, latency: Latency, offence: Offence) -> tuple[float]:
     time.sleep(QUIET_S)
     assert all(re.search(offence.reason, offender.reason) for offender in offenders)
     quiet = [*latency.between(begin - QUIET_S, begin), *latency.between(end, end + QUIET_S)]
-    return (latency.median(begin, end) / median(quiet),)
+    return (fmean(latency.between(begin, end)) / fmean(quiet),)
 
 
 def settled(measure: Callable[[], tuple[float, ...]], *bounds: float) -> list[float]:
