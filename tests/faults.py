@@ -314,7 +314,9 @@ LIMITS_BITE = Case(
 WATCHDOG_STOPS = Case(
     6, f"{OFFENDERS}, where no cgroup bounds them (rootless, cgroup v1)", "it has failed with its reason", 2
 )
-NEIGHBOURS_RECOVER = Case(6, "the same, and what its neighbour notices", "its answers take as long as before again", 5)
+NEIGHBOURS_RECOVER = Case(
+    6, "the same, and what its neighbour notices", "its answers take at most twice as long as before again", 5
+)
 DISK_FILLED = Case(
     6,
     "a sandbox without a limit fills the node's disk, and the reserve is reached",
