@@ -438,14 +438,16 @@ LIMITS_BITE = Case(
     6,
     f"{OFFENDERS}, where cgroups bound them (Podman as root, CPUs of their own)",
     "it has failed with its reason; while it does harm, again and again for a second, its neighbour's answers, each of "
-    "which takes 70 ms of computation, take at most twice as long as before and after (medians)",
+    "which takes 70 ms of computation, take at most twice as long as before and after, on average",
     2,
     unit="×",
 )
 WATCHDOG_STOPS = Case(
     6, f"{OFFENDERS}, where no cgroup bounds them (rootless, cgroup v1)", "it has failed with its reason", 2
 )
-NEIGHBOURS_RECOVER = Case(6, "the same, and what its neighbour notices", "its answers take as long as before again", 5)
+NEIGHBOURS_RECOVER = Case(
+    6, "the same, and what its neighbour notices", "its answers take at most twice as long as before again", 5
+)
 DISK_FILLED = Case(
     6,
     "a sandbox without a limit fills the node's disk, and the reserve is reached",

@@ -8,7 +8,7 @@ import os
 import pwd
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -73,6 +73,10 @@ class Api:
 
     def start(self, **fields: Any) -> httpx.Response:
         return self.client.post("/start", json=fields)
+
+    def holder_of(self, sandbox: Mapping[str, Any]) -> int:
+        """The first process of a sandbox's container."""
+        return self.run(self.engine.inspect(f"sandbox-{sandbox['runtime_id']}")).pid
 
     def names(self) -> list[str]:
         """Names of the containers that this server's Podman holds."""

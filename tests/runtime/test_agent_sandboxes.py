@@ -47,14 +47,9 @@ def agents(rootless_podman: podman_service.Service, agent_tree: AgentTree) -> It
         yield make
 
 
-def holder_of(api: Api, sandbox: dict[str, Any]) -> int:
-    """The first process of a sandbox's container."""
-    return api.run(api.engine.inspect(f"sandbox-{sandbox['runtime_id']}")).pid
-
-
 def server_of(api: Api, sandbox: dict[str, Any]) -> int:
     """The agent server's process."""
-    holder = holder_of(api, sandbox)
+    holder = api.holder_of(sandbox)
     found = [
         pid
         for pid in members(namespace_of(holder))
@@ -134,7 +129,7 @@ def test_a_forked_server_has_exactly_what_podman_gives_a_plain_one(agents: MakeA
     looks = []
     for api in (agents("fork"), agents("exec")):
         sandbox = started(api, **wish)
-        looks.append(look_at(server_of(api, sandbox), holder_of(api, sandbox)))
+        looks.append(look_at(server_of(api, sandbox), api.holder_of(sandbox)))
     forked, plain = looks
     different = {name: (forked[name], plain[name]) for name in plain if forked[name] != plain[name]}
     assert different == {}
@@ -293,7 +288,7 @@ def test_a_fork_server_that_dies_is_started_again_and_its_children_live_on(agent
     meanwhile = started(api)  # by the plain program
     eventually(lambda: api.manager.agent.fork_ready, 60)
     after = started(api)
-    assert b"sleep" in Path(f"/proc/{holder_of(api, after)}/cmdline").read_bytes()
+    assert b"sleep" in Path(f"/proc/{api.holder_of(after)}/cmdline").read_bytes()
     for sandbox in (before, meanwhile, after):
         assert command(sandbox, "echo alive")["stdout"] == "alive\n"
     os.kill(server_of(api, before), signal.SIGKILL)
@@ -327,7 +322,7 @@ def test_29_pause_and_resume_keep_everything(agents: MakeApi, start: str) -> Non
     paused = session(api, "sleeper")
     assert (paused["status"], paused["url"]) == ("paused", sandbox["url"])
     states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-              for pid in members(namespace_of(holder_of(api, sandbox)))]  # fmt: skip
+              for pid in members(namespace_of(api.holder_of(sandbox)))]  # fmt: skip
     assert set(states) <= {"T", "Z"}
     for _ in range(2):
         assert api.client.post("/resume", json=runtime).status_code == 200

@@ -13,8 +13,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import ge
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import pytest
@@ -127,8 +128,8 @@ class Latency:
         return median(self.between(begin, end))
 
 
-def worker(api: Api) -> Latency:
-    return Latency(started(api, command=["/bin/sh", "-c", WORKER])["url"])
+def worker(api: Api) -> dict[str, Any]:
+    return started(api, command=["/bin/sh", "-c", WORKER])
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Offender:
     def begin(self) -> float:
         """Have it do harm; the moment at which it was told to."""
         begin = time.monotonic()
-        ask(f"{self.sandbox['url']}/cgi-bin/go")
+        assert "begun" in ask(f"{self.sandbox['url']}/cgi-bin/go")
         if self.offence is KILLED:
             self.api.run(self.api.engine.kill(self._container))
         return begin
@@ -167,7 +168,7 @@ class Offender:
 
     def gone(self) -> float:
         """The moment at which nothing of it is left."""
-        eventually(lambda: self._container not in self.api.names(), 20)
+        eventually(lambda: self._container not in self.api.names(), 60)
         return time.monotonic()
 
     @property
@@ -189,8 +190,11 @@ def harmful(offenders: Sequence[Offender]) -> tuple[float, float]:
     return begin, max(end, begin + QUIET_S)
 
 
-def slowdown(api: Api, latency: Latency, offence: Offence) -> float:
-    """How many times as long the neighbour's answers take during an offence as in the quiet before and after it."""
+def slowdown(api: Api, latency: Latency, offence: Offence) -> tuple[float]:
+    """How many times as long the neighbour's answers take during an offence as in the quiet before and after it.
+
+    On average: it is asked for one after the other, so a median would count the slow ones too little.
+    """
     program = offence.lasting or offence.program
     offenders = [Offender.of(api, offence, program, number) for number in range(offence.sandboxes)]
     time.sleep(QUIET_S)
@@ -198,15 +202,47 @@ def slowdown(api: Api, latency: Latency, offence: Offence) -> float:
     time.sleep(QUIET_S)
     assert all(re.search(offence.reason, offender.reason) for offender in offenders)
     quiet = [*latency.between(begin - QUIET_S, begin), *latency.between(end, end + QUIET_S)]
-    return latency.median(begin, end) / median(quiet)
+    return (fmean(latency.between(begin, end)) / fmean(quiet),)
 
 
-def settled(measure: Callable[[], float], bound: float) -> float:
-    """The median of one measurement, or of three, or five, where the machine was busy with something else meanwhile."""
+def settled(measure: Callable[[], tuple[float, ...]], *bounds: float) -> list[float]:
+    """The medians of one measurement; of three or five, where the machine was busy with something else meanwhile."""
     found = [measure()]
-    while median(found) >= bound and len(found) < MOST_ROUNDS:
+    while any(map(ge, medians(found), bounds)) and len(found) < MOST_ROUNDS:
         found += [measure(), measure()]
-    return median(found)
+    return medians(found)
+
+
+def medians(found: Sequence[tuple[float, ...]]) -> list[float]:
+    return [median(values) for values in zip(*found, strict=True)]
+
+
+@contextlib.contextmanager
+def favoured(pid: int) -> Iterator[None]:
+    """The group of cgroups that a sandbox's is in gets CPU time before what else runs on this machine.
+
+    Sandboxes share the time of their group. What others leave to it is halved as soon as a second one runs, and that is
+    not the offence that is measured.
+    """
+    weight, most = weight_of(pid)
+    before = weight.read_text()
+    weight.write_text(str(most))
+    try:
+        yield
+    finally:
+        weight.write_text(before)
+
+
+def weight_of(pid: int) -> tuple[Path, int]:
+    """The file with the weight of the group around a process's cgroup, of either version, and a high one."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        group = path.rpartition("/")[0]
+        if "cpu" in controllers.split(","):
+            return Path(f"/sys/fs/cgroup/cpu{group}/cpu.shares"), 20 * 1024
+        if not controllers and Path(f"/sys/fs/cgroup{group}/cpu.weight").exists():
+            return Path(f"/sys/fs/cgroup{group}/cpu.weight"), 20 * 100
+    raise AssertionError("no cgroup for CPU time")
 
 
 @pytest.mark.parametrize("name", OFFENCES)
@@ -218,9 +254,10 @@ def test_where_limits_bite_neighbours_answer_as_before(root_podman: podman_servi
     with serving(KillablePodman(root_podman.socket), pinned, slots, warden=True) as api:
         if not {"memory", "pids", "cpu", "cpuset"} <= api.run(api.engine.facts()).controllers:
             pytest.skip("root's Podman lacks cgroup controllers")
-        latency = worker(api)
-        with latency.measured():
-            found = settled(lambda: slowdown(api, latency, OFFENCES[name]), faults.LIMITS_BITE.bound_s)
+        neighbour = worker(api)
+        latency = Latency(neighbour["url"])
+        with favoured(api.holder_of(neighbour)), latency.measured():
+            (found,) = settled(lambda: slowdown(api, latency, OFFENCES[name]), faults.LIMITS_BITE.bound_s)
     within(faults.LIMITS_BITE, found)
 
 
@@ -241,9 +278,9 @@ def recovered(latency: Latency, begin: float, usual: float) -> float:
     return found - begin
 
 
-def watched(api: Api, offence: Offence) -> float:
-    """Have a sandbox do harm where no cgroup bounds it; the seconds until its neighbour answers as before."""
-    latency, offender = worker(api), Offender.of(api, offence, offence.program)
+def watched(api: Api, offence: Offence) -> tuple[float, float]:
+    """Have a sandbox do harm where no cgroup bounds it; the seconds until it has failed, and its neighbour answers."""
+    latency, offender = Latency(worker(api)["url"]), Offender.of(api, offence, offence.program)
     with latency.measured():
         time.sleep(2 * QUIET_S)
         begin = offender.begin()
@@ -251,12 +288,16 @@ def watched(api: Api, offence: Offence) -> float:
         failed = offender.failed()
         seconds = recovered(latency, begin, usual)
     assert re.search(offence.reason, offender.reason)
-    within(faults.WATCHDOG_STOPS, failed - begin)
-    return seconds
+    offender.gone()
+    return failed - begin, seconds
 
 
 def recovers(api: Api, offence: Offence) -> None:
-    within(faults.NEIGHBOURS_RECOVER, settled(lambda: watched(api, offence), faults.NEIGHBOURS_RECOVER.bound_s))
+    cases = (faults.WATCHDOG_STOPS, faults.NEIGHBOURS_RECOVER)
+    for case, seconds in zip(
+        cases, settled(lambda: watched(api, offence), *(case.bound_s for case in cases)), strict=True
+    ):
+        within(case, seconds)
 
 
 @pytest.mark.parametrize("offence", [*OFFENCES.values(), BESIDE], ids=[*OFFENCES, "fork bomb beside"])
@@ -302,7 +343,7 @@ def test_without_a_limit_the_one_that_fills_the_disk_is_stopped(small_disk: podm
     with serving(KillablePodman(small_disk.socket), unlimited, SLOTS, warden=True) as api:
         some = f"head -c {ROOM} /dev/zero > /workspace/some; {SERVE_SCRIPT}"
         innocent = started(api, command=["/bin/sh", "-c", some, "server", "60000"], session_id="innocent")
-        latency, offender = worker(api), Offender.of(api, OFFENCES["full disk"], FILL)
+        latency, offender = Latency(worker(api)["url"]), Offender.of(api, OFFENCES["full disk"], FILL)
         with latency.measured():
             time.sleep(2 * QUIET_S)
             begin = offender.begin()

@@ -56,7 +56,7 @@ def test_a_share_of_the_cpu_is_kept(limited: Api) -> None:
     """Two busy loops under half a CPU use half a CPU: counted by the kernel."""
     loops = f"(while :; do :; done) & (while :; do :; done) & {SERVE_SCRIPT}"
     sandbox = started(limited, command=["/bin/sh", "-c", loops, "server", "60000"])
-    holder = limited.run(limited.engine.inspect(f"sandbox-{sandbox['runtime_id']}")).pid
+    holder = limited.holder_of(sandbox)
     began, before = time.monotonic(), used_s(holder)
     time.sleep(3)
     assert (used_s(holder) - before) / (time.monotonic() - began) < 0.75
