@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class BuildingPodman(FakePodman):
         self.built.append((tag, context.read_bytes()))
 
 
+@cache  # gzip notes the time
 def tar_gz(content: bytes = b"FROM scratch\n") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
