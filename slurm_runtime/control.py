@@ -89,8 +89,11 @@ class Control(Protocol):
         """The last sample of each: ``memory_bytes``, ``processes``, ``cpu_s``, ``disk_bytes``, ``commands``."""
         ...
 
-    async def end_stray(self, monitor: int, started: int, container: str, runtime: str) -> None:
-        """End a container that Podman does not know any more; ``monitor`` is its conmon, which started then (ticks)."""
+    async def end_stray(self, monitor: int, started: int, container: str, program: str, runtime: str) -> bool:
+        """End a container that Podman does not know any more; False if nothing of it is left.
+
+        ``monitor`` is its conmon, which started then (ticks) and runs ``program``; ``runtime`` is to forget it.
+        """
         ...
 
     async def tidy_networks(self, empty_for_s: float) -> int:

@@ -27,7 +27,7 @@ class Failed:
     is_last: bool
 
 
-def line_of(sandbox: Sandbox) -> str:
+def line_of(sandbox: Sandbox, is_last: bool = True) -> str:
     """What is kept of a sandbox that has failed. Its key is not: nobody answers to it any more."""
     wish = sandbox.specification
     kept = {
@@ -40,6 +40,7 @@ def line_of(sandbox: Sandbox) -> str:
         "reason": sandbox.reason,
         "last_lines": sandbox.last_lines,
         "restart_reasons": sandbox.restart_reasons,
+        "is_last": is_last,
     }
     return json.dumps(kept, separators=(",", ":"))
 
@@ -56,7 +57,8 @@ def parse(lines: Iterable[str]) -> list[Failed]:
                 continue
             sandbox = _sandbox(kept)
             found[sandbox.specification.runtime_id] = sandbox
-            last[sandbox.specification.session_id] = sandbox.specification.runtime_id
+            if kept.get("is_last", True):
+                last[sandbox.specification.session_id] = sandbox.specification.runtime_id
     return [Failed(one, last.get(one.specification.session_id) == name) for name, one in found.items()]
 
 
@@ -97,8 +99,9 @@ class Failures:
         if path is not None and not goes_on:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        self.known = parse(self._lines())
-        self._count = len(self.known)
+        lines = self._lines()
+        self.known = parse(lines)
+        self._count = len(lines)
         self._sessions = {one.sandbox.specification.session_id for one in self.known if one.is_last}
 
     def note(self, sandbox: Sandbox) -> None:
@@ -132,7 +135,8 @@ class Failures:
             self._said = True
 
     def _shorten(self, path: Path) -> None:
-        kept = self._lines()[-MOST_KEPT:]
+        """What says only that a session has another sandbox is told by the failed one's own line from then on."""
+        kept = [line_of(one.sandbox, one.is_last) for one in parse(self._lines())[-MOST_KEPT:]]
         beside = path.with_name(f".{path.name}")
         self._write(beside, os.O_TRUNC, "\n".join(kept))
         beside.replace(path)

@@ -105,8 +105,9 @@ class EngineFacts:
 
     ``controllers`` are the cgroup controllers that it may use: a limit without its controller does not bite.
     ``private_network`` is the network mode to ask for. ``pid`` is the process behind
-    the socket, 0 where there is none. ``disk_quota`` says that the store's file system can bound a container's disk;
-    ``graph_root`` is where that store lies.
+    the socket, 0 where there is none, ``uid`` the user whose it is. ``disk_quota`` says that the store's file system
+    can bound a container's disk; ``graph_root`` is where that store lies. ``monitor`` and ``runtime`` are the programs
+    that it starts containers with: conmon, and runc or crun.
     """
 
     version: str
@@ -117,7 +118,10 @@ class EngineFacts:
     cgroup_version: str = "v2"
     disk_quota: bool = False
     pid: int = 0
+    uid: int = -1
     graph_root: str = ""
+    monitor: str = ""
+    runtime: str = ""
 
     @property
     def can_pause(self) -> bool:
@@ -415,6 +419,8 @@ def parse_facts(info: Mapping[str, Any], init_programs: Sequence[str]) -> Engine
         cgroup_version=str(host.get("cgroupVersion", "v2")),
         disk_quota=backing == "xfs" and has_project_quota(str(store.get("graphRoot", "/"))),
         graph_root=str(store.get("graphRoot") or ""),
+        monitor=str((host.get("conmon") or {}).get("path") or ""),
+        runtime=str((host.get("ociRuntime") or {}).get("path") or ""),
     )
 
 
@@ -542,7 +548,8 @@ class Podman:
             found = shutil.which("catatonit")
             info = await self._ask("GET", "/info", QUICK_S)
             facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
-            facts = replace(facts, pid=_service_pid(self.path))
+            pid, uid = _service(self.path)
+            facts = replace(facts, pid=pid, uid=uid)
             if not facts.rootless:
                 self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
                 self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
@@ -762,9 +769,12 @@ def parse_limits(text: str) -> dict[str, int]:
     return {name: min(most, int(m[1])) if m and m[1].isdigit() else most for name, m in found.items()}
 
 
-def _service_pid(path: Path) -> int:
-    """The process that made the socket; its limits are handed down, its namespaces are the containers' parents."""
+def _service(path: Path) -> tuple[int, int]:
+    """The process that made the socket, and its user.
+
+    Its limits are handed down, its namespaces are the containers' parents.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
-        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(pid)
+        pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid), int(uid)

@@ -16,22 +16,22 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm_runtime.control import ControlError
+from slurm_runtime.control import Control, ControlError
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.podman import EngineFacts
 from slurm_runtime.register import Register
 from slurm_runtime.sandbox import CONTAINER_PREFIX
-from slurm_runtime.warden.proc import all_pids, name_of, stat_of
+from slurm_runtime.warden.proc import all_pids, command_line, name_of, stat_of
+from slurm_runtime.warden.remains import CONTAINER_ID, is_monitor
 
-MONITOR = "conmon"
 LOOK_FOR_S = 30.0  # after Podman's service, or this server, was started again
 EMPTY_NETWORK_S = 120.0  # as long as a start may take: one that is being made for a container is empty too
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """A process that watches a container: the container's id and name, and the runtime that it was started with.
+    """A process that watches a container: the container's id and name.
 
     ``started``, in ticks since boot, makes the number mean one process for ever. ``has_program``: it has more to wait
     for than the command that tells Podman of the container's end, after which it ends by itself.
@@ -41,23 +41,22 @@ class Monitor:
     started: int
     container: str
     name: str
-    runtime: str
     has_program: bool
 
 
-def monitor_of(words: Sequence[str], graph_root: str) -> tuple[str, str, str, str] | None:
-    """Container, its name, runtime and exit command of a monitor's command line, if it is of this store. Pure."""
+def monitor_of(words: Sequence[str], graph_root: str) -> tuple[str, str, str] | None:
+    """Container, its name and exit command of a monitor's command line, if it is of this store. Pure."""
 
     def after(flag: str) -> str:
         return words[words.index(flag) + 1] if flag in words[:-1] else ""
 
-    if not graph_root or not after("-b").startswith(f"{graph_root}/") or not after("-c"):
+    if not graph_root or not after("-b").startswith(f"{graph_root}/") or not CONTAINER_ID.fullmatch(after("-c")):
         return None
-    return after("-c"), after("-n"), after("-r"), after("--exit-command")
+    return after("-c"), after("-n"), after("--exit-command")
 
 
-def monitors(graph_root: str) -> list[Monitor]:
-    """The monitors of all containers in the store at ``graph_root``; a pass over /proc."""
+def monitors(facts: EngineFacts) -> list[Monitor]:
+    """The monitors of all containers in the store of this Podman; a pass over /proc."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     started: dict[int, int] = {}
     for pid in all_pids():
@@ -67,19 +66,19 @@ def monitors(graph_root: str) -> list[Monitor]:
             started[pid] = int(fields[19])
     found = []
     for pid, ticks in started.items():
-        told = monitor_of(_command_line(pid), graph_root) if name_of(pid) == MONITOR else None
+        told = _told_by(pid, facts)
         if told is not None:
-            container, name, runtime, exit_command = told
+            container, name, exit_command = told
             others = {name_of(child) for child in children[pid]} - {Path(exit_command).name, ""}
-            found.append(Monitor(pid, ticks, container, name, runtime, bool(others)))
+            found.append(Monitor(pid, ticks, container, name, bool(others)))
     return found
 
 
-def _command_line(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
+def _told_by(pid: int, facts: EngineFacts) -> tuple[str, str, str] | None:
+    """What a process says of its container, if it is a monitor. Its name, which it can give itself, only saves time."""
+    if name_of(pid) != Path(facts.monitor).name[:15] or not is_monitor(pid, facts.uid, facts.monitor):
+        return None
+    return monitor_of(command_line(pid), facts.graph_root)
 
 
 def suspects(found: Iterable[Monitor], held: Collection[str]) -> list[Monitor]:
@@ -121,16 +120,20 @@ class Remains:
         control = self.launcher.control
         if control is None:
             return
-        found = await asyncio.to_thread(monitors, facts.graph_root)
+        found = await asyncio.to_thread(monitors, facts)
         held = {entry.name for entry in self.register.entries() if entry.has_container}
         suspected = suspects(found, held)
         asked = {one.container for one in suspected}
         known = [container for container in asked if await self.engine.exists(container)]
-        for one in strays(suspected, known):
-            try:
-                await control.end_stray(one.pid, one.started, one.container, one.runtime)
-                log.warning("ended what was left of a start of %s that was cut off", one.name)
-            except ControlError as problem:
-                log.warning("what is left of a start of %s that was cut off is not ended yet: %s", one.name, problem)
+        await asyncio.gather(*(self._end(one, control, facts) for one in strays(suspected, known)))
         with contextlib.suppress(ControlError):
             await control.tidy_networks(EMPTY_NETWORK_S)
+
+    @staticmethod
+    async def _end(one: Monitor, control: Control, facts: EngineFacts) -> None:
+        """One whose container was removed since the look is gone by itself, and nothing to speak of."""
+        try:
+            if await control.end_stray(one.pid, one.started, one.container, facts.monitor, facts.runtime):
+                log.warning("ended what was left of a start of %s that was cut off", one.name)
+        except ControlError as problem:
+            log.warning("what is left of a start of %s that was cut off is not ended yet: %s", one.name, problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from slurm_runtime.adoption import Adoption
 from slurm_runtime.background import Background
@@ -87,18 +87,21 @@ class Supervisor:
             await asyncio.sleep(self.config.watch_period_s)
 
     async def sweep(self) -> None:
-        """Remove sandboxes whose server is dead: it was killed before it could. Those that stay are tried again."""
-        self._orphans = [state.name for state, _ in await self._strangers()]
+        """Remove sandboxes whose server is dead: it was killed before it could. Those that stay are tried again.
+
+        One that it had noted as failed, and whose container it had not yet removed, is known and yet nobody's.
+        """
+        with_container = {entry.name for entry in self.register.entries() if entry.has_container}
+        self._orphans = [state.name for state, _ in await self._strangers(with_container)]
         if self._orphans:
             log.warning("removing %d sandboxes of a server that was killed", len(self._orphans))
             await self._remove_orphans()
         self._sweeps += 1
         self._next_sweep = time.monotonic() + SWEEP_AGAIN_S[min(self._sweeps, len(SWEEP_AGAIN_S)) - 1]
 
-    async def _strangers(self) -> list[tuple[ContainerState, Mapping[str, str]]]:
-        """The containers of dead servers that no sandbox of this one is."""
+    async def _strangers(self, known: Collection[str]) -> list[tuple[ContainerState, Mapping[str, str]]]:
+        """The containers of dead servers that are none of the ``known`` ones."""
         found = await self.engine.list(SERVER_LABEL)
-        known = {entry.name for entry in self.register.entries()}
         return [
             (state, labels)
             for state, labels in found
@@ -107,7 +110,7 @@ class Supervisor:
 
     async def adopt(self, facts: EngineFacts) -> None:
         """Take over sandboxes whose server is dead; requests wait for it."""
-        strangers = await self._strangers()
+        strangers = await self._strangers({entry.name for entry in self.register.entries()})
         if strangers:
             await self.adoption.adopt(strangers, facts)
         self.swept.set()

@@ -133,9 +133,10 @@ class Warden:
         usage: Mapping[str, Mapping[str, float]] = answer["usage"]
         return usage
 
-    async def end_stray(self, monitor: int, started: int, container: str, runtime: str) -> None:
-        request = {"monitor": monitor, "started": started, "container": container, "runtime": runtime}
-        await self._ask({"do": "end_stray", **request}, DEADLINE_S)
+    async def end_stray(self, monitor: int, started: int, container: str, program: str, runtime: str) -> bool:
+        request = {"monitor": monitor, "started": started, "container": container}
+        answer = await self._ask({"do": "end_stray", **request, "program": program, "runtime": runtime}, DEADLINE_S)
+        return bool(answer["ended"])
 
     async def tidy_networks(self, empty_for_s: float) -> int:
         answer = await self._ask({"do": "tidy_networks", "empty_for_s": empty_for_s}, DEADLINE_S)

@@ -55,6 +55,14 @@ def name_of(pid: int) -> str:
         return ""
 
 
+def command_line(pid: int) -> list[str]:
+    """The arguments that a process was started with, or says that it was; empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
 def proportional_bytes(pid: int) -> int:
     """Memory of a process with shared pages divided among those who share them."""
     return _rolled_up(pid, ("Pss:",))

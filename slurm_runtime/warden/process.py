@@ -25,7 +25,7 @@ sys.path.insert(0, sys.argv[3] if len(sys.argv) > 3 else "")
 from slurm_runtime.warden import network, room
 from slurm_runtime.warden.killing import end_container
 from slurm_runtime.warden.proc import members, namespace_of, signal_all
-from slurm_runtime.warden.remains import Networks, end_stray, environment_of
+from slurm_runtime.warden.remains import ENDED, STILL_THERE, Networks, Stray, end_stray, environment_of, in_a_child
 from slurm_runtime.warden.syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, new_session_keyring, prctl, setns
 from slurm_runtime.warden.watchdog import Watchdog
 
@@ -56,9 +56,9 @@ def join_podman(pid: int) -> bool:
     return True
 
 
-def networks_of(pid: int, is_rootless: bool) -> Networks:
+def networks_of(environment: Mapping[str, str], is_rootless: bool) -> Networks:
     """Those that a rootless Podman keeps; root's lie where anybody on the machine may keep some."""
-    folder = environment_of(pid).get("XDG_RUNTIME_DIR") if is_rootless else None
+    folder = environment.get("XDG_RUNTIME_DIR") if is_rootless else None
     return Networks(Path(folder) / "netns" if folder else None)
 
 
@@ -98,12 +98,13 @@ class Imports:
 
 
 class Warden:
-    """Serves one API server."""
+    """Serves one API server; ``environment`` is that of Podman's service."""
 
-    def __init__(self, owner: Lines, code: Path, networks: Networks) -> None:
+    def __init__(self, owner: Lines, code: Path, networks: Networks, environment: Mapping[str, str]) -> None:
         self.owner = owner
         self.code = code
         self.networks = networks
+        self.environment = environment
         self.watchdog = Watchdog()
         self.selector = selectors.DefaultSelector()
         self.tree: Mapping[str, Any] | None = None
@@ -113,6 +114,7 @@ class Warden:
         self.servers: dict[int, str] = {}  # process id of a forked server → its sandbox
         self.asked: dict[int, Request] = {}  # forks that the fork server has not answered yet
         self.exits: dict[int, int] = {}  # ends of processes that no answer has named yet
+        self.enders: dict[int, Request] = {}  # children that end a stray → what asked for it
         self.verbs: dict[str, Callable[[Request], dict[str, Any] | None]] = {
             "start_fork_server": self.start_fork_server,
             "fork": self.fork,
@@ -273,7 +275,9 @@ class Warden:
                 return
             code = os.waitstatus_to_exitcode(status)
             code = 128 - code if code < 0 else code
-            if pid in self.servers:
+            if pid in self.enders:
+                self._stray_ended(self.enders.pop(pid), code)
+            elif pid in self.servers:
                 self._tell_exit(pid, code)
             elif self.imports is None or pid != self.imports.pid:
                 self._note(pid, code)
@@ -345,9 +349,16 @@ class Warden:
         del request
         return {"ok": True, "usage": self.watchdog.report()}
 
-    def end_stray(self, request: Request) -> dict[str, Any]:
-        end_stray(int(request["monitor"]), int(request["started"]), request["container"], request["runtime"])
-        return {"ok": True}
+    def end_stray(self, request: Request) -> None:
+        """In a child, since it may take seconds, in which forks and the watchdog must not wait; the answer follows."""
+        container, runtime = str(request["container"]), str(request["runtime"])
+        stray = Stray(int(request["monitor"]), int(request["started"]), container, str(request["program"]))
+        self.enders[in_a_child(lambda: end_stray(stray, runtime, self.environment))] = request
+
+    def _stray_ended(self, request: Request, code: int) -> None:
+        problem = f"the processes of container {str(request['container'])[:12]} did not end"
+        answer = {"ok": True, "ended": code == ENDED} if code < STILL_THERE else {"error": problem}
+        self.owner.send({"id": request.get("id"), **answer})
 
     def tidy_networks(self, request: Request) -> dict[str, Any]:
         return {"ok": True, "removed": self.networks.tidy(float(request["empty_for_s"]))}
@@ -372,7 +383,8 @@ def main() -> None:
     owner = Lines(socket.socket(fileno=descriptor))
     os.set_inheritable(descriptor, False)
     try:
-        networks = networks_of(podman, is_rootless=join_podman(podman))
+        is_rootless = join_podman(podman)
+        environment = environment_of(podman)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # taking on other ids has cleared it
     except OSError as problem:
         owner.send({"event": "unusable", "reason": f"Podman's namespaces cannot be joined: {problem}"})
@@ -380,7 +392,8 @@ def main() -> None:
     with contextlib.suppress(OSError):  # no quota left: what is forked may make no call that uses it
         new_session_keyring()
     owner.send({"event": "ready"})
-    Warden(owner, Path(sys.argv[3]) / "slurm_runtime", networks).run()
+    code, networks = Path(sys.argv[3]) / "slurm_runtime", networks_of(environment, is_rootless)
+    Warden(owner, code, networks, environment).run()
 
 
 if __name__ == "__main__":

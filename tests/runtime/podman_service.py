@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pwd
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slurm_runtime.podman import EngineFacts, Podman
 from tests.runtime import commands
 from tests.users import open_tun
 
@@ -100,6 +102,18 @@ class Service:
             connection.connect(str(self.socket))
             pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return int(pid)
+
+    def facts(self) -> EngineFacts:
+        """What the service that runs now tells of itself."""
+
+        async def asked() -> EngineFacts:
+            podman = Podman(self.socket)
+            try:
+                return await podman.facts()
+            finally:
+                await podman.close()
+
+        return asyncio.run(asked())
 
     def containers(self) -> list[str]:
         """Names of all containers of the store."""

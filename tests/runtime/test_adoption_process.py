@@ -21,6 +21,7 @@ import pytest
 
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.ownership import process_mark
+from slurm_runtime.podman import EngineFacts
 from slurm_runtime.remains import monitors
 from slurm_runtime.warden.proc import members, namespace_of
 from tests.runtime import podman_service
@@ -277,11 +278,11 @@ def test_one_that_had_failed_before_is_known_with_its_reason(
     assert ready(second, session_id="s0")["runtime_id"] != before["runtime_id"]
 
 
-def cut_off(servers: Lineage, server: Server, graph_root: str) -> Server:
+def cut_off(servers: Lineage, server: Server, facts: EngineFacts) -> Server:
     """Kill Podman's service and the server at once while a container of session "cut" starts; the next server."""
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(server.start, session_id="cut")
-        while not monitors(graph_root):
+        while not monitors(facts):
             assert not starting.done()
         servers.podman.kill()
         servers.kill()
@@ -295,16 +296,16 @@ def test_what_a_start_leaves_that_both_deaths_cut_off_is_ended(lineage: MakeLine
     """The next server removes the container, and ends what Podman does not know of it."""
     servers = lineage()
     server = servers.begin()
-    graph_root = servers.podman.podman("info", "--format", "{{.Store.GraphRoot}}").strip()
+    facts = servers.podman.facts()
     for _ in range(10):  # on a busy machine the container may run by the time that its monitor is seen
-        server = cut_off(servers, server, graph_root)
+        server = cut_off(servers, server, facts)
         found = get(server, "/sessions/cut")
         if found["pod_status"] == "failed":
             break
         server.request("POST", "/stop", {"runtime_id": found["runtime_id"]})
-        eventually(lambda: monitors(graph_root) == [])
+        eventually(lambda: monitors(facts) == [])
     assert "cut off when the API server was killed" in found["pod_logs"]
-    eventually(lambda: servers.podman.containers() == [] and monitors(graph_root) == [])
+    eventually(lambda: servers.podman.containers() == [] and monitors(facts) == [])
 
 
 def test_a_container_that_appears_after_the_first_look_is_removed_too(lineage: MakeLineage) -> None:

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from slurm_runtime.control import ControlError
+from slurm_runtime.podman import EngineFacts
 from slurm_runtime.remains import Monitor, monitors
 from slurm_runtime.warden.client import Warden
 from tests.runtime import podman_service
@@ -107,10 +108,10 @@ def test_a_start_that_podman_was_at_is_done_again(outage_api: Api, rootless_podm
             assert stop.status_code == 200, stop.text
 
 
-def until_watched(graph_root: str, names: list[str]) -> None:
+def until_watched(facts: EngineFacts, names: list[str]) -> None:
     """Wait until the containers that are watched are those with these names."""
     end = time.monotonic() + REMAINS_S
-    while found := monitors(graph_root):
+    while found := monitors(facts):
         if [one.name for one in found] == names:
             return
         assert time.monotonic() < end, found
@@ -118,17 +119,17 @@ def until_watched(graph_root: str, names: list[str]) -> None:
     assert not names
 
 
-def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: str) -> bool:
+def cut_at_its_monitor(api: Api, service: podman_service.Service, facts: EngineFacts) -> bool:
     """Start a sandbox and kill the service once the monitor of its container is there; whether that cut the start off.
 
     Then the container is one that never ran, for Podman: its removal, before the start is made again, ends no process.
     """
-    before = {one.pid for one in monitors(graph_root)}
+    before = {one.pid for one in monitors(facts)}
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(api.start, image=IMAGE, command=api.serve)
         cut: list[Monitor] = []
         while not cut:
-            cut = [one for one in monitors(graph_root) if one.pid not in before]
+            cut = [one for one in monitors(facts) if one.pid not in before]
             assert not starting.done()
         with back_after(service, 0.3):
             time.sleep(0.2)
@@ -137,7 +138,7 @@ def cut_at_its_monitor(api: Api, service: podman_service.Service, graph_root: st
     assert answer.status_code == 201, answer.text
     runtime_id = answer.json()["runtime_id"]
     eventually(lambda: api.client.get(f"/runtime/{runtime_id}").json()["pod_status"] == "ready", 40)
-    until_watched(graph_root, [f"sandbox-{runtime_id}"])
+    until_watched(facts, [f"sandbox-{runtime_id}"])
     assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 200
     return never_ran
 
@@ -154,14 +155,14 @@ def assert_only_networks_of_sandboxes(api: Api, service: podman_service.Service,
 
 def test_what_a_cut_start_leaves_is_ended(outage_api: Api, rootless_podman: podman_service.Service) -> None:
     """Its monitor and processes, what the runtime has noted of it, and in the end its network namespace."""
-    graph_root = outage_api.run(outage_api.engine.facts()).graph_root
+    facts = rootless_podman.facts()
     strays = 0
     for _ in range(20):
-        strays += cut_at_its_monitor(outage_api, rootless_podman, graph_root)
+        strays += cut_at_its_monitor(outage_api, rootless_podman, facts)
         if strays == 3:
             break
     assert strays, "of 20 starts none was cut off"
-    until_watched(graph_root, [])
+    until_watched(facts, [])
     eventually(lambda: list((rootless_podman.home / "x" / "runc").iterdir()) == [])
     assert_only_networks_of_sandboxes(outage_api, rootless_podman)
 
