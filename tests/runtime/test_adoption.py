@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from slurm_runtime.adoption import (
     forked_server,
     is_paused,
 )
+from slurm_runtime.failures import Failures
 from slurm_runtime.guard import is_unheld
 from slurm_runtime.labels import SANDBOX_LABEL, Labels, Notes, read
 from slurm_runtime.ownership import process_mark
@@ -29,8 +31,10 @@ from slurm_runtime.ports import Ports
 from slurm_runtime.sandbox import Dialect
 from slurm_runtime.slots import Slots
 from tests.runtime.commands import IMAGE, SERVE
-from tests.runtime.conftest import serving
+from tests.runtime.conftest import CONFIG, serving
 from tests.runtime.fake_podman import FakePodman
+from tests.runtime.test_contract import eventually
+from tests.runtime.test_failures import failed
 
 NOTES = Notes((0,), 1.0, "SDK", "PLAIN", "http://node:1", "image:1", 60000)
 LABELS = Labels({"skyrl.job": "4711", "skyrl.server": "mark"})
@@ -183,3 +187,17 @@ def test_the_agent_folder_of_the_killed_server_lives_as_long_as_what_has_it_moun
         assert folder.is_dir()
     assert not folder.exists()
     assert strange.is_dir()  # a label may name anything
+
+
+def test_one_noted_as_failed_whose_container_is_still_there_is_known_and_removed(tmp_path: Path) -> None:
+    """As a server leaves it that is killed between the two."""
+    path, engine = tmp_path / "failures", FakePodman()
+    dead = "/".join([*process_mark().split("/")[:3], "1", "12345"])
+    labels = {**Labels({"skyrl.job": "4711"}).of("s1", NOTES), "skyrl.server": dead}
+    asyncio.run(engine.create(ContainerSpec("sandbox-r1", IMAGE, tuple(SERVE), {}, "/", labels, 60000)))
+    Failures(path, goes_on=False).note(failed("r1", "s1", "exit code 3"))
+    with serving(engine, replace(CONFIG, adopt=True, failures_file=path)) as api:
+        eventually(lambda: engine.containers == {})
+        answer = api.client.get("/runtime/r1").json()
+    assert (answer["pod_status"], answer["session_id"]) == ("failed", "s1")
+    assert "exit code 3" in answer["pod_logs"]

@@ -71,6 +71,23 @@ def test_the_file_is_its_owners_and_does_not_grow_without_end(tmp_path: Path) ->
     assert known[-1].sandbox.specification.runtime_id == f"r{5 * MOST_KEPT - 1}"
 
 
+def test_as_many_are_kept_of_sessions_that_had_another_one_since(tmp_path: Path) -> None:
+    path = tmp_path / "failures"
+    failures = Failures(path, goes_on=False)
+    for number in range(3 * MOST_KEPT):
+        failures.note(failed(f"r{number}", f"s{number}"))
+        if number % 5:
+            failures.note_again(f"s{number}")
+        if number == 2 * MOST_KEPT:
+            failures = Failures(path, goes_on=True)
+        assert len(path.read_text().split("\n")) <= 2 * MOST_KEPT + 1
+    known = Failures(path, goes_on=True).known
+    assert len(known) >= MOST_KEPT
+    numbers = [int(one.sandbox.specification.runtime_id[1:]) for one in known]
+    assert numbers == list(range(3 * MOST_KEPT))[-len(known) :]
+    assert [one.is_last for one in known] == [number % 5 == 0 for number in numbers]
+
+
 def test_a_server_that_follows_nobody_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "failures"
     Failures(path, goes_on=False).note(failed())

@@ -8,13 +8,15 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from slurm_runtime.control import Control
 from slurm_runtime.podman import EngineFacts
-from slurm_runtime.remains import Monitor, monitor_of, monitors, strays, suspects
+from slurm_runtime.remains import Monitor, Remains, monitor_of, monitors, strays, suspects
 from slurm_runtime.warden.client import Warden
 from slurm_runtime.warden.proc import all_pids, command_line, name_of, stat_of
 from slurm_runtime.warden.remains import Networks, Stray, end_stray, networks_in
@@ -172,6 +174,24 @@ def test_the_warden_ends_a_stray_beside_its_other_work(facts: EngineFacts, tmp_p
         assert asyncio.run(work(real)) == [True, False]
         assert stat_of(real.monitor)[0] == "Z"
     assert said.read_text() == f"delete --force {ID} nothing\n"
+
+
+@dataclass
+class Ender:
+    """A warden that finds this much to end."""
+
+    ended: bool
+
+    async def end_stray(self, *_words: object) -> bool:
+        return self.ended
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_only_of_what_was_ended_is_warned(ended: bool, facts: EngineFacts, caplog: pytest.LogCaptureFixture) -> None:
+    """A container that Podman removed between the look and the question has left nothing."""
+    asyncio.run(Remains._end(monitor(ID), cast(Control, Ender(ended)), facts))
+    assert ("ended what was left of a start of sandbox-x" in caplog.text) == ended
+    assert ended or not caplog.text
 
 
 @pytest.mark.podman
