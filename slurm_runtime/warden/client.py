@@ -21,6 +21,7 @@ PROGRAM = Path(__file__).with_name("process.py")
 CODE = PROGRAM.parents[2]
 READY_DEADLINE_S = 20.0
 FORK_DEADLINE_S = 20.0
+STRAY_DEADLINE_S = 20.0
 DEADLINE_S = 10.0
 END_S = 2.0
 RETRY_S = (0.1, 1.0, 5.0, 30.0)
@@ -135,7 +136,8 @@ class Warden:
 
     async def end_stray(self, monitor: int, started: int, container: str, program: str, runtime: str) -> bool:
         request = {"monitor": monitor, "started": started, "container": container}
-        answer = await self._ask({"do": "end_stray", **request, "program": program, "runtime": runtime}, DEADLINE_S)
+        request |= {"program": program, "runtime": runtime}
+        answer = await self._ask({"do": "end_stray", **request}, STRAY_DEADLINE_S)
         return bool(answer["ended"])
 
     async def tidy_networks(self, empty_for_s: float) -> int:

@@ -24,8 +24,10 @@ from pathlib import Path
 from slurm_runtime.warden.proc import all_pids, command_line, namespace_of, stat_of
 from slurm_runtime.warden.syscalls import MNT_DETACH, PR_SET_PDEATHSIG, prctl, umount
 
-DEADLINE_S = 5.0  # for its processes
-RUNTIME_DEADLINE_S = 3.0  # with the other one less than the owner waits for the answer
+# Together less than the owner waits for the answer. What ends too slowly is found again; what the runtime has noted is
+# not, once the monitor is gone.
+DEADLINE_S = 5.0
+RUNTIME_DEADLINE_S = 10.0
 PAUSE_S = 0.01
 CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 NETWORK_PREFIX = "netns-"  # a container's; Podman's rootless-netns-HASH is there for all that are on a bridge
