@@ -688,6 +688,6 @@ def runtime_processes(user: OrdinaryUser, run: Run, words: str) -> list[int]:
     """The processes of a run's runtime job whose command line has these words, by the numbers that their node sees."""
     job = f"SLURM_JOB_ID={run.jobs['runtime']}".encode()
     pids = [pid for pid, line in user.processes().items() if words in line]
-    found = [pid for pid in pids if job in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    found = [pid for pid in pids if job in _environment(pid)]  # Podman forks for a moment under the same name
     assert found, f"no {words} of job {run.jobs['runtime']}"
     return sorted(found)
