@@ -448,6 +448,12 @@ WATCHDOG_STOPS = Case(
 NEIGHBOURS_RECOVER = Case(
     6, "the same, and what its neighbour notices", "its answers take at most twice as long as before again", 5
 )
+LARGE_BOMB_STOPS = Case(
+    6,
+    "a fork bomb where no cgroup bounds it and the limit is the usual one, 2,048 processes: all of the node is busy",
+    "it has failed with its reason",
+    5,
+)
 DISK_FILLED = Case(
     6,
     "a sandbox without a limit fills the node's disk, and the reserve is reached",
@@ -573,6 +579,7 @@ CASES = (
     LIMITS_BITE,
     WATCHDOG_STOPS,
     NEIGHBOURS_RECOVER,
+    LARGE_BOMB_STOPS,
     DISK_FILLED,
     WRONG_KEYS,
     HOSTILE_UPLOADS,

@@ -22,7 +22,7 @@ import pytest
 
 from slurm_runtime.slots import Slots
 from tests import faults
-from tests.faults import within
+from tests.faults import Case, within
 from tests.runtime import podman_service
 from tests.runtime.commands import SERVE, SERVE_SCRIPT
 from tests.runtime.conftest import CONFIG, Api, KillablePodman, serving
@@ -299,8 +299,8 @@ def watched(api: Api, offence: Offence) -> tuple[float, float]:
     return failed - begin, seconds
 
 
-def recovers(api: Api, offence: Offence) -> None:
-    cases = (faults.WATCHDOG_STOPS, faults.NEIGHBOURS_RECOVER)
+def recovers(api: Api, offence: Offence, stops: Case = faults.WATCHDOG_STOPS) -> None:
+    cases = (stops, faults.NEIGHBOURS_RECOVER)
     for case, seconds in zip(
         cases, settled(lambda: watched(api, offence), *(case.bound_s for case in cases)), strict=True
     ):
@@ -319,7 +319,7 @@ def test_a_bomb_within_the_usual_limit_of_processes(rootless_podman: podman_serv
     """2048 of them, which a bomb reaches before anybody can look."""
     usual = replace(LIMITS, pids_limit=CONFIG.pids_limit)
     with serving(KillablePodman(rootless_podman.socket), usual, SLOTS, warden=True) as api:
-        recovers(api, BESIDE)
+        recovers(api, BESIDE, stops=faults.LARGE_BOMB_STOPS)
 
 
 def free_of(folder: Path) -> int:
