@@ -438,7 +438,7 @@ LIMITS_BITE = Case(
     6,
     f"{OFFENDERS}, where cgroups bound them (Podman as root, CPUs of their own)",
     "it has failed with its reason; while it does harm, again and again for a second, its neighbour's answers, each of "
-    "which takes 70 ms of computation, take at most twice as long as before and after, on average",
+    "which takes 70 ms of computation, take at most twice as long as before, and as after it, on average",
     2,
     unit="×",
 )
