@@ -22,6 +22,7 @@ from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import Case, released, runtime_processes, within
 from tests.runs import Run, launch, monitored, podman_ps, storage_of, until
+from tests.runtime.podman_service import server_pid
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -178,13 +179,13 @@ def service_processes(user: OrdinaryUser, run: Run) -> tuple[list[int], int]:
     """The processes of a Podman service, and the one that serves.
 
     The first service of a store is two processes, the outer of which waits for the inner; one after it is one. What it
-    forks for a moment bears its name too.
+    forks for a moment bears its name too, so the socket tells.
     """
-    before = runtime_processes(user, run, SERVICE)
-    time.sleep(0.3)
-    pids = [pid for pid in runtime_processes(user, run, SERVICE) if pid in before]
-    parents = {pid: int((living_fields(pid) or ["", "0"])[1]) for pid in pids}
-    return pids, next((pid for pid in pids if parents[pid] in pids), pids[0])
+    serves = server_pid(storage_of(run, user.uid) / "podman.sock")
+    waits = int((living_fields(serves) or ["", "0"])[1])
+    found = runtime_processes(user, run, SERVICE)
+    assert serves in found
+    return [pid for pid in (waits, serves) if pid in found], serves
 
 
 def is_sound(storage: Path, living: int) -> bool:

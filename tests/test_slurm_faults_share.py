@@ -121,10 +121,18 @@ def test_files_that_are_late_or_never_come(lab: Lab) -> None:
         assert (run.exit_code("runtime"), run.exit_code("training")) == (str(runtimes), str(trainings))
         assert (run.completion["job_id"], run.completion["exit_code"]) == (run.jobs["training"], trainings)
 
-    for run, case in ((ready, faults.LATE_READY), (address, faults.LATE_ADDRESS)):
-        assert over(run, case, begin) > LATE_S
+    waited_for = (
+        (ready, faults.LATE_READY, "runtime_ready.flag"),
+        (address, faults.LATE_ADDRESS, "runtime_url.txt"),
+    )
+    for run, case, name in waited_for:
+        over(run, case, begin)
+        written = (run.directory / name).stat().st_mtime
+        assert end_of(run, "training") - written > LATE_S - 1, f"{name} was not late"
         assert run.completion["exit_code"] == 0, run.log("training")
     over(all_late, faults.LATE_FILES, begin)
+    started = moment_of(all_late, "training", "StartTime")
+    assert end_of(all_late, "training") - started > LATE_S - 1, "its code was not late"
     assert all_late.completion["exit_code"] == 0, all_late.log("training")
     assert all_late.text("token") == TOLD
     assert all_late.text("path").startswith(f"{all_late.directory}/code")
@@ -209,8 +217,7 @@ def test_a_directory_that_is_full_or_read_only_when_a_job_starts(lab: Lab) -> No
     begin = time.monotonic()
     started = (full_first, "runtime"), (full_second, "training"), (closed_first, "runtime"), (closed_second, "training")
     for run, kind in started:
-        begun = lab.user.run(["scontrol", "update", f"JobId={run.jobs[kind]}", "StartTime=now"])
-        assert begun.returncode == 0, begun.stderr
+        run.start_now(kind)
 
     over(closed_first, faults.READ_ONLY_RUNTIME, begin, "training")
     assert closed_first.exit_code("training") == "69"
@@ -485,9 +492,14 @@ def skewed(library: Path, seconds: int) -> str:
 
 
 def end_of(run: Run, kind: str) -> float:
-    """When a job has ended, or its time limit while it runs; by the controller's clock, in whole seconds."""
+    """When a job has ended, or its time limit while it runs."""
+    return moment_of(run, kind, "EndTime")
+
+
+def moment_of(run: Run, kind: str, what: str) -> float:
+    """A time that Slurm knows of a job; by the controller's clock, in whole seconds."""
     shown = lab_ask(run.user, run.jobs[kind])
-    found = re.search(r"EndTime=(\d+)", shown)
+    found = re.search(rf"\b{what}=(\d+)", shown)
     assert found, shown
     return float(found[1])
 
@@ -575,11 +587,10 @@ def test_code_and_interpreter_while_jobs_are_queued(lab: Lab) -> None:
     repository = Repository(lab.user, upgrading)
     repository.git("init", "--quiet")
     launched, upstream = repository.commit(), repository.upgrade()
-    later = "--begin=now+15"
     command = 'printf %s "$PYTHONPATH" > "$SKYRL_COORD_DIR/path"'
-    renewed = lab.launch("rebuilt", "a", command, gpu=later, env={"SKYRL_PYTHON": str(again)})
-    lost = lab.launch("gone", "b", "true", gpu=later, env={"SKYRL_PYTHON": str(gone)})
-    queued = ("TRAINING_COMMAND=" + command, NO_GPU, f"CPU_SBATCH_ARGS={later}")
+    renewed = lab.launch("rebuilt", "a", command, gpu=LATER, env={"SKYRL_PYTHON": str(again)})
+    lost = lab.launch("gone", "b", "true", gpu=LATER, env={"SKYRL_PYTHON": str(gone)})
+    queued = ("TRAINING_COMMAND=" + command, NO_GPU, f"CPU_SBATCH_ARGS={LATER}")
     moved = launch(lab.user, moving, lab.folder("moved"), *queued, options=("--no-check",))
     upgraded = launch(lab.user, upgrading, lab.folder("upgraded"), *queued, options=("--no-check",))
     for run in (renewed, lost):
@@ -588,10 +599,12 @@ def test_code_and_interpreter_while_jobs_are_queued(lab: Lab) -> None:
     shutil.rmtree(gone.parent.parent)
     moving.parent.rename(moving.parent.with_name("elsewhere"))
     repository.git("pull", "--quiet", "--ff-only", upstream, "HEAD")
-    begin = time.monotonic()
     assert {run.state("training") for run in (renewed, lost, moved, upgraded)} == {"PENDING"}
     assert {run.state("runtime") for run in (moved, upgraded)} == {"PENDING"}
     assert "upgraded" in lab.user.run([str(upgrading / "slurm" / "launch.py"), "--version"]).stderr
+    begin = time.monotonic()
+    for run, kind in ((renewed, "training"), (lost, "training"), (moved, "runtime"), (upgraded, "runtime")):
+        run.start_now(kind)
 
     over(renewed, faults.REBUILT, begin, "training")
     assert renewed.completion["exit_code"] == 0

@@ -127,9 +127,11 @@ def test_a_runtime_that_fails_at_its_start_says_why(user: User, checkout: Path, 
 
 def test_a_runtime_without_its_python_says_why(user: User, checkout: Path, jobs_base: Path) -> None:
     """What a body cannot say itself, because it never began, stands in the log that its step opened."""
-    run = launch(user, checkout, jobs_base, HET, TRAIN_LONG, "GPU_SBATCH_ARGS=--begin=now+6")
+    run = launch(user, checkout, jobs_base, HET, TRAIN_LONG, "GPU_SBATCH_ARGS=--begin=now+600")
     script = run.directory / "code" / "slurm" / "jobs" / "runtime_server.py"
     assert user.run(["mv", str(script), f"{script}.gone"]).returncode == 0
+    assert run.state("training") == "PENDING"
+    run.start_now("training")
     until("the completion flag", lambda: run.completion, 60)
     run.wait_over(seconds=END_S)
     assert "can't open file" in run.completion["reason"], run.completion

@@ -414,10 +414,12 @@ def test_daemons_of_the_trainer_end_with_it(
 
 
 def test_a_training_body_that_cannot_begin_says_so(user: User, checkout: Path, jobs_base: Path) -> None:
-    run = launch(user, checkout, jobs_base, TRAIN_LONG, "HF_TOKEN=hf_secret_value", "GPU_SBATCH_ARGS=--begin=now+6")
-    until("ready", lambda: run.text("runtime_ready.flag"), 30)
+    run = launch(user, checkout, jobs_base, TRAIN_LONG, "HF_TOKEN=hf_secret_value", "GPU_SBATCH_ARGS=--begin=now+600")
+    until("ready", lambda: run.text("runtime_ready.flag"), 60)
     (run.directory / "secrets.json").write_text("{")
-    run.wait_over(seconds=40)
+    assert run.state("training") == "PENDING"
+    run.start_now("training")
+    run.wait_over(seconds=60)
     assert "cannot read" in run.completion["reason"]
     assert f"training job {run.jobs['training']} is complete" in run.log("runtime")
 

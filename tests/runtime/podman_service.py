@@ -98,10 +98,7 @@ class Service:
 
     def server_pid(self) -> int:
         """The process behind the socket."""
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.socket))
-            pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return int(pid)
+        return server_pid(self.socket)
 
     def facts(self) -> EngineFacts:
         """What the service that runs now tells of itself."""
@@ -121,6 +118,14 @@ class Service:
 
     def volumes(self) -> list[str]:
         return self.podman("volume", "ls", "--quiet").split()
+
+
+def server_pid(path: Path) -> int:
+    """The process behind a socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
 
 
 def missing() -> str:

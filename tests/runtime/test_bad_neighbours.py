@@ -22,7 +22,7 @@ import pytest
 
 from slurm_runtime.slots import Slots
 from tests import faults
-from tests.faults import within
+from tests.faults import Case, within
 from tests.runtime import podman_service
 from tests.runtime.commands import SERVE, SERVE_SCRIPT
 from tests.runtime.conftest import CONFIG, Api, KillablePodman, serving
@@ -124,8 +124,11 @@ class Latency:
         """The seconds of each answer that was under way at some moment between these two."""
         return [seconds for at, seconds in [*self.samples] if at < end and at + min(seconds, 2) > begin]
 
-    def median(self, begin: float, end: float) -> float:
-        return median(self.between(begin, end))
+    def usual(self, end: float) -> float:
+        """The median of two quiet seconds."""
+        found = median(self.between(end - 2 * QUIET_S, end))
+        assert math.isfinite(found), "it did not answer before anybody did harm"
+        return found
 
 
 def worker(api: Api) -> dict[str, Any]:
@@ -191,9 +194,11 @@ def harmful(offenders: Sequence[Offender]) -> tuple[float, float]:
 
 
 def slowdown(api: Api, latency: Latency, offence: Offence) -> tuple[float]:
-    """How many times as long the neighbour's answers take during an offence as in the quiet before and after it.
+    """How many times as long the neighbour's answers take during an offence as in the quiet before it, or after it.
 
-    On average: it is asked for one after the other, so a median would count the slow ones too little.
+    On average: it is asked for one after the other, so a median would count the slow ones too little. It may still be
+    slow after it: so the quicker of the two quiet times counts. One with an answer that did not come is none to compare
+    with, and as bad as no answer during the offence.
     """
     program = offence.lasting or offence.program
     offenders = [Offender.of(api, offence, program, number) for number in range(offence.sandboxes)]
@@ -201,8 +206,10 @@ def slowdown(api: Api, latency: Latency, offence: Offence) -> tuple[float]:
     begin, end = harmful(offenders)
     time.sleep(QUIET_S)
     assert all(re.search(offence.reason, offender.reason) for offender in offenders)
-    quiet = [*latency.between(begin - QUIET_S, begin), *latency.between(end, end + QUIET_S)]
-    return (fmean(latency.between(begin, end)) / fmean(quiet),)
+    quiet = [fmean(latency.between(*times)) for times in ((begin - QUIET_S, begin), (end, end + QUIET_S))]
+    during = fmean(latency.between(begin, end))
+    print(f"{offence.reason}: {during:.3f} s beside it; {quiet[0]:.3f} s before, {quiet[1]:.3f} s after it")
+    return (during / min(quiet) if all(map(math.isfinite, quiet)) else math.inf,)
 
 
 def settled(measure: Callable[[], tuple[float, ...]], *bounds: float) -> list[float]:
@@ -284,7 +291,7 @@ def watched(api: Api, offence: Offence) -> tuple[float, float]:
     with latency.measured():
         time.sleep(2 * QUIET_S)
         begin = offender.begin()
-        usual = latency.median(begin - 2 * QUIET_S, begin)
+        usual = latency.usual(begin)
         failed = offender.failed()
         seconds = recovered(latency, begin, usual)
     assert re.search(offence.reason, offender.reason)
@@ -292,8 +299,8 @@ def watched(api: Api, offence: Offence) -> tuple[float, float]:
     return failed - begin, seconds
 
 
-def recovers(api: Api, offence: Offence) -> None:
-    cases = (faults.WATCHDOG_STOPS, faults.NEIGHBOURS_RECOVER)
+def recovers(api: Api, offence: Offence, stops: Case = faults.WATCHDOG_STOPS) -> None:
+    cases = (stops, faults.NEIGHBOURS_RECOVER)
     for case, seconds in zip(
         cases, settled(lambda: watched(api, offence), *(case.bound_s for case in cases)), strict=True
     ):
@@ -312,7 +319,7 @@ def test_a_bomb_within_the_usual_limit_of_processes(rootless_podman: podman_serv
     """2048 of them, which a bomb reaches before anybody can look."""
     usual = replace(LIMITS, pids_limit=CONFIG.pids_limit)
     with serving(KillablePodman(rootless_podman.socket), usual, SLOTS, warden=True) as api:
-        recovers(api, BESIDE)
+        recovers(api, BESIDE, stops=faults.LARGE_BOMB_STOPS)
 
 
 def free_of(folder: Path) -> int:
@@ -347,7 +354,7 @@ def test_without_a_limit_the_one_that_fills_the_disk_is_stopped(small_disk: podm
         with latency.measured():
             time.sleep(2 * QUIET_S)
             begin = offender.begin()
-            usual = latency.median(begin - 2 * QUIET_S, begin)
+            usual = latency.usual(begin)
             crossed = reached(small_disk.home)
             failed = offender.failed()
             seconds = recovered(latency, crossed, usual)

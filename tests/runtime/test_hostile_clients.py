@@ -114,7 +114,7 @@ def test_twenty_thousand_wrong_keys(tmp_path: Path) -> None:
                 answers = b"".join(pool.map(lambda _: tried(server.port, TRIES // CLIENTS), range(CLIENTS)))
             finally:
                 stop.set()
-            slowest = max(valid.result())
+            taken = sorted(valid.result())
         grown = resident_bytes(server.process.pid) - before
     assert answers.count(b"HTTP/1.1 401") == TRIES
     assert answers.count(b"HTTP/1.1 ") == TRIES
@@ -122,9 +122,11 @@ def test_twenty_thousand_wrong_keys(tmp_path: Path) -> None:
     assert log.count(b"status=401") >= TRIES
     for key in (KEY, OTHER_KEY, MADE_UP_KEY):
         assert key[:12].encode() not in answers + log, "nor the most of one"
-    print(f"RSS grew by {grown} bytes; the slowest answer to the client with the key took {slowest:.3f} s")
+    most, slowest = taken[int(0.99 * (len(taken) - 1))], taken[-1]
+    print(f"RSS grew by {grown} bytes")
+    print(f"of {len(taken)} answers with the key 99 % took at most {most:.3f} s, the slowest {slowest:.3f} s")
     assert grown < GROWTH_BYTES
-    assert slowest < 1
+    assert (most < 1, slowest < 5) == (True, True), taken[-10:]
     assert faults.WRONG_KEYS in faults.CASES
 
 
@@ -188,15 +190,14 @@ def refused(server: Server, path: str, body: bytes) -> None:
 
 SHELL = ("$(touch new)", "; touch new;", "`touch new`", "> new")
 SECRET = "what-only-the-node-knows"
-LEAKED = f"grep -rqs {SECRET[:12]} /got && echo leaked && exit 9"
-DOCKERFILE = f"FROM {IMAGE}\nCOPY . /got\nRUN rm /got/Dockerfile; {LEAKED}; exit 0\n"
+LEAKED = "exit status 9"  # as a failed build's error says it, which names the command too
+DOCKERFILE = f"FROM {IMAGE}\nCOPY . /got\nRUN rm /got/Dockerfile; grep -rqs {SECRET[:12]} /got && exit 9; exit 0\n"
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.mode = kind, target, 0o666
     info.devmajor, info.devminor = (1, 1) if kind == tarfile.CHRTYPE else (8, 0)
-    info.size = len(b"overwritten") if kind == tarfile.REGTYPE else 0
     return info
 
 
@@ -226,15 +227,15 @@ def members(outside: Path) -> dict[str, list[tarfile.TarInfo]]:
     }
 
 
-def archive(entries: list[tarfile.TarInfo]) -> bytes:
+def archive(entries: list[tarfile.TarInfo], content: str = "overwritten") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        content = DOCKERFILE.encode()
         dockerfile = tarfile.TarInfo("Dockerfile")
-        dockerfile.size = len(content)
-        tar.addfile(dockerfile, io.BytesIO(content))
+        dockerfile.size = len(DOCKERFILE)
+        tar.addfile(dockerfile, io.BytesIO(DOCKERFILE.encode()))
         for entry in entries:
-            tar.addfile(entry, io.BytesIO(b"overwritten") if entry.size else None)
+            entry.size = len(content) if entry.isreg() else 0
+            tar.addfile(entry, io.BytesIO(content.encode()))
     return base64.b64encode(buffer.getvalue())
 
 
@@ -263,7 +264,7 @@ def test_hostile_archives_change_and_read_nothing_outside(
     with serving(KillablePodman(rootless_podman.socket), replace(CONFIG, build_images=True)) as api:
         for number, (what, entries) in enumerate(members(outside).items()):
             begun = post(api, f"localhost/skyrl/hostile:{number}", context=archive(entries))
-            if begun.status_code == 422:
+            if begun.status_code == 422 and what != "names":
                 print(what, begun.json()["detail"])
                 assert "context may not have" in begun.json()["detail"]
                 assert listed(outside) == before, what
@@ -271,9 +272,12 @@ def test_hostile_archives_change_and_read_nothing_outside(
             assert begun.status_code == 200, begun.text
             found = ended(api, begun.json()["build_id"], 120.0)
             print(what, found["status"], (found.get("error") or "")[:300])
-            assert found["status"] in {"SUCCESS", "FAILURE"}, what
+            assert found["status"] in ({"SUCCESS"} if what == "names" else {"SUCCESS", "FAILURE"}), what
             if found["status"] == "FAILURE":
                 assert found["error"], what
-                assert "leaked" not in found["error"] and SECRET not in found["error"], what
+                assert LEAKED not in found["error"] and SECRET not in found["error"], what
             assert listed(outside) == before, what
+        begun = post(api, "localhost/skyrl/hostile:control", context=archive([member("file")], SECRET))
+        found = ended(api, begun.json()["build_id"], 120.0)
+        assert found["status"] == "FAILURE" and LEAKED in found["error"], "an archive with the secret in it is seen"
     assert faults.HOSTILE_UPLOADS in faults.CASES
