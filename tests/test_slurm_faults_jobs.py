@@ -310,13 +310,13 @@ def apart(user: OrdinaryUser, checkout: Path) -> Iterator[Seen]:
         run, sandboxes = with_sandboxes(user, checkout, scene.base / "cut", *at("cpu-a", "gpu-a"), NO_GPU)
         scene.runs[faults.LINK_CUT.fault] = run
         scene.begin(faults.PARTED.fault, TRAIN_LONG, *at("cpu-b", "gpu-b"), "PARTNER_PATIENCE=60")
-        begin_limits(seen)
-        scene.started(*(name for name in scene.runs if name != faults.LINK_CUT.fault))
+        scene.started(faults.PARTED.fault)
         parted_at = time.monotonic()
         with test_cluster.isolate("cpu-b", "gpu-b"):
             seen.see(faults.LINK_CUT, lambda: cut_link(seen, sandboxes))
-            seen.see(faults.PARTED, lambda: scene.released(faults.PARTED.fault, faults.PARTED, parted_at))
-        seen.join()
+            seen.watch(faults.PARTED, lambda: scene.released(faults.PARTED.fault, faults.PARTED, parted_at))
+            begin_limits(seen)  # only now: else these runs and the parted one end on cpu-b in the same seconds
+            seen.join()
         scene.runs[faults.RUNTIME_NODE_OFF.fault] = run
         still_there = [kind for kind in run.jobs if run.state(kind) == "RUNNING"]
         scene.begin(faults.TRAINING_NODE_OFF.fault, TRAIN_LONG, *at("cpu-b", "gpu-a"))
