@@ -34,12 +34,12 @@ class User(Protocol):
     ) -> CompletedProcess[str]: ...
 
 
-def until(what: str, condition: Callable[[], object], seconds: float) -> float:
+def until(what: str, condition: Callable[[], object], seconds: float, every_s: float = 0.1) -> float:
     """Wait for a condition; returns how long it took."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
+        time.sleep(every_s)
     return time.monotonic() - start
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.lib.cancel import CANCEL_AFTER_S, KILL_AFTER_S, Act, due
+from slurm.lib.cancel import CANCEL_AFTER_S, END_S, KILL_AFTER_S, SLOWEST_START_S, Act, due
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import UsageError
 from slurm.lib.processes import start_ticks
@@ -60,6 +60,11 @@ def test_no_step_is_given_twice_and_they_only_get_harder(seen: list[JobStatus]) 
     assert harder == sorted(harder, key=list(Act).index)
     assert len(harder) == len(set(harder))
     assert done.count(Act.WITHDRAW) <= 3
+
+
+def test_every_step_is_reached_after_the_slowest_start_and_seconds_are_left_of_the_promise() -> None:
+    assert KILL_AFTER_S < CANCEL_AFTER_S < END_S - SLOWEST_START_S
+    assert END_S <= 15 - 3
 
 
 # --- which run --------------------------------------------------------------------------------------------------------

@@ -184,6 +184,25 @@ def test_a_dead_jobs_storage_is_swept_and_a_living_ones_is_not(
 
 
 @pytest.mark.podman
+def test_what_could_not_be_removed_is_named_and_the_next_sweep_knows_it(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    dead = Path(f"/tmp/skyrl-{user.uid}-dead")
+    user.run(["mkdir", "-p", str(dead / "run" / "busy"), str(dead / "data")])
+    user.run(["touch", str(dead / "owner.lock"), str(dead / "storage.conf"), str(dead / "run" / "busy" / "file")])
+    try:
+        os.chown(dead / "run" / "busy", 0, 0)
+        done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
+        assert f"could not remove all of {dead} (left: run); the next job" in done.stderr
+        assert {path.name for path in dead.iterdir()} == {"run", "owner.lock"}
+        os.chown(dead / "run" / "busy", user.uid, user.gid)
+        done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
+        assert not dead.exists(), done.stderr
+    finally:
+        shutil.rmtree(dead, ignore_errors=True)
+
+
+@pytest.mark.podman
 def test_a_sweep_follows_no_link_that_another_user_laid(
     user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
 ) -> None:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +121,11 @@ class Desk:
         assert answer.returncode == 0, answer.stderr
         return [Job(*line.split("|")) for line in answer.stdout.splitlines()]
 
+    def calls(self) -> list[str]:
+        """The launchers of the user that live, and their calls of Slurm, which go on where a launcher is killed."""
+        lines = self.user.processes().values()
+        return [line for line in lines if line.startswith(("sbatch ", "scontrol ")) or "/launch.py " in line]
+
     def folders(self) -> set[Path]:
         """What lies in the jobs base, but for the cache that a runtime job makes there."""
         return set(self.base.iterdir()) - {self.base / ".cache"} if self.base.is_dir() else set()
@@ -180,7 +185,7 @@ KILLINGS = (
     ),
     Killing(faults.KILLED_AT_A_CALL_HET, faults.KILLED_ANY_TIME_HET, (HET,), ("sbatch 1", "scontrol 1"), (0, 2, 2)),
 )
-MOMENTS = 20
+MOMENTS, MORE_MOMENTS = 20, 5
 
 
 def killed_at(desk: Desk, point: str, *settings: str) -> None:
@@ -202,9 +207,9 @@ def test_a_launcher_killed_at_each_call(desk: Desk, killing: Killing) -> None:
         assert len(left) == count, (point, left)
         assert not [job for job in left if job.can_start], (point, left)
     killed_at(desk, committed, *killing.settings)
+    until("the end of the one that was killed after its commit", lambda: not desk.queue(), 60)
     finished = {path for path in desk.folders() if list(path.glob("*.out"))}
-    assert len(finished) == 1, "the one that was killed after its commit"
-    until("its end", lambda: not desk.queue(), 60)
+    assert len(finished) == 1, finished
     run, said = desk.launch(LATER, *killing.settings)
     assert {job.job_id for job in desk.queue()} == set(run.jobs.values())
     assert desk.folders() == {*finished, run.directory}
@@ -212,30 +217,62 @@ def test_a_launcher_killed_at_each_call(desk: Desk, killing: Killing) -> None:
     within(killing.at_a_call, 0.0)
 
 
-@pytest.mark.parametrize("killing", KILLINGS, ids=lambda killing: killing.any_time.fault)
-def test_a_launcher_killed_at_any_time(desk: Desk, killing: Killing) -> None:
-    """The moments reach from before its first call of Slurm to after its last, however fast the machine is."""
-    later = (LATER, *killing.settings)
-    begin = time.monotonic()
-    kept, left = {desk.launch(*later)[0].directory}, 0
-    usual_s = time.monotonic() - begin
-    for number in range(MOMENTS):
-        launcher = desk.start(*later)
-        time.sleep(usual_s * (0.3 + 1.8 * number / MOMENTS))
+@dataclass
+class Kills:
+    """Launches that are killed at any time: the runs that are whole, by their directories; what was left halfway."""
+
+    desk: Desk
+    settings: tuple[str, ...]
+    whole: set[Path]
+    halfway: int = 0
+
+    def after(self, seconds: float) -> None:
+        self._kill(lambda _launcher: time.sleep(seconds))
+
+    def in_sbatch(self) -> None:
+        """One that is killed while it queues a job; too late, where that was not seen."""
+        self._kill(lambda launcher: until("its sbatch", lambda: self._submits(launcher), 60, 0.01))
+
+    def _submits(self, launcher: subprocess.Popen[str]) -> bool:
+        calls = [line for line in self.desk.calls() if line.startswith("sbatch ") and "--test-only" not in line]
+        return bool(calls) or launcher.poll() is not None
+
+    def _kill(self, wait: Callable[[subprocess.Popen[str]], object]) -> None:
+        launcher = self.desk.start(*self.settings)
+        wait(launcher)
         launcher.kill()
         launcher.communicate()
-        time.sleep(0.2)  # a call of sbatch goes on without it
-        assert_nothing_can_start(desk)
-        queue = desk.queue()
+        until("the end of its call of Slurm, which goes on without it", lambda: not self.desk.calls(), 90)
+        assert_nothing_can_start(self.desk)
+        queue = self.desk.queue()
         committed = {job.job_id for job in queue if job.name == "skyrl-runtime" and job.can_start}
-        kept |= {path for path, ids in desk.whole_runs().items() if ids & committed}
-        left += any(job.reason == "JobHeldUser" for job in queue)
-    assert len(kept) > 1, "no kill came after the commit"
-    assert left, "no kill came between the first sbatch and the commit"
+        self.whole |= {path for path, ids in self.desk.whole_runs().items() if ids & committed}
+        self.halfway += any(job.reason == "JobHeldUser" for job in queue)
+
+
+@pytest.mark.parametrize("killing", KILLINGS, ids=lambda killing: killing.any_time.fault)
+def test_a_launcher_killed_at_any_time(desk: Desk, killing: Killing) -> None:
+    """The moments reach from before its first call of Slurm to after its last, however fast the machine is.
+
+    Where it is not as fast as in the first launch, further ones come during a call of sbatch, and after the last call.
+    """
+    later = (LATER, *killing.settings)
+    begin = time.monotonic()
+    kills = Kills(desk, later, {desk.launch(*later)[0].directory})
+    usual_s = time.monotonic() - begin
+    for number in range(MOMENTS):
+        kills.after(usual_s * (0.3 + 1.8 * number / MOMENTS))
+    for number in range(MORE_MOMENTS):
+        if not kills.halfway:
+            kills.in_sbatch()
+        if len(kills.whole) == 1:
+            kills.after(usual_s * 2.1 * 1.5**number)
+    assert len(kills.whole) > 1, "no kill came after the commit"
+    assert kills.halfway, "no kill came between the first sbatch and the commit"
     run, _ = desk.launch(*later)
     whole = desk.whole_runs()
     assert desk.folders() == whole.keys()
-    assert whole.keys() == {*kept, run.directory}
+    assert whole.keys() == {*kills.whole, run.directory}
     assert {job.job_id for job in desk.queue()} == set().union(*whole.values())
     within(killing.any_time, 0.0)
 
@@ -403,13 +440,11 @@ def cancelled_again(desk: Desk, run: Run, over_at: float) -> None:
         assert faults.CANCELLED_SLOWLY.reads in done.stdout
 
 
-def queues_its_next_attempt(desk: Desk, name: str) -> Run:
-    """A run whose training job is at its first call of sbatch, where it waits."""
+def to_queue_its_next_attempt(desk: Desk, name: str) -> Run:
+    """A run whose training job will wait at its first call of sbatch."""
     env = desk.wrapped(f"bin_{name}", "sbatch 3 before", "wait")
     chained = ("RESTARTS=1", "RESTART_LEAD=60")
-    run = launch(desk.user, desk.checkout, desk.folder / name, TRAIN_LONG, NO_GPU, *chained, env=env)
-    until("its sbatch", lambda: (desk.folder / f"bin_{name}" / "reached").exists(), 60)
-    return run
+    return launch(desk.user, desk.checkout, desk.folder / name, TRAIN_LONG, NO_GPU, *chained, env=env)
 
 
 def remove_held(desk: Desk) -> None:
@@ -432,12 +467,15 @@ def test_launches_and_runs_while_the_controller_is_away(desk: Desk, case: faults
     run, sandboxes = with_sandboxes(desk.user, desk.checkout, desk.folder / "on", NO_GPU)
     with contextlib.ExitStack() as end:
         launches = Launches(desk, end)
+        # Side by side: a call of sbatch that takes a minute is given up.
+        ending, following = (to_queue_its_next_attempt(desk, name) for name in ("ending", "following"))
         launches.catch()
-        ending, following = (queues_its_next_attempt(desk, name) for name in ("ending", "following"))
+        folders = [desk.folder / f"bin_{name}" for name in ("ending", "following")]
+        until("their sbatch", lambda: all((path / "reached").exists() for path in folders), 60)
         begin = time.monotonic()
         with OUTAGES[case]():
-            for name in ("ending", "following"):
-                (desk.folder / f"bin_{name}" / "go").touch()
+            for path in folders:
+                (path / "go").touch()
             launches.go_on()
             for one in (ending, following):
                 one.wait_for_text("training", "trainer started", faults.NEXT_IN_SILENCE.bound_s)

@@ -1,7 +1,7 @@
 """``launch.py cancel``: end runs, within 15 s, and say of each job what was done.
 
 A job body that is told alone (``scancel --batch``) ends its job in order: the trainer may save, sandboxes go, flags say
-why. So bodies are told first, and those that are left after 9 s are killed, whereupon Slurm and their guardians end the
+why. So bodies are told first, and those that are left after 8 s are killed, whereupon Slurm and their guardians end the
 rest. They are not cancelled before: Slurm would give them KillWait, 30 s by default, and takes no signal for a job that
 it is ending. Which step is due is decided by ``due``, from what Slurm says.
 """
@@ -37,8 +37,8 @@ from slurm.lib.runs import FoundRun, RunJob, find, stranger
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.signals import SignalNotes
 
-KILL_AFTER_S, CANCEL_AFTER_S = 9.0, 11.0
-END_S = 13.0  # of all: 15 s are promised, the start of Python included
+KILL_AFTER_S, CANCEL_AFTER_S = 8.0, 10.0
+END_S = 12.0  # of all: 15 s are promised, of which a busy host needs some for the start and the end of Python
 SLOWEST_START_S = 1.5  # of Python on a busy host, as far as it is made up for
 COMMAND_S = 3.0  # one question or order, to a controller that may be silent
 FIND_S = 5.0  # for all questions about which runs are meant

@@ -35,6 +35,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.sshfs", "9p"}
 )
 REMOVE_TIMEOUT_S = 20.0
+REMOVE_TRIES = 3  # a process that starts after the last look at all processes may make files once more
 SECCOMP_PROFILES = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))  # Podman's order
 KEY_CALLS = frozenset({"add_key", "keyctl", "request_key"})
 
@@ -345,16 +346,37 @@ def remove(storage: PodmanStorage) -> None:
     """End the store: kill its processes, then remove its files. Says so if something had to be left."""
     if os.geteuid() == 0:
         _remove_containers_as_root(storage)
-    kill_processes(storage)
-    _unmount_below(storage.root)
+    for _ in range(REMOVE_TRIES):
+        kill_processes(storage)
+        _unmount_below(storage.root)
+        left = _remove_files(storage)
+        if not left:
+            log.info("Podman storage %s is gone, with every process in it", storage.root)
+            return
+    names = ", ".join(path.name for path in left)
+    log.warning(
+        "could not remove all of %s (left: %s); the next job of yours on this node will try again", storage.root, names
+    )
+
+
+def _remove_files(storage: PodmanStorage) -> list[Path]:
+    """Remove the store's files and return what is left of them.
+
+    The lock goes last: by it the next job's sweep knows the folder for a store.
+    """
     shutil.rmtree(storage.graphroot.parent, ignore_errors=True)
     if storage.graphroot.parent.exists():
         _remove_in_namespace(storage.graphroot.parent)
+    for path in list(storage.root.glob("*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path != storage.lock:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if left := [path for path in storage.root.glob("*") if path != storage.lock]:
+        return left
     shutil.rmtree(storage.root, ignore_errors=True)
-    if storage.root.exists():
-        log.warning("could not remove all of %s; the next job of yours on this node will try again", storage.root)
-    else:
-        log.info("Podman storage %s is gone, with every process in it", storage.root)
+    return [storage.root] if storage.root.exists() else []
 
 
 def _remove_containers_as_root(storage: PodmanStorage) -> None:
