@@ -42,6 +42,7 @@ with record:
 if "signal" in answer:
     os.kill(os.getppid(), answer["signal"])
     time.sleep(answer.get("pause_s", 0.2))
+time.sleep(answer.get("after_s", 0))
 sys.stdout.write(answer["stdout"] + (answer.get("hidden", "") if "--all" in argv else ""))
 sys.stderr.write(answer.get("stderr", ""))
 sys.exit(answer.get("code", 0))

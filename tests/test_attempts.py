@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -17,6 +18,7 @@ from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.job_context import JobContext
 from slurm.lib.job_environment import without_slurm
+from slurm.lib.launch_mark import PREFIX
 from slurm.lib.plan import Request, make_plan
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import GitState, partner_of, read_jobs
@@ -24,6 +26,7 @@ from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
+from slurm.lib.unheard import Insistence, submitted
 from tests.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,7 +230,7 @@ def test_what_is_being_queued_is_taken_back_at_the_end(
     slurm.answer("squeue --user", *[SILENT_SLURM] * 1000)
     chain = Chain(first(slurm, directory))
     chain.begin("101", SignalNotes().check)
-    until(lambda: "Slurm does not answer; waiting up to 900 s" in caplog.text)
+    until(lambda: "Slurm does not answer; waiting up to 600 s" in caplog.text)
     chain.conclude(Ended.INTERRUPTED)
     assert not chain.successor
     assert [call.argv for call in slurm.of("scancel")] == [["103"]]
@@ -248,6 +251,65 @@ def test_a_signal_ends_the_wait_for_slurm(slurm: FakeSlurm, impatient: None, mon
         chain.begin("101", notes.check)
     chain.conclude(Ended.CANCELLED)
     assert not chain.successor
+
+
+def test_the_end_waits_for_a_slow_slurm_to_take_back_what_was_begun(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first wait, before the trainer's processes are ended, was not long enough, the second one goes on."""
+    monkeypatch.setattr("slurm.lib.logs.log.propagate", True)
+    directory = launched(slurm)
+    slurm.answer("sbatch", {}, {}, {}, {"after_s": 3.0})
+    notes = SignalNotes()
+    chain = Chain(first(slurm, directory))
+
+    def end() -> None:
+        until(lambda: len(slurm.of("sbatch")) == 4)
+        notes.note(15)
+
+    threading.Thread(target=end).start()
+    with pytest.raises(Interrupted):
+        chain.begin("101", notes.check)
+    assert not chain.settle(0.05)
+    chain.conclude(Ended.CANCELLED)
+    assert [call.argv for call in slurm.of("scancel")] == [["104"], ["103"]]
+    assert "was still being queued" not in caplog.text
+
+
+def test_the_end_does_not_wait_longer_than_slurm_lets_it(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    directory = launched(slurm)
+    slurm.answer("sbatch", {}, {}, {"after_s": 3.0})
+    chain = Chain(first(slurm, directory))
+    chain.begin("101", SignalNotes().check)
+    until(lambda: len(slurm.of("sbatch")) == 3)
+    chain.conclude(Ended.CANCELLED, left_s=0.1)
+    assert "was still being queued; what is left of it is held" in caplog.text
+    assert chain.settle(60.0)
+
+
+def test_a_job_is_not_submitted_once_more_when_nobody_wants_it(slurm: FakeSlurm, impatient: None) -> None:
+    slurm.answer("sbatch", SILENT_SLURM)
+    notes = SignalNotes()
+    notes.note(15)
+    with pytest.raises(Interrupted):
+        submitted(Slurm({"PATH": slurm.path}), ["sbatch", f"--comment={PREFIX}x"], "x", Insistence(notes, 60.0))
+    assert len(slurm.of("sbatch")) == 1
+
+
+def test_a_fault_of_ours_costs_the_restart_and_says_so(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.lib.logs.log.propagate", True)
+    job = first(slurm, launched(slurm))
+    monkeypatch.setattr("slurm.lib.attempts.submit", lambda *_args, **_more: [].pop())
+    chain = Chain(job)
+    chain.begin("101", SignalNotes().check)
+    chain.conclude(Ended.INTERRUPTED)
+    assert (
+        "no further attempt is queued, for an internal error (IndexError: pop from empty list). To go on" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("ended", Ended)

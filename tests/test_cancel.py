@@ -5,18 +5,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.lib.cancel import CANCEL_AFTER_S, END_S, KILL_AFTER_S, SLOWEST_START_S, Act, due
+from slurm.lib.cancel import (
+    CANCEL_AFTER_S,
+    END_S,
+    KILL_AFTER_S,
+    SLOWEST_START_S,
+    SURE_AFTER_S,
+    Act,
+    Cancellation,
+    LocalHand,
+    Watched,
+    due,
+)
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import UsageError
 from slurm.lib.processes import start_ticks
-from slurm.lib.runs import RunJob, find
+from slurm.lib.runs import FoundRun, RunJob, find, stranger
 from slurm.lib.scheduler import JobState, JobStatus, Slurm
+from slurm.lib.signals import SignalNotes
 from tests.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +135,106 @@ def test_the_first_part_of_a_heterogeneous_job_acts_for_both(slurm: FakeSlurm, t
         RunJob("training", "13"),
         RunJob("runtime", "14", leader="13"),
     ]
+
+
+# --- whose a job is ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SlowHand:
+    """A Slurm whose every answer takes ``slow_s``; of whose a job is it says, question by question, ``whose``."""
+
+    slow_s: float = 0.0
+    whose: dict[str, list[str | None]] = field(default_factory=dict)
+    told: dict[str, float] = field(default_factory=dict)
+    begin: float = field(default_factory=time.monotonic)
+
+    def statuses(self, jobs: Sequence[Watched], timeout_s: float) -> Mapping[str, JobStatus]:
+        time.sleep(self.slow_s)
+        over = JobStatus(JobState.ENDED_BADLY, "CANCELLED")
+        return {one.job.job_id: over if one.job.job_id in self.told else RUNNING for one in jobs}
+
+    def stranger(self, one: Watched, timeout_s: float) -> str | None:
+        time.sleep(self.slow_s)
+        answers = self.whose.get(one.job.job_id, [""])
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None:
+        assert act is Act.TELL
+        self.told |= {one.job.job_id: time.monotonic() - self.begin for one in jobs}
+        return None
+
+
+def ended_by(hand: SlowHand, directory: Path, end_s: float) -> dict[str, Watched]:
+    """What becomes of the jobs 11 to 14 of a run."""
+    folder = run_in(directory, "20260101_000000_11", "12", "11")
+    attempt = {"jobs": {"training": "12", "runtime": "11"}, "successor": {"runtime": "13", "training": "14"}}
+    (folder / "attempt_1.json").write_text(json.dumps(attempt))
+    run = FoundRun("latest", CoordinationDir(folder))
+    cancellation = Cancellation([run], {False: hand, True: LocalHand()}, SignalNotes(), time.monotonic(), end_s)
+    return {one.job.job_id: one for one in cancellation.carry_out()}
+
+
+@pytest.mark.parametrize("ahead", [0, 8])
+def test_a_slow_controller_is_asked_whose_all_jobs_are_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setattr("slurm.lib.cancel.ASKED_AHEAD", ahead)
+    hand = SlowHand(slow_s=1.0)
+    ended_by(hand, tmp_path, 10.0)
+    assert hand.told.keys() == {"11", "12", "13", "14"}
+    assert max(hand.told.values()) < 4.0, "one after the other they would take 5 s"
+
+
+def test_jobs_that_are_sure_do_not_wait_for_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.lib.cancel.WAIT_FOR_UNSURE_S", 0.2)
+    hand = SlowHand(whose={"12": [None], "13": [None, None, None, "is of the run X"]})
+    jobs = ended_by(hand, tmp_path, 10.0)
+    assert hand.told.keys() == {"11", "12", "14"}
+    assert hand.told["12"] >= SURE_AFTER_S > max(hand.told["11"], hand.told["14"])
+    assert jobs["13"].sentence == "runtime job 13: is of the run X; left alone"
+    assert "told to end; ended after" in jobs["12"].sentence
+
+
+def test_a_job_of_which_it_is_heard_late_is_not_called_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.lib.cancel.SURE_AFTER_S", 0.0)
+    hand = SlowHand(whose={job_id: [None] for job_id in ("11", "12", "13", "14")})
+    one = Watched(FoundRun("latest", CoordinationDir(tmp_path)), RunJob("training", "12"))
+    one.see(RUNNING, 0.0)
+    assert one.may_be_ended(0.0)
+    one.done.append(Act.TELL)
+    one.stranger = "is of the run X"
+    assert one.sentence == "training job 12: is of the run X; told to end before Slurm said so"
+    assert ended_by(hand, tmp_path, 10.0)["12"].done == [Act.TELL]
+
+
+def shown(job_id: str, log: Path, name: str) -> dict[str, object]:
+    return {"stdout": f"JobId={job_id} JobName={name}\n   JobState=RUNNING\n   StdOut={log}\n"}
+
+
+def test_whose_a_job_is(slurm: FakeSlurm, tmp_path: Path) -> None:
+    mine, other = (run_in(tmp_path, f"20260101_000000_{n}1", f"{n}2", f"{n}1") for n in (1, 2))
+    linked = tmp_path / "not-here" / "slurm-12.out"
+    unheard = {"code": 1, "stderr": "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"}
+    gone = {"code": 1, "stderr": "slurm_load_jobs error: Invalid job id specified"}
+    answers = {
+        "": [shown("12", mine / "training_12.out", "bert"), shown("12", linked, "skyrl-train"), gone],
+        f"is of the run {other}": [shown("22", other / "training_22.out", "skyrl-train")],
+        f"is another job, bert, with its log in {linked.parent}": [shown("12", linked, "bert")],
+    }
+    door, directory = Slurm({"PATH": slurm.path}), CoordinationDir(mine)
+    slurm.answer("scontrol", unheard, *[answer for said in answers.values() for answer in said])
+    assert stranger("12", directory, door, 5.0) is None
+    for expected, said in answers.items():
+        for _ in said:
+            assert stranger("22" if "of the run" in expected else "12", directory, door, 5.0) == expected
+    (mine / "training_12.out").symlink_to(linked)
+    slurm.forget()
+    slurm.answer("scontrol", shown("12", linked, "bert"), shown("13", linked, "bert"))
+    assert stranger("12", directory, door, 5.0) == "", "a job under a name of one's own has linked its log"
+    assert stranger("13", directory, door, 5.0)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -67,7 +67,14 @@ def test_what_a_slow_look_found_is_killed_all_the_same(monkeypatch: pytest.Monke
 def test_a_podman_that_has_no_namespace_of_its_own_yet_is_one_of_the_stores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it would make after the last look, a namespace and a process that holds it, nobody would end."""
+    """What it would make after the last look, a namespace and a process that holds it, nobody would end.
+
+    Another user's, which an ordinary user cannot end, is none of the store's.
+    """
+    assert ps._owner(os.getpid()) == os.geteuid()
+    assert ps._owner(2**22 + 1) is None
+    users: dict[int, int] = {}
+    monkeypatch.setattr(ps, "_owner", lambda pid: users.get(pid, 1000))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     storage = PodmanStorage(tmp_path)
     podman, other = (tmp_path / "bin" / name for name in ("podman", "trainer"))
@@ -77,11 +84,16 @@ def test_a_podman_that_has_no_namespace_of_its_own_yet_is_one_of_the_stores(
         shutil.copy("/bin/sleep", program)
     its = subprocess.Popen([podman, "60"], env=environment)
     no = subprocess.Popen([other, "60"], env=environment)
+    others = subprocess.Popen([podman, "60"], env=environment)
+    users[others.pid] = 1001
+    children = (its, no, others)
     try:
-        until("both run", lambda: {ps._command_name(child.pid) for child in (its, no)} == {"podman", "trainer"}, 10)
+        until("all run", lambda: [ps._command_name(one.pid) for one in children] == ["podman", "trainer", "podman"], 10)
         assert ps.processes_of(storage) == [its.pid]
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        assert ps.processes_of(storage) == sorted([its.pid, others.pid])
     finally:
-        for child in (its, no):
+        for child in children:
             child.kill()
             child.wait()
 

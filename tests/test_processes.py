@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.guardian import end_session, guarded, session_members
-from slurm.lib.processes import Child, ChildSpec, descendants, run, start_ticks, write_through
+from slurm.lib.processes import Child, ChildSpec, descendants, kill_descendants, run, start_ticks, write_through
 
 CODE = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,24 @@ def spec(*argv: str, death_signal: int = signal.SIGKILL) -> ChildSpec:
 def test_a_failing_command_is_a_result() -> None:
     done = run(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=5)
     assert (done.returncode, done.stdout, done.complaint) == (3, "out\n", "err")
+
+
+def test_a_command_that_is_killed_with_all_descendants_has_not_succeeded() -> None:
+    """Whoever waits for a command must hear how it ended, whatever else ends all descendants meanwhile."""
+    codes: list[int] = []
+
+    def ask() -> None:
+        codes.extend(run(["sleep", "60"], timeout_s=60).returncode for _ in range(40))
+
+    spared = descendants({os.getpid()})
+    asking = threading.Thread(target=ask)
+    asking.start()
+    end = time.monotonic() + 60
+    while asking.is_alive() and time.monotonic() < end:
+        kill_descendants(spared)
+        time.sleep(0.01)
+    asking.join(0)
+    assert codes == [-signal.SIGKILL] * 40
 
 
 def test_a_missing_program_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -128,6 +129,21 @@ def test_a_lost_node_is_named_also_beside_a_signal(session: TrainingSession, tmp
         "(Slurm's state of the node: down*); the trainer failed with exit code 1; meanwhile ended by preemption"
     )
     assert said.ended is Ended.INTERRUPTED
+
+
+def test_what_is_left_of_kill_wait_counts_from_the_signal(
+    session: TrainingSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert session.left_s() == math.inf
+    session.kill_wait_s = 30.0
+    session.notes.note(signal.SIGTERM)
+    session.notes.note(signal.SIGTERM)
+    now = session.notes.stopped_at
+    assert now is not None
+    monkeypatch.setattr("slurm.lib.training_job.time.monotonic", lambda: now + 20)
+    assert session.left_s() == 8.0
+    session.kill_wait_s = 0.0
+    assert session.left_s() == 0.0
 
 
 class Server(ThreadingHTTPServer):

@@ -36,8 +36,12 @@ from slurm.lib.waiting import wait_for
 SCHEMA = 1
 FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw before (nfs(5): acdirmax)
 # A Slurm that is silent as the next attempt is queued holds up the trainer for no longer than this, and is then asked
-# beside it; as this job ends, it has the other time to take back what it has begun.
-START_S, QUEUE_PATIENCE_S, TAKE_BACK_S = 15.0, 900.0, 1.0
+# beside it. Its patience ends well before other launches take what is held for a dead launcher's (DEAD_AFTER_S of
+# leftovers.py, 900 s after the first sbatch): the last commands take minutes of their own.
+START_S, QUEUE_PATIENCE_S = 15.0, 600.0
+# As this job ends, there is so much time to take back what was begun: at once after the trainer's end, and where
+# nothing else needs the time. launch.py cancel gives a job 9 s, Slurm all of KillWait.
+TAKE_BACK_SOON_S, TAKE_BACK_S = 1.0, 8.0
 ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
 STDERR_TAIL = 4096  # bytes
 
@@ -193,7 +197,11 @@ class Chain:
         log.info("attempt %d of at most %d, from %s", self.number, restarts + 1, attempt.checkpoint or "the beginning")
         if self.number <= restarts:
             self._queueing = Lookout(lambda: self._queue_next(attempt)).__enter__()  # which ends with its first look
-            self._await_queued(self._queueing, still_possible)
+            try:
+                self._await_queued(self._queueing, still_possible)
+            except BaseException:
+                self.call_off()  # while the rest of this job ends
+                raise
 
     @staticmethod
     def _await_queued(queueing: Lookout[bool], still_possible: Callable[[], None]) -> None:
@@ -220,6 +228,10 @@ class Chain:
         except SuiteError as problem:
             log.warning("there will be no restart: %s. %s", problem, self._by_hand())
             return True
+        except Exception as fault:  # in this thread nobody else would hear of it
+            words = f"an internal error ({type(fault).__name__}: {fault})"
+            log.exception("there will be no restart: no further attempt is queued, for %s. %s", words, self._by_hand())
+            return True
         log.info("if it is interrupted it goes on in the jobs %s", ", ".join(self.successor.values()))
         self._record(replace(attempt, successor=self.successor))
         return True
@@ -232,14 +244,10 @@ class Chain:
     def _is_queueing(self, seconds: float = 0.0) -> bool:
         return self._queueing is not None and not self._queueing.wait(seconds)
 
-    def settle(self) -> None:
-        """The same, and wait a little for its end, before the processes of this job are ended."""
+    def settle(self, seconds: float) -> bool:
+        """The same, and wait a little for its end; False if it goes on."""
         self.call_off()
-        if self._is_queueing(TAKE_BACK_S):
-            log.warning(
-                "the next attempt was still being queued; what is left of it is held: a later launch removes it"
-            )
-        self._queueing = None
+        return not self._is_queueing(seconds)
 
     def _by_hand(self) -> str:
         found = checkpoints_of(self.job.settings, self.job.directory)
@@ -259,9 +267,12 @@ class Chain:
         kinds = ("training",) if self.job.settings.pairing == "het" else ("training", "runtime")
         return [self.successor[kind] for kind in kinds]
 
-    def conclude(self, ended: Ended) -> None:
-        """At the end of this attempt: leave the next one in the queue, or take it out."""
-        self.settle()
+    def conclude(self, ended: Ended, left_s: float = TAKE_BACK_S) -> None:
+        """At the end of this attempt, within ``left_s`` seconds: leave the next one in the queue, or take it out."""
+        if not self.settle(min(left_s, TAKE_BACK_S)):
+            log.warning(
+                "the next attempt was still being queued; what is left of it is held: a later launch removes it"
+            )
         if ended is Ended.INTERRUPTED and self.successor:
             log.info("it goes on in the jobs %s", ", ".join(self.successor.values()))
         elif ended is Ended.INTERRUPTED and self.job.settings.restarts:

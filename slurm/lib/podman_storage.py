@@ -308,16 +308,25 @@ def processes_of(storage: PodmanStorage) -> list[int]:
 
     Podman and conmon that name the store in environment or command line, and what descends from them; as an ordinary
     user also all processes in the user namespaces of those that name it. A Podman that starts is in none of its own
-    yet, and would make one, with a process that holds it, after the last look.
+    yet, and would make one, with a process that holds it, after the last look. An ordinary user cannot end another
+    user's process, which may name the store as well: none of those is the store's.
     """
     marker = f"{storage.root}/".encode()
     named = [pid for pid in pids() if _mentions(pid, marker)]
     engine = {pid for pid in named if _command_name(pid) in {"podman", "conmon", "netavark", "aardvark-dns"}}
-    found = engine | descendants(engine)
-    if os.geteuid() != 0:
-        spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
-        found |= {pid for pid in pids() if _namespace(pid) in spaces}
-    return sorted(found)
+    if os.geteuid() == 0:
+        return sorted(engine | descendants(engine))
+    own = {pid for pid in engine if _owner(pid) == os.geteuid()}
+    spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
+    return sorted(own | descendants(own) | {pid for pid in pids() if _namespace(pid) in spaces})
+
+
+def _owner(pid: int) -> int | None:
+    """The effective user of a process; its folder in /proc is root's where it may not be looked into (proc(5))."""
+    with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("Uid:")).split()[2])
+    return None
 
 
 def _command_name(pid: int) -> str:

@@ -149,15 +149,16 @@ def _parent(pid: int) -> int | None:
 
 
 def kill_descendants(spared: set[int], deadline_s: float = 2.0) -> None:
-    """Kill and reap what descends from this process, but ``spared`` and their descendants."""
+    """Kill what descends from this process, but ``spared`` and their descendants; returns once it has ended.
+
+    It is not reaped: its parent may be a thread of ours that waits for it, to which a command whose end somebody else
+    has taken looks like one that succeeded. What no one waits for is a zombie until this process ends.
+    """
     end = time.monotonic() + deadline_s
     while doomed := descendants({os.getpid()}) - spared - descendants(spared):
         for pid in doomed:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        for pid in doomed:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
         if time.monotonic() > end:
             return
         time.sleep(0.02)

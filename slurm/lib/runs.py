@@ -18,7 +18,7 @@ from typing import Any
 from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, parse_object, read_if_there
 from slurm.lib.errors import UsageError
 from slurm.lib.run_record import job_ids, record_paths
-from slurm.lib.scheduler import Slurm
+from slurm.lib.scheduler import Slurm, parse_log, parse_name
 
 LATEST = "latest"
 KINDS = {"skyrl-runtime": "runtime", "skyrl-train": "training"}  # by the names of our jobs
@@ -116,19 +116,31 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     return run
 
 
-def stranger(job_id: str, directory: CoordinationDir, slurm: Slurm, ask_s: float) -> str:
-    """Whose a living job is, where the record that names it is foreign, or older than the job; empty for a run's own.
+def stranger(job_id: str, directory: CoordinationDir, slurm: Slurm, ask_s: float) -> str | None:
+    """Whose a living job is, where the record that names it is foreign, or older than the job.
 
-    Slurm knows the directory of a job by its log. One that lies elsewhere is believed to be of a job that was submitted
-    directly, as long as the job has a name of ours and no other run's records tell of it.
+    Empty for a run's own; None while Slurm is not heard. It knows the directory of a job by its log. One that lies
+    elsewhere is believed to be of a job that was submitted directly, as long as no other run's records tell of it: such
+    a job has linked its log into the run's directory, or is pending and has a name of ours.
     """
-    log = slurm.log_path(job_id, timeout_s=ask_s)
+    shown = slurm.shown(job_id, ask_s)
+    if shown is None:
+        return None
+    log, name = parse_log(shown, job_id), parse_name(shown)
     if log is None or _is_same(log.parent, directory.path):
         return ""
     if any(job_id in jobs.values() for jobs, _het in _pairs(CoordinationDir(log.parent))):
         return f"is of the run {log.parent}"
-    name = slurm.job_name(job_id, ask_s)
-    return f"is another job, {name}, with its log in {log.parent}" if name and name not in KINDS else ""
+    if not name or name in KINDS or any(_links(directory.log(kind, job_id, "out"), log) for kind in KINDS.values()):
+        return ""
+    return f"is another job, {name}, with its log in {log.parent}"
+
+
+def _links(link: Path, log: Path) -> bool:
+    """Whether a job's log in the directory is a link to this one, which need not be seen from this host."""
+    with contextlib.suppress(OSError):
+        return link.readlink() == log
+    return False
 
 
 def _is_same(one: Path, other: Path) -> bool:

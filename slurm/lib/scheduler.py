@@ -216,6 +216,18 @@ def filled_in(path: str, job_id: str) -> str:
     return path.replace("%j", job_id).replace("%%", "%") if "%j" in path else path
 
 
+def parse_log(shown: str, job_id: str, field: str = "StdOut") -> Path | None:
+    """A log of a job, ``StdOut`` or ``StdErr``, in the output of ``scontrol show job``."""
+    match = re.search(rf"^\s*{field}=(.*)$", shown, re.MULTILINE)
+    return Path(filled_in(match.group(1).strip(), job_id)) if match else None
+
+
+def parse_name(shown: str) -> str | None:
+    """The name of a job in the same output."""
+    match = re.search(r"^\s*JobId=\d+ .*?\bJobName=(.*)$", shown, re.MULTILINE)
+    return match.group(1).strip() if match else None
+
+
 def parse_components(text: str) -> list[str]:
     """The ids of a heterogeneous job's components, in order, from ``squeue -h -o '%i|%A'``: a line ``1+0|1`` each."""
     found = re.findall(r"^\s*\d+\+(\d+)\|(\d+)\s*$", text, re.MULTILINE)
@@ -407,17 +419,18 @@ class Slurm:
         """The same commands, which print times as epoch seconds; a person's own format could not be read back."""
         return Slurm({**self.environment, "SLURM_TIME_FORMAT": "%s"})
 
+    def shown(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
+        """What ``scontrol show job`` prints; empty for a job that Slurm does not know, None while it is silent."""
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
+        return answer.stdout if answer.ok or "Invalid job id" in answer.stderr else None
+
     def log_path(self, job_id: str, field: str = "StdOut", timeout_s: float = ASK_TIMEOUT_S) -> Path | None:
         """A log of a job of ours, ``StdOut`` or ``StdErr``; None where Slurm does not know it, or is silent."""
-        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
-        match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
-        return Path(filled_in(match.group(1).strip(), job_id)) if match else None
+        return parse_log(self.shown(job_id, timeout_s) or "", job_id, field)
 
     def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """The name of a job that Slurm knows."""
-        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
-        match = re.search(r"^\s*JobId=\d+ .*?\bJobName=(.*)$", answer.stdout, re.MULTILINE)
-        return match.group(1).strip() if match else None
+        return parse_name(self.shown(job_id, timeout_s) or "")
 
     def would_take(self, argv: Sequence[str]) -> Completed:
         """What Slurm says to ``sbatch --test-only``: nothing is queued."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import signal
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -27,12 +28,14 @@ class Interrupted(Exception):
 class SignalNotes:
     """The signals seen so far.
 
-    ``stop_signal`` is the first stopping signal or None; ``forced`` is true once a second one came.
+    ``stop_signal`` is the first stopping signal or None, and ``stopped_at`` when it came, by the monotonic clock.
+    ``forced`` is true once a second one came.
     ``on_other`` is called with the number of each forwarded signal (USR1, USR2).
     """
 
     def __init__(self) -> None:
         self.stop_signal: int | None = None
+        self.stopped_at: float | None = None
         self.forced = False
         self.on_other: Callable[[int], None] | None = None
         # Its put may come in the midst of its own get. There the set of a threading.Event would wait for ever, for a
@@ -46,6 +49,7 @@ class SignalNotes:
                 self.on_other(number)
             return
         self.forced = self.stop_signal is not None
+        self.stopped_at = time.monotonic() if self.stopped_at is None else self.stopped_at
         self.stop_signal = self.stop_signal or number
         self._woken.put(number)
 

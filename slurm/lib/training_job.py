@@ -7,6 +7,7 @@ trainer's exit code.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
+from slurm.lib.attempts import TAKE_BACK_SOON_S, Chain, checkpoints_of, refused, why_ended
 from slurm.lib.coordination import (
     Counter,
     CounterWatch,
@@ -83,6 +84,7 @@ FOREIGN_SERVERS = frozenset({404, 405})  # a server that is not ours need not ha
 STOP_GRACE_S = 5.0
 SERVER_BACK_S = 10.0  # twice what an API server that crashed needs to be there again
 RESTART_FELT_S = 60.0  # a trainer may try a broken request again for a while before it gives up
+LAST_STEPS_S = 2.0  # of a job that is being ended: what it writes then, and the end of its process
 NODE_WORD_S = 3.0  # from the death of a node's Ray, which fails the trainer, to where we see it
 
 
@@ -132,7 +134,7 @@ def attempt(session: TrainingSession) -> int:
         outcome = Outcome(problem.exit_code, str(problem))
     finally:
         session.record(outcome)
-        session.chain.conclude(outcome.ended)
+        session.chain.conclude(outcome.ended, session.left_s())
         session.note_ends(outcome)
     return outcome.exit_code
 
@@ -180,6 +182,12 @@ class TrainingSession:
             self.job.directory.publish(self.job.directory.training_complete, flag)
         except EnvironmentProblem as problem:
             log.error("%s; the runtime job will notice that this job has ended", problem)
+
+    def left_s(self) -> float:
+        """Seconds of Slurm's KillWait that are left for what is taken back at the end; all of time without a signal."""
+        if self.notes.stopped_at is None:
+            return math.inf
+        return max(0.0, self.notes.stopped_at + self.kill_wait_s - LAST_STEPS_S - time.monotonic())
 
     def note_ends(self, outcome: Outcome) -> None:
         """Say in the run's record how this job ended, and the runtime where that is gone."""
@@ -234,14 +242,14 @@ class TrainingSession:
                 self.notes.on_other = early.signalled
                 try:
                     outcome = self.supervise(child, watch, canary, cluster, early)
+                    self.record(outcome)  # now: what is still to be ended and removed may outlast Slurm's KillWait
+                    return outcome
                 finally:
                     self.notes.on_other = None
                     child.kill()
-                    self.chain.settle()  # sbatch is one of the processes that are killed now
+                    self.chain.settle(TAKE_BACK_SOON_S)  # sbatch is one of the processes that are killed now
                     # daemons that it left, in sessions of their own
                     kill_descendants(spared={canary.pid} | cluster.pids | self.step.pids)
-                self.record(outcome)  # now: what is still to be removed may outlast Slurm's KillWait
-                return outcome
 
     def know_deadline(self) -> None:
         """Find out until when both jobs may run, and say it; ``TooLate`` where that is too little."""
@@ -460,6 +468,7 @@ class TrainingSession:
                         return self._stopped_to_go_on(child, checkpoint)
                 next_look = time.monotonic() + PARTNER_LOOK_EVERY_S
             self._nap(child)
+        child.kill()  # the rest of its group; its last words stand in the log before ours
         return self._ended_by_itself(child, code, canary, cluster, early)
 
     def _ended_by_itself(

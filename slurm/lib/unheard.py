@@ -52,7 +52,10 @@ class Insistence:
 
 
 def submitted(slurm: Slurm, argv: Sequence[str], mark: str, insistence: Insistence, cwd: Path | None = None) -> str:
-    """Submit a job with this mark; returns its id, also where Slurm took it without being heard."""
+    """Submit a job with this mark; returns its id, also where Slurm took it without being heard.
+
+    ``Interrupted`` if a signal came while it was not.
+    """
     try:
         return slurm.submit(argv, cwd)
     except SubmissionError as problem:
@@ -64,6 +67,7 @@ def submitted(slurm: Slurm, argv: Sequence[str], mark: str, insistence: Insisten
         if found:
             log.info("Slurm took job %s without saying so", found)
             return found
+    insistence.notes.check()  # it may not be wanted any more
     log.info("Slurm answers again, and has not taken the job; submitting it once more")
     return slurm.submit(argv, cwd)
 
