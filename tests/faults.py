@@ -267,7 +267,7 @@ HOSTILE_PATHS = Case(
     "quotes, `$( )`, backslashes, `%j`, or bytes that are no UTF-8",
     "the run completes, or the launch says which folder cannot be, and queues nothing",
 )
-MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 60)
+MANY_LAUNCHES = Case(13, "20 launches at once by one user", "all 20 runs complete, each with a key of its own", 120)
 OTHER_USER = Case(
     13,
     "two users on the same node: each tries the other's key file, run directory, environments of the run's processes, "
