@@ -46,7 +46,7 @@ COMMAND_S = 3.0  # one question or order, to a controller that may be silent
 FIND_S = 5.0  # for all questions about which runs are meant
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
 # Whose a job is Slurm is asked beside its state: of few jobs at once, of many only of those that live. A trainer needs
-# its 9 s: where Slurm does not say it, a job that was named is ended after a while as its record has it. The others,
+# its 8 s: where Slurm does not say it, a job that was named is ended after a while as its record has it. The others,
 # which are sure, wait for less.
 ASKED_AHEAD, SURE_AFTER_S, WAIT_FOR_UNSURE_S = 8, 4.0, 1.0
 WITHDRAWN = "cancelled before it began (launch.py cancel)"
