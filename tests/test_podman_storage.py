@@ -20,6 +20,7 @@ from slurm.lib.api_server_child import AlarmFilter, listening_socket
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.images import has_image, image_source, is_nowhere, refusal
 from slurm.lib.podman_storage import PodmanStorage
+from slurm.lib.processes import pids
 from slurm_runtime.agent.tree import MOUNT_POINT
 from slurm_runtime.references import archive_name
 from tests.conftest import OrdinaryUser
@@ -96,6 +97,27 @@ def test_a_podman_that_has_no_namespace_of_its_own_yet_is_one_of_the_stores(
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_what_a_sandbox_says_of_its_store_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may guess the name of another job's; the processes of its user namespace would be ended with that one."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(ps, "_owner", lambda _pid: 1000)
+    storage = PodmanStorage(tmp_path / "store")
+    guess = tmp_path / "guess"
+    guess.write_text(f"{storage.root}/x")
+    script = f'GUESS="$(cat {guess})" exec sleep 60'
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "sh", "-c", script]
+    with subprocess.Popen(apart) as sandbox:
+        try:
+            until("it says so", lambda: any(map(_is_named(storage), pids())), 10)
+            assert ps.processes_of(storage) == []
+        finally:
+            sandbox.kill()
+
+
+def _is_named(storage: PodmanStorage) -> Callable[[int], bool]:
+    return lambda pid: ps._mentions(pid, f"{storage.root}/".encode())
 
 
 def test_file_system_of_a_mount() -> None:

@@ -255,6 +255,7 @@ def chain_goes_on(seen: Seen, case: Case) -> None:
     scene, run = seen.scene, seen.scene.runs[case.fault]
     scene.started(case.fault)
     assert {run.state(kind) for kind in run.jobs} == {"RUNNING"}, f"{case.fault}: it ended before anybody looked"
+    until(f"the next attempt of {case.fault}", lambda: run.next_attempt().jobs, 30)  # Slurm may be slow to take it
     following = run.next_attempt()
     check = NothingLeftOfRun(scene.user, belongings(scene.user), run, url=run.text("runtime_url.txt"))
     until(f"the first end of {case.fault}", lambda: {run.state(kind) for kind in run.jobs} != {"RUNNING"}, 180)

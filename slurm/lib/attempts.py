@@ -39,9 +39,8 @@ FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw befo
 # beside it. Its patience ends well before other launches take what is held for a dead launcher's (DEAD_AFTER_S of
 # leftovers.py, 900 s after the first sbatch): the last commands take minutes of their own.
 START_S, QUEUE_PATIENCE_S = 15.0, 600.0
-# As this job ends, there is so much time to take back what was begun: at once after the trainer's end, and where
-# nothing else needs the time. launch.py cancel gives a job 8 s, Slurm all of KillWait.
-TAKE_BACK_SOON_S, TAKE_BACK_S = 1.0, 7.0
+# As this job ends, there is so much time to take back what was begun: launch.py cancel gives a job 8 s, Slurm KillWait.
+TAKE_BACK_S = 7.0
 ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
 STDERR_TAIL = 4096  # bytes
 

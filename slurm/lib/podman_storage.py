@@ -289,9 +289,9 @@ def _furnish(storage: PodmanStorage, image_stores: Sequence[Path], registries: s
         storage.registries.write_text(registries)
 
 
-def _namespace(pid: int | str) -> str | None:
+def _namespace(pid: int | str, kind: str = "user") -> str | None:
     with contextlib.suppress(OSError):
-        return str(Path(f"/proc/{pid}/ns/user").readlink())
+        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
     return None
 
 
@@ -308,17 +308,27 @@ def processes_of(storage: PodmanStorage) -> list[int]:
 
     Podman and conmon that name the store in environment or command line, and what descends from them; as an ordinary
     user also all processes in the user namespaces of those that name it. A Podman that starts is in none of its own
-    yet, and would make one, with a process that holds it, after the last look. An ordinary user cannot end another
-    user's process, which may name the store as well: none of those is the store's.
+    yet, and would make one, with a process that holds it, after the last look.
     """
     marker = f"{storage.root}/".encode()
-    named = [pid for pid in pids() if _mentions(pid, marker)]
+    named = {pid for pid in pids() if _mentions(pid, marker)}
+    if os.geteuid() != 0:
+        named = {pid for pid in named if _may_be_podmans(pid)}
     engine = {pid for pid in named if _command_name(pid) in {"podman", "conmon", "netavark", "aardvark-dns"}}
-    if os.geteuid() == 0:
-        return sorted(engine | descendants(engine))
-    own = {pid for pid in engine if _owner(pid) == os.geteuid()}
-    spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
-    return sorted(own | descendants(own) | {pid for pid in pids() if _namespace(pid) in spaces})
+    found = engine | descendants(engine)
+    if os.geteuid() != 0:
+        spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
+        found |= {pid for pid in pids() if _namespace(pid) in spaces}
+    return sorted(found)
+
+
+def _may_be_podmans(pid: int) -> bool:
+    """Whether what a process says of its store is believed: one of ours, in no container.
+
+    Another user's could not be ended, and a sandbox might name the store of another job. A process that is being
+    started cannot be looked into.
+    """
+    return _owner(pid) == os.geteuid() and _namespace(pid, "pid") in {_namespace("self", "pid"), None}
 
 
 def _owner(pid: int) -> int | None:
@@ -355,7 +365,10 @@ def remove(storage: PodmanStorage) -> None:
     """End the store: kill its processes, then remove its files. Says so if something had to be left."""
     if os.geteuid() == 0:
         _remove_containers_as_root(storage)
-    for _ in range(REMOVE_TRIES):
+    end = time.monotonic() + REMOVE_TIMEOUT_S
+    for again in range(REMOVE_TRIES):
+        if again and time.monotonic() > end:
+            break
         kill_processes(storage)
         _unmount_below(storage.root)
         left = _remove_files(storage)
