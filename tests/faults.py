@@ -51,8 +51,8 @@ GONE = "is gone: ended badly (CANCELLED"
 SHOWN_GONE = f"{GONE})"
 CANCELLED = Case(
     2,
-    "`launch.py cancel` of five runs at once: one with its next attempt queued, a heterogeneous one, one whose trainer "
-    "ignores SIGTERM, one whose job has just started, a local one",
+    "`launch.py cancel` of six runs at once: one with its next attempt queued, a heterogeneous one, one whose trainer "
+    "ignores SIGTERM, one whose training waits in the queue, one whose job has just started, a local one",
     "all their jobs end, in order",
     15,
     "ended by SIGTERM",

@@ -89,25 +89,28 @@ def test_running_runs_of_every_kind(
     restarts = launch(user, checkout, jobs_base, SAVES_AT_ONCE, NO_GPU, "RESTARTS=2", "RESTART_LEAD=40")
     het = launch(user, checkout, jobs_base, TRAIN_LONG, NO_GPU, "PAIRING=het")
     deaf = launch(user, checkout, jobs_base, DEAF, NO_GPU)
+    waiting = launch(user, checkout, jobs_base, TRAIN_LONG, NO_GPU, "GPU_SBATCH_ARGS=--begin=now+3600")
     here.base.mkdir()
     os.chown(here.base, user.uid, user.gid)
     local = here.start(TRAIN_LONG)
     for run in (restarts, het, deaf):
         run.wait_for_text("training", "trainer started", 60)
+    waiting.wait_for_text("runtime", "API server ready", 60)
     local.wait_for("training | trainer started")
     following = replace(restarts, jobs=json.loads(restarts.text("attempt_1.json"))["successor"])
     starting = launch(user, checkout, jobs_base, TRAIN_LONG, NO_GPU)
     until("its start", lambda: starting.state("training") == "RUNNING", 30)
     begin = time.monotonic()
-    names = (restarts.directory, het.jobs["runtime"], deaf.jobs["runtime"], starting.jobs["training"], local.directory)
-    done = cancel("--json", *names)
+    by_id = (het.jobs["runtime"], deaf.jobs["runtime"], starting.jobs["training"], waiting.jobs["training"])
+    done = cancel("--json", restarts.directory, *by_id, local.directory)
     within(faults.CANCELLED, time.monotonic() - begin)
     assert done.returncode == 0, done.stderr
     jobs = told(done)
-    ids = {job for run in (restarts, following, het, deaf, starting) for job in run.jobs.values()}
+    runs = (restarts, following, het, deaf, starting, waiting)
+    ids = {job for run in runs for job in run.jobs.values()}
     assert jobs.keys() > ids
     assert all(job["ended"] for job in jobs.values())
-    assert all(run.is_over(kind) for run in (restarts, following, het, deaf, starting) for kind in run.jobs)
+    assert all(run.is_over(kind) for run in runs for kind in run.jobs)
     assert local.wait(10) == 143
     assert all(jobs[job_id]["done"] == ["withdraw"] for job_id in following.jobs.values())
     assert all("cancel" not in job["done"] for job in jobs.values()), "their bodies were told, and ended them"
@@ -115,7 +118,9 @@ def test_running_runs_of_every_kind(
         assert faults.CANCELLED.reads in run.completion["reason"], run.completion
         recorded = json.loads(run.text("run.json"))["jobs"]
         assert all("SIGTERM" in recorded[kind]["ended"]["reason"] for kind in run.jobs), recorded
-    assert not following.log("training")
+    assert [jobs[waiting.jobs[kind]]["done"] for kind in ("runtime", "training")] == [["tell"], ["withdraw"]]
+    assert waiting.completion["reason"]
+    assert not following.log("training") + waiting.log("training")
     again = cancel("latest", restarts.directory.name)
     assert again.returncode == 0
     assert again.stdout.count("had ended") == 6, again.stdout
