@@ -18,7 +18,7 @@ from shell_rl.errors import SandboxDied, SandboxesUnavailable
 from shell_rl.sandbox import RuntimeApi, Sandbox
 from slurm.lib.processes import living_fields
 from slurm.lib.runtime_client import Answer, RuntimeClient
-from tests import faults
+from tests import faults, lying_image
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import Case, released, runtime_processes, within
 from tests.runs import Run, launch, monitored, podman_ps, storage_of, until
@@ -80,8 +80,11 @@ def server_of(run: Run) -> RuntimeClient:
 def test_a_runtime_that_loads_its_image_sees_its_training_end(
     user: OrdinaryUser, checkout: Path, jobs_base: Path, nothing_left: NothingLeft
 ) -> None:
-    """The load of the image is stopped by a signal: so it takes as long as that of the largest image."""
-    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=true", *SETTINGS)
+    """The load of an image, large enough to be seen, is stopped by a signal: so it takes as long as any."""
+    archive, image = jobs_base / "large.tar", "localhost/large:latest"
+    lying_image.write_large(archive, image, 400)
+    own = (f"CONTAINER_IMAGE={image}", f"IMAGE_ARCHIVE={archive}")
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=true", *own, *SETTINGS)
     end = time.monotonic() + 60
     while not (loads := [pid for pid, words in user.processes().items() if "load --quiet --input" in words]):
         assert time.monotonic() < end and not run.text("runtime_ready.flag"), "the load was not seen"
