@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "slurm" / "config"
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": "/home/me"}
-CWD = Path("/work/here")
+CWD = Path("/srv/here")
 # Those that take words that nobody can foresee. All others know what they take: numbers, names, choices, addresses.
 FREE = {
     *(parsers.text, parsers.word, parsers.path, parsers.words, parsers.sbatch_words, parsers.hydra_overrides),
