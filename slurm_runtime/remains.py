@@ -22,7 +22,7 @@ from slurm_runtime.logs import log
 from slurm_runtime.podman import EngineFacts
 from slurm_runtime.register import Register
 from slurm_runtime.sandbox import CONTAINER_PREFIX
-from slurm_runtime.warden.proc import all_pids, command_line, name_of, stat_of
+from slurm_runtime.warden.proc import command_line, living, name_of
 from slurm_runtime.warden.remains import CONTAINER_ID, is_monitor
 
 LOOK_FOR_S = 30.0  # after Podman's service, or this server, was started again
@@ -58,19 +58,16 @@ def monitor_of(words: Sequence[str], graph_root: str) -> tuple[str, str, str] | 
 def monitors(facts: EngineFacts) -> list[Monitor]:
     """The monitors of all containers in the store of this Podman; a pass over /proc."""
     children: defaultdict[int, list[int]] = defaultdict(list)
-    started: dict[int, int] = {}
-    for pid in all_pids():
-        fields = stat_of(pid)
-        if fields and fields[0] != "Z":
-            children[int(fields[1])].append(pid)
-            started[pid] = int(fields[19])
+    processes = living()
+    for pid, fields in processes.items():
+        children[int(fields[1])].append(pid)
     found = []
-    for pid, ticks in started.items():
+    for pid, fields in processes.items():
         told = _told_by(pid, facts)
         if told is not None:
             container, name, exit_command = told
             others = {name_of(child) for child in children[pid]} - {Path(exit_command).name, ""}
-            found.append(Monitor(pid, ticks, container, name, bool(others)))
+            found.append(Monitor(pid, int(fields[19]), container, name, bool(others)))
     return found
 
 

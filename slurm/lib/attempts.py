@@ -8,6 +8,7 @@ they began. The next pair waits in the queue for this training job's end, howeve
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import time
@@ -244,9 +245,9 @@ class Chain:
         return self._queueing is not None and not self._queueing.wait(seconds)
 
     def settle(self, seconds: float) -> bool:
-        """The same, and wait a little for its end; False if it goes on."""
+        """The same, and wait for its end, for so long but no longer than ``TAKE_BACK_S``; False if it goes on."""
         self.call_off()
-        return not self._is_queueing(seconds)
+        return not self._is_queueing(min(seconds, TAKE_BACK_S))
 
     def _by_hand(self) -> str:
         found = checkpoints_of(self.job.settings, self.job.directory)
@@ -266,9 +267,9 @@ class Chain:
         kinds = ("training",) if self.job.settings.pairing == "het" else ("training", "runtime")
         return [self.successor[kind] for kind in kinds]
 
-    def conclude(self, ended: Ended, left_s: float = TAKE_BACK_S) -> None:
+    def conclude(self, ended: Ended, left_s: float = math.inf) -> None:
         """At the end of this attempt, within ``left_s`` seconds: leave the next one in the queue, or take it out."""
-        if not self.settle(min(left_s, TAKE_BACK_S)):
+        if not self.settle(left_s):
             log.warning(
                 "the next attempt was still being queued; what is left of it is held: a later launch removes it"
             )

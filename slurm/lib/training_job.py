@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slurm.lib.attempts import TAKE_BACK_S, Chain, checkpoints_of, refused, why_ended
+from slurm.lib.attempts import Chain, checkpoints_of, refused, why_ended
 from slurm.lib.coordination import (
     Counter,
     CounterWatch,
@@ -248,7 +248,7 @@ class TrainingSession:
                     self.notes.on_other = None
                     child.kill()
                     # Slurm's commands that take the next attempt back are among the processes that are killed now
-                    self.chain.settle(min(self.left_s(), TAKE_BACK_S))
+                    self.chain.settle(self.left_s())
                     # daemons that it left, in sessions of their own
                     kill_descendants(spared={canary.pid} | cluster.pids | self.step.pids)
 

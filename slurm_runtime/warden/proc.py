@@ -47,6 +47,11 @@ def stat_of(pid: int) -> list[str]:
         os.close(descriptor)
 
 
+def living() -> dict[int, list[str]]:
+    """What ``stat_of`` says of every process that has not ended."""
+    return {pid: fields for pid in all_pids() if (fields := stat_of(pid)) and fields[0] != "Z"}
+
+
 def name_of(pid: int) -> str:
     """The name of a process's program, its first 15 characters; empty where the process has ended."""
     try:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from slurm_runtime.warden.proc import all_pids, command_line, namespace_of, stat_of
+from slurm_runtime.warden.proc import all_pids, command_line, living, namespace_of, stat_of
 from slurm_runtime.warden.syscalls import MNT_DETACH, PR_SET_PDEATHSIG, prctl, umount
 
 # Together less than the owner waits for the answer. What ends too slowly is found again; what the runtime has noted is
@@ -118,7 +118,7 @@ def _stopped_tree(root: int, started: int) -> dict[int, int]:
 
 
 def _tree(root: int, started: int) -> dict[int, int]:
-    rows = {pid: fields for pid in all_pids() if (fields := stat_of(pid)) and fields[0] != "Z"}
+    rows = living()
     if root not in rows or int(rows[root][19]) != started:
         return {}
     found = {root}
