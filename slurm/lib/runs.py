@@ -1,4 +1,6 @@
-"""Which run does a person mean? Its directory, the id of any of its jobs, or ``latest``; and which jobs has it?
+"""Which run does a person mean, and which jobs has it?
+
+It is named by its directory, a unique prefix of that one's name, the id of any of its jobs, or ``latest``.
 
 A run is a directory: all its attempts, and jobs that joined it, are its jobs. What is known of them stands in its
 records, and Slurm knows the directory of a job by its log. A job that has not recorded itself yet (submitted with
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,18 +117,55 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     if name == LATEST:
         found = next((path for path in run_folders(base) if record_paths(CoordinationDir(path))), None)
     elif name.isdigit() or _LOCAL_ID.fullmatch(name):
-        return _by_id(name, base, slurm, ask_s)
+        by_id = _by_id(name, base, slurm, ask_s)
+        if isinstance(by_id, FoundRun):
+            return by_id
+        found = _by_prefix(name, base)
+        if found is None:
+            raise by_id
     else:
-        found = _folder(name, base)
+        found = _folder(name, base) or _by_prefix(name, base)
     if found is None:
         raise UsageError(f"there is no run {name!r}{_what_there_is(base)}")
     return FoundRun(name, CoordinationDir(found))
 
 
 def _folder(name: str, base: Path) -> Path | None:
-    """A run's directory by its path, or by its name alone."""
+    """A run's directory by its path, or by its name alone; ``UsageError`` where one is there that tells nothing."""
     places = [Path(name).expanduser().absolute(), base / name] if not name.startswith("~") else [_home(name)]
-    return next((path for path in places if record_paths(CoordinationDir(path))), None)
+    found = next((path for path in places if record_paths(CoordinationDir(path))), None)
+    if found is None and (closed := next(filter(_is_closed, places), None)):
+        raise UsageError(f"{closed} cannot be read: it is {_owner(closed)}'s, who alone can look at that run")
+    if found is None and (empty := next((path for path in places if stamp_of(path.name) and path.is_dir()), None)):
+        what = "its launch has not come so far, or was killed, or somebody removed the file"
+        raise UsageError(f"there is no run in {empty}: no run.json is there ({what}){_what_there_is(base)}")
+    return found
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether it is a folder that this user may not read; one below such a folder is, too."""
+    try:
+        return path.is_dir() and not os.access(path, os.R_OK | os.X_OK)
+    except OSError:  # a folder above it may not be entered
+        return True
+
+
+def _owner(path: Path) -> str:
+    """Whose it is; of one that may not even be looked up, the folder's above it."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError, KeyError):
+            return place.owner()
+    return "somebody"
+
+
+def _by_prefix(prefix: str, base: Path) -> Path | None:
+    """The one run whose directory's name begins so; ``UsageError`` lists them where there are several."""
+    found = [path for path in run_folders(base) if prefix and path.name.startswith(prefix)]
+    if len(found) > 1:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        names = ", ".join(path.name for path in found[:SHOWN])
+        raise UsageError(f"{prefix!r} is the beginning of {len(found)} runs' names: {names}{more}; write more of one")
+    return next((path for path in found if record_paths(CoordinationDir(path))), None)
 
 
 def _home(name: str) -> Path:
@@ -135,8 +175,11 @@ def _home(name: str) -> Path:
         return Path(name)
 
 
-def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
-    """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone."""
+def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun | UsageError:
+    """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone.
+
+    The error where no run is known to have it.
+    """
     folders = run_folders(base)
     likely = [path for path in folders if path.name.endswith(f"_{job_id}")]
     log = slurm.log_path(job_id, timeout_s=ask_s) if job_id.isdigit() else None
@@ -146,7 +189,7 @@ def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
             return FoundRun(job_id, directory)
     kind = KINDS.get(slurm.job_name(job_id, ask_s) or "") if log else None
     if kind is None:
-        raise UsageError(f"there is no run with a job {job_id}{_what_there_is(base)}")
+        return UsageError(f"there is no run with a job {job_id}{_what_there_is(base)}")
     return FoundRun(job_id, None, RunJob(kind, job_id))
 
 
