@@ -51,6 +51,8 @@ DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
 PACKAGES = (
     "slurm/lib",
     "slurm/lib/preflight",
+    "slurm/lib/observe",
+    "slurm/lib/verbs",
     "slurm_runtime",
     "slurm_runtime/agent",
     "slurm_runtime/warden",

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slurm.lib.command_line import Parser, say
-from slurm.lib.coordination import Flag
+from slurm.lib.coordination import Flag, jobs_base
 from slurm.lib.endings import End, note_ends
 from slurm.lib.errors import (
     EXIT_ENVIRONMENT,
@@ -29,7 +29,6 @@ from slurm.lib.errors import (
     EnvironmentProblem,
     UsageError,
 )
-from slurm.lib.helpers import jobs_base
 from slurm.lib.logs import log
 from slurm.lib.restarts import Ended
 from slurm.lib.runs import FoundRun, RunJob, find

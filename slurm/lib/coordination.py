@@ -17,7 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,12 @@ STAMP_FORMAT = "%Y%m%d_%H%M%S"
 PRESENCE_PATIENCE_S = 10.0
 # For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
 LATE_S = 60.0
+
+
+def jobs_base(environment: Mapping[str, str] = os.environ) -> Path:
+    """SKYRL_JOBS_BASE, by default ~/.skyrl_jobs."""
+    said = environment.get("SKYRL_JOBS_BASE") or "~/.skyrl_jobs"
+    return Path(os.path.expanduser(said)).absolute()  # noqa: PTH111  Path's raises for an unknown user
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:

@@ -1,0 +1,195 @@
+"""Looks at runs: reads their directories, asks Slurm once for the jobs of all of them, and API servers side by side.
+
+``sacct`` is asked only about jobs that the queue no longer knows and that nobody has said the end of. A controller that
+does not answer leaves jobs unknown. What has been read of a run that is over is not read again.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.observe import sandboxes
+from slurm.lib.observe.phase import Phase, last_error, phase_of
+from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
+from slurm.lib.observe.run_files import key_of, log_ends, read_small
+from slurm.lib.observe.run_view import (
+    PairView,
+    RunState,
+    RunView,
+    Stage,
+    Word,
+    current,
+    followed_by,
+    is_ready,
+    pair_view,
+    phase_now,
+)
+from slurm.lib.observe.sandboxes import Sandboxes
+from slurm.lib.observe.unknown import Unknown
+from slurm.lib.runs import FoundRun
+from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, ShownJob, Slurm
+
+ASK_S = 8.0  # of Slurm, by a person who waits
+SILENT = Unknown("Slurm does not answer")
+ABSENT = Unknown("this host has no Slurm commands (squeue)")
+EARLIER = timedelta(days=1)  # than the record, by which clock ever: accounting is asked about jobs since then
+
+
+@dataclass
+class Survey:
+    """Looks at runs, again and again."""
+
+    slurm: Slurm
+    ask_s: float = ASK_S
+    heard: bool = True  # whether Slurm has answered the last time it was asked
+    _gone: dict[str, Word] = field(default_factory=dict)  # what accounting said: asked once
+
+    def look(self, runs: Sequence[FoundRun], *, servers: bool = True) -> list[RunView]:
+        """The runs as they are now; with ``servers`` their sandboxes are counted too."""
+        records = [record_of(run) for run in runs]
+        words = self._words(records)
+        views = [seen(record, words) for record in records]
+        return _with_sandboxes(views) if servers else views
+
+    def _words(self, records: Sequence[RunRecord]) -> dict[str, Word]:
+        """What is known from outside of each job whose end the records do not tell in its own words."""
+        words: dict[str, Word] = {}
+        asked: list[str] = []
+        for record in records:
+            jobs = [job for pair in record.pairs for job in pair.jobs if not (job.end and job.end.is_own)]
+            local = [job for job in jobs if not job.job_id.isdigit()]
+            words |= _local_words(record, local) if local else {}
+            asked += [job.job_id for job in jobs if job.job_id.isdigit() and job.job_id not in self._gone]
+        return words | self._of_slurm(records, list(dict.fromkeys(asked)))
+
+    def _of_slurm(self, records: Sequence[RunRecord], asked: Sequence[str]) -> dict[str, Word]:
+        known: dict[str, Word] = dict(self._gone)
+        if not asked:
+            return known
+        shown = self.slurm.shown(asked, self.ask_s)
+        self.heard = shown is not None
+        if shown is None:
+            return known | dict.fromkeys(asked, SILENT if self.slurm.is_here else ABSENT)
+        gone = [job_id for job_id in asked if job_id not in shown]
+        self._gone |= self._accounted(records, gone)
+        return known | shown | self._gone
+
+    def _accounted(self, records: Sequence[RunRecord], gone: Sequence[str]) -> dict[str, Word]:
+        """What accounting says of jobs that the queue does not know any more; None where it says nothing."""
+        silent_ends = {job.job_id for record in records for job in _jobs(record) if job.end is None}
+        asked = [job_id for job_id in gone if job_id in silent_ends]
+        found = self.slurm.accounted(asked, _since(records, asked), self.ask_s) if asked else {}
+        ended = {job_id: job for job_id, job in found.items() if job.state.is_final}
+        return {job_id: ended.get(job_id) for job_id in gone}
+
+
+def record_of(run: FoundRun) -> RunRecord:
+    """The record of a run, or of the one job that is known of it."""
+    if run.directory is not None:
+        return read_record(run.directory)
+    jobs = tuple(RecordedJob(job.kind, job.job_id) for job in run.jobs())
+    problem = "it has no run directory yet: it was given to sbatch directly, and has not begun"
+    return RunRecord(None, (Pair(jobs),), problems=(problem,))
+
+
+def _jobs(record: RunRecord) -> list[RecordedJob]:
+    return [job for pair in record.pairs for job in pair.jobs]
+
+
+def _since(records: Iterable[RunRecord], job_ids: Sequence[str]) -> str:
+    """A day before the first of the records that name these jobs."""
+    times = []
+    for record in records:
+        if any(job.job_id in job_ids for job in _jobs(record)):
+            try:
+                times.append(datetime.fromisoformat(record.created).astimezone().replace(tzinfo=None))
+            except (ValueError, OverflowError):
+                continue
+    first = min(times, default=datetime.now())
+    return (first - EARLIER).isoformat(timespec="seconds")
+
+
+def _local_words(record: RunRecord, jobs: Sequence[RecordedJob]) -> dict[str, Word]:
+    """What is known of processes, which is nothing on another host."""
+    if record.directory is None:
+        return {}
+    here = socket.gethostname()
+    if record.host not in {"", here}:
+        why = f"it is a local run on {record.host}, and its processes are known only there"
+        return {job.job_id: Unknown(why) for job in jobs}
+    processes = LocalJobs(record.directory.path / LocalJobs.FILE)
+    return {job.job_id: _local_word(job.job_id, processes.status(job.job_id), here) for job in jobs}
+
+
+def _local_word(job_id: str, status: JobStatus, host: str) -> Word:
+    if status.state is JobState.RUNNING:
+        return ShownJob(job_id, "", "RUNNING", status.words, host)
+    return Unknown(status.words) if status.state is JobState.UNKNOWN else None
+
+
+def seen(record: RunRecord, words: Mapping[str, Word]) -> RunView:
+    """The run with its phase and its last errors, as its logs say."""
+    pairs = [pair_view(record, pair, words) for pair in record.pairs]
+    if not pairs:
+        return RunView(record, None)
+    at = current(pairs, record)
+    pair, phases = _read_logs(pairs[at], record.directory)
+    return RunView(record, pair, followed_by(pairs, at), phase_now(pair, record, phases))
+
+
+def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairView, dict[str, Phase | Unknown]]:
+    """The pair with the last error of each job, and the phase of each that has begun."""
+    jobs, phases = [], {}
+    for job in pair.jobs:
+        if directory is not None and job.has_log:
+            out = log_ends(directory.log(job.kind, job.job_id, "out"))
+            phases[job.kind] = out if isinstance(out, Unknown) else phase_of(job.kind, out)
+            err = log_ends(directory.log(job.kind, job.job_id, "err"))
+            job = replace(job, error="" if isinstance(err, Unknown) else last_error(err))
+        jobs.append(job)
+    return PairView(tuple(jobs), pair.attempt), phases
+
+
+# --- API servers ------------------------------------------------------------------------------------------------------
+
+
+def _with_sandboxes(views: Sequence[RunView]) -> list[RunView]:
+    """The runs with what their servers say, all asked at once."""
+    answers: dict[int, Sandboxes | Unknown] = {}
+
+    def ask(at: int, url: str, key: str | None) -> None:
+        answers[at] = sandboxes.ask(url, key)
+
+    threads = []
+    for at, view in enumerate(views):
+        where = _server(view)
+        if isinstance(where, Unknown):
+            answers[at] = where
+        elif where:
+            threads.append(threading.Thread(target=ask, args=(at, *where), daemon=True))
+            threads[-1].start()
+    end = time.monotonic() + sandboxes.ASK_S + 1.0  # the deadline of each is for one read
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    late = Unknown("its API server does not answer in time")
+    return [replace(view, sandboxes=answers.get(at, late if _server(view) else None)) for at, view in enumerate(views)]
+
+
+def _server(view: RunView) -> tuple[str, str | None] | Unknown | None:
+    """Address and key of the run's server; None where none runs."""
+    if view.pair is None or view.record.directory is None or not is_ready(view.pair, view.record):
+        return None
+    runtime = view.pair.job("runtime")
+    serves = runtime is not None and runtime.stage in {Stage.RUNNING, Stage.UNKNOWN}
+    if not serves or view.state is RunState.ENDING:
+        return None
+    url = read_small(view.record.directory.runtime_url)
+    if isinstance(url, Unknown):
+        return url
+    return url.strip(), key_of(view.record.directory)
