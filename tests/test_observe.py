@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from slurm.lib.observe.record import Pair, RunRecord, read_record
 from slurm.lib.observe.run_files import WINDOW, LogEnds, log_ends, printable, read_small
 from slurm.lib.observe.run_view import RunState, RunView, Stage, Word
 from slurm.lib.observe.sandboxes import Sandboxes, parse_metrics
-from slurm.lib.observe.survey import SILENT, Survey, seen
+from slurm.lib.observe.survey import SILENT, Survey, with_logs, without_logs
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.runs import FoundRun, RunJob
 from slurm.lib.scheduler import JobState, ShownJob, Slurm, clock_s, parse_accounted, parse_exit_code, parse_shown
@@ -27,6 +28,10 @@ from tests.fake_slurm import FakeSlurm
 from tests.observed_runs import folder_of
 
 RUNNING = ShownJob("1", "skyrl-train", "RUNNING", node="gpu-a", elapsed_s=60.0, limit_s=1200.0)
+
+
+def seen(record: RunRecord, words: Mapping[str, Word]) -> RunView:
+    return with_logs(without_logs(record, words))
 
 
 def record_named(name: str) -> RunRecord:
@@ -365,9 +370,10 @@ def test_no_log_is_an_error(text: str, kind: str) -> None:
     ("lines", "error"),
     [
         ("2026-11-28 19:51:24 [WARN] limits that do NOT bite here", ""),
+        ("2026-11-28 13:15:23 [ERROR] node gpu-b was\tlost; stopping", "node gpu-b was lost; stopping"),
         (
-            "2026-11-28 13:15:23 [ERROR] training job 7 ends with exit code 137",
-            "training job 7 ends with exit code 137",
+            "ValueError: x\n2026-11-28 13:15:23 [ERROR] training job 7 ends with exit code 1: the trainer",
+            "ValueError: x",
         ),
         (
             "Traceback (most recent call last):\n  File x, line 1\n    f()\ntorch.cuda.OutOfMemoryError: no room\n",

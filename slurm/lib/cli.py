@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 
 from slurm.lib.command_line import Parser
 from slurm.lib.edge import exit_code_of
@@ -17,7 +18,12 @@ from slurm.lib.signals import SignalNotes
 
 VERSION = "0.1.0"
 EPILOG = """\
-verbs: cancel RUN… ends runs (launch.py cancel --help).
+verbs, each with its own --help:
+  cancel RUN…      end runs, within 15 s
+  list             list runs
+  status [RUN…]    show how runs are; --watch: again and again
+  wait RUN         wait until a run has ended, and end with its trainer's exit code
+RUN is a run's directory, the beginning of its name, the id of any of its jobs, or latest.
 
 exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong,
 or a check found an error (also with --check); 69 the partner job is gone; 70 a fault of this suite; 71 something is
@@ -30,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
         description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
-        usage="%(prog)s --config NAME|PATH [OPTION…]\n       %(prog)s cancel RUN… [--json]",
+        usage="%(prog)s --config NAME|PATH [OPTION…]\n       %(prog)s VERB …   (below)",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -55,12 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cancel(argv: Sequence[str], notes: SignalNotes) -> int:
-    from slurm.lib import cancel
-
-    return cancel.main(argv, notes)
-
-
 def _launch(argv: Sequence[str], notes: SignalNotes) -> int:
     parser = build_parser()
     if {"--help", "-h", "--version"} & set(argv):
@@ -71,14 +71,24 @@ def _launch(argv: Sequence[str], notes: SignalNotes) -> int:
     return launch.main(argv, notes, parser)
 
 
-# What comes before everything else on the command line; without a verb it is a launch.
-VERBS: Mapping[str, Callable[[Sequence[str], SignalNotes], int]] = {"cancel": _cancel}
+# What comes before everything else on the command line, and the module of each; without a verb it is a launch.
+VERBS: Mapping[str, str] = {
+    "cancel": "slurm.lib.cancel",
+    "list": "slurm.lib.verbs.list_runs",
+    "status": "slurm.lib.verbs.status",
+    "wait": "slurm.lib.verbs.wait",
+}
+
+
+def _verb(name: str, argv: Sequence[str], notes: SignalNotes) -> int:
+    code: int = importlib.import_module(VERBS[name]).main(argv, notes)
+    return code
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     setup_command_logging("--debug" in argv)
     if argv and argv[0] in VERBS:
-        return exit_code_of(lambda notes: VERBS[argv[0]](argv[1:], notes), "stopped by %s; what was begun goes on")
+        return exit_code_of(lambda notes: _verb(argv[0], argv[1:], notes), "stopped by %s; what was begun goes on")
     stopped = "stopped by %s; nothing was submitted, or it was taken back"
     return exit_code_of(lambda notes: _launch(argv, notes), stopped)

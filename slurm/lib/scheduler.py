@@ -506,6 +506,14 @@ class Slurm:
         match = re.search(rf"^\s*{field}=(.*)$", answer.stdout, re.MULTILINE)
         return Path(filled_in(match.group(1).strip(), job_id)) if match else None
 
+    def exit_code(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> int | None:
+        """How the batch script of a job ended that has ended; None where Slurm has forgotten it, or is silent."""
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
+        records = re.split(r"^(?=JobId=)", answer.stdout.lstrip(), flags=re.MULTILINE)
+        own = next((record for record in records if record.startswith(f"JobId={job_id} ")), "")
+        match = re.search(r"\bExitCode=(\S+)", own)
+        return parse_exit_code(match.group(1)) if match else None
+
     def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """The name of a job that Slurm knows."""
         answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)

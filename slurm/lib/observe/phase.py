@@ -123,13 +123,14 @@ def _number(digits: str | None) -> int | None:
 def last_error(log: LogEnds) -> str:
     """The last line of an ``.err`` that says what went wrong, without its time; empty where none does.
 
-    A warning is none, nor is the frame of a traceback.
+    A warning is none, nor is the frame of a traceback, nor the job's own last line, which tells its end.
     """
-    lines = [line for line in (printable(raw).strip() for raw in log.tail.splitlines()) if line]
-    found = next((line for line in reversed(lines) if _ERROR.search(line)), "")
+    lines = (" ".join(printable(raw).split()) for raw in reversed(log.tail.splitlines()))
+    found = next((line for line in lines if _ERROR.search(line) and not _LAST_WORD.search(line)), "")
     return re.sub(_OURS, "", found)
 
 
+_LAST_WORD = re.compile(rf"{_OURS}(?:training|runtime) job \S+ ends(?: with exit code|:)")
 _ERROR = re.compile(
     r"\[(?:ERROR|CRITICAL)\]"
     r"|^(?:\([\w ]+ pid=\d+[^)]*\) )?(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Timeout)\b"  # Python's last line

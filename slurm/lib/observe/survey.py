@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -50,11 +50,20 @@ class Survey:
     heard: bool = True  # whether Slurm has answered the last time it was asked
     _gone: dict[str, Word] = field(default_factory=dict)  # what accounting said: asked once
 
-    def look(self, runs: Sequence[FoundRun], *, servers: bool = True) -> list[RunView]:
-        """The runs as they are now; with ``servers`` their sandboxes are counted too."""
+    def look(
+        self,
+        runs: Sequence[FoundRun],
+        *,
+        select: Callable[[list[RunView]], list[RunView]] = lambda views: views,
+        servers: bool = True,
+    ) -> list[RunView]:
+        """The runs as they are now; with ``servers`` their sandboxes are counted too.
+
+        The logs are read, and the servers asked, of those that ``select`` leaves.
+        """
         records = [record_of(run) for run in runs]
         words = self._words(records)
-        views = [seen(record, words) for record in records]
+        views = [with_logs(view) for view in select([without_logs(record, words) for record in records])]
         return _with_sandboxes(views) if servers else views
 
     def _words(self, records: Sequence[RunRecord]) -> dict[str, Word]:
@@ -133,14 +142,21 @@ def _local_word(job_id: str, status: JobStatus, host: str) -> Word:
     return Unknown(status.words) if status.state is JobState.UNKNOWN else None
 
 
-def seen(record: RunRecord, words: Mapping[str, Word]) -> RunView:
-    """The run with its phase and its last errors, as its logs say."""
+def without_logs(record: RunRecord, words: Mapping[str, Word]) -> RunView:
+    """The run as its record and Slurm tell it."""
     pairs = [pair_view(record, pair, words) for pair in record.pairs]
     if not pairs:
         return RunView(record, None)
     at = current(pairs, record)
-    pair, phases = _read_logs(pairs[at], record.directory)
-    return RunView(record, pair, followed_by(pairs, at), phase_now(pair, record, phases))
+    return RunView(record, pairs[at], followed_by(pairs, at))
+
+
+def with_logs(view: RunView) -> RunView:
+    """The same with its phase and its last errors, as its logs say."""
+    if view.pair is None:
+        return view
+    pair, phases = _read_logs(view.pair, view.record.directory)
+    return replace(view, pair=pair, phase=phase_now(pair, view.record, phases))
 
 
 def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairView, dict[str, Phase | Unknown]]:
