@@ -47,6 +47,11 @@ def test_a_run_by_the_beginning_of_its_name(prefix: str, name: str, base: Path, 
     assert find(prefix, base, door, 1.0).directory == CoordinationDir(base / name)
 
 
+def test_runs_of_one_second_are_ordered_by_their_jobs(base: Path) -> None:
+    (base / "20260101_000000_9").mkdir()
+    assert [path.name.rpartition("_")[2] for path in run_folders(base)] == ["local5.0", "21", "117", "11", "9"]
+
+
 def test_an_ambiguous_beginning_lists_what_it_may_mean(base: Path, door: Slurm) -> None:
     for prefix, count in (("20260102", 2), ("2026", 4)):  # also where it could be a job's id
         with pytest.raises(UsageError) as refused:

@@ -95,12 +95,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def run_folders(base: Path) -> list[Path]:
-    """The folders in a jobs base that are named like runs, the newest first."""
+    """The folders in a jobs base that are named like runs, the newest first; of one second by the jobs' numbers."""
     try:
-        names = [(path, stamp_of(path.name)) for path in base.iterdir()]
+        found = [path for path in base.iterdir() if stamp_of(path.name)]
     except OSError:
         return []
-    return [path for path, stamp in sorted(names, key=lambda pair: pair[1], reverse=True) if stamp]
+    return sorted(found, key=lambda path: (stamp_of(path.name), len(path.name), path.name), reverse=True)
 
 
 def stamp_of(name: str) -> str:

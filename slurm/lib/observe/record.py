@@ -216,7 +216,7 @@ def _known(job: RecordedJob, told: Mapping[str, End], names: frozenset[str]) -> 
     """The job with what the directory says of its end: in the record, in a flag, or in both."""
     end, flag = job.end, told.get(job.job_id)
     if end and flag:
-        end = replace(end, ended=flag.ended)
+        end = replace(end, ended=flag.ended, exit_code=flag.exit_code if end.exit_code is None else end.exit_code)
     return replace(job, end=end or flag, has_log=f"{job.kind}_{job.job_id}.out" in names)
 
 
