@@ -21,7 +21,7 @@ from slurm.lib.verbs.table import Column, lines_of, printed, terminal_width
 
 NEWEST = 20
 COLUMNS = (
-    Column("RUN", least=15),
+    Column("RUN", least=19),
     Column("STATE"),
     Column("EXIT", loss=3),
     Column("PHASE", least=12, loss=2),

@@ -80,6 +80,7 @@ class Wait:
     begin: float = field(default_factory=time.monotonic)
     _told: tuple[RunState, bool] | None = None
     _over_since: float | None = None
+    _presence: Presence | None = None
 
     def until_over(self) -> RunView:
         """The run, once it has ended."""
@@ -123,10 +124,8 @@ class Wait:
     def _await_change(self, before: RunRecord, seconds: float) -> bool:
         """Whether the run's files have changed within so many seconds."""
         end = time.monotonic() + seconds
-        presence = Presence(before.directory.path) if before.directory else None
         while (left := end - time.monotonic()) > 0:
-            if presence and presence.is_lost():
-                raise EnvironmentProblem(f"{presence.path} is gone, or cannot be read any more: its end is not seen")
+            self._refuse_lost(before)
             rest = self.begin + self.timeout_s - time.monotonic()
             if rest <= 0:
                 raise WaitTimeout(self._late(before))
@@ -135,6 +134,13 @@ class Wait:
             if before.directory and (now := record_of(self.run)) != before and now.pairs:
                 return True
         return False
+
+    def _refuse_lost(self, record: RunRecord) -> None:
+        if record.directory is None:
+            return
+        self._presence = self._presence or Presence(record.directory.path)
+        if self._presence.is_lost():
+            raise EnvironmentProblem(f"{self._presence.path} is gone, or cannot be read any more: its end is not seen")
 
     def _late(self, record: RunRecord) -> str:
         state = self._told[0].value if self._told else "unknown"
