@@ -9,13 +9,11 @@ person's word if it is newer than the attempt.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -129,6 +127,8 @@ class Flag:
 
 def server_digest(url: str, key: str | None) -> str:
     """What ties an address and a key to the ready flag: each is a file, and one may be old or seen late."""
+    import hashlib  # 2 ms: felt in commands that only look at runs
+
     return hashlib.sha256(f"{url.strip()}\n{(key or '').strip()}".encode()).hexdigest()
 
 
@@ -387,6 +387,8 @@ def make_base(path: Path) -> None:
 
 def server_time(folder: Path) -> float:
     """The time by the clock that stamps the files of a folder, which on shared storage is the file server's."""
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_mtime

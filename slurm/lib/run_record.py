@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from slurm.lib.coordination import LATE_S, CoordinationDir, is_listed, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
-from slurm.lib.waiting import wait_for
 
 if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, felt in commands that only read one
     from slurm.lib.plan import LaunchPlan
@@ -171,6 +170,8 @@ def read_secrets(directory: CoordinationDir, job_id: str) -> dict[str, str]:
 
 def await_secrets(path: Path, still_possible: Callable[[], None], sleep: Callable[[float], None]) -> None:
     """Wait for a job's file of secrets, which its launch has written: without it another key would be used, or none."""
+    from slurm.lib.waiting import wait_for
+
     try:
         wait_for(
             f"{path} to be seen on {socket.gethostname()}",

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, read_if_there
+from slurm.lib.coordination import CoordinationDir, read_if_there
 from slurm.lib.errors import UsageError
 from slurm.lib.run_record import record_paths
 from slurm.lib.scheduler import Slurm
@@ -27,6 +27,7 @@ from slurm.lib.scheduler import Slurm
 LATEST = "latest"
 KINDS = {"skyrl-runtime": "runtime", "skyrl-train": "training"}  # by the names of our jobs
 SHOWN = 5  # names of runs in a message
+_NAME = re.compile(r"((\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d))_[^_]+", re.ASCII)
 _LOCAL_ID = re.compile(r"local\d+\.\d+")
 
 
@@ -105,10 +106,10 @@ def run_folders(base: Path) -> list[Path]:
 
 def stamp_of(name: str) -> str:
     """The time in a run directory's name, as it stands there; empty for any other name."""
-    stamp, _, job_id = name.rpartition("_")
+    match = _NAME.fullmatch(name)  # datetime.strptime, for STAMP_FORMAT, would be felt in the start-up
     with contextlib.suppress(ValueError):
-        datetime.strptime(stamp, STAMP_FORMAT)
-        return stamp if job_id else ""
+        if match and datetime(*(int(part) for part in match.groups()[1:])):  # type: ignore[arg-type]  # six numbers
+            return match[1]
     return ""
 
 

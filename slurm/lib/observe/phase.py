@@ -48,6 +48,7 @@ _STEP = re.compile(
     re.ASCII,
 )
 _TOTAL = re.compile(r"\bTotal training steps: (\d+)", re.ASCII)
+SHOWN = 400  # characters of a line that are looked at
 _LONGEST = 10  # digits of a step that is believed
 
 
@@ -80,9 +81,10 @@ def phase_of(kind: str, log: LogEnds) -> Phase:
 def phase_in(kind: str, lines: Sequence[str]) -> Phase:
     """What the last line that marks a phase says."""
     for line in reversed(lines):
-        for mark, words in _MARKS[kind]:
-            if mark.search(line[:400]):
-                return Phase(words)
+        if line.startswith("20") or "Ray" in line:  # a log may have thousands of others
+            for mark, words in _MARKS[kind]:
+                if mark.search(line[:SHOWN]):
+                    return Phase(words)
     return NOTHING_YET
 
 
@@ -90,12 +92,12 @@ def steps_in(lines: Sequence[str], phase: Phase) -> Phase:
     """The phase with the steps; a trainer that has finished one is training, until its job says otherwise."""
     begin = _last_start(lines)
     step = total = None
-    for line in lines[begin:]:
-        for match in _STEP.finditer(line[:400]):
+    for line in (line[:SHOWN] for line in lines[begin:] if "tep" in line or "Progress" in line):
+        for match in _STEP.finditer(line):
             done, of = _numbers(match)
             step = done if done is not None else step
             total = of if of is not None else total
-        said = _TOTAL.search(line[:400])
+        said = _TOTAL.search(line)
         total = _number(said[1]) if said else total
     if not step and phase.words != TRAINING:
         return replace(phase, steps=total)
