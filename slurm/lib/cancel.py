@@ -255,9 +255,8 @@ def conclude(watched: Sequence[Watched]) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", help="a run's directory, the id of any of its jobs, or latest"
-    )
+    named = "a run's directory, the beginning of its name, the id of any of its jobs, or latest"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=named)
     parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
     return parser
 

@@ -89,6 +89,10 @@ class JobView:
     def lives(self) -> bool:
         return self.stage in {Stage.PENDING, Stage.RUNNING}
 
+    @property
+    def may_run(self) -> bool:
+        return self.stage in {Stage.RUNNING, Stage.UNKNOWN}
+
 
 @dataclass(frozen=True)
 class PairView:

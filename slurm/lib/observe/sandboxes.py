@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from slurm.lib.observe.unknown import Unknown
 
-ASK_S = 2.0
 _FIGURE = re.compile(r"^(skyrl_\w+)(?:\{[^}]*\})? (\d+(?:\.\d+)?(?:e\+?\d+)?)$", re.MULTILINE | re.ASCII)
 
 
@@ -32,7 +31,7 @@ def parse_metrics(text: str) -> Sandboxes | None:
     return Sandboxes(*(int(sums[name]) for name in names))
 
 
-def ask(url: str, key: str | None, timeout_s: float = ASK_S) -> Sandboxes | Unknown:
+def ask(url: str, key: str | None, timeout_s: float) -> Sandboxes | Unknown:
     """What the server at ``url`` says."""
     from slurm.lib.runtime_client import RuntimeClient  # its imports take 10 ms, and most runs have ended
 

@@ -9,31 +9,24 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 from slurm.lib.coordination import CoordinationDir
-from slurm.lib.observe import sandboxes
-from slurm.lib.observe.phase import Phase, last_error, phase_of
+from slurm.lib.lookout import inquiry
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
 from slurm.lib.observe.run_files import key_of, log_ends, read_small
-from slurm.lib.observe.run_view import (
-    PairView,
-    RunState,
-    RunView,
-    Stage,
-    Word,
-    current,
-    followed_by,
-    is_ready,
-    pair_view,
-    phase_now,
-)
-from slurm.lib.observe.sandboxes import Sandboxes
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.runs import FoundRun
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, ShownJob, Slurm
+from slurm.lib.signals import SignalNotes
+
+if TYPE_CHECKING:  # imported while Slurm is asked, which takes about as long
+    from slurm.lib.observe.phase import Phase
+    from slurm.lib.observe.run_view import PairView, RunView, Word
+    from slurm.lib.observe.sandboxes import Sandboxes
 
 ASK_S = 8.0  # of Slurm, by a person who waits
 SILENT = Unknown("Slurm does not answer")
@@ -43,9 +36,10 @@ EARLIER = timedelta(days=1)  # than the record, by which clock ever: accounting 
 
 @dataclass
 class Survey:
-    """Looks at runs, again and again."""
+    """Looks at runs, again and again; ``Interrupted`` as soon as a signal has come."""
 
     slurm: Slurm
+    notes: SignalNotes = field(default_factory=SignalNotes)
     ask_s: float = ASK_S
     heard: bool = True  # whether Slurm has answered the last time it was asked
     _gone: dict[str, Word] = field(default_factory=dict)  # what accounting said: asked once
@@ -56,15 +50,19 @@ class Survey:
         *,
         select: Callable[[list[RunView]], list[RunView]] = lambda views: views,
         servers: bool = True,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> list[RunView]:
         """The runs as they are now; with ``servers`` their sandboxes are counted too.
 
-        The logs are read, and the servers asked, of those that ``select`` leaves.
+        The logs are read of those that ``select`` leaves. ``meanwhile`` is done while Slurm is asked.
         """
         records = [record_of(run) for run in runs]
-        words = self._words(records)
+        asked = Servers.ask(records) if servers else None
+        answer = inquiry(lambda: self._words(records), self.notes)
+        meanwhile()
+        words = answer()
         views = [with_logs(view) for view in select([without_logs(record, words) for record in records])]
-        return _with_sandboxes(views) if servers else views
+        return [asked.told(view) for view in views] if asked else views
 
     def _words(self, records: Sequence[RunRecord]) -> dict[str, Word]:
         """What is known from outside of each job whose end the records do not tell in its own words."""
@@ -144,6 +142,8 @@ def _local_word(job_id: str, status: JobStatus, host: str) -> Word:
 
 def without_logs(record: RunRecord, words: Mapping[str, Word]) -> RunView:
     """The run as its record and Slurm tell it."""
+    from slurm.lib.observe.run_view import RunView, current, followed_by, pair_view
+
     pairs = [pair_view(record, pair, words) for pair in record.pairs]
     if not pairs:
         return RunView(record, None)
@@ -153,6 +153,8 @@ def without_logs(record: RunRecord, words: Mapping[str, Word]) -> RunView:
 
 def with_logs(view: RunView) -> RunView:
     """The same with its phase and its last errors, as its logs say."""
+    from slurm.lib.observe.run_view import phase_now
+
     if view.pair is None:
         return view
     pair, phases = _read_logs(view.pair, view.record.directory)
@@ -161,6 +163,8 @@ def with_logs(view: RunView) -> RunView:
 
 def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairView, dict[str, Phase | Unknown]]:
     """The pair with the last error of each job, and the phase of each that has begun."""
+    from slurm.lib.observe.phase import last_error, phase_of
+
     jobs, phases = [], {}
     for job in pair.jobs:
         if directory is not None and job.has_log:
@@ -169,43 +173,60 @@ def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairV
             err = log_ends(directory.log(job.kind, job.job_id, "err"))
             job = replace(job, error="" if isinstance(err, Unknown) else last_error(err))
         jobs.append(job)
-    return PairView(tuple(jobs), pair.attempt), phases
+    return replace(pair, jobs=tuple(jobs)), phases
 
 
 # --- API servers ------------------------------------------------------------------------------------------------------
 
-
-def _with_sandboxes(views: Sequence[RunView]) -> list[RunView]:
-    """The runs with what their servers say, all asked at once."""
-    answers: dict[int, Sandboxes | Unknown] = {}
-
-    def ask(at: int, url: str, key: str | None) -> None:
-        answers[at] = sandboxes.ask(url, key)
-
-    threads = []
-    for at, view in enumerate(views):
-        where = _server(view)
-        if isinstance(where, Unknown):
-            answers[at] = where
-        elif where:
-            threads.append(threading.Thread(target=ask, args=(at, *where), daemon=True))
-            threads[-1].start()
-    end = time.monotonic() + sandboxes.ASK_S + 1.0  # the deadline of each is for one read
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    late = Unknown("its API server does not answer in time")
-    return [replace(view, sandboxes=answers.get(at, late if _server(view) else None)) for at, view in enumerate(views)]
+SERVER_S = 2.0  # for an answer of each
+LATE = Unknown("its API server does not answer in time")
 
 
-def _server(view: RunView) -> tuple[str, str | None] | Unknown | None:
-    """Address and key of the run's server; None where none runs."""
-    if view.pair is None or view.record.directory is None or not is_ready(view.pair, view.record):
-        return None
-    runtime = view.pair.job("runtime")
-    serves = runtime is not None and runtime.stage in {Stage.RUNNING, Stage.UNKNOWN}
-    if not serves or view.state is RunState.ENDING:
-        return None
-    url = read_small(view.record.directory.runtime_url)
-    if isinstance(url, Unknown):
-        return url
-    return url.strip(), key_of(view.record.directory)
+@dataclass
+class Servers:
+    """The API servers of runs, asked side by side, while Slurm says which of them can live."""
+
+    answers: dict[str, Sandboxes | Unknown] = field(default_factory=dict)
+    threads: dict[str, threading.Thread] = field(default_factory=dict)
+    until: float = field(default_factory=lambda: time.monotonic() + SERVER_S + 1.0)  # the deadline is for one read
+
+    @staticmethod
+    def ask(records: Iterable[RunRecord]) -> Servers:
+        """Begin to ask those that have said that they are ready, and whose job has not said that it ended."""
+        asked = Servers()
+        for record in records:
+            for job_id in _ready_jobs(record):
+                asked._begin(record, job_id)
+        return asked
+
+    def _begin(self, record: RunRecord, job_id: str) -> None:
+        assert record.directory
+        url, key = read_small(record.directory.runtime_url), key_of(record.directory)
+        if isinstance(url, Unknown):
+            self.answers[job_id] = url
+            return
+        self.threads[job_id] = threading.Thread(target=self._ask, args=(job_id, url.strip(), key), daemon=True)
+        self.threads[job_id].start()
+
+    def _ask(self, job_id: str, url: str, key: str | None) -> None:
+        from slurm.lib.observe import sandboxes
+
+        self.answers[job_id] = sandboxes.ask(url, key, SERVER_S)
+
+    def told(self, view: RunView) -> RunView:
+        """The run with what its server said, if one can live."""
+        runtime = view.pair.job("runtime") if view.pair else None
+        if runtime is None or not runtime.may_run or runtime.job_id not in {*self.threads, *self.answers}:
+            return view
+        if runtime.job_id in self.threads:
+            self.threads[runtime.job_id].join(max(0.0, self.until - time.monotonic()))
+        return replace(view, sandboxes=self.answers.get(runtime.job_id, LATE))
+
+
+def _ready_jobs(record: RunRecord) -> Iterator[str]:
+    """The runtime jobs that the ready flag can be about."""
+    flag = record.ready if record.directory else None
+    for job in _jobs(record):
+        is_over = job.end is not None and job.end.is_own
+        if flag and job.kind == "runtime" and not is_over and (flag.by_hand or flag.job_id == job.job_id):
+            yield job.job_id

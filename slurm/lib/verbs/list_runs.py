@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm.lib.command_line import Parser, say
-from slurm.lib.coordination import CoordinationDir, jobs_base
-from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EnvironmentProblem
+from slurm.lib.coordination import jobs_base
+from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK
 from slurm.lib.logs import log
 from slurm.lib.observe.run_view import RunView
 from slurm.lib.observe.survey import Survey
-from slurm.lib.runs import FoundRun, run_folders
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import SignalNotes
+from slurm.lib.verbs.named import runs_below, warn_of_silence
 from slurm.lib.verbs.run_words import PAINT, SCHEMA, attempt_words, clock, exit_code, lead_of, phase_words, run_dict
 from slurm.lib.verbs.table import Column, lines_of, printed, terminal_width
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     """The verb; returns its exit code."""
     arguments = build_parser().parse_args(argv)
     base = jobs_base(os.environ)
-    survey, everything = Survey(Slurm()), bool(arguments.all)
+    survey, everything = Survey(Slurm(), notes), bool(arguments.all)
     runs = runs_below(base, others=everything)
     views = survey.look(runs, select=lambda found: found if everything else newest(found), servers=False)
     warn_of_silence(survey)
@@ -61,32 +61,9 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     return EXIT_OK if say(text) else EXIT_ENVIRONMENT
 
 
-def runs_below(base: Path, *, others: bool = False) -> list[FoundRun]:
-    """The runs of this user below a jobs base, the newest first; with ``others`` all users'."""
-    try:
-        there = base.is_dir() and os.listdir(base)  # noqa: PTH208  whether it can be
-    except OSError as problem:
-        raise EnvironmentProblem(f"SKYRL_JOBS_BASE={base} cannot be read: {problem.strerror}") from None
-    folders = run_folders(base) if there else []
-    return [FoundRun(path.name, CoordinationDir(path)) for path in folders if others or _is_own(path)]
-
-
-def _is_own(path: Path) -> bool:
-    try:
-        return path.is_dir() and path.stat().st_uid == os.getuid()
-    except OSError:
-        return False
-
-
 def newest(views: list[RunView]) -> list[RunView]:
     """The newest runs, and those that live, however old."""
     return [view for at, view in enumerate(views) if at < NEWEST or (view.lives and not view.state.is_over)]
-
-
-def warn_of_silence(survey: Survey) -> None:
-    """Say that Slurm was not heard, where it was asked."""
-    if not survey.heard and survey.slurm.is_here:
-        log.warning("Slurm does not answer: what is shown is what the runs' own files say")
 
 
 def row(view: RunView) -> list[str]:

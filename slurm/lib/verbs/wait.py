@@ -59,7 +59,7 @@ def _seconds(text: str) -> float:
 def main(argv: Sequence[str], notes: SignalNotes) -> int:
     """The verb; returns its exit code."""
     arguments = build_parser().parse_args(argv)
-    survey = Survey(Slurm())
+    survey = Survey(Slurm(), notes)
     (run,) = named([arguments.run], survey.slurm)
     view = Wait(survey, run, notes, arguments.timeout).until_over()
     code = code_of(view, survey.slurm)
