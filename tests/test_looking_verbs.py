@@ -198,6 +198,14 @@ def test_what_a_log_says_cannot_touch_the_terminal(slurm: FakeSlurm, base: Path)
     assert "gone" in done.stdout
 
 
+def test_an_error_that_the_end_tells_already_is_not_said_twice(slurm: FakeSlurm, base: Path) -> None:
+    folder = base / folder_of("failed").name
+    errors = next(folder.glob("training_*.err"))
+    for line, shown in (("the trainer failed with exit code 7; stopping it", 0), ("no room on the disk", 1)):
+        errors.write_text(f"2026-11-28 18:32:48 [ERROR] {line}\n")
+        assert call(slurm, "status", folder.name).stdout.count("training says") == shown
+
+
 # --- on a terminal ----------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,16 @@ from slurm.lib.observe.sandboxes import Sandboxes, parse_metrics
 from slurm.lib.observe.survey import SILENT, Survey, with_logs, without_logs
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.runs import FoundRun, RunJob
-from slurm.lib.scheduler import JobState, ShownJob, Slurm, clock_s, parse_accounted, parse_exit_code, parse_shown
+from slurm.lib.scheduler import (
+    JobState,
+    ShownJob,
+    Slurm,
+    clock_s,
+    parse_accounted,
+    parse_config_time,
+    parse_exit_code,
+    parse_shown,
+)
 from tests.fake_slurm import FakeSlurm
 from tests.observed_runs import folder_of
 
@@ -119,6 +128,23 @@ def _without_ends(record: RunRecord) -> list[Pair]:
 def test_a_pair_that_was_queued_again_is_the_same_attempt() -> None:
     found = [(pair.attempt, pair.jobs[0].job_id) for pair in record_named("requeued").pairs]
     assert found == [(1, "157"), (2, "159"), (2, "185")]
+
+
+def test_a_pair_that_was_queued_again_and_has_not_begun(tmp_path: Path) -> None:
+    folder = tmp_path / folder_of("requeued").name
+    shutil.copytree(folder_of("requeued"), folder)
+    (folder / "attempt_2.json").unlink()  # its training writes it
+    found = [(pair.attempt, pair.jobs[0].job_id) for pair in read_record(CoordinationDir(folder)).pairs]
+    assert found == [(1, "157"), (2, "159"), (2, "185")]
+
+
+def test_a_partners_word_does_not_end_a_job_that_slurm_sees() -> None:
+    living = view_of("too_late", j177=replace(RUNNING, job_id="177"))
+    assert living.pair
+    assert (living.pair.lead.stage, living.pair.lead.exit_code) == (Stage.RUNNING, None)
+    gone = view_of("too_late", j177=None)
+    assert gone.pair
+    assert (gone.pair.lead.stage, gone.pair.lead.exit_code) == (Stage.ENDED, 69)
 
 
 def test_a_training_that_joined_goes_with_the_runtime_that_was_there() -> None:
@@ -279,6 +305,7 @@ def test_a_time_is_read_as_slurm_prints_it(seconds: int) -> None:
 def test_no_text_of_slurms_is_an_error(text: str) -> None:
     clock_s(text)
     parse_exit_code(text)
+    parse_config_time(f"Configuration data as of {text}")
     parse_shown("|".join([text] * 10))
     parse_accounted("|".join(["1", *[text] * 9]))
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +25,11 @@ STAMP_FORMAT = "%Y%m%d_%H%M%S"
 PRESENCE_PATIENCE_S = 10.0
 # For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
 LATE_S = 60.0
+
+
+def host_name() -> str:
+    """This host's name, as ``socket.gethostname()`` has it, whose module is felt in the start-up."""
+    return os.uname().nodename
 
 
 def jobs_base(environment: Mapping[str, str] = os.environ) -> Path:
@@ -56,7 +60,7 @@ def _link(beside: Path, path: Path) -> None:
 
 
 def _write(path: Path, text: str, mode: int, put: Callable[[Path], object]) -> None:
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -119,7 +123,7 @@ class Flag:
     def of_this_host(
         job_id: str, runtime_job_id: str, exit_code: int | None = None, reason: str = "", ended: str = ""
     ) -> Flag:
-        return Flag(job_id, runtime_job_id, socket.gethostname(), utc_now(), exit_code, reason, ended=ended)
+        return Flag(job_id, runtime_job_id, host_name(), utc_now(), exit_code, reason, ended=ended)
 
     def to_text(self) -> str:
         return json.dumps({"schema": 1, **{k: v for k, v in asdict(self).items() if k != "by_hand"}}) + "\n"

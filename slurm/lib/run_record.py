@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import shutil
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slurm.lib.coordination import LATE_S, CoordinationDir, is_listed, utc_now, write_atomically
+from slurm.lib.coordination import LATE_S, CoordinationDir, host_name, is_listed, utc_now, write_atomically
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 
 if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, felt in commands that only read one
@@ -52,6 +50,8 @@ def git_state(checkout: Path) -> GitState:
 
 def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> dict[str, object]:
     """The contents of ``run.json``."""
+    import getpass
+
     from slurm.lib.secrets import is_secret_name, masked
 
     settings = masked(plan.settings.as_environment())
@@ -59,7 +59,7 @@ def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str
         "schema": SCHEMA,
         "created": utc_now(),
         "user": getpass.getuser(),
-        "host": socket.gethostname(),
+        "host": host_name(),
         "git": {"commit": git.commit, "dirty": git.dirty},
         "interpreter": python,
         "config_files": [str(path) for path in plan.config.files],
@@ -174,7 +174,7 @@ def await_secrets(path: Path, still_possible: Callable[[], None], sleep: Callabl
 
     try:
         wait_for(
-            f"{path} to be seen on {socket.gethostname()}",
+            f"{path} to be seen on {host_name()}",
             lambda: is_listed(path) or None,
             LATE_S,
             still_possible=still_possible,

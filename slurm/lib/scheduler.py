@@ -177,7 +177,7 @@ def parse_config_time(text: str) -> float | None:
 
 def _epoch(stamp: str) -> float | None:
     """Epoch seconds of a time that Slurm printed; None for Unknown, None and N/A."""
-    if stamp.isdigit():
+    if re.fullmatch(r"\d{1,15}", stamp, re.ASCII):
         return float(stamp) or None
     try:
         return datetime.fromisoformat(stamp).timestamp()
@@ -220,7 +220,7 @@ def parse_shown(text: str) -> dict[str, ShownJob]:
     found = {}
     for line in text.split("\n"):
         fields = line.strip().split("|", 9)
-        if len(fields) == 10 and fields[0].isdigit():
+        if len(fields) == 10 and re.fullmatch(r"\d+", fields[0], re.ASCII):
             job_id, word, reason, node, partition, user, start, elapsed, limit, name = fields
             reason = "" if reason == "None" else reason
             times = (_epoch(start), clock_s(elapsed), clock_s(limit))
@@ -233,7 +233,7 @@ def parse_accounted(text: str) -> dict[str, ShownJob]:
     found = {}
     for line in text.split("\n"):
         fields = line.strip().split("|", 9)
-        if len(fields) == 10 and fields[0].isdigit():
+        if len(fields) == 10 and re.fullmatch(r"\d+", fields[0], re.ASCII):
             job_id, state, node, partition, user, start, elapsed, limit, code, name = fields
             word = state.partition(" ")[0]  # CANCELLED by 1000
             node = "" if node == "None assigned" else node

@@ -6,7 +6,6 @@ does not answer leaves jobs unknown. What has been read of a run that is over is
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from slurm.lib.coordination import CoordinationDir
+from slurm.lib.coordination import CoordinationDir, host_name
 from slurm.lib.lookout import inquiry
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
 from slurm.lib.observe.run_files import key_of, log_ends, read_small
@@ -126,7 +125,7 @@ def _local_words(record: RunRecord, jobs: Sequence[RecordedJob]) -> dict[str, Wo
     """What is known of processes, which is nothing on another host."""
     if record.directory is None:
         return {}
-    here = socket.gethostname()
+    here = host_name()
     if record.host not in {"", here}:
         why = f"it is a local run on {record.host}, and its processes are known only there"
         return {job.job_id: Unknown(why) for job in jobs}
