@@ -144,6 +144,7 @@ def call(slurm: FakeSlurm, *words: str, **more: str) -> subprocess.CompletedProc
         (["list", "nonesuch"], "unrecognized arguments"),
         (["status", "--every", "1"], "is no number of seconds from 5"),
         (["status", "--every", "soon"], "is no number of seconds from 5"),
+        (["status", "--gpu", "--watch"], "--gpu does not go with --watch"),
         (["wait"], "the following arguments are required: RUN"),
         (["wait", "x", "--timeout", "-1"], "is no number of seconds"),
         (["wait", "nonesuch"], "there is no run 'nonesuch'"),

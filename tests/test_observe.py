@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slurm.lib.coordination import CoordinationDir, Flag
+from slurm.lib.observe import gpus
 from slurm.lib.observe.phase import Phase, last_error, phase_of
 from slurm.lib.observe.record import Pair, RunRecord, read_record
 from slurm.lib.observe.run_files import WINDOW, LogEnds, log_ends, printable, read_small
@@ -489,6 +490,24 @@ def test_nothing_printed_moves_the_cursor(text: str) -> None:
     shown = printable(text)
     assert not any(ord(char) < 32 and char not in "\t\n" for char in shown)
     shown.encode("utf-8", "surrogateescape")
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_nvidia_smi() -> None:
+    text = "gpu-b, 1, NVIDIA H100, 97, 61440, 81559\ngpu-a, 0, NVIDIA A100 MIG, [N/A], [N/A], 81559\nNo devices found\n"
+    assert gpus.parse(text) == (
+        gpus.Gpu("gpu-a", 0, "NVIDIA A100 MIG", None, None, 81559),
+        gpus.Gpu("gpu-b", 1, "NVIDIA H100", 97, 61440, 81559),
+    )
+    assert gpus.parse("") == ()
+
+
+@given(st.lists(st.text(max_size=12), max_size=7))
+def test_no_word_of_nvidia_smi_is_an_error(cells: list[str]) -> None:
+    for gpu in gpus.parse(",".join(cells)):
+        assert gpu.index >= 0
 
 
 # --- API servers ------------------------------------------------------------------------------------------------------

@@ -156,6 +156,27 @@ def test_the_words_for_people(scene: Scene) -> None:
     assert "\x1b" not in text
 
 
+def test_what_the_gpus_do(scene: Scene) -> None:
+    """The node has no GPU: a stand-in on PATH says what nvidia-smi says of an H100, and of one in MIG slices."""
+    directory = scene.directory("running")
+    told = scene.status("--gpu", directory)["running"]["gpus"]
+    assert "nvidia-smi" in told["unknown"]
+    folder = scene.base / "bin"
+    folder.mkdir()
+    program = folder / "nvidia-smi"
+    lines = "0, NVIDIA H100 80GB HBM3, 97, 61440, 81559\n1, NVIDIA H100 80GB HBM3, [N/A], 20480, 81559\n"
+    program.write_text(f"#!/bin/sh\ncase \"$*\" in *utilization.gpu*) printf '{lines}';; esac\n")
+    program.chmod(0o755)
+    try:
+        done = scene.call("status", "--gpu", directory, PATH=f"{folder}:/usr/bin:/bin")
+    finally:
+        shutil.rmtree(folder)
+    node = scene.runs["running"].node("training")
+    assert re.search(rf"\n  gpus +{node}: 0 97 % 60 of 80 GiB, 1 busy \? 20 of 80 GiB\n", done.stdout), done.stdout
+    steps = scene.user.run(["squeue", "-h", "--steps", "-j", scene.runs["running"].jobs["training"], "-o", "%j"]).stdout
+    assert "skyrl-look" not in steps
+
+
 def test_the_list(scene: Scene) -> None:
     lines = scene.call("list").stdout.splitlines()
     assert lines[0].split() == ["RUN", "STATE", "EXIT", "PHASE", "ELAPSED", "ATTEMPT", "JOBS", "CONFIG"]
@@ -263,11 +284,15 @@ def test_a_wait_has_a_deadline_and_an_end_by_a_signal(scene: Scene) -> None:
 
 
 def test_a_wait_and_a_watch_see_a_run_to_its_end(scene: Scene) -> None:
-    run = launch(scene.user, scene.checkout, scene.base, *SMALL, f"TRAINING_COMMAND={STEPS}; sleep 8; exit 5")
+    """A run whose two jobs are two."""
+    run = launch(scene.user, scene.checkout, scene.base, *SMALL, f"TRAINING_COMMAND={STEPS}; sleep 12; exit 5")
     wait, watch = (
         scene.start(*words, str(run.directory)) for words in (["wait"], ["status", "--watch", "--every", "5"])
     )
     try:
+        run.wait_for_text("training", "Step 3/5", 60)
+        told = json.loads(scene.call("status", "--gpu", "--json", str(run.directory)).stdout)["runs"][0]
+        assert re.search(r"nvidia-smi: (command )?not found", told["gpus"]["unknown"]), told["gpus"]
         run.wait_over("training", seconds=90)
         ended = time.monotonic()
         out, err = wait.communicate(timeout=60)

@@ -435,6 +435,20 @@ class Slurm:
         answer = self._with_epochs()._ask("sacct", *words, f"--format={ACCOUNTED}", timeout_s=timeout_s)
         return parse_accounted(answer.stdout) if answer.ok else {}
 
+    def in_job(self, job_id: str, command: Sequence[str], timeout_s: float, *, is_het: bool = False) -> Completed:
+        """What a short command says on each node of a running job, as a step beside those that run; it ends with that.
+
+        It takes no CPUs or memory from the others, and sees the job's GPUs. Of a heterogeneous job, named by its first
+        component, the nodes of that one are meant; said only there, since srun refuses it for others.
+        """
+        options = [f"--jobid={job_id}", "--overlap", "--ntasks-per-node=1", "--mem=0", "--time=1", "--export=ALL"]
+        options += ["--het-group=0"] if is_het else []
+        return self._ask("srun", *options, "--input=none", "--job-name=skyrl-look", *command, timeout_s=timeout_s)
+
+    def here(self, command: Sequence[str], timeout_s: float) -> Completed:
+        """The same on this host, outside of any job."""
+        return self._ask(*command, timeout_s=timeout_s)
+
     def cancel(self, job_ids: Sequence[str], timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
         return self._complaint(self._ask("scancel", *job_ids, timeout_s=timeout_s)) if job_ids else None

@@ -10,12 +10,16 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from slurm.lib.observe.phase import Phase
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord
 from slurm.lib.observe.sandboxes import Sandboxes
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.scheduler import JobState, ShownJob
+
+if TYPE_CHECKING:
+    from slurm.lib.observe.gpus import Gpu
 
 
 class Stage(str, enum.Enum):
@@ -117,7 +121,7 @@ NO_PHASE = Unknown("nothing is known of its jobs")
 class RunView:
     """A run as it is now: its record, the attempt that counts, the one that waits for its end, and how far it is.
 
-    ``sandboxes`` is None where no server runs.
+    ``sandboxes`` is None where no server runs, ``gpus`` where they were not asked for.
     """
 
     record: RunRecord
@@ -125,6 +129,7 @@ class RunView:
     following: PairView | None = None
     phase: Phase | Unknown = NO_PHASE
     sandboxes: Sandboxes | Unknown | None = None
+    gpus: tuple[Gpu, ...] | Unknown | None = None
 
     @property
     def state(self) -> RunState:

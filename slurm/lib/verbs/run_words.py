@@ -6,11 +6,15 @@ import re
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 from slurm.lib.observe.phase import Phase
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
 from slurm.lib.observe.sandboxes import Sandboxes
 from slurm.lib.observe.unknown import Unknown
+
+if TYPE_CHECKING:
+    from slurm.lib.observe.gpus import Gpu
 
 SCHEMA = 1
 GREEN, YELLOW, RED, DIM = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[2m"
@@ -107,6 +111,26 @@ def sandbox_words(sandboxes: Sandboxes | Unknown) -> str:
     return f"{sandboxes.living} living, {sandboxes.used} of {sandboxes.slots} slots used{waiting}"
 
 
+def gpu_words(gpus: tuple[Gpu, ...] | Unknown) -> list[str]:
+    """A line for each node."""
+    if isinstance(gpus, Unknown):
+        return [f"unknown: {gpus.why}"]
+    return [
+        f"{node}: " + ", ".join(_gpu_words(gpu) for gpu in gpus if gpu.node == node)
+        for node in dict.fromkeys(gpu.node for gpu in gpus)
+    ]
+
+
+def _gpu_words(gpu: Gpu) -> str:
+    busy = "busy ?" if gpu.busy_percent is None else f"{gpu.busy_percent} %"
+    memory = "" if None in {gpu.used_mib, gpu.total_mib} else f" {_gib(gpu.used_mib)} of {_gib(gpu.total_mib)} GiB"
+    return f"{gpu.index} {busy}{memory}"
+
+
+def _gib(mib: int | None) -> str:
+    return f"{(mib or 0) / 1024:.0f}"
+
+
 def lead_of(view: RunView) -> JobView | None:
     return view.pair.lead if view.pair else None
 
@@ -134,6 +158,7 @@ def run_dict(view: RunView) -> dict[str, object]:
         "jobs": [_job_dict(job) for job in view.pair.jobs] if view.pair else [],
         "next_attempt": _next_dict(view.following),
         "sandboxes": _known(view.sandboxes),
+        "gpus": _gpus_dict(view.gpus),
         "exit_code": exit_code(view),
         "reason": lead.end_reason if over and lead else None,
         "created": record.created or None,
@@ -150,6 +175,12 @@ def _known(value: Sandboxes | Unknown | None) -> object:
     if isinstance(value, Unknown):
         return {"unknown": value.why}
     return None if value is None else asdict(value)
+
+
+def _gpus_dict(gpus: tuple[Gpu, ...] | Unknown | None) -> object:
+    if isinstance(gpus, Unknown):
+        return {"unknown": gpus.why}
+    return None if gpus is None else [asdict(gpu) for gpu in gpus]
 
 
 def _phase_dict(phase: Phase | Unknown) -> dict[str, object]:

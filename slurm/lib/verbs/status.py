@@ -10,12 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from slurm.lib.command_line import Parser, say
 from slurm.lib.coordination import jobs_base
-from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK
+from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, UsageError
 from slurm.lib.observe.survey import Survey
 from slurm.lib.runs import FoundRun
 from slurm.lib.scheduler import Slurm
@@ -44,6 +44,8 @@ def build_parser() -> Parser:
     parser.add_argument("--watch", action="store_true", help="look again and again, until all have ended")
     every = f"seconds between two looks of --watch (at least {LEAST_S:g}; default: {EVERY_S:g})"
     parser.add_argument("--every", metavar="S", type=_interval, default=EVERY_S, help=every)
+    gpu = "how busy the GPUs are, by nvidia-smi as a step in each training job that runs; not with --watch"
+    parser.add_argument("--gpu", action="store_true", help=gpu)
     parser.add_argument("--json", action="store_true", help="as one JSON object; with --watch a line for each change")
     return parser
 
@@ -61,6 +63,8 @@ def _interval(text: str) -> float:
 def main(argv: Sequence[str], notes: SignalNotes) -> int:
     """The verb; returns its exit code."""
     arguments = build_parser().parse_args(argv)
+    if arguments.gpu and arguments.watch:
+        raise UsageError("--gpu does not go with --watch: each look would be a step in every training job")
     survey = Survey(Slurm(), notes)
     runs = named(arguments.runs, survey.slurm) if arguments.runs else runs_below(jobs_base(os.environ))
     chosen = (lambda found: found) if arguments.runs else living_or_latest
@@ -69,6 +73,7 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
         runs = [run for run in runs if any(is_of(view, run) for view in views)]
         return Watch(survey, runs, arguments.every, arguments.json, notes).go_on(views)
     warn_of_silence(survey)
+    views = with_gpus(views, survey.slurm) if arguments.gpu else views
     from slurm.lib.verbs import status_text
 
     text = status_text.as_json(views, survey.heard) if arguments.json else status_text.as_text(views)
@@ -84,6 +89,18 @@ def living_or_latest(views: list[RunView]) -> list[RunView]:
     """The runs that live, else the newest that has jobs."""
     living = [view for view in views if view.lives and not view.state.is_over]
     return living or [view for view in views if view.pair][:1]
+
+
+def with_gpus(views: Sequence[RunView], slurm: Slurm) -> list[RunView]:
+    """The runs with what their GPUs do, one run after the other."""
+    from slurm.lib.observe import gpus
+
+    def shown(view: RunView) -> RunView:
+        training = view.pair.job("training") if view.pair else None
+        is_het = view.record.pairing == "het"
+        return replace(view, gpus=gpus.ask(slurm, training, is_het=is_het)) if training else view
+
+    return [shown(view) for view in views]
 
 
 def is_of(view: RunView, run: FoundRun) -> bool:

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 
 from slurm.lib.coordination import jobs_base
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
-from slurm.lib.verbs.run_words import SCHEMA, attempt_words, job_words, lead_of, phase_words, run_dict, sandbox_words
+from slurm.lib.verbs.run_words import (
+    SCHEMA,
+    attempt_words,
+    gpu_words,
+    job_words,
+    lead_of,
+    phase_words,
+    run_dict,
+    sandbox_words,
+)
 from slurm.lib.verbs.table import shortened, terminal_width
 
 LABEL = 10
@@ -57,6 +66,7 @@ def _body(view: RunView, now: float) -> list[str]:
         lines.append((job.kind, f"job {job.job_id}: {job_words(job, now)}"))
     lines += [("next", _next(view.following, now))] if view.following else []
     lines += [("sandboxes", sandbox_words(view.sandboxes))] if view.sandboxes else []
+    lines += [("gpus", words) for words in gpu_words(view.gpus)] if view.gpus else []
     lines += [(f"{job.kind} says", job.error) for job in _troubled(view)]
     lines += [("not known", problem) for problem in view.record.problems]
     lines += [("directory", str(view.record.directory.path))] if view.record.directory else []
