@@ -2,9 +2,9 @@
 """What launch.py itself costs a person who waits for its answer.
 
 Measures, in turn, a bare ``python -c pass`` of the same interpreter, ``launch.py --help``, one ``squeue``, and
-``launch.py status`` of the newest runs below SKYRL_JOBS_BASE. Printed is the fastest of several rounds, since
-whatever else the machine does only adds, and how that compares with what is promised: --help in at most 3 times the bare
-Python, status in at most that and 1.5 times one squeue.
+``launch.py status`` of the newest runs below SKYRL_JOBS_BASE. Printed is the fastest of several rounds, since whatever
+else the machine does only adds, and how that compares with what is promised: --help in at most 3 times the bare Python,
+status in at most that and 1.5 times one squeue.
 
     python benchmarks/startup.py [--runs 10] [--rounds 25] [--json]
 

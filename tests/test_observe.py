@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slurm.lib.coordination import CoordinationDir, Flag
-from slurm.lib.observe import gpus
+from slurm.lib.observe import gpus, sandboxes
 from slurm.lib.observe.phase import Phase, last_error, phase_of
 from slurm.lib.observe.record import Pair, RunRecord, read_record
 from slurm.lib.observe.run_files import WINDOW, LogEnds, log_ends, printable, read_small
@@ -521,6 +525,48 @@ def test_the_figures_of_a_server() -> None:
     )
     assert parse_metrics(text) == Sandboxes(4, 4, 7, 2)
     assert parse_metrics("<html>another server</html>") is None
+
+
+class Server(BaseHTTPRequestHandler):
+    """Wants a key, below a prefix, and tells its figures."""
+
+    def do_GET(self) -> None:
+        status = 200 if self.headers.get("X-API-Key") == "right" else 401
+        status = status if self.path == "/prefix/metrics" else 404
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"skyrl_sandboxes 3\nskyrl_slots_used 3\nskyrl_slots_total 8\nskyrl_starts_waiting 0\n")
+
+    def log_message(self, *_words: object) -> None:
+        pass
+
+
+def test_a_server_is_asked_with_the_runs_key() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert sandboxes.ask(f"{url}/prefix", "right", 2.0) == Sandboxes(3, 3, 8, 0)
+        refused = Unknown("its API server refuses the key in the run directory")
+        assert sandboxes.ask(f"{url}/prefix", "wrong", 2.0) == refused
+        assert sandboxes.ask(f"{url}/prefix", None, 2.0) == refused
+        assert sandboxes.ask(url, "right", 2.0) == Unknown("its API server does not tell (GET /metrics)")
+        strange = sandboxes.ask(f"{url}/prefix", "right\r\nX-Other: 1", 2.0)
+        assert isinstance(strange, Unknown)
+        server.shutdown()
+    assert sandboxes.ask(url, "right", 2.0) == Unknown("its API server is not reachable from here")
+
+
+def test_a_server_that_never_answers_has_a_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begin = time.monotonic()
+        found = sandboxes.ask(f"http://127.0.0.1:{silent.getsockname()[1]}", "key", 0.3)
+    assert found == Unknown("its API server is not reachable from here")
+    assert time.monotonic() - begin < 2
+
+
+@given(st.text(max_size=30), st.text(max_size=10))
+def test_no_address_is_an_error(url: str, key: str) -> None:
+    assert isinstance(sandboxes.ask(url, key, 0.1), Unknown)
 
 
 @given(st.text(max_size=200))

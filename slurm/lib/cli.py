@@ -79,6 +79,8 @@ VERBS: Mapping[str, str] = {
     "wait": "slurm.lib.verbs.wait",
 }
 
+ONLY_LOOK = frozenset({"list", "status"})  # they leave nothing that would have to be tidied up at the process's end
+
 
 def _verb(name: str, argv: Sequence[str], notes: SignalNotes) -> int:
     code: int = importlib.import_module(VERBS[name]).main(argv, notes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from slurm.lib.observe.run_files import LogEnds, printable
 
@@ -37,10 +38,15 @@ _RUNTIME = (
     (rf"{_OURS}stopping everything: ", "stopping"),
     (rf"{_OURS}runtime job \S+ ends: ", "ended"),
 )
-_MARKS = {
-    kind: [(re.compile(pattern), words) for pattern, words in marks]
-    for kind, marks in (("training", _TRAINING), ("runtime", _RUNTIME))
-}
+
+
+@cache
+def _marks(kind: str) -> list[tuple[re.Pattern[str], str]]:
+    """The lines of a kind of job; made when the first log is read."""
+    marks = {"training": _TRAINING, "runtime": _RUNTIME}[kind]
+    return [(re.compile(pattern), words) for pattern, words in marks]
+
+
 _STEP = re.compile(
     r"\bstep:(?P<verl>\d+) - "  # VERL's console logger
     r"|Training Progress: +\d+%\|[^|]*\| *(?P<bar>\d+)/(?P<bar_total>\d+) "  # VERL's bar, which counts what is done
@@ -82,7 +88,7 @@ def phase_in(kind: str, lines: Sequence[str]) -> Phase:
     """What the last line that marks a phase says."""
     for line in reversed(lines):
         if line.startswith("20") or "Ray" in line:  # a log may have thousands of others
-            for mark, words in _MARKS[kind]:
+            for mark, words in _marks(kind):
                 if mark.search(line[:SHOWN]):
                     return Phase(words)
     return NOTHING_YET
