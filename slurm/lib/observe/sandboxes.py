@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from slurm.lib.observe.unknown import Unknown
+
+if TYPE_CHECKING:
+    import socket
 
 MOST = 1 << 20  # bytes of an answer
 _PLAIN = re.compile(r"http://([\w.-]+):(\d{1,5})((?:/[\w./-]*)?)", re.ASCII)
@@ -58,6 +61,8 @@ def _get(url: str, key: str | None, timeout_s: float) -> tuple[int, str]:
 
         answer = RuntimeClient(url, key).page("/metrics", timeout_s)
         return answer.status, str(answer.body)
+    import socket  # most runs have ended, and no server is asked
+
     host, port, prefix = where.groups()
     wants = f"GET {prefix.rstrip('/')}/metrics HTTP/1.0\r\nHost: {host}:{port}\r\n"
     wants += f"X-API-Key: {key}\r\n" if key else ""
