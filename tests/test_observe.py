@@ -218,6 +218,14 @@ def test_slurm_is_asked_once_for_all_runs_and_not_for_what_is_known(slurm: FakeS
     assert [call.name for call in slurm.everything].count("sacct") == 1, "what accounting said is not asked again"
 
 
+def test_a_job_that_a_restarted_controller_does_not_know_yet(slurm: FakeSlurm) -> None:
+    line = "{}|RUNNING|None|gpu-a|gpu_test|user|1795890000|1:00|20:00|skyrl-train\n"
+    slurm.answer("squeue", {}, {"stdout": line.format(219) + line.format(220)})
+    survey = Survey(Slurm({"PATH": slurm.path}))
+    states = [survey.look(found("het_withdrawn"))[0].state for _ in range(2)]
+    assert states == [RunState.ENDED, RunState.RUNNING]
+
+
 def test_accounting_tells_of_jobs_that_the_queue_has_forgotten(slurm: FakeSlurm) -> None:
     line = "207|NODE_FAIL|gpu-a|gpu_test|user|1795890000|00:01:00|00:20:00|0:0|skyrl-train\n"
     slurm.answer("sacct", {"stdout": line})

@@ -6,6 +6,7 @@ does not answer leaves jobs unknown. What has been read of a run that is over is
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
 from slurm.lib.observe.run_files import key_of, log_ends, read_small
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.runs import FoundRun
-from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, ShownJob, Slurm
+from slurm.lib.scheduler import ASK_TIMEOUT_S, JobState, JobStatus, LocalJobs, ShownJob, Slurm
 from slurm.lib.signals import SignalNotes
 
 if TYPE_CHECKING:  # imported while Slurm is asked, which takes about as long
@@ -27,9 +28,9 @@ if TYPE_CHECKING:  # imported while Slurm is asked, which takes about as long
     from slurm.lib.observe.run_view import PairView, RunView, Word
     from slurm.lib.observe.sandboxes import Sandboxes
 
-ASK_S = 8.0  # of Slurm, by a person who waits
 SILENT = Unknown("Slurm does not answer")
 ABSENT = Unknown("this host has no Slurm commands (squeue)")
+ACCOUNTING_EVERY_S = 60.0
 EARLIER = timedelta(days=1)  # than the record, by which clock ever: accounting is asked about jobs since then
 
 
@@ -39,9 +40,10 @@ class Survey:
 
     slurm: Slurm
     notes: SignalNotes = field(default_factory=SignalNotes)
-    ask_s: float = ASK_S
+    ask_s: float = ASK_TIMEOUT_S
     heard: bool = True  # whether Slurm has answered the last time it was asked
-    _gone: dict[str, Word] = field(default_factory=dict)  # what accounting said: asked once
+    _gone: dict[str, Word] = field(default_factory=dict)  # what accounting said of jobs that have ended
+    _accounting_asked: dict[str, float] = field(default_factory=dict)  # when, of which job
 
     def look(
         self,
@@ -83,16 +85,22 @@ class Survey:
         if shown is None:
             return known | dict.fromkeys(asked, SILENT if self.slurm.is_here else ABSENT)
         gone = [job_id for job_id in asked if job_id not in shown]
-        self._gone |= self._accounted(records, gone)
-        return known | shown | self._gone
+        self._ask_accounting(records, gone)
+        return known | shown | {job_id: self._gone.get(job_id) for job_id in gone}
 
-    def _accounted(self, records: Sequence[RunRecord], gone: Sequence[str]) -> dict[str, Word]:
-        """What accounting says of jobs that the queue does not know any more; None where it says nothing."""
-        silent_ends = {job.job_id for record in records for job in _jobs(record) if job.end is None}
-        asked = [job_id for job_id in gone if job_id in silent_ends]
-        found = self.slurm.accounted(asked, _since(records, asked), self.ask_s) if asked else {}
-        ended = {job_id: job for job_id, job in found.items() if job.state.is_final}
-        return {job_id: ended.get(job_id) for job_id in gone}
+    def _ask_accounting(self, records: Sequence[RunRecord], gone: Sequence[str]) -> None:
+        """Ask about jobs that the queue does not know any more, and whose end nobody has told; each once a minute."""
+        told = {job.job_id for record in records for job in _jobs(record) if job.end is not None}
+        now = time.monotonic()
+        asked = [
+            job_id
+            for job_id in gone
+            if job_id not in told and now - self._accounting_asked.get(job_id, -math.inf) >= ACCOUNTING_EVERY_S
+        ]
+        if asked:
+            self._accounting_asked |= dict.fromkeys(asked, now)
+            found = self.slurm.accounted(asked, _since(records, asked), self.ask_s)
+            self._gone |= {job_id: job for job_id, job in found.items() if job_id in asked and job.state.is_final}
 
 
 def record_of(run: FoundRun) -> RunRecord:
