@@ -325,7 +325,7 @@ def test_a_wait_for_a_directory_that_goes_away(slurm: FakeSlurm, base: Path) -> 
     argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "wait", folder_of("het_withdrawn").name]
     wait = subprocess.Popen(argv, env=environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert wait.stderr
-    assert "is running" in wait.stderr.readline()
+    assert ": running" in wait.stderr.readline()
     shutil.rmtree(base / folder_of("het_withdrawn").name)
     _, err = wait.communicate(timeout=60)
     assert wait.returncode == 71

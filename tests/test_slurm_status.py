@@ -283,7 +283,7 @@ def test_a_wait_has_a_deadline_and_an_end_by_a_signal(scene: Scene) -> None:
     assert "has not ended within 1 s: it is running" in done.stderr
     wait = scene.start("wait", scene.directory("running"))
     assert wait.stderr
-    assert "is running" in wait.stderr.readline()
+    assert ": running" in wait.stderr.readline()
     wait.send_signal(signal.SIGINT)
     assert wait.wait(30) == 130
     wait.communicate()

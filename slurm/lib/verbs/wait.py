@@ -107,7 +107,7 @@ class Wait:
         if not heard and self.survey.heard:
             log.info("Slurm answers again")
         if state is not view.state:
-            log.info("%s is %s%s", view.record.name, view.state.value, _more(view))
+            log.info("%s: %s%s", view.record.name, view.state.value, _more(view))
         self._told = (view.state, self.survey.heard)
 
     def _is_certain(self, view: RunView) -> bool:
@@ -156,7 +156,7 @@ def _again(run: FoundRun, slurm: Slurm) -> FoundRun:
 
 def _more(view: RunView) -> str:
     words = phase_words(view)
-    return f": {words}" if words else ""
+    return f", {words}" if words else ""
 
 
 def code_of(view: RunView, slurm: Slurm) -> int | None:
