@@ -53,7 +53,7 @@ def test_runs_of_one_second_are_ordered_by_their_jobs(base: Path) -> None:
 
 
 def test_an_ambiguous_beginning_lists_what_it_may_mean(base: Path, door: Slurm) -> None:
-    for prefix, count in (("20260102", 2), ("2026", 4)):  # also where it could be a job's id
+    for prefix, count in (("20260102_", 2), ("20260102_1", 2)):
         with pytest.raises(UsageError) as refused:
             find(prefix, base, door, 1.0)
         assert f"'{prefix}' is the beginning of {count} runs' names" in str(refused.value)
@@ -61,7 +61,11 @@ def test_an_ambiguous_beginning_lists_what_it_may_mean(base: Path, door: Slurm) 
         assert NAMES[3] in str(refused.value)
 
 
-def test_a_job_id_goes_before_a_beginning(tmp_path: Path, base: Path, door: Slurm) -> None:
+def test_a_number_alone_is_a_jobs_id(tmp_path: Path, base: Path, door: Slurm) -> None:
+    """A wrong id must not mean some run of this year: it may be named to be cancelled."""
+    for number in ("2", "2026", "20260102", "20260101"):
+        with pytest.raises(UsageError, match=rf"no run with a job {number} \(a number alone is a job's id\)"):
+            find(number, base, door, 1.0)
     folder = base / "20270101_000000_31"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"jobs": {"runtime": {"id": "31"}, "training": {"id": "20260102"}}}))
@@ -77,7 +81,8 @@ def test_a_beginning_never_means_another_run(prefix: str, base: Path, door: Slur
         return
     assert found is not None
     named = [path.name for path in run_folders(base) if path.name.startswith(prefix)]
-    assert found.path.name == prefix or named == [found.path.name] or found.path.name.endswith(f"_{prefix}")
+    by_id = found.path.name.endswith(f"_{prefix}")
+    assert by_id or found.path.name == prefix or (named == [found.path.name] and not prefix.isdigit())
 
 
 def test_a_folder_that_tells_nothing_says_what_it_lacks(base: Path, door: Slurm) -> None:

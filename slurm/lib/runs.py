@@ -1,6 +1,7 @@
 """Which run does a person mean, and which jobs has it?
 
-It is named by its directory, a unique prefix of that one's name, the id of any of its jobs, or ``latest``.
+It is named by its directory, a unique prefix of that one's name, the id of any of its jobs, or ``latest``. A number
+alone is a job's id and never a prefix: a wrong id would otherwise mean some run of this year, which may be cancelled.
 
 A run is a directory: all its attempts, and jobs that joined it, are its jobs. What is known of them stands in its
 records, and Slurm knows the directory of a job by its log. A job that has not recorded itself yet (submitted with
@@ -118,12 +119,7 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     if name == LATEST:
         found = next((path for path in run_folders(base) if record_paths(CoordinationDir(path))), None)
     elif name.isdigit() or _LOCAL_ID.fullmatch(name):
-        by_id = _by_id(name, base, slurm, ask_s)
-        if isinstance(by_id, FoundRun):
-            return by_id
-        found = _by_prefix(name, base)
-        if found is None:
-            raise by_id
+        return _by_id(name, base, slurm, ask_s)
     else:
         found = _folder(name, base) or _by_prefix(name, base)
     if found is None:
@@ -176,11 +172,8 @@ def _home(name: str) -> Path:
         return Path(name)
 
 
-def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun | UsageError:
-    """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone.
-
-    The error where no run is known to have it.
-    """
+def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
+    """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone."""
     folders = run_folders(base)
     likely = [path for path in folders if path.name.endswith(f"_{job_id}")]
     log = slurm.log_path(job_id, timeout_s=ask_s) if job_id.isdigit() else None
@@ -190,7 +183,8 @@ def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun | Us
             return FoundRun(job_id, directory)
     kind = KINDS.get(slurm.job_name(job_id, ask_s) or "") if log else None
     if kind is None:
-        return UsageError(f"there is no run with a job {job_id}{_what_there_is(base)}")
+        hint = " (a number alone is a job's id)" if any(path.name.startswith(job_id) for path in folders) else ""
+        raise UsageError(f"there is no run with a job {job_id}{hint}{_what_there_is(base)}")
     return FoundRun(job_id, None, RunJob(kind, job_id))
 
 
