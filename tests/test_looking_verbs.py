@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slurm.lib.observe.run_view import JobView, Stage
@@ -80,11 +80,13 @@ def test_sandboxes_in_words() -> None:
     assert sandbox_words(Unknown("its API server is not reachable from here")).startswith("unknown: its API server")
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(0, 300 * 86400))
 def test_a_length_of_time_is_written_as_slurm_does(seconds: int) -> None:
     assert clock_s(clock(float(seconds))) == seconds
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.floats(0, 2**31), st.floats(0, 2**31))
 def test_a_moment_has_its_day_where_that_is_another(moment: float, now: float) -> None:
     same = time.localtime(moment)[:3] == time.localtime(now)[:3]
@@ -97,6 +99,7 @@ COLUMNS = (Column("NAME", least=4), Column("STATE"), Column("PHASE", least=6, lo
 CELLS = st.lists(st.tuples(*[st.text("abc ", max_size=30)] * 4), max_size=4)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(CELLS, st.integers(1, 120))
 def test_a_table_fits_the_terminal_or_has_only_what_stays(rows: list[tuple[str, ...]], width: int) -> None:
     lines = [GAP.join(line) for line in lines_of(COLUMNS, rows, width)]
@@ -106,6 +109,7 @@ def test_a_table_fits_the_terminal_or_has_only_what_stays(rows: list[tuple[str, 
     assert widths[0] and widths[1], "what stays is never dropped"
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(CELLS)
 def test_without_a_terminal_every_value_is_whole(rows: list[tuple[str, ...]]) -> None:
     lines = lines_of(COLUMNS, rows, None)

@@ -306,6 +306,7 @@ def test_lines_of_sacct() -> None:
     assert list(shown) == ["9"]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(0, 400 * 86400))
 def test_a_time_is_read_as_slurm_prints_it(seconds: int) -> None:
     days, rest = divmod(seconds, 86400)
@@ -314,6 +315,7 @@ def test_a_time_is_read_as_slurm_prints_it(seconds: int) -> None:
     assert clock_s(text if days or hours else f"{minutes}:{left:02}") == seconds
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=30))
 def test_no_text_of_slurms_is_an_error(text: str) -> None:
     clock_s(text)
@@ -399,6 +401,7 @@ def test_only_the_ends_of_a_long_log_are_read(tmp_path: Path) -> None:
     assert str(phase_of("training", ends)) == "step 288 of 300"
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=300), st.sampled_from(["training", "runtime"]))
 def test_no_log_is_an_error(text: str, kind: str) -> None:
     log = LogEnds(text, text, len(text))
@@ -497,6 +500,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     assert seen(gone, {}).state is RunState.UNKNOWN
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text())
 def test_nothing_printed_moves_the_cursor(text: str) -> None:
     shown = printable(text)
@@ -516,6 +520,7 @@ def test_the_lines_of_nvidia_smi() -> None:
     assert gpus.parse("") == ()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.text(max_size=12), max_size=7))
 def test_no_word_of_nvidia_smi_is_an_error(cells: list[str]) -> None:
     for gpu in gpus.parse(",".join(cells)):
@@ -572,11 +577,13 @@ def test_a_server_that_never_answers_has_a_deadline() -> None:
     assert time.monotonic() - begin < 2
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=30), st.text(max_size=10))
 def test_no_address_is_an_error(url: str, key: str) -> None:
     assert isinstance(sandboxes.ask(url, key, 0.1), Unknown)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=200))
 def test_no_answer_of_a_server_is_an_error(text: str) -> None:
     parse_metrics(text)
