@@ -39,9 +39,23 @@ def main() -> None:
     from slurm.lib.bootstrap import ensure_interpreter
 
     ensure_interpreter(code, script)
+    from slurm.lib.cli import ONLY_LOOK
     from slurm.lib.cli import main as command
 
-    sys.exit(command(sys.argv[1:]))
+    exit_code = command(sys.argv[1:])
+    if sys.argv[1:2] and sys.argv[1] in ONLY_LOOK:
+        end_at_once(exit_code)
+    sys.exit(exit_code)
+
+
+def end_at_once(exit_code: int) -> None:
+    """End without taking the modules apart, which takes 10 ms; returns if what was written cannot be."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        return
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("sbatch", "scontrol", "scancel", "squeue", "sinfo", "sacctmgr")
+COMMANDS = ("sbatch", "scontrol", "scancel", "squeue", "sinfo", "sacctmgr", "sacct")
 # What is asked before a submission: questions, which change nothing and count as no call.
-QUESTIONS = frozenset({"sbatch --test-only", "squeue --user", "sinfo", "sacctmgr", "scontrol show config"})
+QUESTIONS = frozenset({"sbatch --test-only", "squeue --user", "sinfo", "sacctmgr", "sacct", "scontrol show config"})
 SINFO = "".join(f"{name}|up|infinite|4|gpu:8\n" for name in ("test", "gpu_test", "shared", "gpu"))
 
 # Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.

@@ -28,8 +28,12 @@ import slurm_runtime.api_server
 import slurm_runtime.prebuild_images
 from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.observe.record import read_record
+from slurm.lib.observe.run_view import RunState, RunView
+from slurm.lib.observe.survey import with_logs, without_logs
 from slurm.lib.preflight.checks import CHECKS
 from slurm.lib.settings import KEYS, Key, said
+from slurm.lib.verbs.run_words import run_dict
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.heartbeats import Heartbeats
@@ -39,18 +43,22 @@ from slurm_runtime.openapi import MEANINGS
 from slurm_runtime.page import Snapshot
 from slurm_runtime.steps import STEPS, StepTimes
 from tests.faults import CASES, measured
+from tests.observed_runs import folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README, LAUNCHER = ROOT / "README.md", ROOT / "slurm" / "README.md"
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
 API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
 PREFLIGHT = ROOT / "docs" / "preflight.md"
+RUNS = ROOT / "docs" / "runs.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
 PACKAGES = (
     "slurm/lib",
     "slurm/lib/preflight",
+    "slurm/lib/observe",
+    "slurm/lib/verbs",
     "slurm_runtime",
     "slurm_runtime/agent",
     "slurm_runtime/warden",
@@ -222,6 +230,9 @@ def first_cells(path: Path, section: str) -> list[str]:
 
 COMMANDS = {
     ("slurm/launch.py",): (LAUNCHER, "Options"),
+    ("slurm/launch.py", "list"): (RUNS, "Options of list"),
+    ("slurm/launch.py", "status"): (RUNS, "Options of status"),
+    ("slurm/launch.py", "wait"): (RUNS, "Options of wait"),
     ("slurm/jobs/runtime_server.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/verl_training.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/prebuild_images.py",): (LAUNCHER, "The prebuild job"),
@@ -271,6 +282,21 @@ def exit_codes(module: ModuleType) -> set[str]:
 )
 def test_the_exit_codes_are_those_of_the_code(module: ModuleType, path: Path, section: str) -> None:
     assert set(first_cells(path, section)) == exit_codes(module)
+
+
+def test_the_states_and_fields_of_runs_are_those_of_the_code() -> None:
+    def named(section: str) -> list[str]:
+        return [name for cell in first_cells(RUNS, section) for name in cell.split(", ")]
+
+    assert named("States") == [state.value for state in RunState]
+    fields = run_dict(view_of_a_run())
+    (job, *_) = cast(list[dict[str, object]], fields["jobs"])
+    assert set(named("JSON")) == set(fields)
+    assert set(named("A job in JSON")) == set(job)
+
+
+def view_of_a_run() -> RunView:
+    return with_logs(without_logs(read_record(CoordinationDir(folder_of("chained"))), {}))
 
 
 def test_the_helpers_are_those_of_common() -> None:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Protocol
 
 from slurm.lib.command_line import Parser, say
-from slurm.lib.coordination import Flag
+from slurm.lib.coordination import Flag, jobs_base
 from slurm.lib.endings import End, note_ends
 from slurm.lib.errors import (
     EXIT_ENVIRONMENT,
@@ -30,7 +30,6 @@ from slurm.lib.errors import (
     EnvironmentProblem,
     UsageError,
 )
-from slurm.lib.helpers import jobs_base
 from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout
 from slurm.lib.processes import own_age_s
@@ -318,9 +317,8 @@ def conclude(watched: Sequence[Watched]) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", help="a run's directory, the id of any of its jobs, or latest"
-    )
+    named = "a run's directory, the beginning of its name, the id of any of its jobs, or latest"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=named)
     parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
     return parser
 

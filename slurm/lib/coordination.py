@@ -9,16 +9,14 @@ person's word if it is newer than the attempt.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import shutil
-import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +30,17 @@ STAMP_FORMAT = "%Y%m%d_%H%M%S"
 PRESENCE_PATIENCE_S = 10.0
 # For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
 LATE_S = 60.0
+
+
+def host_name() -> str:
+    """This host's name, as ``socket.gethostname()`` has it, whose module is felt in the start-up."""
+    return os.uname().nodename
+
+
+def jobs_base(environment: Mapping[str, str] = os.environ) -> Path:
+    """SKYRL_JOBS_BASE, by default ~/.skyrl_jobs."""
+    said = environment.get("SKYRL_JOBS_BASE") or "~/.skyrl_jobs"
+    return Path(os.path.expanduser(said)).absolute()  # noqa: PTH111  Path's raises for an unknown user
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
@@ -62,7 +71,7 @@ def _link(beside: Path, path: Path) -> bool:
 
 
 def _write(path: Path, text: str, mode: int, put: Callable[[Path], T]) -> T:
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -135,7 +144,7 @@ class Flag:
     def of_this_host(
         job_id: str, runtime_job_id: str, exit_code: int | None = None, reason: str = "", ended: str = ""
     ) -> Flag:
-        return Flag(job_id, runtime_job_id, socket.gethostname(), utc_now(), exit_code, reason, ended=ended)
+        return Flag(job_id, runtime_job_id, host_name(), utc_now(), exit_code, reason, ended=ended)
 
     def to_text(self) -> str:
         return json.dumps({"schema": 1, **{k: v for k, v in asdict(self).items() if k != "by_hand"}}) + "\n"
@@ -143,6 +152,8 @@ class Flag:
 
 def server_digest(url: str, key: str | None) -> str:
     """What ties an address and a key to the ready flag: each is a file, and one may be old or seen late."""
+    import hashlib  # 2 ms: felt in commands that only look at runs
+
     return hashlib.sha256(f"{url.strip()}\n{(key or '').strip()}".encode()).hexdigest()
 
 
@@ -399,6 +410,7 @@ def make_base(path: Path) -> None:
 
 def server_time(folder: Path) -> float:
     """The time by the clock that stamps the files of a folder, which on shared storage is the file server's."""
+
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_mtime

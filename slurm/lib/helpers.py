@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.lib import coordination
-from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
+from slurm.lib.coordination import CoordinationDir, Flag, FlagReader, jobs_base
 from slurm.lib.errors import (
     EXIT_OK,
     EXIT_SIGNAL_BASE,
@@ -56,12 +56,6 @@ def log_error(*words: object) -> None:
 def log_debug(*words: object) -> None:
     """Shown only with SKYRL_DEBUG=1."""
     log.debug("%s", " ".join(map(str, words)))
-
-
-def jobs_base(environment: Mapping[str, str] = os.environ) -> Path:
-    """SKYRL_JOBS_BASE, by default ~/.skyrl_jobs."""
-    said = environment.get("SKYRL_JOBS_BASE") or "~/.skyrl_jobs"
-    return Path(os.path.expanduser(said)).absolute()  # noqa: PTH111  Path's raises for an unknown user
 
 
 def create_job_coordination_dir(job_id: str | None = None) -> Path:

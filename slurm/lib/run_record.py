@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slurm.lib.coordination import LATE_S, CoordinationDir, is_listed, parse_object, utc_now, write_atomically
+from slurm.lib.coordination import (
+    LATE_S,
+    CoordinationDir,
+    host_name,
+    is_listed,
+    parse_object,
+    utc_now,
+    write_atomically,
+)
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
-from slurm.lib.plan import OWN_ID, LaunchPlan, secrets_file
-from slurm.lib.secrets import is_secret_name, mask_values, masked, redact_conf
-from slurm.lib.settings import Settings
-from slurm.lib.task_yaml import write_matching
-from slurm.lib.trainer import task_example
-from slurm.lib.waiting import wait_for
+
+if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, felt in commands that only read one
+    from slurm.lib.plan import LaunchPlan
+    from slurm.lib.settings import Settings
 
 SCHEMA = 1
 CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.toml")
@@ -56,12 +60,16 @@ def git_state(checkout: Path) -> GitState:
 
 def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> dict[str, object]:
     """The contents of ``run.json``."""
+    import getpass
+
+    from slurm.lib.secrets import is_secret_name, masked
+
     settings = masked(plan.settings.as_environment())
     return {
         "schema": SCHEMA,
         "created": utc_now(),
         "user": getpass.getuser(),
-        "host": socket.gethostname(),
+        "host": host_name(),
         "git": {"commit": git.commit, "dirty": git.dirty},
         "interpreter": python,
         "config_files": [str(path) for path in plan.config.files],
@@ -78,6 +86,8 @@ _OTHER = {"runtime": "training", "training": "runtime"}
 
 def record_text(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> str:
     """``run.json`` as text, with every secret value masked wherever it stands."""
+    from slurm.lib.secrets import mask_values
+
     text = json.dumps(record(plan, jobs, git, python), indent=2, sort_keys=True)
     return mask_values(text, plan.secret_values) + "\n"
 
@@ -87,6 +97,10 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
 
     Returns what a joining run added.
     """
+    from slurm.lib.plan import OWN_ID, secrets_file
+    from slurm.lib.task_yaml import write_matching
+    from slurm.lib.trainer import task_example
+
     copy_code(checkout, directory.code)
     added = copy_confs(directory, plan)
     goes_on = plan.request.goes_on  # its jobs find the rest where those before them did
@@ -103,6 +117,9 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
 
 def ensure_task_yaml(settings: Settings, directory: CoordinationDir) -> None:
     """Make the task file of TASK_YAML=auto unless it is there: a launch has made it, perhaps the user edited it."""
+    from slurm.lib.task_yaml import write_matching
+    from slurm.lib.trainer import task_example
+
     example = task_example(settings)
     if example and not is_listed(directory.task_yaml):
         write_matching(example, directory.task_yaml, settings)
@@ -141,6 +158,8 @@ def copy_code(checkout: Path, target: Path) -> None:
 
 def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> list[Path]:
     """Copies of the .conf files beside the record, secrets left out; equal names get a number. Returns the copies."""
+    from slurm.lib.secrets import redact_conf
+
     copies = []
     for path in plan.config.files:
         target = directory.path / path.name
@@ -161,9 +180,11 @@ def read_secrets(directory: CoordinationDir, job_id: str) -> dict[str, str]:
 
 def await_secrets(path: Path, still_possible: Callable[[], None], sleep: Callable[[float], None]) -> None:
     """Wait for a job's file of secrets, which its launch has written: without it another key would be used, or none."""
+    from slurm.lib.waiting import wait_for
+
     try:
         wait_for(
-            f"{path} to be seen on {socket.gethostname()}",
+            f"{path} to be seen on {host_name()}",
             lambda: is_listed(path) or None,
             LATE_S,
             still_possible=still_possible,

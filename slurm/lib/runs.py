@@ -1,4 +1,7 @@
-"""Which run does a person mean? Its directory, the id of any of its jobs, or ``latest``; and which jobs has it?
+"""Which run does a person mean, and which jobs has it?
+
+It is named by its directory, a unique prefix of that one's name, the id of any of its jobs, or ``latest``. A number
+alone is a job's id and never a prefix: a wrong id would otherwise mean some run of this year, which may be cancelled.
 
 A run is a directory: all its attempts, and jobs that joined it, are its jobs. What is known of them stands in its
 records, and Slurm knows the directory of a job by its log. A job that has not recorded itself yet (submitted with
@@ -8,21 +11,22 @@ sbatch directly, and pending) is a run of its own.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, parse_object, read_if_there
+from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import UsageError
-from slurm.lib.run_record import job_ids, record_paths
+from slurm.lib.run_record import job_ids, read_record, record_paths
 from slurm.lib.scheduler import Slurm, parse_log, parse_name
 
 LATEST = "latest"
 KINDS = {"skyrl-runtime": "runtime", "skyrl-train": "training"}  # by the names of our jobs
 SHOWN = 5  # names of runs in a message
+_NAME = re.compile(r"((\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d))_[^_]+", re.ASCII)
 _LOCAL_ID = re.compile(r"local\d+\.\d+")
 
 
@@ -58,7 +62,7 @@ class FoundRun:
     @property
     def host(self) -> str:
         """The host that it was launched from; empty where that is not known."""
-        return str(_read(self.directory.run_record).get("host", "")) if self.directory else ""
+        return str(read_record(self.directory.run_record).get("host", "")) if self.directory else ""
 
 
 def _as_jobs(jobs: Mapping[str, str], het: bool) -> Iterator[RunJob]:
@@ -70,32 +74,28 @@ def _pairs(directory: CoordinationDir) -> Iterator[tuple[dict[str, str], bool]]:
     """The ids of jobs by kind, of each record; and whether they are one heterogeneous job."""
     het = False
     for path in record_paths(directory):
-        data = _read(path)
+        data = read_record(path)
         het = het or data.get("pairing") == "het"
         yield job_ids(data.get("jobs")), data.get("pairing") == "het"
     for path in sorted(directory.path.glob("attempt_*.json")):
-        yield job_ids(_read(path).get("successor")), het
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return parse_object(read_if_there(path))
+        yield job_ids(read_record(path).get("successor")), het
 
 
 def run_folders(base: Path) -> list[Path]:
-    """The folders in a jobs base that are named like runs, the newest first."""
+    """The folders in a jobs base that are named like runs, the newest first; of one second by the jobs' numbers."""
     try:
-        names = [(path, stamp_of(path.name)) for path in base.iterdir()]
+        found = [path for path in base.iterdir() if stamp_of(path.name)]
     except OSError:
         return []
-    return [path for path, stamp in sorted(names, key=lambda pair: pair[1], reverse=True) if stamp]
+    return sorted(found, key=lambda path: (stamp_of(path.name), len(path.name), path.name), reverse=True)
 
 
 def stamp_of(name: str) -> str:
     """The time in a run directory's name, as it stands there; empty for any other name."""
-    stamp, _, job_id = name.rpartition("_")
+    match = _NAME.fullmatch(name)  # datetime.strptime, for STAMP_FORMAT, would be felt in the start-up
     with contextlib.suppress(ValueError):
-        datetime.strptime(stamp, STAMP_FORMAT)
-        return stamp if job_id else ""
+        if match and datetime(*(int(part) for part in match.groups()[1:])):  # type: ignore[arg-type]  # six numbers
+            return match[1]
     return ""
 
 
@@ -106,7 +106,7 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     elif name.isdigit() or _LOCAL_ID.fullmatch(name):
         return _by_id(name, base, slurm, ask_s)
     else:
-        found = _folder(name, base)
+        found = _folder(name, base) or _by_prefix(name, base)
     if found is None:
         raise UsageError(f"there is no run {name!r}{_what_there_is(base)}")
     run = FoundRun(name, CoordinationDir(found))
@@ -150,9 +150,41 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _folder(name: str, base: Path) -> Path | None:
-    """A run's directory by its path, or by its name alone."""
+    """A run's directory by its path, or by its name alone; ``UsageError`` where one is there that tells nothing."""
     places = [Path(name).expanduser().absolute(), base / name] if not name.startswith("~") else [_home(name)]
-    return next((path for path in places if record_paths(CoordinationDir(path))), None)
+    found = next((path for path in places if record_paths(CoordinationDir(path))), None)
+    if found is None and (closed := next(filter(_is_closed, places), None)):
+        raise UsageError(f"{closed} cannot be read: it is {_owner(closed)}'s, who alone can look at that run")
+    if found is None and (empty := next((path for path in places if stamp_of(path.name) and path.is_dir()), None)):
+        what = "its launch has not come so far, or was killed, or somebody removed the file"
+        raise UsageError(f"there is no run in {empty}: no run.json is there ({what}){_what_there_is(base)}")
+    return found
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether it is a folder that this user may not read; one below such a folder is, too."""
+    try:
+        return path.is_dir() and not os.access(path, os.R_OK | os.X_OK)
+    except OSError:  # a folder above it may not be entered
+        return True
+
+
+def _owner(path: Path) -> str:
+    """Whose it is; of one that may not even be looked up, the folder's above it."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError, KeyError):
+            return place.owner()
+    return "somebody"
+
+
+def _by_prefix(prefix: str, base: Path) -> Path | None:
+    """The one run whose directory's name begins so; ``UsageError`` lists them where there are several."""
+    found = [path for path in run_folders(base) if prefix and path.name.startswith(prefix)]
+    if len(found) > 1:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        names = ", ".join(path.name for path in found[:SHOWN])
+        raise UsageError(f"{prefix!r} is the beginning of {len(found)} runs' names: {names}{more}; write more of one")
+    return next((path for path in found if record_paths(CoordinationDir(path))), None)
 
 
 def _home(name: str) -> Path:
@@ -173,7 +205,8 @@ def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
             return FoundRun(job_id, directory)
     kind = KINDS.get(slurm.job_name(job_id, ask_s) or "") if log else None
     if kind is None:
-        raise UsageError(f"there is no run with a job {job_id}{_what_there_is(base)}")
+        hint = " (a number alone is a job's id)" if any(path.name.startswith(job_id) for path in folders) else ""
+        raise UsageError(f"there is no run with a job {job_id}{hint}{_what_there_is(base)}")
     return FoundRun(job_id, None, RunJob(kind, job_id))
 
 

@@ -44,6 +44,17 @@ class RuntimeClient:
         return urlsplit(self.url).hostname or ""
 
     def ask(self, method: str, path: str, timeout_s: float = TIMEOUT_S) -> Answer:
+        answer = self._exchange(method, path, timeout_s)
+        return Answer(answer.status, _decoded(answer.body)) if isinstance(answer.body, bytes) else answer
+
+    def page(self, path: str, timeout_s: float) -> Answer:
+        """What GET answers, its body the whole text."""
+        answer = self._exchange("GET", path, timeout_s)
+        return (
+            Answer(answer.status, answer.body.decode("utf-8", "replace")) if isinstance(answer.body, bytes) else answer
+        )
+
+    def _exchange(self, method: str, path: str, timeout_s: float) -> Answer:
         try:
             parts = urlsplit(self.url)
             make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -51,7 +62,7 @@ class RuntimeClient:
             try:
                 connection.request(method, parts.path.rstrip("/") + path, headers=self._headers())
                 response = connection.getresponse()
-                return Answer(response.status, _decoded(response.read(1 << 20)))
+                return Answer(response.status, response.read(1 << 20))
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError) as problem:

@@ -12,6 +12,7 @@ import enum
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,14 @@ from typing import Protocol
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, WaitTimeout
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.processes import Completed, run, start_ticks
-from slurm.lib.settings import slurm_seconds
 
 ASK_TIMEOUT_S = 10.0  # a busy controller answers squeue within seconds or not for minutes
 QUESTION_TIMEOUT_S = 8.0  # before a submission; a person is waiting, and the launch can go on without the answer
 SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
 # A person's defaults for these commands, such as SQUEUE_PARTITION, would hide living jobs from us.
-FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_")
+FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_")
+SHOWN = "%A|%T|%r|%N|%P|%u|%S|%M|%l|%j"
+ACCOUNTED = "JobIDRaw,State,NodeList,Partition,User,Start,Elapsed,Timelimit,ExitCode,JobName"
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 # What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
 SILENCE = re.compile(
@@ -106,6 +108,32 @@ class QueuedJob:
     comment: str
 
 
+@dataclass(frozen=True)
+class ShownJob:
+    """A job as ``squeue`` shows it, or ``sacct`` after its end.
+
+    ``word`` is Slurm's for its state, such as ``PENDING``; ``starts_at`` when it started, or is expected to, by the
+    controller's clock, in epoch seconds; ``limit_s`` infinite where it has none. None is what Slurm does not say.
+    ``exit_code`` is 128+N for a job that signal N ended.
+    """
+
+    job_id: str
+    name: str
+    word: str
+    reason: str = ""
+    node: str = ""
+    partition: str = ""
+    user: str = ""
+    starts_at: float | None = None
+    elapsed_s: float | None = None
+    limit_s: float | None = None
+    exit_code: int | None = None
+
+    @property
+    def state(self) -> JobState:
+        return SLURM_STATES.get(self.word, JobState.UNKNOWN)
+
+
 class Scheduler(Protocol):
     """What a job body asks of whoever runs the jobs."""
 
@@ -125,6 +153,8 @@ def parse_facts(text: str, job_id: str = "") -> JobFacts:
     StartTime and TimeLimit. Of the first component of a heterogeneous job Slurm shows all components; those of
     ``job_id`` count, else those of the first.
     """
+    from slurm.lib.settings import slurm_seconds  # 8 ms: felt in the start-up of commands that only look
+
     records = re.split(r"^(?=JobId=)", text.lstrip(), flags=re.MULTILINE)
     own = next((record for record in records if record.startswith(f"JobId={job_id} ")), "".join(records[:2]))
     found = dict(re.findall(r"(\w+)=(\S*)", own))
@@ -148,7 +178,7 @@ def parse_config_time(text: str) -> float | None:
 
 def _epoch(stamp: str) -> float | None:
     """Epoch seconds of a time that Slurm printed; None for Unknown, None and N/A."""
-    if stamp.isdigit():
+    if re.fullmatch(r"\d{1,15}", stamp, re.ASCII):
         return float(stamp) or None
     try:
         return datetime.fromisoformat(stamp).timestamp()
@@ -184,6 +214,50 @@ def parse_statuses(answer: Completed, job_ids: Sequence[str]) -> dict[str, JobSt
         found[job_id] = JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), node=node)
     gone = JobStatus(JobState.PURGED, "not in the queue any more")
     return {job_id: found.get(job_id, gone) for job_id in job_ids}
+
+
+def parse_shown(text: str) -> dict[str, ShownJob]:
+    """The jobs by id in an answer of ``squeue -h -t all`` with ``SHOWN``."""
+    found = {}
+    for line in text.split("\n"):
+        fields = line.strip().split("|", 9)
+        if len(fields) == 10 and re.fullmatch(r"\d+", fields[0], re.ASCII):
+            job_id, word, reason, node, partition, user, start, elapsed, limit, name = fields
+            reason = "" if reason == "None" else reason
+            times = (_epoch(start), clock_s(elapsed), clock_s(limit))
+            found[job_id] = ShownJob(job_id, name, word, reason, node, partition, user, *times)
+    return found
+
+
+def parse_accounted(text: str) -> dict[str, ShownJob]:
+    """The jobs by id in an answer of ``sacct -n -P`` with ``ACCOUNTED``; of several with one id the last one counts."""
+    found = {}
+    for line in text.split("\n"):
+        fields = line.strip().split("|", 9)
+        if len(fields) == 10 and re.fullmatch(r"\d+", fields[0], re.ASCII):
+            job_id, state, node, partition, user, start, elapsed, limit, code, name = fields
+            word = state.partition(" ")[0]  # CANCELLED by 1000
+            node = "" if node == "None assigned" else node
+            times = (_epoch(start), clock_s(elapsed), clock_s(limit))
+            found[job_id] = ShownJob(job_id, name, word, "", node, partition, user, *times, parse_exit_code(code))
+    return found
+
+
+def parse_exit_code(text: str) -> int | None:
+    """A shell's exit code from Slurm's ``CODE:SIGNAL``."""
+    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    return (128 + int(match[2]) if int(match[2]) else int(match[1])) if match else None
+
+
+def clock_s(text: str) -> float | None:
+    """Seconds of a time as Slurm's commands print it, ``[D-]HH:MM:SS`` or ``MM:SS``; None where it says none."""
+    if text in {"UNLIMITED", "INFINITE"}:
+        return math.inf
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)(?:\.\d+)?", text, re.ASCII)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def parse_queue(text: str) -> list[QueuedJob]:
@@ -283,6 +357,11 @@ class Slurm:
         self.environment = {name: value for name, value in given.items() if not name.startswith(FILTERS)}
         self._controllers_lead: float | None = None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this host has Slurm's commands."""
+        return shutil.which("squeue", path=self.environment.get("PATH", os.defpath)) is not None
+
     def _ask(self, *argv: str, timeout_s: float = ASK_TIMEOUT_S) -> Completed:
         try:
             return run(argv, timeout_s=timeout_s, environment=self.environment)
@@ -344,6 +423,46 @@ class Slurm:
         """The status of each of several jobs, by one question."""
         question = ("squeue", "-h", "--all", "-t", "all", "-j", ",".join(job_ids), "-o", "%A|%T|%r|%N")
         return parse_statuses(self._ask(*question, timeout_s=timeout_s), job_ids)
+
+    def known(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, ShownJob] | None:
+        """Those of several jobs that Slurm still knows, by one question; None while it is silent."""
+        question = (
+            "squeue",
+            "-h",
+            "--all",
+            "-t",
+            "all",
+            "-j",
+            ",".join(job_ids),
+            "-o",
+            "%A|%T|%r|%N|%P|%u|%S|%M|%l|%j",
+        )
+        answer = self._with_epochs()._ask(*question, timeout_s=timeout_s) if job_ids else None
+        unheard = answer is not None and not answer.ok and "Invalid job id" not in answer.stderr
+        return None if unheard else parse_shown(answer.stdout if answer else "")
+
+    def accounted(self, job_ids: Sequence[str], since: str, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, ShownJob]:
+        """What accounting knows of jobs that began after ``since`` (``YYYY-MM-DDTHH:MM:SS``); empty without one.
+
+        An older job may have had the same id.
+        """
+        words = ("--allocations", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", f"--starttime={since}")
+        answer = self._with_epochs()._ask("sacct", *words, f"--format={ACCOUNTED}", timeout_s=timeout_s)
+        return parse_accounted(answer.stdout) if answer.ok else {}
+
+    def in_job(self, job_id: str, command: Sequence[str], timeout_s: float, *, is_het: bool = False) -> Completed:
+        """What a short command says on each node of a running job, as a step beside those that run; it ends with that.
+
+        It takes no CPUs or memory from the others, and sees the job's GPUs. Of a heterogeneous job, named by its first
+        component, the nodes of that one are meant; said only there, since srun refuses it for others.
+        """
+        options = [f"--jobid={job_id}", "--overlap", "--ntasks-per-node=1", "--mem=0", "--time=1", "--export=ALL"]
+        options += ["--het-group=0"] if is_het else []
+        return self._ask("srun", *options, "--input=none", "--job-name=skyrl-look", *command, timeout_s=timeout_s)
+
+    def here(self, command: Sequence[str], timeout_s: float) -> Completed:
+        """The same on this host, outside of any job."""
+        return self._ask(*command, timeout_s=timeout_s)
 
     def cancel(self, job_ids: Sequence[str], timeout_s: float = SUBMIT_TIMEOUT_S) -> str | None:
         """Cancel jobs; returns Slurm's complaint or None. A job that has ended already is none."""
@@ -427,6 +546,14 @@ class Slurm:
     def log_path(self, job_id: str, field: str = "StdOut", timeout_s: float = ASK_TIMEOUT_S) -> Path | None:
         """A log of a job of ours, ``StdOut`` or ``StdErr``; None where Slurm does not know it, or is silent."""
         return parse_log(self.shown(job_id, timeout_s) or "", job_id, field)
+
+    def exit_code(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> int | None:
+        """How the batch script of a job ended that has ended; None where Slurm has forgotten it, or is silent."""
+        answer = self._ask("scontrol", "show", "job", job_id, timeout_s=timeout_s)
+        records = re.split(r"^(?=JobId=)", answer.stdout.lstrip(), flags=re.MULTILINE)
+        own = next((record for record in records if record.startswith(f"JobId={job_id} ")), "")
+        match = re.search(r"\bExitCode=(\S+)", own)
+        return parse_exit_code(match.group(1)) if match else None
 
     def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """The name of a job that Slurm knows."""

@@ -1,0 +1,148 @@
+"""How far is a job, by the lines of its own log and of its trainer's?
+
+The trainers' words are VERL's (0.5.0 to 0.9: ``step:12 - ``, tqdm's ``Training Progress: … 12/300``), shell_rl's, and
+Ray's. A trainer of your own says the same with a line ``step 12/300`` or ``step 12 of 300``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from slurm.lib.observe.run_files import LogEnds, printable
+
+# Lines of a job's body, in the order in which they come, and what it does from then on.
+_OURS = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[\w+\] "
+_TRAINING = (
+    (rf"{_OURS}training job \S+ on ", "checking its node"),
+    (rf"{_OURS}waiting up to \S+ s for the runtime in ", "waiting for its runtime"),
+    (rf"{_OURS}runtime server at \S+ answers", "preparing the trainer"),
+    (rf"{_OURS}starting Ray on ", "starting Ray"),
+    (rf"{_OURS}starting the trainer in ", "trainer started"),
+    (r"\bStarted a local Ray instance|\bConnected to Ray cluster", "Ray is up, loading model and data"),
+    (rf"{_OURS}.*\bEvaluating the untrained policy", "evaluating the untrained policy"),
+    (rf"{_OURS}the time limit comes in ", "saving before the time limit"),
+    (rf"{_OURS}received SIG\w+; stopping the trainer", "stopping the trainer"),
+    (rf"{_OURS}the trainer has saved ", "stopping the trainer"),
+    (rf"{_OURS}training job \S+ ends with exit code ", "ended"),
+)
+_RUNTIME = (
+    (rf"{_OURS}runtime job \S+ on ", "making its Podman storage"),
+    (rf"{_OURS}serving on ", "starting its API server"),
+    (rf"{_OURS}sandbox image ", "loading images"),
+    (rf"{_OURS}API server ready at ", "serving"),
+    (rf"{_OURS}.*; starting it again, the sandboxes stay", "starting its server again"),
+    (rf"{_OURS}the API server and the Podman service answer again", "serving"),
+    (rf"{_OURS}stopping everything: ", "stopping"),
+    (rf"{_OURS}runtime job \S+ ends: ", "ended"),
+)
+
+
+@cache
+def _marks(kind: str) -> list[tuple[re.Pattern[str], str]]:
+    """The lines of a kind of job; made when the first log is read."""
+    marks = {"training": _TRAINING, "runtime": _RUNTIME}[kind]
+    return [(re.compile(pattern), words) for pattern, words in marks]
+
+
+_STEP = re.compile(
+    r"\bstep:(?P<verl>\d+) - "  # VERL's console logger
+    r"|Training Progress: +\d+%\|[^|]*\| *(?P<bar>\d+)/(?P<bar_total>\d+) "  # VERL's bar, which counts what is done
+    r"|\b[Ss]tep (?P<own>\d+)(?:/| of )(?P<own_total>\d+)\b",  # shell_rl, and whoever writes so
+    re.ASCII,
+)
+_TOTAL = re.compile(r"\bTotal training steps: (\d+)", re.ASCII)
+SHOWN = 400  # characters of a line that are looked at
+_LONGEST = 10  # digits of a step that is believed
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a job does, in words; with the steps that its trainer has finished, and is to do, where it says so."""
+
+    words: str
+    step: int | None = None
+    steps: int | None = None
+
+    def __str__(self) -> str:
+        if self.step is None:
+            return self.words
+        of = f" of {self.steps}" if self.steps is not None else ""
+        step = f"step {self.step}{of}"
+        return step if self.words == TRAINING else f"{self.words} (after {step})"
+
+
+TRAINING = "training"
+NOTHING_YET = Phase("starting")
+
+
+def phase_of(kind: str, log: LogEnds) -> Phase:
+    """The phase of a job of a kind, by its log."""
+    lines = log.head.splitlines() + (log.tail.splitlines() if log.tail != log.head else [])
+    return steps_in(lines, phase_in(kind, lines)) if kind == "training" else phase_in(kind, lines)
+
+
+def phase_in(kind: str, lines: Sequence[str]) -> Phase:
+    """What the last line that marks a phase says."""
+    for line in reversed(lines):
+        if line.startswith("20") or "Ray" in line:  # a log may have thousands of others
+            for mark, words in _marks(kind):
+                if mark.search(line[:SHOWN]):
+                    return Phase(words)
+    return NOTHING_YET
+
+
+def steps_in(lines: Sequence[str], phase: Phase) -> Phase:
+    """The phase with the steps; a trainer that has finished one is training, until its job says otherwise."""
+    begin = _last_start(lines)
+    step = total = None
+    for line in (line[:SHOWN] for line in lines[begin:] if "tep" in line or "Progress" in line):
+        for match in _STEP.finditer(line):
+            done, of = _numbers(match)
+            step = done if done is not None else step
+            total = of if of is not None else total
+        said = _TOTAL.search(line)
+        total = _number(said[1]) if said else total
+    if not step and phase.words != TRAINING:
+        return replace(phase, steps=total)
+    later = {"saving before the time limit", "stopping the trainer", "ended"}
+    return Phase(phase.words if phase.words in later else TRAINING, step, total)
+
+
+def _last_start(lines: Sequence[str]) -> int:
+    """Where the trainer was started: what stands before is not its word."""
+    starts = re.compile(rf"{_OURS}starting the trainer in ")
+    return next((at for at in range(len(lines) - 1, -1, -1) if starts.match(lines[at])), 0)
+
+
+def _numbers(match: re.Match[str]) -> tuple[int | None, int | None]:
+    found = match.groupdict()
+    step = found["verl"] or found["bar"] or found["own"]
+    total = found["bar_total"] or found["own_total"]
+    return _number(step), _number(total)
+
+
+def _number(digits: str | None) -> int | None:
+    return int(digits) if digits and len(digits) <= _LONGEST else None
+
+
+def last_error(log: LogEnds) -> str:
+    """The last line of an ``.err`` that says what went wrong, without its time; empty where none does.
+
+    A warning is none, nor is the frame of a traceback, nor the job's own last line, which tells its end.
+    """
+    lines = (" ".join(printable(raw).split()) for raw in reversed(log.tail.splitlines()))
+    found = next((line for line in lines if _ERROR.search(line) and not _LAST_WORD.search(line)), "")
+    return re.sub(_OURS, "", found)
+
+
+_LAST_WORD = re.compile(rf"{_OURS}(?:training|runtime) job \S+ ends(?: with exit code|:)")
+_ERROR = re.compile(
+    r"\[(?:ERROR|CRITICAL)\]"
+    r"|^(?:\([\w ]+ pid=\d+[^)]*\) )?(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Timeout)\b"  # Python's last line
+    r"|^(?:slurmstepd|srun): error: "
+    r"|\b(?:CUDA )?out of memory\b|\bOut Of Memory\b|\boom[-_ ]kill|\bSegmentation fault\b|: command not found$"
+    r"|\bNCCL error\b|^(?:FATAL|ERROR|Error)\b"
+)

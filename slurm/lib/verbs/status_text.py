@@ -1,0 +1,91 @@
+"""How ``launch.py status`` shows runs: a block each for people, lines of changes, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+
+from slurm.lib.coordination import jobs_base
+from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
+from slurm.lib.verbs.run_words import (
+    SCHEMA,
+    attempt_words,
+    gpu_words,
+    job_words,
+    lead_of,
+    phase_words,
+    run_dict,
+    sandbox_words,
+)
+from slurm.lib.verbs.table import shortened, terminal_width
+
+LABEL = 10
+
+
+def told(view: RunView) -> object:
+    """What of a run is worth a line once it is another."""
+    jobs = [(job.job_id, job.stage, job.word, job.reason) for job in view.pair.jobs] if view.pair else []
+    return view.state, view.phase, jobs
+
+
+def change_line(view: RunView) -> str:
+    lead = lead_of(view)
+    jobs = f" ({job_words(lead, time.time())})" if lead else ""
+    words = ", ".join(filter(None, (attempt_words(view), phase_words(view))))
+    return f"{time.strftime('%H:%M:%S')} {view.record.name} {view.state.value}{': ' if words else ''}{words}{jobs}\n"
+
+
+def json_line(view: RunView) -> str:
+    return json.dumps({"schema": SCHEMA, **run_dict(view)}) + "\n"
+
+
+def as_text(views: Sequence[RunView]) -> str:
+    """A block for each run; on a terminal its lines are cut to the width."""
+    if not views:
+        return f"no runs below SKYRL_JOBS_BASE={jobs_base(os.environ)}\n"
+    width, now = terminal_width(), time.time()
+    blocks = [[*_heading(view), *_body(view, now)] for view in views]
+    return "\n".join("".join(f"{_fitting(line, width)}\n" for line in block) for block in blocks)
+
+
+def _fitting(line: str, width: int | None) -> str:
+    return line if width is None else shortened(line, width)
+
+
+def _heading(view: RunView) -> list[str]:
+    attempt = attempt_words(view)
+    words = [view.record.name, view.state.value, f"attempt {attempt}" if attempt else "", view.record.config]
+    return ["  ".join(filter(None, words))]
+
+
+def _body(view: RunView, now: float) -> list[str]:
+    lines = [] if view.state.is_over and not phase_words(view) else [("phase", phase_words(view))]
+    for job in view.pair.jobs if view.pair else ():
+        lines.append((job.kind, f"job {job.job_id}: {job_words(job, now)}"))
+    lines += [("next", _next(view.following, now))] if view.following else []
+    lines += [("sandboxes", sandbox_words(view.sandboxes))] if view.sandboxes else []
+    lines += [("gpus", words) for words in gpu_words(view.gpus)] if view.gpus else []
+    lines += [(f"{job.kind} says", job.error) for job in _troubled(view)]
+    lines += [("not known", problem) for problem in view.record.problems]
+    lines += [("directory", str(view.record.directory.path))] if view.record.directory else []
+    return [f"  {label:<{LABEL}} {words}" for label, words in lines]
+
+
+def _next(pair: PairView, now: float) -> str:
+    ids = ", ".join(job.job_id for job in pair.jobs)
+    return f"attempt {pair.attempt}, jobs {ids}: {job_words(pair.lead, now)}"
+
+
+def _troubled(view: RunView) -> list[JobView]:
+    """The jobs whose last error is worth a line: not that of a run that went well, nor what its end says already."""
+    jobs = view.pair.jobs if view.pair else ()
+    well = view.pair is not None and view.pair.lead.exit_code == 0 and view.pair.lead.stage is Stage.ENDED
+    return [job for job in jobs if job.error and not well and not (job.end_reason and job.end_reason in job.error)]
+
+
+def as_json(views: Sequence[RunView], heard: bool) -> str:
+    """The same for scripts."""
+    told_of = {"schema": SCHEMA, "slurm_answers": heard, "runs": [run_dict(view) for view in views]}
+    return json.dumps(told_of, indent=2) + "\n"
