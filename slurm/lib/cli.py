@@ -40,7 +40,7 @@ from slurm.lib.unheard import PATIENCE_S
 VERSION = "0.1.0"
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 EPILOG = """\
-verbs: cancel RUN… ends runs (launch.py cancel --help).
+verbs: cancel RUN… ends runs; doctor looks at the site (launch.py VERB --help).
 
 exit codes: 0 submitted, or for a local run the trainer's code; 2 the command line or the configuration is wrong,
 or a check found an error (also with --check); 69 the partner job is gone; 70 a fault of this suite; 71 something is
@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
         description="Launch a training run: a runtime job with sandboxes and a training job that waits for it.",
-        usage="%(prog)s --config NAME|PATH [OPTION…]\n       %(prog)s cancel RUN… [--json]",
+        usage="%(prog)s --config NAME|PATH [OPTION…]\n       %(prog)s cancel RUN… [--json]\n"
+        "       %(prog)s doctor [--config NAME|PATH] [--json]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -84,8 +85,14 @@ def _cancel(argv: Sequence[str], notes: SignalNotes) -> int:
     return cancel.main(argv, notes)
 
 
+def _doctor(argv: Sequence[str], notes: SignalNotes) -> int:
+    from slurm.lib.verbs import doctor
+
+    return doctor.main(argv, notes)
+
+
 # What comes before everything else on the command line; without a verb it is a launch.
-VERBS: Mapping[str, Callable[[Sequence[str], SignalNotes], int]] = {"cancel": _cancel}
+VERBS: Mapping[str, Callable[[Sequence[str], SignalNotes], int]] = {"cancel": _cancel, "doctor": _doctor}
 
 
 def main(argv: Sequence[str]) -> int:

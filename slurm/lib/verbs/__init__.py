@@ -1,0 +1,1 @@
+"""The verbs of launch.py: command line, printing and exit code of each."""
