@@ -109,6 +109,7 @@ def _informed(found: Sandboxes, answer: Completed) -> Sandboxes:
             runtime=str(info["host"]["ociRuntime"]["name"]),
             controllers=tuple(sorted(facts.controllers)),
             cgroups=facts.cgroup_version,
+            network=facts.private_network,
         )
     except (ValueError, KeyError, TypeError):
         return replace(found, info_problem=f"podman info: {answer.complaint[:500]}")
@@ -161,7 +162,7 @@ def _published(found: Sandboxes, podman: _Podman) -> Sandboxes:
     """A container that serves a page on a port that Podman chose, until its store goes."""
     token = secrets.token_hex(8)
     script = SERVE.format(token=token, port=PAGE_PORT)
-    answer = podman.run("--detach", f"--publish={PAGE_PORT}", script=script)
+    answer = podman.run("--detach", f"--network={found.network}", f"--publish={PAGE_PORT}", script=script)
     shown = podman("port", answer.stdout.strip(), str(PAGE_PORT)) if answer.ok else answer
     port = shown.stdout.strip().partition("\n")[0].rpartition(":")[2]
     if not shown.ok or not port.isdigit():

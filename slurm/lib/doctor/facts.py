@@ -76,6 +76,7 @@ class Sandboxes:
     runtime: str = ""
     controllers: tuple[str, ...] = ()
     cgroups: str = ""
+    network: str = ""
     info_problem: str = ""
     docker: str = ""
     image: Trial | None = None

@@ -173,15 +173,13 @@ def _limits_verdict(limits: tuple[Limit, ...], controllers: tuple[str, ...]) -> 
 
 
 def _docker_verdict(docker: str) -> Verdict:
-    """Programs of a task may call ``docker``; the suite itself never does."""
+    """People type ``docker``; the suite never does."""
     if not docker:
-        return ok("docker", "no command docker, which nothing here needs")
+        return ok("docker", "no command docker, and nothing here needs one")
     if "podman" in docker.lower():
         return ok("docker", f"docker is Podman ({docker})")
-    fix = (
-        "nothing to do for sandboxes; a script of yours that calls docker reaches no sandbox (DOCKER_HOST is Podman's)"
-    )
-    return warn("docker", f"docker is not Podman: {docker}", fix)
+    sentence = f"docker is not Podman ({docker}): sandboxes do not see the images that it makes"
+    return warn("docker", sentence, "build images with podman, or bring them over: docker save NAME | podman load")
 
 
 # --- for the trainer --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from slurm.lib.doctor.verdict import Verdict, fail, of_findings, ok, warn
@@ -36,15 +37,19 @@ class SlurmFacts:
 
 
 def ask(slurm: Slurm, user: str) -> SlurmFacts:
-    """Each question has a deadline of its own."""
+    """All questions at the same time; each has a deadline of its own."""
     path = slurm.environment.get("PATH")
+    with ThreadPoolExecutor(5) as pool:
+        version, configuration = pool.submit(slurm.version), pool.submit(slurm.configuration)
+        partitions = pool.submit(slurm.partitions)
+        associations, limits = pool.submit(slurm.associations, user), pool.submit(slurm.association_limits, user)
     return SlurmFacts(
         absent=tuple(name for name in SLURM_PROGRAMS if not shutil.which(name, path=path)),
-        version=slurm.version(),
-        configuration=parse_configuration(slurm.configuration()),
-        partitions=slurm.partitions(),
-        associations=slurm.associations(user),
-        limits=slurm.association_limits(user),
+        version=version.result(),
+        configuration=parse_configuration(configuration.result()),
+        partitions=partitions.result(),
+        associations=associations.result(),
+        limits=limits.result(),
         user=user,
     )
 
