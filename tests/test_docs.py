@@ -45,12 +45,15 @@ README, LAUNCHER = ROOT / "README.md", ROOT / "slurm" / "README.md"
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
 API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
 PREFLIGHT = ROOT / "docs" / "preflight.md"
+DOCTOR = ROOT / "docs" / "doctor.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
 PACKAGES = (
     "slurm/lib",
     "slurm/lib/preflight",
+    "slurm/lib/doctor",
+    "slurm/lib/verbs",
     "slurm_runtime",
     "slurm_runtime/agent",
     "slurm_runtime/warden",
@@ -222,6 +225,7 @@ def first_cells(path: Path, section: str) -> list[str]:
 
 COMMANDS = {
     ("slurm/launch.py",): (LAUNCHER, "Options"),
+    ("slurm/launch.py", "doctor"): (DOCTOR, "Options"),
     ("slurm/jobs/runtime_server.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/verl_training.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/prebuild_images.py",): (LAUNCHER, "The prebuild job"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import shlex
 import threading
@@ -314,6 +316,7 @@ def test_a_port_is_reached_for_from_each_training_node_and_from_here() -> None:
     ("running", "ended", "words", "said"),
     [
         (None, None, "", ""),
+        (None, None, "late", "did not start within 20 s (FAILED) and was taken back"),
         (None, 99.0, "exec: python: not found", "ended without a report (FAILED): exec: python: not found"),
         (None, 99.0, "", ""),
         (None, 60.0, "", "its log is not to be seen here"),
@@ -323,7 +326,7 @@ def test_a_port_is_reached_for_from_each_training_node_and_from_here() -> None:
 )
 def test_why_there_is_no_report(running: float | None, ended: float | None, words: str, said: str) -> None:
     look = look_of("runtime", job_id="7", status=JobStatus(JobState.ENDED_BADLY, "FAILED"))
-    look.begun, look.running_since, look.ended_since = 90.0, running, ended
+    look.begun, look.running_since, look.ended_since = 79.0 if words == "late" else 90.0, running, ended
     found = examination.why_none(look, words, 20.0, 100.0)
     assert (said in found) if said else not found, found
 
@@ -421,6 +424,16 @@ def test_a_limit_bites_if_not_all_of_it_was_had(answer: Completed, bites: bool |
 
 def test_a_closed_port_is_a_sentence() -> None:
     assert reach("127.0.0.1", 1, "x", 1.0).startswith("http://127.0.0.1:1: ")
+
+
+def test_another_program_on_the_port_is_not_the_container(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("mine\n")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert reach("127.0.0.1", server.server_port, "mine") == ""
+        assert "not as the container: mine" in reach("127.0.0.1", server.server_port, "another")
+        server.shutdown()
 
 
 def test_a_share_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -215,6 +217,21 @@ def test_what_a_killed_one_leaves_ends_by_itself(doctor: Doctor, taken_gpus: Non
     free_gpus(doctor.user)  # so that the pending one starts, and finds nobody
     until("the jobs to end by themselves", lambda: not nothing_left.now(), 2 * SILENCE_S + 60)
     until("the folder to go", lambda: not folders_left(doctor.base), 10)
+
+
+def test_a_look_that_is_killed_leaves_nothing_and_is_told(
+    doctor: Doctor, taken_gpus: None, nothing_left: NothingLeft
+) -> None:
+    process = looking(doctor)
+    bodies = [pid for pid, words in doctor.user.processes().items() if " slurm.lib.doctor.node " in words]
+    for pid in bodies:
+        os.kill(pid, signal.SIGKILL)
+    until("its container to go", lambda: not any("httpd" in w for w in doctor.user.processes().values()), 30)
+    free_gpus(doctor.user)
+    out, log = process.communicate(timeout=90)
+    assert process.returncode == 71, log
+    assert re.search(r"fail  job +job \d+ ended while it was needed \(FAILED", out), out
+    nothing_left()
 
 
 def test_this_machine_alone(doctor: Doctor, nothing_left: NothingLeft) -> None:

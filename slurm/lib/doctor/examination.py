@@ -36,8 +36,8 @@ HERE = "this host"
 class Look:
     """What is known of one node.
 
-    ``problem``: why there is no report, ``waits`` if that is only the queue's; ``reached``: name of another look →
-    why its page is not reached from here, empty where it is.
+    ``problem``: why there is no report, or why not all could be tried; ``waits`` if that is only the queue's.
+    ``reached``: name of another look → why its page is not reached from here, empty where it is.
     """
 
     wanted: Wanted
@@ -62,7 +62,7 @@ class Look:
     def has_page(self) -> bool:
         """Whether a container's page is to be had there."""
         boxes = self.report.sandboxes if self.report else None
-        return boxes is not None and boxes.port > 0 and not boxes.port_problem
+        return boxes is not None and boxes.port > 0 and not boxes.port_problem and not self.problem
 
     @property
     def is_settled(self) -> bool:
@@ -115,7 +115,7 @@ def _start(nodes: Nodes, look: Look, job_ids: list[str]) -> None:
 
 def _see_statuses(nodes: Nodes, looks: Sequence[Look], notes: SignalNotes) -> None:
     """Silence of the controller leaves what was known."""
-    open_ones = [look for look in looks if look.job_id and not look.is_settled]
+    open_ones = [look for look in looks if look.job_id and not look.problem]
     if not open_ones:
         return
     statuses = answered(lambda: nodes.statuses([look.job_id for look in open_ones]), notes)
@@ -135,6 +135,9 @@ def _attend(look: Look, looks: Sequence[Look], folder: Path, wait_s: float) -> N
         return
     if look.report is None:
         _await_report(look, folder, wait_s)
+        return
+    if look.ended_since is not None:
+        look.problem = f"job {look.job_id} ended while it was needed ({look.status.words if look.status else ''})"
         return
     _take_answer(look)
     if look.line.waiting_s > UNSEEN_S:

@@ -20,7 +20,7 @@ from slurm.lib.doctor.verdict import Section, Verdict, fail, warn
 from slurm.lib.settings import Settings
 
 NEVER_STARTED = "wait for free nodes (--wait SECONDS), or see why in squeue --me and sinfo"
-NO_REPORT = "see the words above; is SKYRL_JOBS_BASE on storage that this node shares, and Python's environment too?"
+NO_REPORT = "see these words; are SKYRL_JOBS_BASE and the Python environment on storage that this node shares?"
 
 
 def node_verdicts(report: Report, settings: Settings, mark: str) -> tuple[Verdict, ...]:
@@ -38,10 +38,11 @@ def node_verdicts(report: Report, settings: Settings, mark: str) -> tuple[Verdic
 
 def node_section(look: Look, settings: Settings, mark: str) -> Section:
     """One node; where there is no report, only why."""
-    if look.report is not None:
-        return Section(f"{look.host} ({look.wanted.place})", node_verdicts(look.report, settings, mark))
     kind = warn if look.waits else fail
-    return Section(look.wanted.place, (kind("job", look.problem, NEVER_STARTED if look.waits else NO_REPORT),))
+    problem = (kind("job", look.problem, NEVER_STARTED if look.waits else NO_REPORT),) if look.problem else ()
+    if look.report is None:
+        return Section(look.wanted.place, problem)
+    return Section(f"{look.host} ({look.wanted.place})", (*problem, *node_verdicts(look.report, settings, mark)))
 
 
 def between_section(looks: Sequence[Look]) -> list[Section]:
