@@ -180,7 +180,8 @@ def looking(doctor: Doctor) -> subprocess.Popen[str]:
     process = doctor.user.popen(
         doctor.argv(options=options), env=doctor.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    until("the page of a container", lambda: any("httpd" in words for words in doctor.user.processes().values()), 60)
+    until("a report", lambda: list(doctor.base.glob(".cache/doctor/*/runtime-0.report.json")), 60)
+    assert any("httpd" in words for words in doctor.user.processes().values())
     return process
 
 
