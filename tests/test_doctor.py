@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import shlex
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -474,3 +477,48 @@ def test_programs_get_all_of_it() -> None:
         "sentence": "closed",
         "fix": "open it",
     }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "doctor", *words]
+    return subprocess.run(
+        argv, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--wait", "0"), 2, "--wait 0: must be more than 0"),
+        (("--wait", "nan"), 2, "--wait nan"),
+        (("--wait", "soon"), 2, "--help lists the options"),
+        (("--config", "nonesuch"), 2, "nonesuch"),
+        (("--set", "GPUS=4"), 2, "GPUS"),
+        (("latest",), 2, "unrecognized arguments: latest"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path: Path, words: tuple[str, ...], code: int, said: str) -> None:
+    done = command(*words, SKYRL_JOBS_BASE=str(tmp_path / "jobs"))
+    assert done.returncode == code, done
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not done.stdout and not (tmp_path / "jobs").exists()
+
+
+def test_where_the_jobs_base_cannot_be_made_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command(SKYRL_JOBS_BASE=str(tmp_path / "file" / "jobs"), PATH="/nonexistent")
+    assert done.returncode == 71 and "Traceback" not in done.stderr
+    assert f"SKYRL_JOBS_BASE={tmp_path}/file/jobs: cannot make a folder" in done.stderr
+
+
+def test_without_slurm_that_is_what_fails(tmp_path: Path) -> None:
+    (tmp_path / ".cache" / "doctor" / "old").mkdir(parents=True)
+    os.utime(tmp_path / ".cache" / "doctor" / "old", (0, 0))
+    done = command(SKYRL_JOBS_BASE=str(tmp_path), PATH="/nonexistent")
+    assert done.returncode == 71, done
+    assert "fail  slurm       not on PATH: sbatch, scontrol, squeue, scancel" in done.stdout
+    assert "ok    share" in done.stdout
+    assert list((tmp_path / ".cache").iterdir()) == [], "neither this one's folder nor a killed one's"

@@ -137,12 +137,9 @@ def examined(doctor: Doctor, notes: SignalNotes) -> list[Section]:
         facts = answered(lambda: ask(slurm, user_name()), notes)
         here += slurm_verdicts(facts, settings)
     blocked = any(verdict.health is Health.FAIL and verdict.check == "slurm" for verdict in here)
-    try:
-        with examination_folder(doctor.share) as folder:
-            here += login_verdicts(look(doctor.question(), doctor.open_environment), doctor.share) if on_slurm else ()
-            looks = [] if blocked else looked_at(doctor, slurm, folder, notes)
-    except EnvironmentProblem as problem:
-        raise EnvironmentProblem(f"SKYRL_JOBS_BASE={doctor.share}: {problem}; set it to a folder of yours") from None
+    with examination_folder(doctor.share) as folder:
+        here += login_verdicts(look(doctor.question(), doctor.open_environment), doctor.share) if on_slurm else ()
+        looks = [] if blocked else looked_at(doctor, slurm, folder, notes)
     nodes = [node_section(each, settings, mark()) for each in looks]
     login = [Section(f"{os.uname().nodename} (this host)", tuple(here))] if here else []
     return [*login, *nodes, *between_section(looks)]
@@ -174,7 +171,8 @@ def examination_folder(share: Path) -> Iterator[Path]:
         _sweep(home)
         folder = Path(tempfile.mkdtemp(dir=home))
     except OSError as problem:
-        raise EnvironmentProblem(f"cannot make a folder in {home}: {problem.strerror}") from None
+        sentence = f"SKYRL_JOBS_BASE={share}: cannot make a folder in {home}: {problem.strerror}"
+        raise EnvironmentProblem(f"{sentence}; set it to a folder of yours that all nodes share") from None
     try:
         yield folder
     finally:
