@@ -40,8 +40,8 @@ def test_sacct_knows_ended_jobs_only_where_accounts_are_kept(
         user.run(["scancel", ended])
         expected = {good: (ACCOUNT, "test", "COMPLETED", "0:0"), bad: (ACCOUNT, "gpu_test", "FAILED", "3:0")}
         # An ended job is known some seconds before all is known of it.
-        until("two ended jobs in the accounts", lambda: accounts(user, good, bad) == expected, 30)
-        until("a cancelled one", lambda: [row[2][:9] for row in accounts(user, ended).values()] == ["CANCELLED"], 30)
+        until("two ended jobs in the accounts", lambda: accounts(user, good, bad) == expected, 60)
+        until("a cancelled one", lambda: [row[2][:9] for row in accounts(user, ended).values()] == ["CANCELLED"], 60)
         refused = other_user.run(["sbatch", "--output=/dev/null", "--wrap=true"])
         assert "Invalid account" in refused.stderr
         memory = user.run(["sacct", "-j", good, "-n", "-P", "--format=MaxRSS"]).stdout.split()

@@ -23,6 +23,7 @@ from slurm.lib.podman_storage import PodmanStorage, podman_storage
 from slurm.lib.processes import Completed, run
 
 COMMAND_S = 45.0  # one command of Podman's; a node's first rootless start can take many seconds
+PAGE_S, REACH_S = 20.0, 10.0  # until a container serves its page, and for one connection to it
 MIB = 1024**2
 GIVEN_MIB, TAKEN_MIB = 48, 160  # what a container may have of memory, and what it takes
 GIVEN_PIDS, TAKEN_PIDS = 8, 24
@@ -171,7 +172,7 @@ def _published(found: Sandboxes, podman: _Podman) -> Sandboxes:
     return replace(found, port=int(port), token=token, port_problem=problem)
 
 
-def _await_page(host: str, port: int, token: str, check: Callable[[], None], deadline_s: float = 5.0) -> str:
+def _await_page(host: str, port: int, token: str, check: Callable[[], None], deadline_s: float = PAGE_S) -> str:
     """Why the page cannot be had on its own node; empty once it can."""
     end = time.monotonic() + deadline_s
     while (problem := reach(host, port, token)) and time.monotonic() < end:
@@ -180,7 +181,7 @@ def _await_page(host: str, port: int, token: str, check: Callable[[], None], dea
     return problem
 
 
-def reach(host: str, port: int, token: str, timeout_s: float = 5.0) -> str:
+def reach(host: str, port: int, token: str, timeout_s: float = REACH_S) -> str:
     """Why the page of ``token`` cannot be had from here; empty where it can. No proxy is asked."""
     import http.client
 
