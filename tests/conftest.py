@@ -19,6 +19,7 @@ import pytest
 
 from slurm.lib.errors import EnvironmentProblem
 from tests import cluster as test_cluster
+from tests.cluster import accounting as cluster_accounting
 from tests.users import OTHER_NAME, made_user, ordinary_user, subordinate_uids
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -133,6 +134,16 @@ def user(cluster: None) -> OrdinaryUser:
 def other_user(cluster: None) -> OrdinaryUser:
     """A second ordinary user of the cluster, with no rights on what the first one has."""
     return _lent(made_user(OTHER_NAME))
+
+
+@pytest.fixture(scope="module")
+def accounting(user: OrdinaryUser) -> Iterator[None]:
+    """The cluster keeps accounts while a module's tests run, and ``user`` has an association."""
+    lacks = cluster_accounting.missing()
+    if lacks:
+        pytest.skip(f"accounting needs {', '.join(lacks)}; {test_cluster.MISSING_HINT}")
+    with cluster_accounting.accounting(user.name):
+        yield
 
 
 def _lent(entry: pwd.struct_passwd) -> OrdinaryUser:

@@ -51,6 +51,7 @@ CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" 
 API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md"
 PREFLIGHT = ROOT / "docs" / "preflight.md"
 RUNS = ROOT / "docs" / "runs.md"
+DOCTOR = ROOT / "docs" / "doctor.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, *sorted((ROOT / "docs").glob("*.md")))
@@ -58,6 +59,7 @@ PACKAGES = (
     "slurm/lib",
     "slurm/lib/preflight",
     "slurm/lib/observe",
+    "slurm/lib/doctor",
     "slurm/lib/verbs",
     "slurm_runtime",
     "slurm_runtime/agent",
@@ -233,6 +235,7 @@ COMMANDS = {
     ("slurm/launch.py", "list"): (RUNS, "Options of list"),
     ("slurm/launch.py", "status"): (RUNS, "Options of status"),
     ("slurm/launch.py", "wait"): (RUNS, "Options of wait"),
+    ("slurm/launch.py", "doctor"): (DOCTOR, "Options"),
     ("slurm/jobs/runtime_server.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/verl_training.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/prebuild_images.py",): (LAUNCHER, "The prebuild job"),

@@ -20,6 +20,7 @@ VERSION = "0.1.0"
 EPILOG = """\
 verbs, each with its own --help:
   cancel RUN…      end runs, within 15 s
+  doctor           look at the site: this node, the compute nodes, the shared directory
   list             list runs
   status [RUN…]    show how runs are; --watch: again and again
   wait RUN         wait until a run has ended, and end with its trainer's exit code
@@ -74,6 +75,7 @@ def _launch(argv: Sequence[str], notes: SignalNotes) -> int:
 # What comes before everything else on the command line, and the module of each; without a verb it is a launch.
 VERBS: Mapping[str, str] = {
     "cancel": "slurm.lib.cancel",
+    "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
     "status": "slurm.lib.verbs.status",
     "wait": "slurm.lib.verbs.wait",

@@ -59,7 +59,7 @@ def load_images(job: JobContext, storage: PodmanStorage, check: Callable[[], Non
     elif source == "user store copy" and store:
         loader.copy(settings.container_image, store)
     elif source == "made here":
-        loader.load(busybox_archive(job, check))
+        loader.load(busybox_archive(job.settings.skyrl_jobs_base, job.code, check))
     elif is_nowhere(settings.container_image, archives_folder(settings)):
         raise EnvironmentProblem(
             f"CONTAINER_IMAGE={settings.container_image} is not on {socket.gethostname()}: neither in your Podman "
@@ -119,14 +119,14 @@ def refusal(image: str, complaint: str, storage: Path) -> str:
     return f"no space left on the local disk of {socket.gethostname()}, where {storage} is; {fix} ({sentence})"
 
 
-def busybox_archive(job: JobContext, check: Callable[[], None]) -> Path:
-    """The archive of the image that the suite makes itself, made once for each jobs base."""
-    archive = job.settings.skyrl_jobs_base / ".cache" / "skyrl-busybox.tar"
+def busybox_archive(base: Path, code: Path, check: Callable[[], None]) -> Path:
+    """The archive of the image that the suite makes itself, made once for each jobs base ``base``."""
+    archive = base / ".cache" / "skyrl-busybox.tar"
     if archive.is_file():
         return archive
     archive.parent.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "slurm_runtime.busybox_image", "--output", str(archive), "--name", BUSYBOX_IMAGE]
-    environment = {**os.environ, "PYTHONPATH": str(job.code)}
+    environment = {**os.environ, "PYTHONPATH": str(code)}
     answer = run(argv, timeout_s=MAKE_TIMEOUT_S, environment=environment, check=check)
     if not answer.ok:
         raise EnvironmentProblem(f"could not make the sandbox image: {answer.complaint}")

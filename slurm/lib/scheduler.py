@@ -568,6 +568,19 @@ class Slurm:
         """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""
         return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G", timeout_s=QUESTION_TIMEOUT_S)
 
+    def version(self) -> Completed:
+        """``slurm 22.05.8``, without asking the controller."""
+        return self._ask("sinfo", "--version", timeout_s=QUESTION_TIMEOUT_S)
+
+    def configuration(self) -> str:
+        """What ``scontrol show config`` prints; empty while the controller is silent."""
+        return self._config(QUESTION_TIMEOUT_S)
+
+    def association_limits(self, user: str) -> Completed:
+        """A line ``account|MaxJobs|MaxSubmitJobs`` for each association of a user; empty for no limit."""
+        question = ("show", "associations", f"user={user}", "format=account,maxjobs,maxsubmit")
+        return self._ask("sacctmgr", "--noheader", "--parsable2", *question, timeout_s=QUESTION_TIMEOUT_S)
+
     def associations(self, user: str) -> Completed:
         """A line ``account|partition|qos`` for each association of a user; fails where there is no accounting."""
         question = ("show", "associations", f"user={user}", "format=account,partition,qos")

@@ -32,6 +32,8 @@ SHARE = HOME / "share"  # what is mounted below it, also later, is seen by every
 NOTHING = HOME / "nothing"  # an empty file: what a hidden one shows
 LOGS = Path("/var/log/skyrl-test-cluster")
 LOCK = Path("/run/skyrl-test-cluster.lock")
+CONTROLLER_PID = HOME / "slurmctld.pid"
+ACCOUNTING_PID_FILES = (HOME / "slurmdbd.pid", HOME / "mariadbd.pid")  # of ``accounting``, in the order of their end
 NODES = {"cpu-a": "10.79.0.11", "cpu-b": "10.79.0.12", "gpu-a": "10.79.0.13", "gpu-b": "10.79.0.14"}
 LOGIN = "10.79.0.1"
 BRIDGE = "sktest0"
@@ -126,11 +128,14 @@ def _alive(pid_file: Path) -> int | None:
 
 def pid_files() -> list[Path]:
     """The daemons' pid files, in the order in which they are stopped."""
-    return [*(HOME / f"slurmd-{name}.pid" for name in NODES), HOME / "slurmctld.pid", HOME / "munge" / "pid"]
+    return [*(HOME / f"slurmd-{name}.pid" for name in NODES), CONTROLLER_PID, HOME / "munge" / "pid"]
 
 
 def is_up() -> bool:
-    return all(_alive(path) for path in pid_files()) and len(_idle_or_busy()) == len(NODES)
+    """Whether all of it runs, and nothing else: accounting that a killed test left is none of it."""
+    if any(map(_alive, ACCOUNTING_PID_FILES)):
+        return False
+    return all(_alive(path) for path in pid_files()) and set(_idle_or_busy()) == set(NODES)
 
 
 def _idle_or_busy() -> list[str]:
@@ -150,7 +155,7 @@ def up() -> float:
     _call(_which("slurmctld") or "slurmctld", "-f", str(CONF))
     for name in NODES:
         _start_node(name)
-    _await("all nodes to be idle", lambda: set(_idle_or_busy()) == set(NODES), LOGS / "slurmctld.log")
+    _await_nodes()
     return time.monotonic() - begin
 
 
@@ -312,7 +317,7 @@ def isolate(*names: str) -> Iterator[None]:
 @contextlib.contextmanager
 def silent_controller() -> Iterator[None]:
     """slurmctld takes connections and answers nothing for the length of the block, as one that is overloaded."""
-    pid = _alive(HOME / "slurmctld.pid")
+    pid = _alive(CONTROLLER_PID)
     if pid is None:
         raise ClusterError("slurmctld does not run")
     os.kill(pid, signal.SIGSTOP)
@@ -348,12 +353,22 @@ def slow_controller(silent_s: float = 20.0, works_s: float = 1.0) -> Iterator[No
 @contextlib.contextmanager
 def no_controller() -> Iterator[None]:
     """slurmctld is down for the length of the block; then it goes on with the jobs that it knew."""
-    _stop(HOME / "slurmctld.pid")
+    _stop(CONTROLLER_PID)
     try:
         yield
     finally:
-        _call(_which("slurmctld") or "slurmctld", "-f", str(CONF))
-        _await("the controller", lambda: set(_idle_or_busy()) == set(NODES), LOGS / "slurmctld.log")
+        start_controller()
+
+
+def start_controller() -> None:
+    """Start slurmctld again beside nodes that run, and wait until it knows of all of them."""
+    _call(_which("slurmctld") or "slurmctld", "-f", str(CONF))
+    _call("scontrol", "reconfigure")  # has the nodes register now, not when they are next asked
+    _await_nodes()
+
+
+def _await_nodes() -> None:
+    _await("all nodes to be idle", lambda: set(_idle_or_busy()) == set(NODES), LOGS / "slurmctld.log")
 
 
 def _cable(name: str) -> str:
@@ -398,9 +413,9 @@ def set_time_limit(job_id: str, minutes: int) -> None:
 
 def down() -> None:
     """Stop by pid what ``up`` started, and remove what it made but the logs; nothing else."""
-    if _alive(HOME / "slurmctld.pid"):
+    if _alive(CONTROLLER_PID):
         _cancel_jobs()
-    for path in pid_files():
+    for path in (*pid_files(), *ACCOUNTING_PID_FILES):
         _stop(path)
     for number, name in enumerate(NODES):
         _empty_node(name)

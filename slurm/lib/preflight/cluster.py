@@ -166,17 +166,21 @@ class JobShape:
     gpu_type: str
 
 
-def job_shapes(plan: LaunchPlan) -> list[JobShape]:
+def shapes(settings: Settings, *, runtime: bool = True, training: bool = True) -> list[JobShape]:
     """The jobs whose options stand in keys alone; options in *_SBATCH_ARGS may say otherwise."""
-    settings = plan.settings
     found = []
-    if plan.runtime and not _says_otherwise(settings.cpu_sbatch_args):
+    if runtime and not _says_otherwise(settings.cpu_sbatch_args):
         found.append(JobShape("runtime", "CPU_PARTITION", tuple(settings.cpu_partition.split(",")), 1, 0, ""))
-    if plan.training and not _says_otherwise(settings.gpu_sbatch_args):
+    if training and not _says_otherwise(settings.gpu_sbatch_args):
         names = tuple(settings.gpu_partition.split(","))
         gpus = settings.gpus_per_node
         found.append(JobShape("training", "GPU_PARTITION", names, settings.gpu_nodes, gpus, settings.gpu_type))
     return found
+
+
+def job_shapes(plan: LaunchPlan) -> list[JobShape]:
+    """Those of a launch."""
+    return shapes(plan.settings, runtime=plan.runtime is not None, training=plan.training is not None)
 
 
 def _says_otherwise(words: Sequence[str]) -> bool:

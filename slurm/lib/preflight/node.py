@@ -33,7 +33,7 @@ def ready_runtime_node(settings: Settings, environment: Mapping[str, str], job_i
         found += disk_findings(scratch, shutil.disk_usage(scratch).free, settings.container_image)
     except EnvironmentProblem as problem:
         found.append(error("storage", str(problem), ""))
-    found += program_findings([name for name in _programs() if not shutil.which(name, path=environment.get("PATH"))])
+    found += program_findings(absent_programs(environment))
     found += node_id_findings(look_at_ids())
     if settings.sandbox_port_range and not settings.slurm_runtime_dir:  # another's server has its own ports
         found += sandbox_port_findings(settings.sandbox_port_range, is_free)
@@ -43,9 +43,10 @@ def ready_runtime_node(settings: Settings, environment: Mapping[str, str], job_i
     return scratch
 
 
-def _programs() -> tuple[str, ...]:
-    """Rootless Podman maps ids by setuid programs; root needs none."""
-    return ("podman",) if os.geteuid() == 0 else ("podman", "newuidmap", "newgidmap")
+def absent_programs(environment: Mapping[str, str]) -> list[str]:
+    """What is not on PATH of what Podman needs: without root it maps ids by setuid programs."""
+    needed = ("podman",) if os.geteuid() == 0 else ("podman", "newuidmap", "newgidmap")
+    return [name for name in needed if not shutil.which(name, path=environment.get("PATH"))]
 
 
 def program_findings(absent: Sequence[str]) -> list[Finding]:
@@ -101,10 +102,14 @@ def check_training_node(settings: Settings, environment: Mapping[str, str]) -> N
     if not settings.training_command:
         found += gpu_findings(settings, visible_gpus(environment))
         found += input_findings(settings)
-        if not shutil.which("uv", path=environment.get("PATH")):
-            fix = "install it on storage that this node shares, and add its folder to PATH"
-            found.append(error("environment", "uv, which starts the trainer, is not on PATH", fix))
+        found += uv_findings(shutil.which("uv", path=environment.get("PATH")) is not None)
     refuse(found)
+
+
+def uv_findings(is_there: bool) -> list[Finding]:
+    """VERL is started by uv."""
+    fix = "install it on storage that this node shares, and add its folder to PATH"
+    return [] if is_there else [error("environment", "uv, which starts the trainer, is not on PATH", fix)]
 
 
 def visible_gpus(environment: Mapping[str, str]) -> int | None:

@@ -20,13 +20,14 @@ from slurm.lib.trainer import Missing, missing_parts
 LONGEST_JOB_ID = "4294967295"  # MaxJobId of slurm.conf(5) can be no larger
 SUBID_FILES = (Path("/etc/subuid"), Path("/etc/subgid"))
 GETSUBIDS_TIMEOUT_S = 3.0
+SLURM_PROGRAMS = ("sbatch", "scontrol", "squeue", "scancel")
 
 
 def missing_here(plan: LaunchPlan, checkout: Path) -> list[Missing]:
     """What the run cannot do without on this machine, and does not find."""
     missing = missing_parts(plan.settings) if plan.training else []
     is_local = plan.settings.skyrl_backend == "local"
-    programs = ["podman"] if is_local else ["sbatch", "scontrol", "squeue", "scancel"]
+    programs = ["podman"] if is_local else SLURM_PROGRAMS
     path = {**plan.inherited, **plan.environment}.get("PATH")
     absent = [name for name in programs if not shutil.which(name, path=path)]
     if absent:
@@ -58,10 +59,11 @@ def look_at_folders(settings: Settings) -> list[Folder]:
         "CHECKPOINT_DIR": settings.checkpoint_dir,
         "ROLLOUT_DIR": settings.rollout_dir,
     }
-    return [_look_at(key, path) for key, path in named.items() if path is not None]
+    return [look_at_folder(key, path) for key, path in named.items() if path is not None]
 
 
-def _look_at(key: str, path: Path) -> Folder:
+def look_at_folder(key: str, path: Path) -> Folder:
+    """A folder as this host sees it."""
     there = nearest(path)
     return Folder(key, path, there, there.is_dir(), os.access(there, os.W_OK | os.X_OK))
 

@@ -32,11 +32,11 @@ def as_text(found: Sequence[Finding], checked: Collection[str], columns: int | N
     lines = []
     for finding in ordered(found):
         line = f"{finding.level.value:<9}{finding.check:<12} {finding.sentence}"
-        broken = _broken(line, columns, INDENT)
-        lines.append(broken.replace(finding.level.value, _coloured(finding.level), 1) if columns else broken)
-        lines += [_broken(f"{'':<{INDENT}}-> {finding.fix}", columns, INDENT + 3)] if finding.fix else []
+        text = broken(line, columns, INDENT)
+        lines.append(text.replace(finding.level.value, _coloured(finding.level), 1) if columns else text)
+        lines += [broken(f"{'':<{INDENT}}-> {finding.fix}", columns, INDENT + 3)] if finding.fix else []
     numbers = [f"{number} {name[:-1] if number == 1 else name}" for name, number in counted(found).items()]
-    lines.append(_broken(f"{'checked':<9}{', '.join(checked)}", columns, 9))
+    lines.append(broken(f"{'checked':<9}{', '.join(checked)}", columns, 9))
     return "\n".join([*lines, ", ".join(numbers)]) + "\n"
 
 
@@ -44,7 +44,7 @@ def _coloured(level: Level) -> str:
     return f"{COLOUR[level]}{level.value}\x1b[0m"
 
 
-def _broken(line: str, columns: int | None, indent: int) -> str:
+def broken(line: str, columns: int | None, indent: int) -> str:
     """A line in several below ``indent``; a path or a command's word is not broken, so that it can be copied."""
     if columns is None:
         return line
