@@ -71,7 +71,7 @@ class Prebuild:
             async with self._turn:
                 began = time.monotonic()
                 outcome = await self._outcome(image)
-                outcome = replace(outcome, seconds=round(time.monotonic() - began, 1))
+                outcome = replace(outcome, seconds=round(time.monotonic() - began, 3))
                 self._note(image, outcome)
                 on_done(image, outcome)
 

@@ -187,7 +187,7 @@ def report_for(args: argparse.Namespace, images: Sequence[str]) -> Report:
 def line_for(number: int, total: int, image: str, outcome: Outcome) -> str:
     """What is said of an image that is done with."""
     words = {
-        FETCHED: f"fetched, {outcome.size_bytes / 1e6:.0f} MB in {outcome.seconds:g} s",
+        FETCHED: f"fetched, {outcome.size_bytes / 1e6:.0f} MB in {outcome.seconds:.1f} s",
         HERE: "here already",
         FAILED: outcome.error,
     }
