@@ -95,7 +95,7 @@ class Run:
     def shown(self, kind: str, what: str) -> str:
         """A field of squeue's for a job; of a heterogeneous job it may show the other component too."""
         answer = self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", f"%A|{what}"])
-        return dict(line.split("|", 1) for line in answer.stdout.split()).get(self.jobs[kind], "")
+        return dict(line.split("|", 1) for line in answer.stdout.splitlines()).get(self.jobs[kind], "")
 
     def state(self, kind: str) -> str:
         return self.shown(kind, "%T") or "GONE"
