@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -410,6 +409,7 @@ def make_base(path: Path) -> None:
 
 def server_time(folder: Path) -> float:
     """The time by the clock that stamps the files of a folder, which on shared storage is the file server's."""
+    import tempfile  # felt in the start-up of commands that only look
 
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import enum
 import itertools
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from slurm.lib.coordination import host_name
 from slurm.lib.processes import start_ticks
 
 PREFIX = "skyrl:"
@@ -30,7 +30,7 @@ def own_launcher() -> str:
     """A word that names this process among all of this host, past ones included."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     namespace = Path("/proc/self/ns/pid").stat().st_ino
-    return f"{socket.gethostname()}/{boot}/{namespace}/{os.getpid()}/{start_ticks(os.getpid())}"
+    return f"{host_name()}/{boot}/{namespace}/{os.getpid()}/{start_ticks(os.getpid())}"
 
 
 def new_mark() -> str:
