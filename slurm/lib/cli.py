@@ -74,7 +74,7 @@ def _launch(argv: Sequence[str], notes: SignalNotes) -> int:
 
 # What comes before everything else on the command line, and the module of each; without a verb it is a launch.
 VERBS: Mapping[str, str] = {
-    "cancel": "slurm.lib.cancel",
+    "cancel": "slurm.lib.verbs.cancel",
     "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
     "status": "slurm.lib.verbs.status",
