@@ -178,7 +178,7 @@ def test_what_lies_in_a_folder_is_counted_and_links_are_not_followed(tmp_path: P
 def test_what_goes_and_what_stays(slurm: FakeSlurm, tmp_path: Path) -> None:
     base = slurm.jobs
     lines = "".join(f"{job}|RUNNING|None|n1|test|me|N/A|0:09|1:00|x\n" for job in ("31", "62"))
-    slurm.answer("squeue", *[{"stdout": lines}] * 2)
+    slurm.answer("squeue", *[{"stdout": lines}] * 4)
     old = run_in(base, 11)
     outside = tmp_path / "data"
     outside.mkdir()
@@ -235,7 +235,7 @@ def test_what_goes_and_what_stays(slurm: FakeSlurm, tmp_path: Path) -> None:
     assert dry.returncode == 0, dry.stderr
     assert tree(base) == before
     slurm.forget()
-    slurm.answer("squeue", *[{"stdout": lines}] * 2)
+    slurm.answer("squeue", *[{"stdout": lines}] * 4)
     done = clean(slurm, "--yes", "--json")
     assert done.returncode == 0, done.stderr
     gone, kept = told(done)
