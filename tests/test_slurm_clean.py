@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,7 +16,6 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import NothingLeft, OrdinaryUser
-from tests.local_runs import Place
 from tests.runs import Run, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
@@ -33,13 +34,6 @@ def clean_nodes(nothing_left: NothingLeft) -> None:
     """Every test here ends with nothing left on any node."""
 
 
-@pytest.fixture
-def here(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Iterator[Place]:
-    """Where local runs are started: in the jobs base of the others."""
-    with Place(checkout, jobs_base, user, user.environment).lent() as place:
-        yield place
-
-
 class Desk:
     """A person with a checkout and a jobs base."""
 
@@ -48,6 +42,18 @@ class Desk:
 
     def launch(self, *settings: str, options: tuple[str, ...] = (), **environment: str) -> Run:
         return launch(self.user, self.checkout, self.base, *NO_GPU, *settings, options=options, env=environment)
+
+    @contextlib.contextmanager
+    def local(self, command: str) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+        """A local run in the same jobs base, its directory and its launcher, which ends with the block."""
+        argv = [str(self.checkout / "slurm" / "launch.py"), "--config", "local"]
+        argv += ["--set", f"SKYRL_JOBS_BASE={self.base}", "--set", command]
+        with self.user.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
+            try:
+                assert launcher.stdout
+                yield Path(launcher.stdout.readline().rpartition(": ")[2].strip()), launcher
+            finally:
+                launcher.terminate()
 
     def call(self, *words: object, user: OrdinaryUser | None = None) -> CompletedProcess[str]:
         argv = [str(self.checkout / "slurm" / "launch.py"), *map(str, words)]
@@ -66,7 +72,7 @@ class Desk:
 
 
 def test_among_runs_that_live_and_runs_that_have_ended(
-    user: OrdinaryUser, other_user: OrdinaryUser, checkout: Path, jobs_base: Path, here: Place
+    user: OrdinaryUser, other_user: OrdinaryUser, checkout: Path, jobs_base: Path
 ) -> None:
     desk = Desk(user, checkout, jobs_base)
     over, saved = desk.launch("TRAINING_COMMAND=exit 7"), desk.launch(SAVES_AND_ENDS)
@@ -77,39 +83,43 @@ def test_among_runs_that_live_and_runs_that_have_ended(
     saved.wait_over(seconds=STARTED_S)
     running = desk.launch(TRAIN_LONG)
     running.wait_for_text("training", "trainer started", STARTED_S)
-    local = here.start(TRAIN_LONG)
-    local.wait_for("training | trainer started")
-    local_over = here.start("TRAINING_COMMAND=true")
-    assert local_over.wait(90) == 0
     of_another = jobs_base / "20260101_000000_987654"
     shutil.copytree(over.directory, of_another)
     os.chown(of_another, other_user.uid, other_user.gid)
-    for run in (over, withdrawn):
-        until(f"the end of {run.directory}", lambda run=run: desk.is_settled(run), ENDED_S)  # type: ignore[misc]
+    with desk.local("TRAINING_COMMAND=true") as (local_over, launcher):
+        assert launcher.wait(STARTED_S) == 0
+    with desk.local(TRAIN_LONG) as (local, launcher):
+        until("its start", lambda: "trainer started" in _logs(local), STARTED_S)
+        for run in (over, withdrawn):
+            until(f"the end of {run.directory}", lambda run=run: desk.is_settled(run), ENDED_S)  # type: ignore[misc]
 
-    young = desk.clean("--yes", age="7d")
-    assert {one.get("kept_as") for one in young.values()} == {"young", "lives"}
-    dry = desk.clean("--dry-run")
-    done = desk.clean("--yes")
-    assert dry.keys() == done.keys()
-    kept = {directory: one.get("kept_as") for directory, one in done.items()}
-    assert kept == {
-        **{str(path): None for path in (over.directory, withdrawn.directory, local_over.directory)},
-        **{str(path): "lives" for path in (pending.directory, running.directory, local.directory)},
-        str(saved.directory): "checkpoint",
-    }
-    there = {path for path in jobs_base.iterdir() if path.name.startswith("2")}
-    assert there == {*map(Path, (name for name, why in kept.items() if why)), of_another}
-    assert done[str(over.directory)]["bytes"] > 100_000, "the code's copy alone is more"
-    assert (saved.directory / "checkpoints" / "e" / "global_step_1" / "w").read_text() == "w\n"
-    assert not [path for path in jobs_base.iterdir() if path.name.startswith(".discarded")]
+        young = desk.clean("--yes", age="7d")
+        assert {one.get("kept_as") for one in young.values()} == {"young", "lives"}
+        dry = desk.clean("--dry-run")
+        done = desk.clean("--yes")
+        assert dry.keys() == done.keys()
+        kept = {directory: one.get("kept_as") for directory, one in done.items()}
+        assert kept == {
+            **{str(path): None for path in (over.directory, withdrawn.directory, local_over)},
+            **{str(path): "lives" for path in (pending.directory, running.directory, local)},
+            str(saved.directory): "checkpoint",
+        }
+        there = {path for path in jobs_base.iterdir() if path.name.startswith("2")}
+        assert there == {*map(Path, (name for name, why in kept.items() if why)), of_another}
+        assert done[str(over.directory)]["bytes"] > 100_000, "the code's copy alone is more"
+        assert (saved.directory / "checkpoints" / "e" / "global_step_1" / "w").read_text() == "w\n"
+        assert not [path for path in jobs_base.iterdir() if path.name.startswith(".discarded")]
 
-    assert running.state("training") == "RUNNING"
-    assert desk.call("cancel", running.directory, pending.directory, local.directory).returncode == 0
-    assert local.wait(30) == 143
+        assert running.state("training") == "RUNNING"
+        assert desk.call("cancel", running.directory, pending.directory, local).returncode == 0
+        assert launcher.wait(30) == 143
     until("their end", lambda: all(desk.is_settled(run) for run in (running, pending)), ENDED_S)
     assert desk.call("clean", "--older-than", "0s", "--yes").returncode == 0
     assert {path for path in jobs_base.iterdir() if path.name.startswith("2")} == {saved.directory, of_another}
+
+
+def _logs(directory: Path) -> str:
+    return "".join(path.read_text() for path in directory.glob("training_*.out"))
 
 
 def test_a_training_that_joins_keeps_the_directory(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
@@ -122,6 +132,7 @@ def test_a_training_that_joins_keeps_the_directory(user: OrdinaryUser, checkout:
     assert joined.directory == serving.directory
     user.run(["scancel", serving.jobs["runtime"]])
     serving.wait_over("runtime", seconds=ENDED_S)
+    assert joined.state("training") == "PENDING"
     kept = desk.clean("--yes")[str(serving.directory)]
     assert (kept["kept_as"], kept["why"]) == ("lives", f"its training job {joined.jobs['training']} is pending")
     assert (serving.directory / "run.json").is_file()
