@@ -28,7 +28,7 @@ LATER = "CPU_SBATCH_ARGS=--begin=now+3600"
 TRAIN_LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 600"
 # A trainer that saves as VERL does, the tracker last, when the test says so; and one that ends when it says so.
 SAVES = """TRAINING_COMMAND=d="$CHECKPOINT_DIR/exp"; mkdir -p "$d"; echo trainer started; echo "Step 3/99"
-[ -e "$SKYRL_COORD_DIR/goes" ] || until [ -e "$SKYRL_COORD_DIR/begin" ]; do sleep 0.2; done
+until [ -e "$SKYRL_COORD_DIR/begin" ]; do sleep 0.2; done
 mkdir -p "$d/global_step_5"; echo weights > "$d/global_step_5/model.pt"; echo half of a checkpoint
 until [ -e "$SKYRL_COORD_DIR/save" ]; do sleep 0.2; done
 echo 5 > "$d/.new"; mv "$d/.new" "$d/latest_checkpointed_iteration.txt"; exec sleep 600"""

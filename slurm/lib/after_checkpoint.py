@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from slurm.lib.checkpoints import NewCheckpoint
+from slurm.lib.coordination import Presence
 from slurm.lib.errors import UsageError
 from slurm.lib.logs import log
 from slurm.lib.observe.run_view import JobView, RunState, RunView, Stage
@@ -25,6 +26,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # between two questions to Slurm
 TELL_EVERY_S = 60.0
 CERTAIN_S = 10.0  # a controller that was just started may not know a job yet
 SERVES = "it is a runtime without a training, which saves nothing"
+UNREAD = "nothing is known of its jobs"
 UNFOUNDED = "it runs, and has no run directory yet"
 
 
@@ -34,6 +36,7 @@ class Cause(str, enum.Enum):
     SAVED = "checkpoint"
     PENDING = "pending"  # its training has not begun: nothing is lost
     ENDED = "ended"  # by itself
+    LOST = "lost"  # its directory is gone, so nothing more is seen of it
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Due:
 
     @property
     def is_to_be_cancelled(self) -> bool:
-        return self.cause is not Cause.ENDED
+        return self.cause in {Cause.SAVED, Cause.PENDING}
 
 
 def cause_of(state: RunState, lead: JobView | None, saved: str | None) -> Cause | None:
@@ -74,6 +77,7 @@ class Watch:
     view: RunView
     saving: Saving
     new: NewCheckpoint
+    presence: Presence
     over_since: float | None = None
 
     @property
@@ -130,7 +134,8 @@ class CheckpointWait:
     def _watch(self, run: FoundRun, view: RunView, saving: Saving) -> None:
         if not saving.place.parent.is_dir():
             log.warning("%s is not there, as seen from this host; a checkpoint elsewhere is not seen", saving.place)
-        self.left.append(Watch(run, view, saving, NewCheckpoint(saving.checkpoints)))
+        assert run.directory
+        self.left.append(Watch(run, view, saving, NewCheckpoint(saving.checkpoints), Presence(run.directory.path)))
 
     def next_due(self) -> list[Due]:
         """The runs that are due, once there are some; none once all were, or the time is up and some are ``left``."""
@@ -160,7 +165,7 @@ class CheckpointWait:
         for watch in list(self.left):
             lead = watch.view.pair.lead if watch.view.pair else None
             saved = watch.new.arrived()
-            cause = cause_of(watch.view.state, lead, saved)
+            cause = Cause.LOST if watch.presence.is_lost() else cause_of(watch.view.state, lead, saved)
             if cause is Cause.ENDED and not self._is_over(watch):
                 continue
             if cause:
@@ -192,7 +197,7 @@ class CheckpointWait:
 def _saving(run: FoundRun, view: RunView) -> Saving | SavesNever:
     training = view.pair.job("training") if view.pair else None
     if training is None:
-        return SavesNever(SERVES)
+        return SavesNever(SERVES if view.pair else UNREAD)
     return saving_of(run.directory, training.job_id) if run.directory else SavesNever(UNFOUNDED)
 
 

@@ -184,7 +184,8 @@ class Work:
         for watch in wait.left:
             words = (watch.view.record.name, f"{patience_s:g}", watch.saving.place, watch.sentence)
             log.error("%s: no new checkpoint within %s s in %s (%s); it goes on, nothing of it was cancelled", *words)
-        return EXIT_TIMEOUT if wait.left else code
+        lost = any(one.due and one.due.cause.value == "lost" for one in self.done)
+        return EXIT_TIMEOUT if wait.left else EXIT_ENVIRONMENT if lost and code == EXIT_OK else code
 
     def _take(self, due: Sequence[Due]) -> None:
         """Cancel what is due; what has ended by itself is only told."""
@@ -218,6 +219,7 @@ def _due_words(due: Due) -> str:
         "checkpoint": f"has saved {after}: {due.checkpoint}",
         "pending": "its training was pending: nothing is lost",
         "ended": f"ended by itself {after} ({due.state}); nothing was cancelled",
+        "lost": f"its directory is gone, or cannot be read any more, {after}; nothing was cancelled",
     }[due.cause.value]
 
 

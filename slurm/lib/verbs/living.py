@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slurm.lib.coordination import host_name
 from slurm.lib.errors import UsageError, WaitTimeout
+from slurm.lib.logs import log
 from slurm.lib.observe.run_view import RunView
 from slurm.lib.observe.survey import Survey
 from slurm.lib.runs import KINDS, FoundRun, find, stranger
@@ -31,12 +32,17 @@ class Living:
 
 
 def living_runs(base: Path, survey: Survey) -> Living:
-    """All runs of this user that live; ``WaitTimeout`` while Slurm is silent."""
-    below = runs_below(base)
+    """All runs of this user that live; ``WaitTimeout`` while Slurm is silent.
+
+    On a host without Slurm's commands the local ones.
+    """
+    below, has_slurm = runs_below(base), survey.slurm.is_here
     views = survey.look(below, servers=False, logs=False)
-    queued = survey.slurm.own_named(list(KINDS)) if survey.slurm.is_here else []
-    if queued is None or (not survey.heard and survey.slurm.is_here):
+    queued = survey.slurm.own_named(list(KINDS)) if has_slurm else []
+    if queued is None or (not survey.heard and has_slurm):
         raise WaitTimeout(SILENT)
+    if not has_slurm:
+        log.info("this host has no Slurm commands (squeue), so only local runs are meant")
     until = time.monotonic() + FIND_S
     elsewhere = [view.record.name for view in views if _is_elsewhere(view) and view.unended]
     found = [run for run, view in zip(below, views, strict=True) if _lives(view, survey.slurm, until)]
@@ -54,10 +60,10 @@ def _lives(view: RunView, slurm: Slurm, until: float) -> bool:
     directory = view.record.directory
     if directory is None or _is_elsewhere(view):
         return False
-    return any(
-        not stranger(job.job_id, directory, slurm, _left_s(until)) if job.job_id.isdigit() else job.lives
-        for job in view.unended
-    )
+    if any(job.lives and not job.job_id.isdigit() for job in view.unended):
+        return True
+    queued = [job.job_id for job in view.unended if job.job_id.isdigit() and slurm.is_here]
+    return any(not stranger(job_id, directory, slurm, _left_s(until)) for job_id in queued)
 
 
 def _found(job_ids: Iterable[str], base: Path, slurm: Slurm, until: float) -> list[FoundRun]:
