@@ -93,6 +93,14 @@ class Watch:
         every = f" ({self.saving.every})" if self.saving.every else ""
         return f"{step}last checkpoint: {self.new.checkpoints.mark() or 'none'}{every}"
 
+    @property
+    def limit(self) -> str:
+        """When its time limit ends it, in words; empty where it has none, or that is not known."""
+        lead = self.view.pair.lead if self.view.pair else None
+        if lead is None or lead.limit_s is None or lead.elapsed_s is None:
+            return ""
+        return f"; its time limit ends it in {_span(max(0.0, lead.limit_s - lead.elapsed_s))}"
+
 
 @dataclass
 class CheckpointWait:
@@ -187,8 +195,8 @@ class CheckpointWait:
             sentence, name = watch.sentence, watch.view.record.name
             if is_time or self._told.get(name) != sentence:
                 self._told[name] = sentence
-                more = (_span(self.waited_s), _span(self.patience_s))
-                log.info("%s: %s; waiting for the next one, since %s of at most %s", name, sentence, *more)
+                more = (_span(self.waited_s), _span(self.patience_s), watch.limit)
+                log.info("%s: %s; waiting for the next one, since %s of at most %s%s", name, sentence, *more)
         self._told_at = time.monotonic() if is_time else self._told_at
         if not self.survey.heard and is_time:
             log.warning("Slurm does not answer; checkpoints are waited for all the same")
