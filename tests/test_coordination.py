@@ -158,42 +158,6 @@ def test_a_counter_tells_life_by_change_not_by_time(tmp_path: Path) -> None:
     assert watch.age_s() == 0
 
 
-def test_only_run_directories_are_cleaned(tmp_path: Path) -> None:
-    old_run, new_run, other = (tmp_path / name for name in ("20200101_000000_1", "20200101_000000_2", "data"))
-    for folder in (old_run, new_run, other):
-        folder.mkdir()
-        (folder / "run.json").touch()
-    for path in (old_run / "run.json", old_run, other / "run.json", other):
-        os.utime(path, (0, 0))
-    unmarked = tmp_path / "20200101_000000_3"
-    unmarked.mkdir()
-    os.utime(unmarked, (0, 0))
-    assert coordination.old_run_dirs(tmp_path, 7, 10 * 86400 + new_run.stat().st_mtime - 9 * 86400) == [old_run]
-
-
-def test_what_vanishes_or_cannot_be_read_is_not_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "20200101_000000_1"
-    run.mkdir()
-    (run / "run.json").touch()
-    for path in (run / "run.json", run):
-        os.utime(path, (0, 0))
-    listed = [run / "run.json", run / ".run.json.host.1"]  # the second was renamed after the folder was listed
-    real_iterdir = Path.iterdir
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "iterdir", lambda path: iter(listed) if path == run else real_iterdir(path))
-        assert coordination.old_run_dirs(tmp_path, 7, 10 * 86400) == [run]
-
-    def denied(path: Path) -> bool:
-        raise PermissionError(13, "Permission denied")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", denied)
-        assert coordination.old_run_dirs(tmp_path, 7, 10 * 86400) == []
-    monkeypatch.setattr(coordination, "is_run_dir", lambda path: True)
-    monkeypatch.setattr(Path, "iterdir", lambda path: denied(path) if path == run else real_iterdir(path))
-    assert coordination.old_run_dirs(tmp_path, 7, 10 * 86400) == []
-
-
 def test_address_and_key_are_those_that_the_flag_names(tmp_path: Path) -> None:
     directory = CoordinationDir(tmp_path)
 

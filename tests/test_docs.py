@@ -232,6 +232,8 @@ def first_cells(path: Path, section: str) -> list[str]:
 
 COMMANDS = {
     ("slurm/launch.py",): (LAUNCHER, "Options"),
+    ("slurm/launch.py", "cancel"): (LAUNCHER, "Options of cancel"),
+    ("slurm/launch.py", "clean"): (RUNS, "Options of clean"),
     ("slurm/launch.py", "list"): (RUNS, "Options of list"),
     ("slurm/launch.py", "status"): (RUNS, "Options of status"),
     ("slurm/launch.py", "wait"): (RUNS, "Options of wait"),

@@ -7,6 +7,7 @@ The run is that of ``--config local-verl`` by an ordinary user. Its environment 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -385,6 +386,31 @@ def test_verl_trains_is_killed_and_goes_on(place: Place, verl_python: Path) -> N
     assert notes(checkpoints(place), "loaded")[last] == hashes[last]
     kill(place, b"verl_training.py")
     assert third.wait(60) != 0
+    assert_all_gone(place)
+
+
+@pytest.mark.podman
+@pytest.mark.verl
+def test_one_is_cancelled_after_its_next_checkpoint(place: Place, verl_python: Path) -> None:
+    """It is waited for while VERL writes: the checkpoint that counts is whole, and is the last one."""
+    assert place.user
+    run = start(place, epochs=50)
+    run.wait_for(" step:1 - ", 240)
+    argv = [str(place.checkout / "slurm" / "launch.py"), "cancel", "latest", "--after-checkpoint", "--json"]
+    done = place.user.run(argv, {"SKYRL_JOBS_BASE": str(place.base)}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"(SAVE_FREQ={SAVE_FREQ}); waiting for the next one" in done.stderr
+    (told,) = json.loads(done.stdout)["runs"]
+    at = saved_step(checkpoints(place))
+    assert at % SAVE_FREQ == 0
+    assert told["after_checkpoint"]["cause"] == "checkpoint"
+    assert told["after_checkpoint"]["checkpoint"] == f"step {at}"
+    assert all(job["ended"] for job in told["jobs"])
+    file = checkpoints(place) / f"global_step_{at}" / "actor" / "model_world_size_1_rank_0.pt"
+    argv = [str(verl_python), "-m", "local_verl.weights", str(file)]
+    weights = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert weights.stdout.strip() == notes(checkpoints(place), "saved")[at], weights.stderr
+    assert run.wait(60) == 128 + signal.SIGTERM
     assert_all_gone(place)
 
 

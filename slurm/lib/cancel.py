@@ -1,4 +1,4 @@
-"""``launch.py cancel``: end runs, within 15 s, and say of each job what was done.
+"""How do runs end that are to be cancelled: within 15 s, and with a word about each job?
 
 A job body that is told alone (``scancel --batch``) ends its job in order: the trainer may save, sandboxes go, flags say
 why. So bodies are told first, and those that are left after 8 s are killed, whereupon Slurm and their guardians end the
@@ -9,32 +9,20 @@ it is ending. Which step is due is decided by ``due``, from what Slurm says.
 from __future__ import annotations
 
 import enum
-import json
-import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from slurm.lib.command_line import Parser, say
-from slurm.lib.coordination import Flag, jobs_base
+from slurm.lib.coordination import Flag
 from slurm.lib.endings import End, note_ends
-from slurm.lib.errors import (
-    EXIT_ENVIRONMENT,
-    EXIT_OK,
-    EXIT_SIGNAL_BASE,
-    EXIT_TIMEOUT,
-    EnvironmentProblem,
-    UsageError,
-)
+from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem
 from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout
-from slurm.lib.processes import own_age_s
 from slurm.lib.restarts import Ended
-from slurm.lib.runs import FoundRun, RunJob, find, refuse_unknown_jobs, stranger
+from slurm.lib.runs import FoundRun, RunJob, stranger
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.signals import SignalNotes
 
@@ -42,7 +30,6 @@ KILL_AFTER_S, CANCEL_AFTER_S = 8.0, 10.0
 END_S = 12.0  # of all: 15 s are promised, of which a busy host needs some for the start and the end of Python
 SLOWEST_START_S = 1.5  # of Python on a busy host, as far as it is made up for
 COMMAND_S = 3.0  # one question or order, to a controller that may be silent
-FIND_S = 5.0  # for all questions about which runs are meant
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
 # Whose a job is Slurm is asked beside its state: of few jobs at once, of many only of those that live. A trainer needs
 # its 8 s: where Slurm does not say it, a job that was named is ended after a while as its record has it. The others,
@@ -50,10 +37,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 0.5
 ASKED_AHEAD, SURE_AFTER_S, WAIT_FOR_UNSURE_S = 8, 4.0, 1.0
 WITHDRAWN = "cancelled before it began (launch.py cancel)"
 KILLED = "killed by launch.py cancel: it did not end when it was told"
-EPILOG = """\
-exit codes: 0 all jobs of the runs have ended, or had before; 2 there is no such run; 71 a local run of another host;
-75 a job has not ended within 15 s, or Slurm did not answer; 128+N stopped by signal N: what was begun goes on.
-"""
 
 
 class Act(str, enum.Enum):
@@ -313,76 +296,3 @@ def conclude(watched: Sequence[Watched]) -> None:
                 directory.publish_if_absent(directory.training_complete, flag)  # an earlier attempt's says more
             except EnvironmentProblem as problem:
                 log.warning("%s", problem)
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="launch.py cancel", description="End runs within 15 s: every job of each.", epilog=EPILOG)
-    named = "a run's directory, the beginning of its name, the id of any of its jobs, or latest"
-    parser.add_argument("runs", metavar="RUN", nargs="+", help=named)
-    parser.add_argument("--json", action="store_true", help="what was done as one JSON object")
-    return parser
-
-
-def main(argv: Sequence[str], notes: SignalNotes) -> int:
-    """The verb; returns its exit code."""
-    begin, end_s = time.monotonic(), END_S - min(own_age_s(), SLOWEST_START_S)
-    arguments = build_parser().parse_args(argv)
-    slurm = Slurm()
-    runs = _found(arguments.runs, slurm, begin + FIND_S)
-    watched = Cancellation(runs, {False: SlurmHand(slurm), True: LocalHand()}, notes, begin, end_s).carry_out()
-    conclude(watched)
-    said = say(as_json(runs, watched) if arguments.json else as_text(runs, watched))
-    for one in watched:
-        if one.stranger:
-            log.warning("a record of %s names the job %s, which %s", one.run.name, one.job.job_id, one.stranger)
-    left = [one.job.job_id for one in watched if one.is_left]
-    if left:
-        log.error("not ended within 15 s: %s; look with squeue, and try again", ", ".join(left))
-    return EXIT_TIMEOUT if left else EXIT_OK if said else EXIT_ENVIRONMENT
-
-
-def _found(names: Sequence[str], slurm: Slurm, until: float) -> list[FoundRun]:
-    """The runs, each once; all names that mean none are reported together."""
-    found: dict[object, FoundRun] = {}
-    problems = []
-    for name in names:
-        try:
-            run = find(name, jobs_base(os.environ), slurm, max(0.2, until - time.monotonic()))
-            refuse_unknown_jobs(run)
-        except UsageError as problem:
-            problems.append(str(problem))
-            continue
-        found.setdefault(run.directory or run.alone, run)
-    if problems:
-        raise UsageError("\n".join([*problems, *(["nothing was cancelled"] if found else [])]))
-    for run in found.values():
-        _refuse_elsewhere(run)
-    return list(found.values())
-
-
-def _refuse_elsewhere(run: FoundRun) -> None:
-    here = socket.gethostname()
-    if run.host not in {"", here} and any(job.is_local for job in run.jobs()):
-        raise EnvironmentProblem(f"{run.name} is a local run on {run.host}, and this is {here}: cancel it there")
-
-
-def as_text(runs: Sequence[FoundRun], watched: Sequence[Watched]) -> str:
-    """A line for each run, and below it one for each of its jobs."""
-    lines = []
-    for run in runs:
-        lines.append(f"run {run.directory.path if run.directory else run.name}")
-        lines += [f"  {one.sentence}" for one in watched if one.run is run]
-    return "\n".join(lines) + "\n"
-
-
-def as_json(runs: Sequence[FoundRun], watched: Sequence[Watched]) -> str:
-    """The same for programs."""
-    told = [
-        {
-            "run": run.name,
-            "directory": str(run.directory.path) if run.directory else None,
-            "jobs": [one.as_dict for one in watched if one.run is run],
-        }
-        for run in runs
-    ]
-    return json.dumps({"schema": 1, "runs": told}, indent=2) + "\n"

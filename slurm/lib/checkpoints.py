@@ -1,7 +1,8 @@
 """Has a training saved since? A mark of its checkpoints that is another one after each that is complete.
 
 VERL writes the number of the step into a tracker file when everything else of a checkpoint is there (read and run in
-0.5.0 to 0.9.1). Of any other trainer all files below its folder are the mark, so that one must rest before it counts.
+0.5.0 to 0.9.1). The RL loop has one file, written whole, which names its step. Of any other trainer all files below its
+folder are the mark, so that one must rest before it counts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm.lib.coordination import read_if_there
+from slurm.lib.coordination import parse_object, read_if_there
 
 TRACKER = "latest_checkpointed_iteration.txt"
+LOOP_FILE = "checkpoint.json"  # of the RL loop (shell_rl)
 RESTS_S = 3.0  # a listing that stays the same for so long is of whole files
 
 
@@ -35,7 +37,10 @@ class Checkpoints:
         number = (read_if_there(self.folder / self.experiment / TRACKER) or "").strip()
         if number.isdigit():
             return f"step {number}"
-        return "" if self.tracked else _listing_mark(self.folder)
+        if self.tracked:
+            return ""
+        step = parse_object(read_if_there(self.folder / LOOP_FILE)).get("step")
+        return f"step {step}" if type(step) is int else _listing_mark(self.folder)
 
 
 def _listing_mark(folder: Path) -> str:

@@ -19,7 +19,8 @@ from slurm.lib.signals import SignalNotes
 VERSION = "0.1.0"
 EPILOG = """\
 verbs, each with its own --help:
-  cancel RUN…      end runs, within 15 s
+  cancel RUN…      end runs, within 15 s; --all: all that live; --after-checkpoint: each once it has saved
+  clean            remove the directories of old runs, but no checkpoint
   doctor           look at the site: this node, the compute nodes, the shared directory
   list             list runs
   status [RUN…]    show how runs are; --watch: again and again
@@ -74,7 +75,8 @@ def _launch(argv: Sequence[str], notes: SignalNotes) -> int:
 
 # What comes before everything else on the command line, and the module of each; without a verb it is a launch.
 VERBS: Mapping[str, str] = {
-    "cancel": "slurm.lib.cancel",
+    "cancel": "slurm.lib.verbs.cancel",
+    "clean": "slurm.lib.verbs.clean",
     "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
     "status": "slurm.lib.verbs.status",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import stat
@@ -418,17 +417,6 @@ def server_time(folder: Path) -> float:
         raise EnvironmentProblem(f"cannot write in {folder}: {problem.strerror}") from None
 
 
-def old_run_dirs(base: Path, days: float, now: float) -> list[Path]:
-    """The run directories below ``base`` that nothing has changed in for ``days`` days; never another folder.
-
-    ``now`` is the time by the clock that stamped them (``server_time``).
-    """
-    if not base.is_dir():
-        return []
-    runs = [path for path in sorted(base.iterdir()) if is_run_dir(path)]
-    return [path for path in runs if now - _last_change(path) > days * 86400]
-
-
 def is_run_dir(path: Path) -> bool:
     """Whether a folder is one of ours: by its name and by what lies in it."""
     stamp, _, job_id = path.name.rpartition("_")
@@ -442,18 +430,6 @@ def is_run_dir(path: Path) -> bool:
         return bool(job_id) and path.is_dir() and not path.is_symlink() and any(mark.exists() for mark in marks)
     except OSError:  # another user's
         return False
-
-
-def _last_change(path: Path) -> float:
-    """When a folder or an entry of it last changed; infinity, which is never old, for one that cannot be looked at."""
-    try:
-        times = [path.stat().st_mtime]
-        for entry in path.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a temporary file of a running job, renamed by now
-                times.append(entry.stat(follow_symlinks=False).st_mtime)
-    except OSError:
-        return math.inf
-    return max(times)
 
 
 def remove_run_dir(path: Path) -> None:

@@ -198,57 +198,23 @@ def is_slurm_job() -> bool:
 
 
 def cleanup_old_coordination_dirs(days: float = 7) -> list[Path]:
-    """Remove the run directories below the jobs base that nothing has changed in for ``days`` days.
+    """Remove this user's run directories below the jobs base that ended, and were not changed, for ``days`` days.
 
-    Those with a job that is queued or runs stay, and so do all that Slurm says nothing about. Returns what is gone.
+    As ``launch.py clean`` does it: never one with a job that is queued or runs, or with a checkpoint, and none that
+    nothing is known of, as of all that Slurm would have to tell about while it is silent. Returns what is gone.
     """
-    base, is_over = jobs_base(), _Ended()
+    from slurm.lib import cleaning
+    from slurm.lib.observe.survey import Survey
+    from slurm.lib.scheduler import Slurm
+
+    base = jobs_base()
     now = coordination.server_time(base) if base.is_dir() else 0.0
-    old = [path for path in coordination.old_run_dirs(base, days, now) if is_over(path)]
-    for path in old:
-        log.info("removing %s", path)
-        coordination.remove_run_dir(path)
-    return [path for path in old if not path.exists()]
-
-
-class _Ended:
-    """Whether the jobs of a run have ended; says why where they have not. Slurm is not asked again after a silence."""
-
-    def __init__(self) -> None:
-        from slurm.lib.scheduler import Slurm
-
-        self._slurm = Slurm()
-        self._silence = ""
-
-    def __call__(self, path: Path) -> bool:
-        lives = {job_id: self._life(path, job_id) for job_id in run_job_ids(CoordinationDir(path))}
-        for job_id, words in lives.items():
-            if words:
-                log.info("keeping %s: job %s is %s", path, job_id, words)
-        return not any(lives.values())
-
-    def _life(self, path: Path, job_id: str) -> str:
-        """What is known of a job that may live; empty for one that does not."""
-        from slurm.lib.scheduler import JobState, LocalJobs
-
-        if job_id.startswith("local"):
-            status = LocalJobs(path / "local_jobs.txt").status(job_id)
-            return str(status) if status.state is JobState.RUNNING else ""
-        if self._silence:
-            return self._silence
-        status = self._slurm.status(job_id)
-        self._silence = str(status) if status.state is JobState.UNKNOWN else ""
-        return "" if status.state.is_final else str(status)
-
-
-def run_job_ids(directory: CoordinationDir) -> list[str]:
-    """The ids of every job that a run's records or its name tell of: Slurm's numbers, or ``local…``."""
-    from slurm.lib.run_record import record_paths, recorded_jobs
-
-    ids = [directory.path.name.rpartition("_")[2]]
-    for path in record_paths(directory):
-        ids += recorded_jobs(path).values()
-    return [job_id for job_id in dict.fromkeys(ids) if re.fullmatch(r"[0-9]+|local.*", job_id)]
+    found = cleaning.removed(cleaning.candidates(base, days * 86400, Survey(Slurm()), now))
+    for candidate in found:
+        stays = candidate.verdict.stay
+        if stays is not cleaning.Stay.YOUNG:
+            log.info("keeping %s: %s" if stays else "removed %s%s", candidate.path, candidate.verdict.why)
+    return [candidate.path for candidate in found if candidate.goes]
 
 
 def setup_efa_networking(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,12 +83,41 @@ def _marker(path: Path) -> Marker | None:
     return Marker(path, launcher, ids, data.get("made") is True) if all(map(str.isdigit, ids)) else None
 
 
-def discard(folder: Path) -> None:
-    """Remove a run's directory, in a way that can be gone on with."""
-    doomed = folder.with_name(f"{DISCARDED}{folder.name}")
-    with contextlib.suppress(OSError):  # another launch does the same, or it is gone
-        folder.rename(doomed)
+def discard(folder: Path) -> str:
+    """Remove a run's directory, or the rest of one, in a way that can be gone on with; returns why it is still there.
+
+    Empty where it is gone, also where somebody else removes it.
+    """
+    doomed = folder if folder.name.startswith(DISCARDED) else folder.with_name(f"{DISCARDED}{folder.name}")
+    try:
+        if doomed != folder:
+            folder.rename(doomed)
+    except FileNotFoundError:  # another launch does the same, or it is gone
+        return ""
+    except OSError as problem:
+        return f"{folder}: {problem.strerror}"
     remove_run_dir(doomed)
+    return _obstacle(doomed)
+
+
+def _obstacle(folder: Path) -> str:
+    """What of a folder cannot be removed, and why; removes what can be, from below."""
+    for root, folders, files in os.walk(folder, topdown=False):
+        for path in [Path(root, name) for name in (*files, *folders)]:
+            if complaint := _removal(path):
+                return complaint
+    return _removal(folder)
+
+
+def _removal(path: Path) -> str:
+    """Why it cannot be removed; empty where it is gone."""
+    try:
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    except FileNotFoundError:
+        return ""
+    except OSError as problem:
+        return f"{path}: {problem.strerror}"
+    return ""
 
 
 class Fate(enum.Enum):

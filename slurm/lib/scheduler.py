@@ -394,6 +394,12 @@ class Slurm:
         answer = self._with_epochs()._ask(*question, timeout_s=timeout_s)
         return parse_queue(answer.stdout) if answer.ok else None
 
+    def own_named(self, names: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> list[str] | None:
+        """The ids of this user's jobs with these names that are queued or run; None while Slurm is silent."""
+        question = ("squeue", "-h", "--all", f"--user={os.getuid()}", f"--name={','.join(names)}", "-o", "%A")
+        answer = self._ask(*question, timeout_s=timeout_s)
+        return sorted(filter(str.isdigit, set(answer.stdout.split())), key=int) if answer.ok else None
+
     def clock(self) -> float | None:
         """The controller's time in epoch seconds, to compare with what it says of jobs; None while it is silent."""
         return parse_config_time(self._config(QUESTION_TIMEOUT_S))

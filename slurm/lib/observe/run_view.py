@@ -121,12 +121,14 @@ NO_PHASE = Unknown("nothing is known of its jobs")
 class RunView:
     """A run as it is now: its record, the attempt that counts, the one that waits for its end, and how far it is.
 
+    ``pairs`` are all its attempts, and jobs that joined it, in the order in which they were submitted.
     ``sandboxes`` is None where no server runs, ``gpus`` where they were not asked for.
     """
 
     record: RunRecord
     pair: PairView | None
     following: PairView | None = None
+    pairs: tuple[PairView, ...] = ()
     phase: Phase | Unknown = NO_PHASE
     sandboxes: Sandboxes | Unknown | None = None
     gpus: tuple[Gpu, ...] | Unknown | None = None
@@ -140,6 +142,12 @@ class RunView:
         """Whether a job of it is in the queue or runs; also where that is not known."""
         pairs = [pair for pair in (self.pair, self.following) if pair]
         return any(job.lives or job.stage is Stage.UNKNOWN for pair in pairs for job in pair.jobs)
+
+    @property
+    def unended(self) -> list[JobView]:
+        """The jobs of whatever attempt that live, and those of which that is not known, each once."""
+        jobs = {job.job_id: job for pair in self.pairs for job in pair.jobs}
+        return [job for job in jobs.values() if job.stage is not Stage.ENDED]
 
 
 def believed(record: RunRecord, word: Word) -> Word:

@@ -51,18 +51,21 @@ class Survey:
         *,
         select: Callable[[list[RunView]], list[RunView]] = lambda views: views,
         servers: bool = True,
+        logs: bool = True,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> list[RunView]:
         """The runs as they are now; with ``servers`` their sandboxes are counted too.
 
-        The logs are read of those that ``select`` leaves. ``meanwhile`` is done while Slurm is asked.
+        With ``logs`` those are read of what ``select`` leaves: how far a run is stands only there. ``meanwhile`` is
+        done while Slurm is asked.
         """
         records = [record_of(run) for run in runs]
         asked = Servers.ask(records) if servers else None
         answer = inquiry(lambda: self._words(records), self.notes)
         meanwhile()
         words = answer()
-        views = [with_logs(view) for view in select([without_logs(record, words) for record in records])]
+        views = select([without_logs(record, words) for record in records])
+        views = [with_logs(view) for view in views] if logs else views
         return [asked.told(view) for view in views] if asked else views
 
     def _words(self, records: Sequence[RunRecord]) -> dict[str, Word]:
@@ -155,7 +158,7 @@ def without_logs(record: RunRecord, words: Mapping[str, Word]) -> RunView:
     if not pairs:
         return RunView(record, None)
     at = current(pairs, record)
-    return RunView(record, pairs[at], followed_by(pairs, at))
+    return RunView(record, pairs[at], followed_by(pairs, at), tuple(pairs))
 
 
 def with_logs(view: RunView) -> RunView:
