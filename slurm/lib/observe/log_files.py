@@ -28,6 +28,8 @@ CHUNK = 1 << 16
 BLOCK = 1 << 18  # bytes that are searched at once
 FAR = 1 << 24  # bytes on each side of a line in which one with a time is looked for
 HEAD = 1 << 16
+PIECE = 1 << 16  # bytes without a time that stay together
+JUST_S = 0.001
 STAMP_ROOM = 512  # bytes of a line that its time is looked for in
 CLOCKS_S = 120.0  # a node's clock may be so far before the file server's
 BAR_EVERY_S = 30.0
@@ -188,7 +190,11 @@ class LogFile:
 
 @dataclass
 class _Times:
-    """When the lines of a file were written: those between two that say it, by their share of the bytes."""
+    """When the lines of a file were written: one that does not say it just before the next one that does.
+
+    So a traceback stays whole, and comes before what it led to. Where more lies between, each piece of that has its
+    share of the time.
+    """
 
     file: LogFile
     before: Anchor
@@ -204,7 +210,9 @@ class _Times:
             return own, True
         if self._after is None or raw.start >= self._valid_to:
             self._after, self._valid_to = self._look_ahead(raw.start)
-        return between(self.before, self._after, raw.start), False
+        pieces_after = max(0, self._after.offset - raw.start - 1) // PIECE
+        at = between(self.before, self._after, self._after.offset - pieces_after * PIECE)
+        return max(self.before.at, at - JUST_S), False
 
     def _look_ahead(self, offset: int) -> tuple[Anchor, int]:
         """What comes next of which the time is known, and up to where that need not be looked for again."""
@@ -269,6 +277,8 @@ def last_stamp(
 
 def start_of_last(file: BinaryIO, size: int, lines: int) -> int:
     """Where the last lines of a file begin, so many."""
+    if not lines:
+        return size
     missing, stop = lines + 1, size
     while stop > 0:
         start = max(0, stop - BLOCK)

@@ -89,11 +89,10 @@ def log_ends(path: Path) -> LogEnds | Unknown:
 def opened(path: Path) -> BinaryIO:
     """Opened for reading, but not what would block, such as a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")
     if not os.path.isfile(descriptor):  # noqa: PTH113  of the descriptor
-        file.close()
+        os.close(descriptor)
         raise OSError
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def key_of(directory: CoordinationDir) -> str | None:
