@@ -34,7 +34,7 @@ from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout
 from slurm.lib.processes import own_age_s
 from slurm.lib.restarts import Ended
-from slurm.lib.runs import FoundRun, RunJob, find, stranger
+from slurm.lib.runs import FoundRun, RunJob, find, refuse_unknown_jobs, stranger
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.signals import SignalNotes
 
@@ -348,6 +348,7 @@ def _found(names: Sequence[str], slurm: Slurm, until: float) -> list[FoundRun]:
     for name in names:
         try:
             run = find(name, jobs_base(os.environ), slurm, max(0.2, until - time.monotonic()))
+            refuse_unknown_jobs(run)
         except UsageError as problem:
             problems.append(str(problem))
             continue

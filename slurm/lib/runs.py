@@ -109,11 +109,16 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
         found = _folder(name, base) or _by_prefix(name, base)
     if found is None:
         raise UsageError(f"there is no run {name!r}{_what_there_is(base)}")
-    run = FoundRun(name, CoordinationDir(found))
-    if not run.jobs():
-        records = ", ".join(path.name for path in record_paths(CoordinationDir(found)))
-        raise UsageError(f"no job of the run {found} is known: {records} in it is not whole, or none of ours")
-    return run
+    return FoundRun(name, CoordinationDir(found))
+
+
+def refuse_unknown_jobs(run: FoundRun) -> None:
+    """``UsageError`` for a run of which no record names a job: nothing that is to reach its jobs can."""
+    if run.directory and not run.jobs():
+        records = ", ".join(path.name for path in record_paths(run.directory))
+        raise UsageError(
+            f"no job of the run {run.directory.path} is known: {records} in it is not whole, or none of ours"
+        )
 
 
 def stranger(job_id: str, directory: CoordinationDir, slurm: Slurm, ask_s: float) -> str | None:
