@@ -211,11 +211,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read in pieces that end anywhere."""
     monkeypatch.setattr(log_files, "CHUNK", 17)
     monkeypatch.setattr(log_files, "BLOCK", 23)
+    monkeypatch.setattr(log_files, "PIECE", 20)
 
 
 def written(path: Path, steps: Sequence[tuple[int | None, int]]) -> list[tuple[bytes, float | None]]:
     """Write a log; returns its lines and when those were written that say it."""
-    at, lines = BEGAN, []
+    at = BEGAN
+    lines: list[tuple[bytes, float | None]] = []
     for number, (step, length) in enumerate(steps):
         text = f"{number} " + "x" * length
         at += step or 0
@@ -298,14 +300,28 @@ def test_a_time_that_is_later_than_the_file_is_about_something_else(tmp_path: Pa
     assert first.at <= second.at <= third.at
 
 
-def test_a_log_without_any_time_begins_with_its_job(tmp_path: Path) -> None:
+def test_a_log_without_any_time_begins_with_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     err, out = tmp_path / "training_12.err", tmp_path / "training_12.out"
     err.write_bytes(b"one\ntwo\n")
     os.utime(err, (BEGAN + 9, BEGAN + 9))
+    just_before = BEGAN + 9 - log_files.JUST_S
     assert [line.at for line in LogFile(ERR, err).there()] == [BEGAN + 9] * 2
-    assert [line.at for line in LogFile(ERR, err, float(BEGAN)).there()] == [BEGAN, BEGAN + 4.5]
+    assert [line.at for line in LogFile(ERR, err, float(BEGAN)).there()] == [just_before] * 2
+    monkeypatch.setattr(log_files, "PIECE", 4)
+    assert [line.at for line in LogFile(ERR, err, float(BEGAN)).there()] == pytest.approx([BEGAN + 4.5, just_before])
     out.write_bytes(our(BEGAN + 1))
-    assert [line.at for line in LogFile(ERR, err, float(BEGAN)).there()] == [BEGAN + 1, BEGAN + 5]
+    assert [line.at for line in LogFile(ERR, err, float(BEGAN)).there()] == pytest.approx([BEGAN + 5, just_before])
+
+
+def test_a_traceback_comes_whole_before_what_it_led_to(tmp_path: Path) -> None:
+    out, err = tmp_path / "training_12.out", tmp_path / "training_12.err"
+    traceback = [f"  line {number} of a traceback" for number in range(200)]
+    err.write_bytes(("\n".join(traceback) + "\n").encode() + our(BEGAN + 9000, "it ends"))
+    steps = [our(BEGAN + 60 * number, f"step {number}") for number in range(100)]
+    out.write_bytes(b"".join(steps) + our(BEGAN + 9000, "it ends"))
+    found = [line.text for line in merged([LogFile(OUT, out).there(), LogFile(ERR, err).there()])]
+    assert found[100:300] == traceback
+    assert all("it ends" in text for text in found[300:])
 
 
 # --- what comes -------------------------------------------------------------------------------------------------------
