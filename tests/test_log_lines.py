@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.observe import log_files, log_lines
-from slurm.lib.observe.log_files import LogFile, Logs, created_at, log_names, origins
+from slurm.lib.observe.log_files import JobLogs, LogFile, Logs, created_at, log_names, origins
 from slurm.lib.observe.log_lines import Anchor, Cutter, RawLine, between, cleaned, stamp_of
-from slurm.lib.observe.log_merge import REMEMBERED, Line, Origin, Repeats, merged
+from slurm.lib.observe.log_merge import WINDOW, Line, Origin, Pairing, merged, together
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.verbs.moment import moment
@@ -186,17 +186,84 @@ def test_a_merge_reads_no_further_than_it_shows() -> None:
     assert len(read) <= 12
 
 
-def test_a_warning_that_stands_in_both_logs_is_shown_once() -> None:
-    warning, other = (f"2026-11-28 12:00:00 [WARN] {word}" for word in ("full", "empty"))
-    repeats = Repeats()
-    said = [(OUT, warning), (OUT, warning), (ERR, warning), (ERR, other), (ERR, warning), (OUT, other), (ERR, warning)]
-    found = [repeats.is_repeat(Line(0, text, origin)) for origin, text in said]
-    assert found == [False, False, True, False, True, True, False]
-    for text in ("a line of the trainer's", "2026-11-28 12:00:00 [INFO] x"):
-        assert not any(repeats.is_repeat(Line(0, text, origin)) for origin in (OUT, ERR))
-    for number in range(2 * REMEMBERED):
-        repeats.is_repeat(Line(0, f"{warning} {number}", OUT))
-    assert len(repeats._first) == REMEMBERED
+LONG = [f"a warning of a number of words: {number}" for number in range(3)]
+# What a job wrote, in order: to which of its logs, and the line. What the .err alone has is not in the .out.
+JOB = st.lists(
+    st.one_of(
+        st.tuples(st.just("out"), st.sampled_from("abc")),
+        st.tuples(st.just("both"), st.sampled_from(["a", "b", "c", *LONG])),
+        st.tuples(st.just("err"), st.sampled_from("xy")),
+    ),
+    max_size=40,
+)
+
+
+def in_log(written: Sequence[tuple[str, str]], stream: str, origin: Origin) -> list[Line]:
+    return [Line(0.0, text, origin, is_own=False) for where, text in written if where in {stream, "both"}]
+
+
+@HUNDREDS
+@given(JOB)
+def test_what_stands_in_both_logs_of_a_job_comes_once(written: list[tuple[str, str]]) -> None:
+    out, err = in_log(written, "out", OUT), in_log(written, "err", ERR)
+    pairing = Pairing()
+    found = [*together(iter(out), iter(err), pairing), *pairing.rest()]
+    assert [line.text for line in found if line.text not in "xy"] == [line.text for line in out]
+    assert [line.text for line in found if line.text in "xy"] == [line.text for line in err if line.text in "xy"]
+    marked = [line.text for line in found if line.origin == ERR and line.text in [*LONG, "x", "y"]]
+    assert marked == [line.text for line in err if line.text in [*LONG, "x", "y"]], "they are known as the .err's"
+
+
+@HUNDREDS
+@given(JOB, st.lists(st.integers(0, 40), max_size=5))
+def test_and_so_it_does_while_it_is_written(written: list[tuple[str, str]], looks: list[int]) -> None:
+    """The .out is written first; the look at the .err may come before a line has reached that."""
+    pairing, seen = Pairing(), 0
+    found: list[Line] = []
+    for at in [*sorted(looks), len(written)]:
+        some, seen = written[seen:at], max(seen, at)
+        late = some[-1:] if some and some[-1][0] == "both" else []
+        for line in in_log(some[: len(some) - len(late)], "err", ERR):
+            found += pairing.take_err(line)
+        for line in in_log(some, "out", OUT):
+            found += pairing.take_out(line)
+        for line in in_log(late, "err", ERR):
+            found += pairing.take_err(line)
+    found += pairing.rest()
+    assert [line.text for line in found if line.text not in "xy"] == [line.text for line in in_log(written, "out", OUT)]
+    assert sorted(line.text for line in found if line.text in "xy") == sorted(t for w, t in written if w == "err")
+
+
+def test_few_lines_are_held_of_logs_that_have_nothing_in_common() -> None:
+    pairing = Pairing()
+    lines = together(
+        (Line(0.0, f"out {number}", OUT) for number in range(10 * WINDOW)),
+        (Line(0.0, f"err {number}", ERR) for number in range(10 * WINDOW)),
+        pairing,
+    )
+    count = 0
+    for _line in lines:
+        count += 1
+        assert len(pairing.waiting) <= WINDOW
+        assert len(pairing._seen) <= WINDOW
+    assert count + len(list(pairing.rest())) == 20 * WINDOW
+
+
+def test_what_the_err_alone_has_comes_by_its_own_time() -> None:
+    out = [Line(float(at), f"step {at}", OUT) for at in range(0, 100, 10)]
+    err = [Line(42.0, "slurmstepd: error: *** JOB 12 CANCELLED ***", ERR), Line(42.0, "more", ERR, is_own=False)]
+    pairing = Pairing()
+    found = [line.text for line in [*together(iter(out), iter(err), pairing), *pairing.rest()]]
+    assert found.index(err[0].text) == 5
+
+
+def test_what_is_older_than_the_last_lines_is_left_out() -> None:
+    """It stands in the .out before them."""
+    old, first, *_ = texts = ["a warning of old, of the start", "Traceback (most recent call last):", "error"]
+    err = [Line(5.0, text, ERR, is_own=False) for text in texts]
+    out = [Line(5.0, text, OUT, is_own=False) for text in (first, "step", "error")]
+    for is_whole, shown in ((False, [first, "step", "error"]), (True, [old, first, "step", "error"])):
+        assert [line.text for line in together(iter(out), iter(err), Pairing(is_whole))] == shown
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -442,11 +509,50 @@ def test_a_log_is_taken_up_once(tmp_path: Path) -> None:
     logs, record = Logs(["training"]), RunRecord(None)
     names = frozenset({"training_12.out", "runtime_11.out"})
     directory = CoordinationDir(tmp_path)
-    assert [file.path.name for file in logs.add(directory, record, names)] == ["training_12.out"]
+    (job,) = logs.add(directory, record, names)
+    assert [file.path.name for file in job.files] == ["training_12.out"]
     assert logs.add(directory, record, names) == []
-    assert [file.path.name for file in logs.add(directory, record, names | {"training_12.err"})] == ["training_12.err"]
-    assert [file.origin.stream for file in logs.in_order] == ["out", "err"]
+    assert logs.add(directory, record, names | {"training_12.err"}) == []
+    assert [file.origin.stream for file in logs.files] == ["out", "err"]
     assert isinstance(log_names(CoordinationDir(tmp_path / "gone")), Unknown)
+
+
+def job_logs(folder: Path, out: str, err: str) -> JobLogs:
+    paths = folder / "training_12.out", folder / "training_12.err"
+    for path, text in zip(paths, (out, err), strict=True):
+        path.write_text(text)
+        os.utime(path, (BEGAN, BEGAN))
+    return JobLogs(LogFile(OUT, paths[0]), LogFile(ERR, paths[1]))
+
+
+def test_the_last_lines_of_a_job(tmp_path: Path) -> None:
+    steps = "".join(f"step {number}\n" for number in range(100))
+    for out, err, lines, shown in (
+        (f"old\n{steps}", "old\n", 2, ["step 98", "step 99"]),
+        (f"old\n{steps}{LONG[0]}\nb\n", f"old\n{LONG[0]}\nb\n", 2, [LONG[0], "b"]),
+        (f"old\n{steps}a\nb\n", "old\na\nb\n", 1, ["b"]),
+        (steps, "oom\n", 1, ["step 99", "oom"]),
+        (steps, "", 0, []),
+    ):
+        job = job_logs(tmp_path, out, err)
+        if err == "old\n":  # long ago
+            os.utime(tmp_path / "training_12.err", (BEGAN - 3600, BEGAN - 3600))
+        job.skip(lines, -math.inf)
+        assert [line.text for line in [*job.there(), *job.unfinished()]] == shown
+
+
+def test_what_only_the_err_has_comes_after_a_moment(tmp_path: Path) -> None:
+    job = job_logs(tmp_path, "one\n", "oom\n")
+    assert [line.text for line in job.new(0.0)] == ["one"]
+    assert [line.text for line in job.new(log_files.HOLD_S - 1)] == []
+    assert [line.text for line in job.new(log_files.HOLD_S)] == ["oom"]
+    with (tmp_path / "training_12.err").open("a") as file:
+        file.write("late\n")  # whose like has not been seen yet
+    assert [line.text for line in job.new(100.0)] == []
+    with (tmp_path / "training_12.out").open("a") as file:
+        file.write("late\ntwo")
+    assert [(line.text, line.origin.stream) for line in job.new(101.0)] == [("late", "err")]
+    assert [line.text for line in job.unfinished()] == ["two"]
 
 
 # --- what a terminal sees ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +18,7 @@ from typing import BinaryIO
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.observe.log_lines import STAMP, Anchor, Cutter, RawLine, between, stamp_of, time_of
-from slurm.lib.observe.log_merge import Line, Origin
+from slurm.lib.observe.log_merge import Line, Origin, Pairing, together
 from slurm.lib.observe.record import RunRecord
 from slurm.lib.observe.run_files import names_in, opened
 from slurm.lib.observe.unknown import Unknown
@@ -33,6 +32,7 @@ JUST_S = 0.001
 STAMP_ROOM = 512  # bytes of a line that its time is looked for in
 CLOCKS_S = 120.0  # a node's clock may be so far before the file server's
 BAR_EVERY_S = 30.0
+HOLD_S = 3.0
 _LOG_NAME = re.compile(r"(runtime|training)_(\d{1,12}|local\d+\.\d+)\.(out|err)", re.ASCII)
 
 
@@ -69,8 +69,8 @@ class LogFile:
 
     # --- what is there ---
 
-    def skip(self, lines: int | None, since: float) -> None:
-        """Begin only with its last lines, and where its first line since a moment can be."""
+    def skip(self, lines: int | None, since: float) -> int:
+        """Begin only with its last lines, and where its first line since a moment can be; returns where that is."""
         with contextlib.suppress(OSError), self._open() as file:
             self._note(file)
             size = os.fstat(file.fileno()).st_size
@@ -82,6 +82,7 @@ class LogFile:
                 begin = max(begin, last.offset if last else 0)
             self._read_to = begin
             self.cutter = Cutter(begin)
+        return self._read_to
 
     def there(self) -> Iterator[Line]:
         """The whole lines that are there now, with their times as well as they can be known."""
@@ -104,6 +105,11 @@ class LogFile:
             other = first_stamp_in(file, self._latest)
         known = [moment for moment in (own, other) if moment is not None]
         return min(known) if known else self.began if self.began is not None else self.changed
+
+    def first_time(self) -> float | None:
+        """When the next line was written, which stays the next one."""
+        probe = LogFile(self.origin, self.path, self.began, Cutter(self._read_to), _read_to=self._read_to)
+        return next((line.at for line in probe.there()), None)
 
     # --- what comes ---
 
@@ -229,6 +235,14 @@ class _Times:
         return (self._last if is_ahead else Anchor(size, self.file.changed)), offset + FAR
 
 
+def _is_out_too(path: Path) -> bool:
+    """Whether an ``.err`` is its job's ``.out``: a job that was given to sbatch directly may write one file."""
+    try:
+        return path.suffix == ".err" and path.is_symlink() and path.resolve() == path.with_suffix(".out").resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
 # --- places in a file -------------------------------------------------------------------------------------------------
 
 
@@ -307,37 +321,85 @@ def created_at(record: RunRecord, job_id: str) -> float | None:
 
 
 @dataclass
+class JobLogs:
+    """The two logs of a job, as one. A job that was given to sbatch directly may write but one."""
+
+    out: LogFile | None = None
+    err: LogFile | None = None
+    pairing: Pairing = field(default_factory=Pairing)
+    _held: tuple[Line, float] | None = None
+
+    @property
+    def files(self) -> list[LogFile]:
+        return [file for file in (self.out, self.err) if file]
+
+    def skip(self, lines: int | None, since: float) -> None:
+        """Begin with the last lines of the ``.out``, and what the ``.err`` has had since."""
+        begun = [file.skip(lines, since) for file in self.files[:1]]
+        if self.out and self.err:
+            first = self.out.first_time() if lines is not None else None
+            begun.append(self.err.skip(lines, since if first is None else max(since, first)))
+        self.pairing.is_whole = not any(begun)
+
+    def there(self) -> Iterator[Line]:
+        """The whole lines that are there now."""
+        out, err = (file.there() if file else iter(()) for file in (self.out, self.err))
+        return together(out, err, self.pairing)
+
+    def new(self, now: float) -> Iterator[Line]:
+        """The whole lines that have come since; the ``.err`` is read first, what it has stands in the ``.out`` by then.
+
+        What only the ``.err`` has is held back for a moment: shared storage may show the ``.out`` later.
+        """
+        for line in self.err.new(now) if self.err else ():
+            yield from self.pairing.take_err(line)
+        for line in self.out.new(now) if self.out else ():
+            yield from self.pairing.take_out(line)
+        head = self.pairing.waiting[0] if self.pairing.waiting else None
+        if head is None or self._held is None or self._held[0] is not head:
+            self._held = (head, now) if head else None
+        elif now - self._held[1] >= HOLD_S:
+            yield from self.pairing.rest()
+
+    def bars(self, now: float) -> Iterator[Line]:
+        """The progress bar that has changed, where there is one."""
+        return self.files[0].bar(now)
+
+    def unfinished(self) -> Iterator[Line]:
+        """What is left: the last lines, where they have no end."""
+        for line in self.err.unfinished(self.err.changed) if self.err else ():
+            yield from self.pairing.take_err(line)
+        for line in self.out.unfinished(self.out.changed) if self.out else ():
+            yield from self.pairing.take_out(line)
+        yield from self.pairing.rest()
+
+
+@dataclass
 class Logs:
     """The logs of a run, of these kinds of jobs, each read on from where it was left."""
 
     kinds: Sequence[str]
-    files: dict[Path, LogFile] = field(default_factory=dict)
+    jobs: dict[str, JobLogs] = field(default_factory=dict)
 
-    def add(self, directory: CoordinationDir, record: RunRecord, names: frozenset[str]) -> list[LogFile]:
-        """Take up those that were not known before; returns them."""
-        found = [origin for origin in origins(record, names) if origin.kind in self.kinds]
+    def add(self, directory: CoordinationDir, record: RunRecord, names: frozenset[str]) -> list[JobLogs]:
+        """Take up those that were not known before; returns the jobs that were not."""
         new = []
-        for origin in found:
+        for origin in origins(record, names):
             path = directory.log(origin.kind, origin.job_id, origin.stream)
-            if path not in self.files:
-                self.files[path] = LogFile(origin, path, created_at(record, origin.job_id))
-                new.append(self.files[path])
+            if origin.kind not in self.kinds or _is_out_too(path):
+                continue
+            if origin.job_id not in self.jobs:
+                self.jobs[origin.job_id] = JobLogs()
+                new.append(self.jobs[origin.job_id])
+            job = self.jobs[origin.job_id]
+            if getattr(job, origin.stream) is None:
+                setattr(job, origin.stream, LogFile(origin, path, created_at(record, origin.job_id)))
         return new
 
     @property
-    def in_order(self) -> list[LogFile]:
-        return sorted(self.files.values(), key=lambda file: file.origin.order)
+    def files(self) -> list[LogFile]:
+        return [file for job in self.in_order for file in job.files]
 
-    def new_lines(self) -> list[Iterator[Line]]:
-        """What has come since, of each log."""
-        now = time.time()
-        return [file.new(now) for file in self.in_order]
-
-    def bars(self) -> list[Iterator[Line]]:
-        """The progress bars that have changed, of each log."""
-        now = time.time()
-        return [file.bar(now) for file in self.in_order]
-
-    def unfinished(self) -> list[Iterator[Line]]:
-        """The last line of each log, where it has no end."""
-        return [file.unfinished(file.changed) for file in self.in_order]
+    @property
+    def in_order(self) -> list[JobLogs]:
+        return sorted(self.jobs.values(), key=lambda job: job.files[0].origin.order)

@@ -144,7 +144,7 @@ def between(before: Anchor, after: Anchor, offset: int) -> float:
     if after.offset <= before.offset or after.at <= before.at:
         return before.at
     share = (offset - before.offset) / (after.offset - before.offset)
-    return before.at + (after.at - before.at) * min(1.0, max(0.0, share))
+    return min(after.at, before.at + (after.at - before.at) * min(1.0, max(0.0, share)))
 
 
 # --- what a terminal may see ------------------------------------------------------------------------------------------

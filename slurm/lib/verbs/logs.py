@@ -14,7 +14,7 @@ import select
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import chain
@@ -22,9 +22,9 @@ from itertools import chain
 from slurm.lib.command_line import Parser
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, EnvironmentProblem
 from slurm.lib.logs import KIND_COLOURS, give_up, log, wants_colour
-from slurm.lib.observe.log_files import LogFile, Logs, log_names
+from slurm.lib.observe.log_files import JobLogs, Logs, log_names
 from slurm.lib.observe.log_lines import RESET, cleaned
-from slurm.lib.observe.log_merge import Line, Origin, Repeats, merged
+from slurm.lib.observe.log_merge import Line, Origin, merged
 from slurm.lib.observe.record import RunRecord
 from slurm.lib.observe.survey import Survey, record_of
 from slurm.lib.observe.unknown import Unknown
@@ -91,7 +91,7 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     shown = Shown(Logs(kinds), Page(arguments.json, arguments.since, arguments.grep), notes)
     try:
         shown.begin(run, arguments.lines, follow=arguments.follow)
-        if not shown.logs.files:
+        if not shown.logs.jobs:
             explain_absence(survey, run, kinds)
         return followed(survey, run, shown) if arguments.follow else shown.exit_code
     except ReaderGone:
@@ -140,23 +140,20 @@ class Shown:
 
     def begin(self, run: FoundRun, lines: int | None, *, follow: bool) -> None:
         """Show what is there; a last line without an end only if nothing more is to come."""
-        for file in self._found(run):
-            file.skip(lines, self.page.since)
-        order = self.logs.in_order
-        there: list[Iterable[Line]] = [
-            file.there() if follow else chain(file.there(), file.unfinished(file.changed)) for file in order
-        ]
-        self._print(merged(there))
+        for job in self._found(run):
+            job.skip(lines, self.page.since)
+        self._print(merged([chain(job.there(), () if follow else job.unfinished()) for job in self.logs.in_order]))
 
     def go_on(self, run: FoundRun) -> bool:
         """Show what has come since; returns whether something has."""
         self._found(run)
-        some = self._print(merged(self.logs.new_lines()))
-        for file in self.logs.in_order:
+        now = time.time()
+        some = self._print(merged([job.new(now) for job in self.logs.in_order]))
+        bars = self._print(merged([job.bars(now) for job in self.logs.in_order]))
+        for file in self.logs.files:
             if file.was_replaced:
                 log.warning("%s was begun again, and is shown from its beginning", file.path.name)
                 file.was_replaced = False
-        bars = self._print(merged(self.logs.bars()))
         if self.page.is_unread():
             raise ReaderGone
         return some or bars
@@ -168,10 +165,10 @@ class Shown:
             quiet_since = now if self.go_on(run) else quiet_since
             self.notes.sleep(0.25)
             self.notes.check()
-        self._print(merged(self.logs.unfinished()))
+        self._print(merged([job.unfinished() for job in self.logs.in_order]))
 
-    def _found(self, run: FoundRun) -> list[LogFile]:
-        """The logs that were not there before."""
+    def _found(self, run: FoundRun) -> list[JobLogs]:
+        """The jobs whose logs were not there before."""
         if run.directory is None:
             return []
         names = log_names(run.directory)
@@ -183,7 +180,7 @@ class Shown:
         self._names = names
         record = record_of(run)
         new = self.logs.add(run.directory, record, names)
-        self.page.know(record, [file.origin for file in self.logs.files.values()])
+        self.page.know(record, [file.origin for file in self.logs.files])
         return new
 
     def _print(self, lines: Iterator[Line]) -> bool:
@@ -193,7 +190,7 @@ class Shown:
             self.page.add(line)
             self.notes.check()
         self.page.flush()
-        for file in self.logs.in_order:
+        for file in self.logs.files:
             self._complain(file.path.name, file.problem)
         return some
 
@@ -213,7 +210,6 @@ class Page:
     wanted: re.Pattern[str] | None
     coloured: bool = field(default_factory=lambda: wants_colour(sys.stdout))
     _labels: dict[Origin, str] = field(default_factory=dict)
-    _repeats: Repeats = field(default_factory=Repeats)
     _buffer: list[str] = field(default_factory=list)
     _size: int = 0
 
@@ -224,7 +220,7 @@ class Page:
     def add(self, line: Line) -> None:
         """Print a line, if it is wanted."""
         text = cleaned(line.text)
-        if line.at < self.since or self._repeats.is_repeat(line) or (self.wanted and not self.wanted.search(text)):
+        if line.at < self.since or (self.wanted and not self.wanted.search(text)):
             return
         if not self.as_json and self.coloured:
             text = cleaned(line.text, colour=True)
