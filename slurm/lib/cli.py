@@ -23,6 +23,7 @@ verbs, each with its own --help:
   clean            remove the directories of old runs, but no checkpoint
   doctor           look at the site: this node, the compute nodes, the shared directory
   list             list runs
+  logs RUN         show the logs of a run's jobs by time; -f: until it has ended
   status [RUN…]    show how runs are; --watch: again and again
   wait RUN         wait until a run has ended, and end with its trainer's exit code
 RUN is a run's directory, the beginning of its name, the id of any of its jobs, or latest.
@@ -79,6 +80,7 @@ VERBS: Mapping[str, str] = {
     "clean": "slurm.lib.verbs.clean",
     "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
+    "logs": "slurm.lib.verbs.logs",
     "status": "slurm.lib.verbs.status",
     "wait": "slurm.lib.verbs.wait",
 }

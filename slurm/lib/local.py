@@ -19,13 +19,12 @@ from typing import IO
 from slurm.lib.coordination import CoordinationDir, make_run_dir, write_atomically
 from slurm.lib.errors import EXIT_INTERNAL
 from slurm.lib.job_context import LOCAL_JOBS_NAME
-from slurm.lib.logs import give_up, log, wants_colour
+from slurm.lib.logs import KIND_COLOURS, give_up, log, wants_colour
 from slurm.lib.plan import JobPlan, LaunchPlan, local_argv
 from slurm.lib.processes import Child, ChildSpec, start_ticks
 from slurm.lib.run_record import furnish, git_state, write_record
 from slurm.lib.signals import SignalNotes
 
-COLOURS = {"runtime": "\x1b[36m", "training": "\x1b[35m"}
 LOOK_EVERY_S = 0.1
 PARTNER_GRACE_S = 20.0  # from one job's end to the other's; both bodies notice within a few seconds
 FORCED_GRACE_S = 0.0
@@ -55,7 +54,7 @@ class LogFollower:
     def show(self) -> None:
         prefix = f"{self.kind:>8} | "
         if wants_colour(sys.stderr):
-            prefix = f"{COLOURS[self.kind]}{prefix}\x1b[0m"
+            prefix = f"{KIND_COLOURS[self.kind]}{prefix}\x1b[0m"
         try:
             for line in self.lines():
                 self.out.write(f"{prefix}{line}\n")

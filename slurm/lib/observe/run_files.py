@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, object] | Unknown:
 def read_small(path: Path) -> str | Unknown:
     """The text of a regular file of at most ``SMALL`` bytes."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             data = file.read(SMALL + 1)
     except OSError as problem:
         return Unknown(f"{path.name}: {problem.strerror or 'it is no regular file'}")
@@ -76,7 +76,7 @@ def read_flag(path: Path) -> Flag | None:
 def log_ends(path: Path) -> LogEnds | Unknown:
     """The ends of a log; what lies between them is not read."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             head = file.read(WINDOW)
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - WINDOW))
@@ -86,14 +86,13 @@ def log_ends(path: Path) -> LogEnds | Unknown:
     return LogEnds(head.decode("utf-8", "replace"), tail.decode("utf-8", "replace"), size)
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
     """Opened for reading, but not what would block, such as a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")
     if not os.path.isfile(descriptor):  # noqa: PTH113  of the descriptor
-        file.close()
+        os.close(descriptor)
         raise OSError
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def key_of(directory: CoordinationDir) -> str | None:

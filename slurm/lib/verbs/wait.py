@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from slurm.lib.command_line import Parser, say
@@ -62,21 +62,22 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     survey = Survey(Slurm(), notes)
     (run,) = named([arguments.run], survey.slurm)
     view = Wait(survey, run, notes, arguments.timeout).until_over()
-    code = code_of(view, survey.slurm)
     say(json.dumps({"schema": SCHEMA, **run_dict(view)}, indent=2) + "\n" if arguments.json else sentence(view))
-    if code is None:
-        log.error("no exit code is known of %s: %s", view.record.name, _reason(view))
-    return EXIT_UNAVAILABLE if code is None else code
+    return end_with(view, survey.slurm)
 
 
 @dataclass
 class Wait:
-    """Waits for a run's end; ``WaitTimeout`` after ``timeout_s`` seconds, ``Interrupted`` by a signal."""
+    """Waits for a run's end; ``WaitTimeout`` after ``timeout_s`` seconds, ``Interrupted`` by a signal.
+
+    ``meanwhile`` is done every second, with the run as it was found last.
+    """
 
     survey: Survey
     run: FoundRun
     notes: SignalNotes
     timeout_s: float = math.inf
+    meanwhile: Callable[[FoundRun], object] = lambda run: None
     begin: float = field(default_factory=time.monotonic)
     _told: tuple[RunState, bool] | None = None
     _over_since: float | None = None
@@ -125,6 +126,7 @@ class Wait:
         """Whether the run's files have changed within so many seconds."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
+            self.meanwhile(self.run)
             self._refuse_lost(before)
             rest = self.begin + self.timeout_s - time.monotonic()
             if rest <= 0:
@@ -157,6 +159,14 @@ def _again(run: FoundRun, slurm: Slurm) -> FoundRun:
 def _more(view: RunView) -> str:
     words = phase_words(view)
     return f", {words}" if words else ""
+
+
+def end_with(view: RunView, slurm: Slurm) -> int:
+    """The exit code of a command that has waited for the run's end; one that nobody knows is said to be so."""
+    code = code_of(view, slurm)
+    if code is None:
+        log.error("no exit code is known of %s: %s", view.record.name, _reason(view))
+    return EXIT_UNAVAILABLE if code is None else code
 
 
 def code_of(view: RunView, slurm: Slurm) -> int | None:
