@@ -37,6 +37,17 @@ WORDS = {
     "may end with": re.compile(r"\d+ \(.+\)"),
     "configuration": re.compile(""),
 }
+PRELUDE = """\
+set -eE
+at() { HERE="$1"; printf '\\n== %s after %s s\\n' "$1" "$SECONDS"; }
+trap 'code=$?; printf "%s: exit code %s of: %s\\n" "$HERE" "$code" "$BASH_COMMAND"' ERR
+# The directory of the newest run, or of the Nth newest; the id of its job; the directory of a job's run; a command that
+# is tried until it succeeds.
+newest() { ls -d ~/.skyrl_jobs/[0-9]*_* | sort -V | tail -n "${1:-1}" | head -n 1; }
+newest_id() { local run; run="$(newest "$@")"; printf '%s' "${run##*_}"; }
+run_of() { ls -d ~/.skyrl_jobs/[0-9]*_"$1"; }
+soon() { local end=$((SECONDS + 60)); until "$@" 2>/dev/null; do ((SECONDS < end)) || "$@" || return; sleep 0.2; done; }
+"""
 
 
 class Mistake(Exception):
@@ -191,9 +202,9 @@ def checked(line: str, codes: list[str]) -> str:
     return f"{without_comment(line)} || false" if " && " in line else line
 
 
-def script(blocks: list[Block], prelude: str) -> str:
+def script(blocks: list[Block]) -> str:
     """What the reader of one document types, in order, in one shell; ends with 1 at the first command that fails."""
-    parts = [prelude]
+    parts = [PRELUDE]
     for block in filter(lambda block: block.is_run, blocks):
         parts += [f"at {shlex.quote(block.place)}", *block.rests("before"), typed(block), *block.rests("then")]
     return "\n".join(parts) + "\n"

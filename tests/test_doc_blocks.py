@@ -64,7 +64,7 @@ def test_bash_can_read_it(block: Block) -> None:
     text = "\n".join(block.commands) if block.language == "console" else block.text
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{block.place}: {done.stderr}"
-    done = subprocess.run(["bash", "-n"], input=script([block], ""), capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-n"], input=script([block]), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{block.place}, as it is run: {done.stderr}"
 
 
@@ -215,7 +215,8 @@ def test_a_block_becomes_what_its_reader_types() -> None:
         './launch --config dev "$(newest_id)" 1020     --more   # dev',
         "cd there && ./go || false",
     ]
-    assert script([block], "start").splitlines()[:3] == ["start", "at x.md:10", "touch before"]
+    assert script([block]).partition("\nat x.md:10\n")[2].splitlines()[0] == "touch before"
+    assert script([block]).splitlines()[-1] == "touch after"
     assert list(exceptions([block])) == [("x.md", "./never", "it never ends")]
 
 
@@ -241,3 +242,58 @@ def test_a_command_of_a_console_is_what_follows_its_prompt() -> None:
     (block,) = blocks_of("x.md", "```console\n$ one | two\nits output\n$ three\n```\n")
     assert block.commands == ["one | two", "three"]
     assert simple_commands(block.commands[0]) == [["one"], ["two"]]
+
+
+def typed_in_bash(text: str, folder: Path) -> tuple[int, str]:
+    """The exit code of what the reader of a document types, and all that is printed."""
+    argv = ["bash", "-c", script(list(blocks_of("x.md", text)))]
+    done = subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("false   # fails", 1),
+        ("(exit 7)", 7),
+        ("(exit 7) && echo on", 1),
+        ("printf x | (exit 3)", 3),
+        ("nowhere-to-be-found", 127),
+    ],
+)
+def test_the_first_command_that_fails_ends_it_and_is_named(command: str, code: int, tmp_path: Path) -> None:
+    ended, said = typed_in_bash(f"```bash\necho first\n{command}\necho last\n```\n", tmp_path)
+    assert ended == code
+    assert f"x.md:1: exit code {code} of: " in said
+    assert "first\n" in said
+    assert "last" not in said
+
+
+def test_blocks_share_a_shell_and_what_may_fail_may_fail(tmp_path: Path) -> None:
+    text = """\
+```bash
+mkdir -p there && cd there
+export SAID=kept
+```
+<!-- run:
+before: touch made
+may end with: 7 (as one sees)
+then: test -e made
+-->
+```bash
+(exit 7)   # a remark
+test "$SAID" = kept && test -e ../there/made
+```
+<!-- run: skip: never -->
+```bash
+exit 9
+```
+"""
+    assert typed_in_bash(text, tmp_path)[0] == 0
+    assert (tmp_path / "there" / "made").exists()
+    assert typed_in_bash(text.replace("(exit 7)", "(exit 8)"), tmp_path)[0] == 1
+
+
+def test_soon_waits_for_what_comes(tmp_path: Path) -> None:
+    text = "```bash\n(sleep 0.5; touch it) &\nsoon test -e it\n```\n"
+    assert typed_in_bash(text, tmp_path)[0] == 0

@@ -413,13 +413,6 @@ def test_no_path_of_a_developers_machine(path: Path) -> None:
     assert found is None, found
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_bash_block_parses(path: Path) -> None:
-    for block in re.findall(r"^```bash\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{path}: {done.stderr}\n{block}"
-
-
 if __name__ == "__main__":
     for document in GENERATED:
         document.write_text(updated(document), encoding="utf-8")
