@@ -158,7 +158,7 @@ def _lent(entry: pwd.struct_passwd) -> OrdinaryUser:
     )
 
 
-def _environment_folder(user: OrdinaryUser, copy: Path) -> Path:
+def environment_folder(user: OrdinaryUser, copy: Path) -> Path:
     """An environment with our packages that the user can start; made for its copy where ours is out of its reach."""
     own = Path(sys.prefix)
     # By env(1): what the user may not even look up is then an exit code.
@@ -192,7 +192,7 @@ def checkout(user: OrdinaryUser) -> Path:
     target = user.home / "project" / "SkyRL"
     shutil.rmtree(target, ignore_errors=True)
     copy_checkout(target)
-    (target / ".venv").symlink_to(_environment_folder(user, target))
+    (target / ".venv").symlink_to(environment_folder(user, target))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(user.home / "project")], check=True)
     return target
 

@@ -31,7 +31,7 @@ from slurm.lib.config import load_config
 from slurm.lib.errors import EnvironmentProblem, UsageError
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
-from tests.conftest import CHECKOUT, VERL_CACHE, OrdinaryUser, _environment_folder, belongings, copy_checkout
+from tests.conftest import CHECKOUT, VERL_CACHE, OrdinaryUser, belongings, copy_checkout, environment_folder
 from tests.local_runs import Local, Place, processes
 from tests.test_shell_rl import KEY, FakeApi, needs_busybox, serving
 from tests.users import open_tun, ordinary_user, subordinate_uids
@@ -302,7 +302,7 @@ def place(verl_python: Path) -> Iterator[Place]:
     copy = base / "SkyRL"
     shutil.rmtree(base, ignore_errors=True)
     copy_checkout(copy)
-    (copy / ".venv").symlink_to(_environment_folder(user, copy))
+    (copy / ".venv").symlink_to(environment_folder(user, copy))
     subprocess.run(["chown", "-Rh", f"{user.uid}:{user.gid}", str(home / "jobs")], check=True)
     made = Place(copy, base, user, {**user.environment, "SKYRL_VERL_CACHE": str(VERL_CACHE)})
     before = belongings(user).paths
