@@ -122,7 +122,7 @@ END_PODMAN = "kill %1; wait; podman system migrate"
 
 def allocation(node: Terminal) -> str:
     """The id of the job that a terminal's shell is in."""
-    return re.findall(r"\d+", node.does("echo $SLURM_JOB_ID"))[-2]
+    return node.does("echo job=$SLURM_JOB_ID").rpartition("\njob=")[2].split()[0]
 
 
 def test_the_prerequisites_and_the_runtime_server_standalone(site: Site) -> None:
