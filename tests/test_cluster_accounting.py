@@ -46,6 +46,8 @@ def test_sacct_knows_ended_jobs_only_where_accounts_are_kept(
         assert "Invalid account" in refused.stderr
         memory = user.run(["sacct", "-j", good, "-n", "-P", "--format=MaxRSS"]).stdout.split()
         assert memory and memory[0].endswith("K"), memory
+        shown = user.run(["bash", "-c", "sacctmgr show associations user=$USER"]).stdout  # as the seed has it
+        assert ACCOUNT in shown.split(), shown
     assert test_cluster.CONF.read_text() == plain
     assert not FOLDER.exists() and test_cluster.is_up()
     assert "accounting" in user.run(["sacct", "-j", good]).stderr.lower()
