@@ -5,7 +5,7 @@
 # catatonit is the init process of sandboxes; netavark stands for the network stack that Podman's package asks for.
 DEBIAN_RUN=(podman runc uidmap slirp4netns catatonit netavark busybox-static)
 DEBIAN_TEST=(slurm-wlm munge iproute2 procps git debootstrap docker-registry chromium musl-tools gcc python3-fusepy libfuse2
-    slurmdbd mariadb-server)
+    slurmdbd mariadb-server openssh-server zsh fish)
 readonly TUN=/dev/net/tun SUBORDINATE_IDS=65536
 
 may_install() { [[ $EUID == 0 ]] && there apt-get dpkg-query; }

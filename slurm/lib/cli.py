@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 
 from slurm.lib.command_line import Parser
@@ -24,6 +25,12 @@ verbs, each with its own --help:
   doctor           look at the site: this node, the compute nodes, the shared directory
   list             list runs
   logs RUN         show the logs of a run's jobs by time; -f: until it has ended
+  cancel RUN…      end runs, within 15 s
+  completion SHELL print what makes bash, zsh or fish complete all this
+  doctor           look at the site: this node, the compute nodes, the shared directory
+  list             list runs
+  open RUN         tell how to look at a run's sandbox page, also from your laptop
+  shell RUN […]    open a shell in a sandbox, or on a job's node
   status [RUN…]    show how runs are; --watch: again and again
   wait RUN         wait until a run has ended, and end with its trainer's exit code
 RUN is a run's directory, the beginning of its name, the id of any of its jobs, or latest.
@@ -81,6 +88,12 @@ VERBS: Mapping[str, str] = {
     "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
     "logs": "slurm.lib.verbs.logs",
+    "cancel": "slurm.lib.cancel",
+    "completion": "slurm.lib.verbs.completion",
+    "doctor": "slurm.lib.verbs.doctor",
+    "list": "slurm.lib.verbs.list_runs",
+    "open": "slurm.lib.verbs.open_page",
+    "shell": "slurm.lib.verbs.shell",
     "status": "slurm.lib.verbs.status",
     "wait": "slurm.lib.verbs.wait",
 }
@@ -95,6 +108,10 @@ def _verb(name: str, argv: Sequence[str], notes: SignalNotes) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line could go on
+        from slurm.lib.verbs.completion import complete
+
+        complete()
     setup_command_logging("--debug" in argv)
     if argv and argv[0] in VERBS:
         return exit_code_of(lambda notes: _verb(argv[0], argv[1:], notes), "stopped by %s; what was begun goes on")

@@ -60,6 +60,12 @@ class PartnerGone(SuiteError):
     exit_code = EXIT_UNAVAILABLE
 
 
+class NotRunning(SuiteError):
+    """What is wanted of a run needs a job or a sandbox of it that does not run; the message says how it is instead."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
 class NodeLost(SuiteError):
     """A node of the training job has left the run's Ray cluster; the message names it."""
 

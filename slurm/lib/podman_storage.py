@@ -25,7 +25,7 @@ from typing import IO
 from slurm.lib.coordination import utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
-from slurm.lib.own_folders import own_folders, remove_half_made
+from slurm.lib.own_folders import is_own, own_folders, remove_half_made
 from slurm.lib.processes import descendants, living_fields, pids, run
 
 PREFIX = "skyrl"
@@ -320,6 +320,22 @@ def processes_of(storage: PodmanStorage) -> list[int]:
         spaces = {_namespace(pid) for pid in named} - {_namespace("self"), None}
         found |= {pid for pid in pids() if _namespace(pid) in spaces}
     return sorted(found)
+
+
+def store_of(job_id: str) -> PodmanStorage | None:
+    """The store of a job of this user that runs on this host, as the job's own processes name it; None for none.
+
+    A sandbox's processes are not believed: what they name would decide which programs Podman starts.
+    """
+    name, key = f"{PREFIX}-{os.getuid()}-{job_id}", b"CONTAINERS_STORAGE_CONF="
+    for pid in filter(_may_be_podmans, pids()):
+        with contextlib.suppress(OSError):
+            said = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found = next((word[len(key) :] for word in said if word.startswith(key)), b"")
+            root = Path(os.fsdecode(found)).parent
+            if root.name == name and is_own(root):
+                return PodmanStorage(root)
+    return None
 
 
 def _may_be_podmans(pid: int) -> bool:

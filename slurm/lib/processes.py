@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import IO
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.signals import SignalNotes
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CHECK_EVERY_S = 0.2
+ATTACHED_GRACE_S = 2.0  # for a command on our own terminal, from being asked to being killed
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -268,6 +270,64 @@ class Child:
         self.process.wait()
         for copier in self._copiers:
             copier.join(1.0)  # a grandchild may hold the pipe open
+
+
+def attached(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    notes: SignalNotes,
+    *,
+    ask_by: int = signal.SIGTERM,
+    leaves_interrupts: bool = False,
+    on_stderr: Callable[[IO[bytes]], object] | None = None,
+) -> int:
+    """Run a command on this process's own streams, or terminal, to its end; its exit code, 128 + N after signal N.
+
+    A stopping signal ends it, by ``ask_by`` and then SIGKILL, and is raised as ``Interrupted``. With
+    ``leaves_interrupts`` SIGINT is the command's alone: a terminal gives it to both. ``on_stderr`` reads its stderr to
+    the end, in a thread; else that is ours.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: None) if leaves_interrupts else None  # not SIG_IGN: inherited
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            env=dict(environment),
+            stderr=subprocess.PIPE if on_stderr else None,
+            preexec_fn=lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+        )
+    except OSError as problem:
+        raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}; is it on PATH?") from None
+    else:
+        reader = threading.Thread(target=on_stderr, args=(process.stderr,), daemon=True) if on_stderr else None
+        if reader:
+            reader.start()
+        code = _ended_or_stopped(process, notes, ask_by)
+        if reader:
+            reader.join(ATTACHED_GRACE_S)
+        return code if code >= 0 else 128 - code
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _ended_or_stopped(process: subprocess.Popen[bytes], notes: SignalNotes, ask_by: int) -> int:
+    """The exit code of a process that is waited for until a stopping signal comes."""
+    try:
+        while (code := _waited(process, CHECK_EVERY_S)) is None:
+            notes.check()
+    except BaseException:
+        process.send_signal(ask_by)
+        if _waited(process, ATTACHED_GRACE_S) is None:
+            process.kill()
+            process.wait()
+        raise
+    return code
+
+
+def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
 
 
 def how_it_ended(exit_code: int, last_words: str) -> str:

@@ -32,6 +32,7 @@ SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
 FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_")
 SHOWN = "%A|%T|%r|%N|%P|%u|%S|%M|%l|%j"
 ACCOUNTED = "JobIDRaw,State,NodeList,Partition,User,Start,Elapsed,Timelimit,ExitCode,JobName"
+STEP_WITHIN_S = 30  # a step beside others begins within a second or two
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 # What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
 SILENCE = re.compile(
@@ -347,6 +348,21 @@ def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[s
         "--job-name=skyrl-ray",
     )
     return ("srun", *options, *command)
+
+
+def shell_argv(
+    job_id: str, group: int | None, *, node: str, cwd: Path, terminal: bool, command: Sequence[str]
+) -> tuple[str, ...]:
+    """The command that runs ``command`` as a job step beside those that run, on our own streams, and ends with it.
+
+    On one node of the job, its first where ``node`` is empty; of a heterogeneous job, named by its first component, in
+    component ``group``. It takes no CPUs, memory or time from the others. With a ``terminal`` it has one of its own
+    there. A step that cannot begin is given up.
+    """
+    options = [f"--jobid={job_id}", *([] if group is None else [f"--het-group={group}"])]
+    options += ["--nodes=1", "--ntasks=1", *([f"--nodelist={node}"] if node else []), "--overlap", "--mem=0"]
+    options += [f"--immediate={STEP_WITHIN_S}", f"--chdir={cwd}", "--export=ALL", "--job-name=skyrl-shell"]
+    return ("srun", *options, *(["--pty"] if terminal else []), *command)
 
 
 class Slurm:
