@@ -16,12 +16,13 @@ from slurm.lib.attempts import Chain, checkpoint_at_start, checkpoints_of, refus
 from slurm.lib.checkpoints import TRACKER
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir, Flag
+from slurm.lib.git import GitState
 from slurm.lib.job_context import JobContext
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.plan import Request, make_plan
 from slurm.lib.restarts import Ended
-from slurm.lib.run_record import GitState, partner_of, read_jobs
+from slurm.lib.run_record import Provenance, partner_of, read_jobs
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -48,8 +49,8 @@ def launched(slurm: FakeSlurm, *overrides: str) -> CoordinationDir:
     return done.directory
 
 
-def git() -> GitState:
-    return GitState("c0ffee", False)
+def git() -> Provenance:
+    return Provenance(GitState("c0ffee", False))
 
 
 def body(slurm: FakeSlurm, directory: CoordinationDir, job_id: str, which: int, more: Mapping[str, str]) -> JobContext:

@@ -28,6 +28,7 @@ import slurm_runtime.api_server
 import slurm_runtime.prebuild_images
 from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.notice import NOTICE_FIELDS
 from slurm.lib.observe.record import read_record
 from slurm.lib.observe.run_view import RunState, RunView
 from slurm.lib.observe.survey import with_logs, without_logs
@@ -100,6 +101,7 @@ VALUES = {
     "memory": "memory",
     "mirrors": "list of REGISTRY=MIRROR",
     "names": "list of names",
+    "recipients": "mail addresses and webhooks",
     "node_memory": "memory, or 0",
     "non_negative_int": "whole number ≥ 0",
     "network_word": "private, deny",
@@ -372,6 +374,11 @@ def test_every_file_of_a_run_is_listed() -> None:
         if not any(name in cell.replace("<id>", "ID").replace("<node>", "NODE") for cell in listed)
     ]
     assert not missing, f"the run directory's table lacks {missing}"
+
+
+def test_every_field_of_a_notice_is_listed() -> None:
+    cells = first_cells(ROOT / "docs" / "notify.md", "What is sent, and when")
+    assert {name for cell in cells for name in cell.split(", ")} == set(NOTICE_FIELDS)
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.git import GitState
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
 from slurm.lib.ray_steps import node_step
-from slurm.lib.run_record import GitState
+from slurm.lib.run_record import Provenance
 from slurm.lib.signals import SignalNotes
 from slurm.lib.submission import submit
 from slurm.lib.trainer import trainer_of
@@ -337,7 +338,7 @@ def test_submitting_runs_what_was_shown(slurm: FakeSlurm, folder: str, option: s
     words = [f"SKYRL_JOBS_BASE={slurm.jobs / folder}", "TRAINING_COMMAND=echo 'a  b' \"$HOME\""]
     plan = plan_for(*words, config=str(conf), environment=environment)
     text = shown(plan).replace("<runtime job id>", "101").replace("<training job id>", "102")
-    done = submit(plan, SignalNotes(), lambda: GitState(None, None), ROOT)
+    done = submit(plan, SignalNotes(), lambda: Provenance(GitState(None, None)), ROOT)
     assert [with_shown_ids(call.words) for call in slurm.calls] == command_lines(text)
     assert text.endswith(f"run directory: {done.directory.path}\n")
     shown_values = environment_of(text)

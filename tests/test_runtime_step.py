@@ -18,13 +18,14 @@ from slurm.lib.attempts import Chain, refused
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.errors import SubmissionError
+from slurm.lib.git import GitState
 from slurm.lib.job_context import JobContext, own_job_id
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.plan import LaunchPlan, Request, make_plan
 from slurm.lib.preflight.cluster import submissions_asked
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.restarts import Ended
-from slurm.lib.run_record import GitState, partner_of, read_jobs
+from slurm.lib.run_record import Provenance, partner_of, read_jobs
 from slurm.lib.runtime_step import RuntimeStep, as_a_job_alone, component_of, step_argv, step_environment
 from slurm.lib.scheduler import JobFacts, JobState, Slurm, parse_components, parse_facts, parse_status
 from slurm.lib.settings import Settings
@@ -51,8 +52,8 @@ def plan_for(slurm: FakeSlurm, *overrides: str, request: Request | None = None) 
     return make_plan(config, request or Request(), seen, ROOT, sys.executable, NOW)
 
 
-def git() -> GitState:
-    return GitState("c0ffee", False)
+def git() -> Provenance:
+    return Provenance(GitState("c0ffee", False))
 
 
 def launched(slurm: FakeSlurm, *overrides: str) -> CoordinationDir:

@@ -21,18 +21,19 @@ import pytest
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import EXIT_SUBMISSION, EnvironmentProblem, SubmissionError
+from slurm.lib.git import GitState, git_state, parse_git_status
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import own_launcher
 from slurm.lib.plan import SECRETS_FILE, LaunchPlan, Request, Requeue, Restart, make_plan
 from slurm.lib.run_record import (
-    GitState,
+    Provenance,
     await_secrets,
-    git_state,
     join,
-    parse_git_status,
     partner_of,
+    provenance,
     read_jobs,
     read_secrets,
+    recorded_git,
 )
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import Submitted, submit
@@ -41,7 +42,7 @@ from tests.fake_slurm import Call, FakeSlurm
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 RUN = "20260304_050607_101"
-GIT = GitState("c0ffee", True)
+GIT = Provenance(GitState("c0ffee", True))
 KEY = "sk-the-key-of-the-server"
 TOKEN = "wandb-token-of-somebody"
 
@@ -72,7 +73,7 @@ def marker_name() -> str:
 
 
 def carry_out(plan: LaunchPlan, notes: SignalNotes | None = None, **options: Any) -> Submitted:
-    git: Callable[[], GitState] = options.get("git", lambda: GIT)
+    git: Callable[[], Provenance] = options.get("git", lambda: GIT)
     return submit(plan, notes or SignalNotes(), git, options.get("checkout", ROOT))
 
 
@@ -183,7 +184,8 @@ def test_the_record(slurm: FakeSlurm) -> None:
     record = json.loads(done.directory.run_record.read_text())
     assert record["schema"] == 1
     assert datetime.fromisoformat(record["created"]).tzinfo is not None
-    assert record["git"] == {"commit": "c0ffee", "dirty": True}
+    assert record["git"] == {"commit": "c0ffee", "dirty": True, "branch": None, "diff": None}
+    assert record["agent_git"] is None
     assert record["interpreter"] == sys.executable
     assert record["settings"]["GPU_NODES"] == "2"
     assert record["settings"]["MODEL"] == "Qwen/Qwen3-1.7B"
@@ -212,15 +214,47 @@ def test_a_record_that_is_late_is_not_overwritten_by_its_own_job(tmp_path: Path)
 
 def test_the_commit_and_whether_it_is_what_ran(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
-    assert git_state(tmp_path) == GitState(None, False)
+    git(tmp_path, "symbolic-ref", "HEAD", "refs/heads/trying")
+    assert git_state(tmp_path) == GitState(None, False, "trying")
     (tmp_path / "a").touch()
     git(tmp_path, "add", "a")
     git(tmp_path, "commit", "-qm", "x")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert git_state(tmp_path) == GitState(commit, False)
+    assert git_state(tmp_path) == GitState(commit, False, "trying")
     (tmp_path / "a").write_text("changed")
-    assert git_state(tmp_path) == GitState(commit, True)
+    state = git_state(tmp_path)
+    assert (state.commit, state.dirty, state.branch, state.is_cut) == (commit, True, "trying", False)
+    assert state.diff is not None and b"+changed" in state.diff
+    git(tmp_path, "checkout", "-q", "--detach")
+    assert git_state(tmp_path).branch is None
     assert parse_git_status(f"# branch.oid {commit}\n? new\n") == GitState(commit, True)
+
+
+def test_what_had_changed_lies_beside_the_record_without_secrets(slurm: FakeSlurm) -> None:
+    changed = f"+key = '{TOKEN}'\n".encode()
+    suite = GitState("c0ffee", True, "main", changed)
+    agent = GitState("decaf", True, "trying", changed, is_cut=True)
+    plan = plan_for(slurm, environment={"WANDB_API_KEY": TOKEN})
+    directory = carry_out(plan, git=lambda: Provenance(suite, agent)).directory
+    record = json.loads(directory.run_record.read_text())
+    assert record["git"] == {"commit": "c0ffee", "dirty": True, "branch": "main", "diff": "run_suite.diff"}
+    assert record["agent_git"] == {"commit": "decaf", "dirty": True, "branch": "trying", "diff": "run_agent.diff"}
+    for name, more in (("run_suite.diff", ""), ("run_agent.diff", "\n# cut after 33 bytes: there was more\n")):
+        path = directory.path / name
+        assert path.read_text() == "+key = '***'\n" + more
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    goes_on = recorded_git(directory)
+    assert (goes_on.suite.branch, goes_on.agent) == ("main", GitState("decaf", True, "trying"))
+
+
+def test_both_trees_are_asked_about(slurm: FakeSlurm, tmp_path: Path) -> None:
+    folder = tmp_path / "root" / "SkyRL" / "skyrl-agent"
+    folder.mkdir(parents=True)
+    git(folder, "init", "-q", "-b", "agents")
+    found = provenance(ROOT, plan_for(slurm, f"SKYRL_PROJECT_ROOT={tmp_path / 'root'}").settings)
+    assert found.agent is not None and found.agent.branch == "agents"
+    assert found.suite.commit == git(ROOT, "rev-parse", "HEAD")
+    assert provenance(ROOT, plan_for(slurm, f"SKYRL_PROJECT_ROOT={tmp_path}").settings).agent is None
 
 
 def test_outside_of_git_nothing_is_known(tmp_path: Path) -> None:
@@ -316,7 +350,7 @@ def test_no_sbatch_on_path(slurm: FakeSlurm) -> None:
 def test_a_signal_during_submission_takes_everything_back(slurm: FakeSlurm) -> None:
     notes = SignalNotes()
 
-    def signalled() -> GitState:
+    def signalled() -> Provenance:
         notes.note(signal.SIGTERM)
         return GIT
 

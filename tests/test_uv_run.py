@@ -19,7 +19,8 @@ import pytest
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.settings import Settings
-from slurm.lib.trainer import env_file_text, trainer_of, verl_of
+from slurm.lib.snapshot import take_snapshot
+from slurm.lib.trainer import env_file_text, import_folders, snapshot_variables, trainer_of, verl_of
 from slurm.lib.verl_versions import Origin
 
 CONFIGS = Path(__file__).resolve().parent.parent / "slurm" / "config"
@@ -175,3 +176,58 @@ def test_the_lock_decides_which_verl_runs(agent: Agent) -> None:
 
 def test_another_trainer_is_not_asked_for_its_verl(agent: Agent) -> None:
     assert verl_of(replace(agent.settings(), training_command="true"), {}) is None
+
+
+WHICH_CODE = """
+import json, os, skyrl_agent, skyrl_agent.words
+print(json.dumps({"word": skyrl_agent.words.WORD, "file": skyrl_agent.__file__, "cwd": os.getcwd()}))
+"""
+
+
+def test_a_snapshots_code_runs_in_the_originals_environment(agent: Agent) -> None:
+    """The original is installed there as editable, and has been edited since; nothing of it or of its environment
+    changes, and no environment is made in the copy."""
+    original = agent.folder
+    (original / "skyrl_agent" / "integrations" / "verl" / "verl_main_ppo.py").write_text(WHICH_CODE)
+    words = original / "skyrl_agent" / "words.py"
+    words.write_text("WORD = 'as launched'\n")
+    (original / ".gitignore").write_text(".venv\n__pycache__/\n")
+    agent.uv("sync", "--frozen", "--extra", "verl")
+    packages = next((original / ".venv" / "lib").glob("python3*/site-packages"))
+    (packages / "_skyrl_agent.pth").write_text(f"{original}\n")  # what an editable installation is
+    for git in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(original), *git], check=True)
+    settings = replace(agent.settings(), snapshot=True)
+    agent.run.path.mkdir()
+    take_snapshot(original, agent.run.agent)
+    words.write_text("WORD = 'edited since'\n")
+    (original / "uv.lock").write_text("no lock at all")
+    before = {str(path.relative_to(original)) for path in original.rglob("*")}
+
+    agent.run.training_env.write_text("")
+    trainer = trainer_of(settings, agent.run, verl_of(settings, agent.environment))
+    path = os.pathsep.join(map(str, import_folders(settings, agent.run)))
+    environment = {**agent.environment, **snapshot_variables(settings, {}), "PYTHONPATH": path}
+    done = subprocess.run(
+        trainer.argv, cwd=trainer.cwd, env=environment, capture_output=True, text=True, timeout=UV_TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["word"] == "as launched"
+    assert Path(said["file"]).is_relative_to(agent.run.agent)
+    assert said["cwd"] == str(agent.run.agent)
+    assert not (agent.run.agent / ".venv").exists()
+    assert (packages / "_skyrl_agent.pth").read_text() == f"{original}\n"
+    caches = {name for name in {str(p.relative_to(original)) for p in original.rglob("*")} if "__pycache__" in name}
+    assert {str(path.relative_to(original)) for path in original.rglob("*")} - caches == before - caches
+
+    # A worker elsewhere, whose folder is another one, imports the copy too.
+    elsewhere = subprocess.run(
+        ["uv", "run", "--frozen", "--project", str(agent.run.agent), "python", "-c", WHICH_CODE],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=UV_TIMEOUT_S,
+    )
+    assert json.loads(elsewhere.stdout)["word"] == "as launched", elsewhere.stderr

@@ -25,6 +25,7 @@ from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.lookout import NOTE_EVERY_S, Lookout
+from slurm.lib.notify import ended_by, tell
 from slurm.lib.plan import AFTER, ATTEMPT, LaunchPlan, Request, Restart, make_plan
 from slurm.lib.restarts import Cause, Ended, Verdict, cause_of, verdict
 from slurm.lib.run_record import partner_of, recorded_git
@@ -98,6 +99,7 @@ def refused(job: JobContext, kind: str, notes: SignalNotes) -> int | None:
     (log.error if decided.exit_code else log.info)("attempt %d does not begin: %s", number, decided.reason)
     if kind == "runtime":
         _withdraw(job)
+    tell(job, ended_by(job.directory, after, decided.exit_code, decided.reason)).finish()
     return decided.exit_code
 
 

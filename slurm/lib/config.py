@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slurm.lib.conf_source import SourcedConf, Value, source_conf
 from slurm.lib.errors import ConfigError, EnvironmentProblem, Problem
-from slurm.lib.secrets import MASK, is_secret_name
+from slurm.lib.secrets import MASK, is_secret_name, secret_values
 from slurm.lib.settings import KEYS, Key, Place, Settings, absolute, complete, contradictions, doubts
 
 # What is wrong with settings as a whole: the keys involved, the one to change first, and a sentence.
@@ -268,7 +268,7 @@ def _reading_order(problem: Problem) -> tuple[str, int]:
 
 
 def _visible_secrets(set_values: Mapping[str, str]) -> Iterator[Problem]:
-    for name in filter(is_secret_name, set_values):
+    for name in (name for name in set_values if is_secret_name(name) and secret_values({name: set_values[name]})):
         sentence = "everyone on this host can read it in the process list"
         yield Problem(f"--set {name}", sentence, "write it into a file")
 

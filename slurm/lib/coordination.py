@@ -219,6 +219,11 @@ class CoordinationDir:
         return self.path / "code"
 
     @property
+    def agent(self) -> Path:
+        """The copy of skyrl-agent that SNAPSHOT=1 takes."""
+        return self.path / "agent"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -241,6 +246,10 @@ class CoordinationDir:
     def attempt(self, number: int) -> Path:
         """What is known of the run's attempt ``number``, where it can be restarted."""
         return self.path / f"attempt_{number}.json"
+
+    def notified(self, job_id: str) -> Path:
+        """There once somebody has taken on to send NOTIFY's message about the end of this job."""
+        return self.path / f"notified_{job_id}.json"
 
     def heartbeat(self, job: str, job_id: str) -> Path:
         return self.path / f"heartbeat_{job}_{job_id}.txt"

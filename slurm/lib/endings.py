@@ -67,11 +67,11 @@ def _speak_for_the_training(directory: CoordinationDir, ends: tuple[End, ...]) -
     runtime = next((end.job_id for end in ends if end.kind == "runtime"), "")
     for end in ends:
         wordless = end.kind == "training" and end.by == "runtime" and end.exit_code is None
-        if wordless and not _is_followed(directory, end.job_id):
+        if wordless and not is_followed(directory, end.job_id):
             directory.speak_for(directory.training_complete, Flag.of_this_host(end.job_id, runtime, None, end.reason))
 
 
-def _is_followed(directory: CoordinationDir, training: str) -> bool:
+def is_followed(directory: CoordinationDir, training: str) -> bool:
     """Whether this training has queued another attempt."""
     attempts = map(read_record, directory.path.glob("attempt_*.json"))
     return any(data.get("successor") and job_ids(data.get("jobs")).get("training") == training for data in attempts)

@@ -22,7 +22,7 @@ from slurm.lib.job_context import LOCAL_JOBS_NAME
 from slurm.lib.logs import KIND_COLOURS, give_up, log, wants_colour
 from slurm.lib.plan import JobPlan, LaunchPlan, local_argv
 from slurm.lib.processes import Child, ChildSpec, start_ticks
-from slurm.lib.run_record import furnish, git_state, write_record
+from slurm.lib.run_record import furnish, provenance, write_record
 from slurm.lib.signals import SignalNotes
 
 LOOK_EVERY_S = 0.1
@@ -78,7 +78,7 @@ def run(plan: LaunchPlan, notes: SignalNotes, checkout: Path) -> int:
     ids = plan.local_ids(os.getpid())
     directory = make_run_dir(Path(plan.jobs[0].with_local_ids(ids).directory))
     furnish(directory, plan, ids, checkout)
-    write_record(directory, plan, ids, git_state(checkout))
+    write_record(directory, plan, ids, provenance(checkout, plan.settings))
     sys.stdout.write(f"coordination directory: {directory.path}\n")
     sys.stdout.flush()
     jobs: list[LocalJob] = []

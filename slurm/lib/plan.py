@@ -22,7 +22,7 @@ from slurm.lib.launch_mark import PREFIX
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings, gpu_gres, slurm_seconds
-from slurm.lib.trainer import trainer_of
+from slurm.lib.trainer import snapshot_variables, trainer_of
 from slurm.lib.verl_versions import VerlVersion
 
 RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
@@ -234,6 +234,16 @@ def training_options(settings: Settings) -> tuple[str, ...]:
     return _options(pairs) + _site_options(settings) + settings.gpu_sbatch_args
 
 
+def mail_options(settings: Settings) -> tuple[str, ...]:
+    """Slurm's own mail for NOTIFY, for the one job that a run is about.
+
+    One mail is sent: END is for jobs that have completed or were cancelled, FAIL for all others, after a time limit too
+    (slurmctld/job_mgr.c, 22.05).
+    """
+    addresses = ",".join(settings.mail_addresses)
+    return _options([("mail-type", "END,FAIL" if addresses else ""), ("mail-user", addresses)])
+
+
 def parted(words: Sequence[str], option: str, letter: str) -> tuple[tuple[str, ...], list[str]]:
     """Options of sbatch without one of them, in any of its forms, and the values that it had."""
     kept, values, rest = [], [], iter(words)
@@ -387,6 +397,8 @@ class _Builder:
         when the run goes on.
         """
         options = (runtime_options if kind == "runtime" else training_options)(self.settings)
+        if kind == ("training" if self.request.training else "runtime"):
+            options = mail_options(self.settings) + options
         if not self.request.goes_on:
             return options
         return parted(parted(options, *DEPENDENCY)[0], *BEGIN)[0]
@@ -538,7 +550,9 @@ def _node_lines(plan: LaunchPlan) -> list[str]:
     if not plan.training:
         return []
     lines = ["# the trainer's environment: what the training job sets on its node"]
-    for one in planned(plan.settings, {**plan.inherited, **plan.environment}):
+    environment = {**plan.inherited, **plan.environment}
+    lines += [f"export {name}={shlex.quote(v)}" for name, v in snapshot_variables(plan.settings, environment).items()]
+    for one in planned(plan.settings, environment):
         lines += [f"# {one.step.name}: {one.step.why}"]
         lines += [f"export {name}={shlex.quote(value)}" for name, value in masked(one.set).items()]
         lines += [f"unset {' '.join(one.unset)}"] if one.unset else []

@@ -55,8 +55,9 @@ def run(
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     check: Callable[[], None] | None = None,
+    said: str | None = None,
 ) -> Completed:
-    """Run a command to its end; a failing exit code is a result, not an error.
+    """Run a command to its end; a failing exit code is a result, not an error. ``said`` is its standard input.
 
     Raises ``EnvironmentProblem`` if it cannot be started and ``WaitTimeout`` after ``timeout_s`` seconds. ``check``
     runs a few times a second and may raise the reason to end the wait. In both cases the command is killed.
@@ -64,7 +65,7 @@ def run(
     try:
         process = subprocess.Popen(
             list(argv),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if said is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,7 +80,7 @@ def run(
         raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}") from None
     with process:
         try:
-            out, err = _communicate(process, timeout_s, check)
+            out, err = _communicate(process, timeout_s, check, said)
         except WaitTimeout as problem:
             process.kill()
             raise WaitTimeout(f"{argv[0]}: {problem}: {' '.join(argv)[:200]}") from None
@@ -89,15 +90,18 @@ def run(
     return Completed(tuple(argv), process.returncode, out, err)
 
 
-def _communicate(process: subprocess.Popen[str], timeout_s: float, check: Callable[[], None] | None) -> tuple[str, str]:
+def _communicate(
+    process: subprocess.Popen[str], timeout_s: float, check: Callable[[], None] | None, said: str | None
+) -> tuple[str, str]:
     end = time.monotonic() + timeout_s
     while True:
         left = end - time.monotonic()
         try:
-            return process.communicate(timeout=max(0.0, left if check is None else min(CHECK_EVERY_S, left)))
+            return process.communicate(said, timeout=max(0.0, left if check is None else min(CHECK_EVERY_S, left)))
         except subprocess.TimeoutExpired:
             if time.monotonic() >= end:
                 raise WaitTimeout(f"no answer within {timeout_s:g} s") from None
+            said = None  # it is kept, and must not be given twice
         if check is not None:
             check()
 

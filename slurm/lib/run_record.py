@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from slurm.lib.coordination import (
     write_atomically,
 )
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.git import GitState, git_state
 
 if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, felt in commands that only read one
     from slurm.lib.plan import LaunchPlan
@@ -30,36 +32,25 @@ CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.tom
 
 
 @dataclass(frozen=True)
-class GitState:
-    """The commit that the code was launched from; None outside a checkout."""
+class Provenance:
+    """What a run was launched from: this suite's checkout, and skyrl-agent's tree, where there is one."""
 
-    commit: str | None
-    dirty: bool | None
-
-
-def parse_git_status(text: str) -> GitState:
-    """From ``git status --porcelain=v2 --branch``."""
-    lines = text.splitlines()
-    commits = [line.split(" ", 2)[2] for line in lines if line.startswith("# branch.oid ")]
-    commit = commits[0] if commits and commits[0] != "(initial)" else None
-    return GitState(commit, any(not line.startswith("#") for line in lines))
+    suite: GitState
+    agent: GitState | None = None
 
 
-def git_state(checkout: Path) -> GitState:
-    """The state of a checkout, or nothing known where git is missing or slow."""
-    import sh  # 80 ms, so only where it is used
+def provenance(checkout: Path, settings: Settings) -> Provenance:
+    """Ask git about both trees."""
+    from slurm.lib.trainer import agent_folder
 
-    try:
-        # By _cwd and not -C: an argument with bytes that are no UTF-8, as a path may have, sh cannot pass.
-        question = ("status", "--porcelain=v2", "--branch")
-        text = sh.git(*question, _cwd=str(checkout), _timeout=10, _tty_out=False, _decode_errors="replace")
-    except (sh.CommandNotFound, sh.ErrorReturnCode, sh.TimeoutException):
-        return GitState(None, None)
-    return parse_git_status(str(text))
+    agent = agent_folder(settings)
+    return Provenance(git_state(checkout), git_state(agent) if os.path.isdir(agent) else None)  # noqa: PTH112  Path's raises below a folder of somebody else's
 
 
-def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> dict[str, object]:
-    """The contents of ``run.json``."""
+def record(
+    plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance, python: str, diffs: Mapping[str, str]
+) -> dict[str, object]:
+    """The contents of ``run.json``; ``diffs`` names the files of what had changed, by tree."""
     import getpass
 
     from slurm.lib.secrets import is_secret_name, masked
@@ -70,7 +61,8 @@ def record(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str
         "created": utc_now(),
         "user": getpass.getuser(),
         "host": host_name(),
-        "git": {"commit": git.commit, "dirty": git.dirty},
+        "git": git.suite.as_record(diffs.get("suite")),
+        "agent_git": git.agent.as_record(diffs.get("agent")) if git.agent else None,
         "interpreter": python,
         "config_files": [str(path) for path in plan.config.files],
         "settings": {name: value for name, value in settings.items() if not is_secret_name(name)},
@@ -84,11 +76,13 @@ _NAMES = {"runtime": "skyrl-runtime", "training": "skyrl-train"}
 _OTHER = {"runtime": "training", "training": "runtime"}
 
 
-def record_text(plan: LaunchPlan, jobs: Mapping[str, str], git: GitState, python: str) -> str:
+def record_text(
+    plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance, python: str, diffs: Mapping[str, str]
+) -> str:
     """``run.json`` as text, with every secret value masked wherever it stands."""
     from slurm.lib.secrets import mask_values
 
-    text = json.dumps(record(plan, jobs, git, python), indent=2, sort_keys=True)
+    text = json.dumps(record(plan, jobs, git, python, diffs), indent=2, sort_keys=True)
     return mask_values(text, plan.secret_values) + "\n"
 
 
@@ -98,8 +92,9 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
     Returns what a joining run added.
     """
     from slurm.lib.plan import OWN_ID, secrets_file
+    from slurm.lib.snapshot import take_snapshot
     from slurm.lib.task_yaml import write_matching
-    from slurm.lib.trainer import task_example
+    from slurm.lib.trainer import agent_folder, task_example
 
     copy_code(checkout, directory.code)
     added = copy_confs(directory, plan)
@@ -112,6 +107,9 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
         path = directory.path / secrets_file(plan.request).replace(OWN_ID, next(iter(jobs.values())))
         added.append(path)
         write_atomically(path, json.dumps(dict(plan.secrets)), 0o600)
+    if plan.settings.snapshot and plan.training and not goes_on:
+        take_snapshot(agent_folder(plan.settings), directory.agent)
+        added.append(directory.agent)
     return added
 
 
@@ -125,12 +123,27 @@ def ensure_task_yaml(settings: Settings, directory: CoordinationDir) -> None:
         write_matching(example, directory.task_yaml, settings)
 
 
-def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: GitState) -> Path:
+def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance) -> Path:
     """Write the record: ``run.json``, or ``run_<id>.json`` in the directory of a run that is joined; returns which."""
     first = next(iter(jobs.values()))
     path = directory.path / f"run_{first}.json" if directory.run_record.exists() else directory.run_record
-    write_atomically(path, record_text(plan, jobs, git, plan.jobs[0].environment["SKYRL_PYTHON"]))
+    diffs = _write_diffs(path, plan, git)
+    write_atomically(path, record_text(plan, jobs, git, plan.jobs[0].environment["SKYRL_PYTHON"], diffs))
     return path
+
+
+def _write_diffs(record: Path, plan: LaunchPlan, git: Provenance) -> dict[str, str]:
+    """Write what had changed in each tree beside the record, secrets masked; returns the files' names by tree."""
+    from slurm.lib.secrets import mask_values
+
+    written = {}
+    for tree, state in (("suite", git.suite), ("agent", git.agent)):
+        if state and state.diff:
+            path = record.with_name(f"{record.stem}_{tree}.diff")
+            cut = f"\n# cut after {len(state.diff)} bytes: there was more\n" if state.is_cut else ""
+            write_atomically(path, mask_values(state.diff.decode("utf-8", "replace"), plan.secret_values) + cut, 0o600)
+            written[tree] = path.name
+    return written
 
 
 def secrets_of(directory: CoordinationDir, job_id: str) -> Path:
@@ -281,10 +294,15 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def recorded_git(directory: CoordinationDir) -> GitState:
-    """The commit that the run was launched from, as its record has it."""
-    git = read_record(directory.run_record).get("git")
-    return GitState(git.get("commit"), git.get("dirty")) if isinstance(git, dict) else GitState(None, None)
+def recorded_git(directory: CoordinationDir) -> Provenance:
+    """What the run was launched from, as its record has it, for a record of jobs that go on with it."""
+    recorded = read_record(directory.run_record)
+    suite, agent = (_recorded_state(recorded.get(name)) for name in ("git", "agent_git"))
+    return Provenance(suite or GitState(None, None), agent)
+
+
+def _recorded_state(said: object) -> GitState | None:
+    return GitState(said.get("commit"), said.get("dirty"), said.get("branch")) if isinstance(said, dict) else None
 
 
 def join(directory: CoordinationDir, kind: str, job_id: str, launched: bool) -> None:

@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from slurm.lib.api_server_child import ApiServer, api_server
 from slurm.lib.attempts import refused, why_ended
 from slurm.lib.coordination import Flag
-from slurm.lib.endings import End, note_ends
+from slurm.lib.endings import End, is_followed, note_ends
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EXIT_UNAVAILABLE, EnvironmentProblem, SuiteError
 from slurm.lib.guardian import guarded
 from slurm.lib.images import load_images
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.lookout import answered
+from slurm.lib.notice import Ending
+from slurm.lib.notify import LEAST_S, MOST_S, Sending, ended_by, tell
 from slurm.lib.podman_service import podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
@@ -142,7 +144,34 @@ class RuntimeJob:
         outcome, job_id = action.outcome, self.job.job_id
         (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job_id, outcome.reason)
         own = End("runtime", job_id, outcome.exit_code, outcome.reason, "runtime")
+        ending = self.unsaid(outcome)
+        told = tell(self.job, ending) if ending else Sending()
         note_ends(self.job.directory, own, *outcome.others, *self.withdrawn)
+        told.finish(MOST_S if self.notes.stopped_at is None else LEAST_S)
+
+    def unsaid(self, outcome: Outcome) -> Ending | None:
+        """The end that this job tells people of: its own where it has no training, else that of one that is gone.
+
+        A training that lives tells it itself, and one that another attempt follows is not the end.
+        """
+        job = self.job
+        if not job.settings.notify:
+            return None
+        training = partner_of(job.directory, "runtime", job.job_id)
+        if training is None:
+            return Ending(job.job_id, self.how_alone(outcome), outcome.exit_code, outcome.reason)
+        known = [end for end in (*outcome.others, *self.withdrawn) if end.kind == "training"]
+        goes_on = is_followed(job.directory, training) or (outcome.as_planned and not known)
+        if goes_on or not (known or job.scheduler.status(training).state.is_final):
+            return None
+        end = known[0] if known else End("training", training, outcome.exit_code, outcome.reason, "runtime")
+        return ended_by(job.directory, end.job_id, end.exit_code, end.reason)
+
+    def how_alone(self, outcome: Outcome) -> Ended:
+        """How the end of a runtime without a training is called."""
+        if outcome.exit_code > EXIT_SIGNAL_BASE:
+            return why_ended(self.job, "runtime", None).ended
+        return Ended.FAILED if outcome.exit_code else Ended.COMPLETED
 
     def look(self) -> None:
         """Look once for what has happened, and act on it."""

@@ -17,7 +17,8 @@ _SECRET_WORDS = frozenset(
 )
 _SECRET_ENDINGS = ("PASSWORD", "PASSWORDS", "PASSWD", "APIKEY", "ACCESSKEY", "PRIVATEKEY", "SECRETKEY", "AUTHTOKEN")
 _SECRET_LAST_WORDS = frozenset({"PASS", "PAT", "PW"})  # DB_PASS, GITHUB_PAT; not PASS_THROUGH
-_SECRET_NAMES = frozenset({"DOCKER_AUTH_CONFIG", "MYSQL_PWD"})
+_RECIPIENTS = "NOTIFY"  # webhooks, whose addresses are secrets, among mail addresses, which are none
+_SECRET_NAMES = frozenset({"DOCKER_AUTH_CONFIG", "MYSQL_PWD", _RECIPIENTS})
 # Where it is, or how much of it there may be: ALLHANDS_API_KEY_FILE, TOKEN_LIMIT. SSH_AUTH_SOCK is such a place.
 _HARMLESS_LAST_WORDS = frozenset(
     {"FILE", "FILES", "PATH", "DIR", "FOLDER", "SOCK", "SOCKET", "URL", "LIMIT", "SIZE", "LENGTH", "LEN", "COUNT"}
@@ -44,9 +45,15 @@ def is_secret_name(name: str) -> bool:
 
 def secret_values(mapping: Mapping[str, str]) -> frozenset[str]:
     """The values to be masked: those of secret names, and passwords inside URLs (``https://user:password@proxy``)."""
-    by_name = (value for name, value in mapping.items() if value and is_secret_name(name))
+    named = (_secrets_in(name, value) for name, value in mapping.items() if value and is_secret_name(name))
+    by_name = (secret for found in named for secret in found)
     in_urls = (password for value in mapping.values() for password in _URL_PASSWORD.findall(value))
     return frozenset([*by_name, *in_urls])
+
+
+def _secrets_in(name: str, value: str) -> list[str]:
+    """What is secret in the value of a secret name: all of it, but for the mail addresses in NOTIFY."""
+    return [word for word in re.split(r"[\s,]+", value) if "://" in word] if name == _RECIPIENTS else [value]
 
 
 def mask_values(text: str, values: Iterable[str]) -> str:

@@ -230,6 +230,29 @@ def _names_a_server(address: str) -> bool:
         return False
 
 
+_MAIL = re.compile(r"[\w.!#$%&'*+/=?^{|}~-]+@[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", re.ASCII)
+
+
+def recipients(raw: Raw) -> tuple[str, ...]:
+    """A bash array, or mail addresses and webhooks (http or https) separated by spaces or commas.
+
+    A complaint counts the entries and does not repeat them: a webhook's address is a secret.
+    """
+    found = tuple(filter(None, re.split(r"[\s,]+", raw.strip()))) if isinstance(raw, str) else raw
+    bad = [str(number) for number, entry in enumerate(found, 1) if not (_MAIL.fullmatch(entry) or _is_webhook(entry))]
+    if bad:
+        which = f"entry {bad[0]} is" if len(bad) == 1 else f"entries {', '.join(bad)} are"
+        raise ValueError(
+            f"{which} neither a mail address nor a webhook, like me@lab.example or https://HOST/PATH (a comma within "
+            "one is %2C)"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _is_webhook(entry: str) -> bool:
+    return re.fullmatch(r"https?://[!-+\--~]+", entry) is not None and _names_a_server(entry)
+
+
 def gres_type(raw: str) -> str:
     """The type of a Slurm GRES, as in gpu:TYPE:2."""
     if not re.fullmatch(r"[\w.-]+", raw.strip(), re.ASCII):
@@ -374,7 +397,7 @@ def names(raw: Raw) -> tuple[str, ...]:
 
 # --- the declaration of a key ----------------------------------------------------------------------------------------
 
-_ARRAYS: tuple[Callable[[Any], object], ...] = (words, sbatch_words, hydra_overrides, names, mirrors)
+_ARRAYS: tuple[Callable[[Any], object], ...] = (words, sbatch_words, hydra_overrides, names, mirrors, recipients)
 _INFO = "key"
 
 
@@ -682,6 +705,16 @@ class Settings:
         unit="s",
     )
 
+    notify: tuple[str, ...] = setting(
+        "NOTIFY",
+        recipients,
+        (),
+        "Who is told when a run ends or needs you: mail addresses and webhooks (`https://…`), with spaces or commas "
+        "between.",
+        default_text="nobody",
+        show=False,
+    )
+
     # Data and results
     data_dir: Path | None = setting("DATA_DIR", optional(path), None, "Folder of the data set.")
     train_data: Path | None = setting(
@@ -821,6 +854,12 @@ class Settings:
     skyrl_project_root: Path = setting(
         "SKYRL_PROJECT_ROOT", path, Path(".."), "Folder that holds SkyRL.", default_text="the parent of the checkout"
     )
+    snapshot: bool = setting(
+        "SNAPSHOT",
+        switch,
+        False,
+        "Whether the training uses a copy of the files of skyrl-agent that git tracks, as they are at the launch.",
+    )
     skyrl_coord_dir: Path | None = setting(
         "SKYRL_COORD_DIR", optional(path), None, "Coordination directory of a run to join."
     )
@@ -828,6 +867,16 @@ class Settings:
         "SLURM_RUNTIME_DIR", optional(path), None, "A slurm-remote-runtime of your own with .venv.", default_text="ours"
     )
     skyrl_debug: bool = setting("SKYRL_DEBUG", switch, False, "Whether debug lines are logged.")
+
+    @property
+    def webhooks(self) -> tuple[str, ...]:
+        """The addresses in NOTIFY that a message is posted to."""
+        return tuple(entry for entry in self.notify if "://" in entry)
+
+    @property
+    def mail_addresses(self) -> tuple[str, ...]:
+        """The addresses in NOTIFY that get a mail."""
+        return tuple(entry for entry in self.notify if "://" not in entry)
 
     @property
     def saves_like_verl(self) -> bool:
@@ -863,7 +912,7 @@ def said(key: Key, value: object) -> str:
     if isinstance(value, range):
         return f"{value.start}-{value.stop - 1}"
     if isinstance(value, tuple):
-        return "\n".join(value) if key.parse is names else shlex.join(value)
+        return "\n".join(value) if key.parse in {names, recipients} else shlex.join(value)
     return str(value)
 
 

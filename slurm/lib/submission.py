@@ -9,6 +9,7 @@ that can start; ``submission_<launcher>.json`` tells the next launch that it was
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from slurm.lib.launch_mark import new_mark
 from slurm.lib.leftovers import discard, write_marker
 from slurm.lib.logs import log
 from slurm.lib.plan import JobPlan, LaunchPlan
-from slurm.lib.run_record import GitState, furnish, write_record
+from slurm.lib.run_record import Provenance, furnish, write_record
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import KEY_NAME
@@ -61,9 +62,16 @@ class _Undo:
         if self.made is not None:
             discard(self.made)
         for path in [*self.added, *([self.marker] if self.marker and not self.is_unsure else [])]:
-            path.unlink(missing_ok=True)
+            _remove(path)
         nothing = "nothing else was queued" if self.is_unsure else "nothing was queued"
         return f"cancelled {' '.join(self.job_ids)}" if self.job_ids else nothing
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():  # the copy of SNAPSHOT=1
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -90,7 +98,7 @@ def _taken_back_on_failure(slurm: Slurm, insistence: Insistence) -> Iterator[_Un
 def submit(
     plan: LaunchPlan,
     notes: SignalNotes,
-    git: Callable[[], GitState],
+    git: Callable[[], Provenance],
     checkout: Path,
     release: Callable[[Slurm, str], None] | None = None,
     patience_s: float = 0.0,
@@ -197,7 +205,7 @@ def _directory(plan: LaunchPlan, jobs: dict[str, str], undo: _Undo) -> Coordinat
 
 
 def _record_late(
-    directory: CoordinationDir, plan: LaunchPlan, jobs: dict[str, str], git: Callable[[], GitState]
+    directory: CoordinationDir, plan: LaunchPlan, jobs: dict[str, str], git: Callable[[], Provenance]
 ) -> None:
     try:
         write_record(directory, plan, jobs, git())

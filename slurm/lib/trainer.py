@@ -40,16 +40,44 @@ def agent_folder(settings: Settings) -> Path:
     return settings.skyrl_project_root / "SkyRL" / "skyrl-agent"
 
 
+def agent_code(settings: Settings, directory: CoordinationDir) -> Path:
+    """The skyrl-agent whose code a run uses: with SNAPSHOT=1 the run's own copy."""
+    return directory.agent if settings.snapshot else agent_folder(settings)
+
+
+def snapshot_variables(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """With SNAPSHOT=1: uv takes the environment of the original as it is.
+
+    For each copy uv would make one of its own, of gigabytes; and a sync from the copy would have the original's
+    environment import from the copy ever after.
+    """
+    if not settings.snapshot:
+        return {}
+    original = agent_folder(settings) / (environment.get("UV_PROJECT_ENVIRONMENT") or ".venv")
+    return {"UV_PROJECT_ENVIRONMENT": str(original), "UV_NO_SYNC": "1"}
+
+
+def import_folders(settings: Settings, directory: CoordinationDir) -> list[Path]:
+    """Where Python is to look before skyrl-agent's environment, in which the original is installed as editable."""
+    return [directory.agent, directory.agent / "src"] if settings.snapshot else []
+
+
+def dot_env_file(settings: Settings, trainer: Trainer) -> Path:
+    """The ``.env`` that the trainer gets its values from: skyrl-agent's own, which is never copied."""
+    return (trainer.cwd if settings.training_command else agent_folder(settings)) / ".env"
+
+
 def verl_of(settings: Settings, environment: Mapping[str, str]) -> VerlVersion | None:
     """The VERL of skyrl-agent, as its files name it; None where they do not, or where another trainer runs."""
-    return None if settings.training_command else find_verl(agent_folder(settings), environment)
+    told = {**environment, **snapshot_variables(settings, environment)}
+    return None if settings.training_command else find_verl(agent_folder(settings), told)
 
 
 def task_file(settings: Settings, directory: CoordinationDir) -> Path:
     """SkyRL-agent's task file as an absolute path; that of TASK_YAML=auto is made in the run's ``directory``."""
     if settings.task_yaml == AUTO:
         return directory.task_yaml
-    return Path(os.path.normpath(agent_folder(settings) / settings.task_yaml))
+    return Path(os.path.normpath(agent_code(settings, directory) / settings.task_yaml))
 
 
 def task_example(settings: Settings) -> Path | None:
@@ -67,7 +95,7 @@ def trainer_of(settings: Settings, directory: CoordinationDir, version: VerlVers
         return Trainer(argv, directory.path, checkpoints, rollouts)
     task_yaml = task_file(settings, directory)
     argv = command(settings, directory.training_env, checkpoints, rollouts, task_yaml=task_yaml, version=version)
-    return Trainer(argv, agent_folder(settings), checkpoints, rollouts)
+    return Trainer(argv, agent_code(settings, directory), checkpoints, rollouts)
 
 
 @dataclass(frozen=True)
@@ -81,15 +109,15 @@ class Missing:
         return f"{self.sentence}; {self.fix}"
 
 
-def missing_parts(settings: Settings) -> list[Missing]:
-    """What the VERL trainer needs below SKYRL_PROJECT_ROOT and does not find."""
+def missing_parts(settings: Settings, copy: Path | None = None) -> list[Missing]:
+    """What the VERL trainer needs below SKYRL_PROJECT_ROOT, or in the run's ``copy``, and does not find."""
     if settings.training_command:
         return []
-    folder = agent_folder(settings)
+    folder = copy or agent_folder(settings)
     if not os.path.isdir(folder):  # noqa: PTH112  Path's raises below a folder of somebody else's
         fix = "set SKYRL_PROJECT_ROOT to the folder that holds SkyRL/skyrl-agent"
         return [Missing(f"{folder} (skyrl-agent) is missing", fix)]
-    example = task_example(settings)
+    example = folder / EXAMPLE if task_example(settings) else None
     needed = {
         folder / "pyproject.toml": "set SKYRL_PROJECT_ROOT to the folder whose SkyRL/skyrl-agent is whole",
         folder / "uv.lock": f"make it: cd {folder} && uv lock",

@@ -51,6 +51,8 @@ from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout, answered
 from slurm.lib.node_environment import TrainerEnvironment, for_trainer, job_folder
+from slurm.lib.notice import Ending
+from slurm.lib.notify import Sending, tell
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
@@ -65,9 +67,13 @@ from slurm.lib.trainer import (
     TRAINER_MARKER,
     URL_NAME,
     Trainer,
+    agent_code,
     agent_folder,
+    dot_env_file,
     env_file_text,
     env_file_values,
+    import_folders,
+    snapshot_variables,
     trainer_environment,
     trainer_of,
     verl_of,
@@ -135,7 +141,9 @@ def attempt(session: TrainingSession) -> int:
     finally:
         session.record(outcome)
         session.chain.conclude(outcome.ended, session.left_s())
+        told = session.tell(outcome)
         session.note_ends(outcome)
+        told.finish(session.left_s())
     return outcome.exit_code
 
 
@@ -198,10 +206,17 @@ class TrainingSession:
         others = [End.of_flag("runtime", flag)] if flag else [gone] if is_gone else []
         note_ends(self.job.directory, own, *others)
 
+    def tell(self, outcome: Outcome) -> Sending:
+        """Begin to tell the people in NOTIFY, unless the run goes on."""
+        if outcome.ended is Ended.INTERRUPTED and self.chain.successor:
+            return Sending()
+        return tell(self.job, Ending(self.job.job_id, outcome.ended, outcome.exit_code, outcome.reason))
+
     def train(self) -> Outcome:
         """The steps of the job."""
         self.refuse_ended()
-        check_training_node(self.job.settings, self.job.environment)
+        copy = self.job.directory.agent if self.job.settings.snapshot else None
+        check_training_node(self.job.settings, self.job.environment, copy)
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
@@ -385,7 +400,8 @@ class TrainingSession:
             except OSError as problem:
                 raise EnvironmentProblem(f"cannot make {folder}: {problem.strerror}") from None
         ensure_task_yaml(self.job.settings, self.job.directory)
-        dot_env = read_dot_env(trainer.cwd / ".env")
+        settings, directory = self.job.settings, self.job.directory
+        dot_env = read_dot_env(dot_env_file(settings, trainer))
         server = {URL_NAME: endpoint.url, **({KEY_NAME: endpoint.key} if endpoint.key else {})}
         own = {
             **server,
@@ -394,13 +410,17 @@ class TrainingSession:
             "ROLLOUT_DIR": str(trainer.rollout_dir),
             "CONTAINER_IMAGE": self.job.settings.container_image,
             "SKYRL_PYTHON": sys.executable,
-            "PYTHONPATH": _with_path(self.job.environment.get("PYTHONPATH"), self.job.code),
+            "SKYRL_AGENT_DIR": str(agent_code(settings, directory)),
+            "PYTHONPATH": _with_path(
+                self.job.environment.get("PYTHONPATH"), self.job.code, *import_folders(settings, directory)
+            ),
+            **snapshot_variables(settings, self.job.environment),
         }
         told = told_variables(
             self.deadline, self.job.settings, self.job.directory.path.name, {**self.job.environment, **dot_env}
         )
         own |= told
-        base = trainer_environment(self.job.environment, dot_env, own)
+        base = trainer_environment(_without_recipients(self.job.environment), dot_env, own)
         host = RuntimeClient(endpoint.url, None).host
         environment = for_trainer(self.job.settings, base, agent_folder(self.job.settings), node_folder, host)
         values = env_file_values(environment.variables, dot_env, {**server, **told})
@@ -611,5 +631,10 @@ def start_trainer(trainer: Trainer, environment: Mapping[str, str]) -> Child:
     return child
 
 
-def _with_path(path: str | None, folder: Path) -> str:
-    return os.pathsep.join([str(folder), *([path] if path else [])])
+def _without_recipients(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without NOTIFY: a webhook's address is a secret that no trainer needs."""
+    return {name: value for name, value in environment.items() if name != "NOTIFY"}
+
+
+def _with_path(path: str | None, *folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), *([path] if path else [])])

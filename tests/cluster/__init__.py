@@ -31,6 +31,7 @@ LOCAL_DISK = HOME / "t"  # the same path on each GPU node, another folder; a sho
 SHARE = HOME / "share"  # what is mounted below it, also later, is seen by every node
 NOTHING = HOME / "nothing"  # an empty file: what a hidden one shows
 LOGS = Path("/var/log/skyrl-test-cluster")
+MAILS = HOME / "mails.txt"  # what Slurm would have sent: a line each, the subject and who gets it
 LOCK = Path("/run/skyrl-test-cluster.lock")
 CONTROLLER_PID = HOME / "slurmctld.pid"
 ACCOUNTING_PID_FILES = (HOME / "slurmdbd.pid", HOME / "mariadbd.pid")  # of ``accounting``, in the order of their end
@@ -69,7 +70,7 @@ SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 MpiDefault=none
-MailProg=/bin/true
+MailProg={home}/mail
 ReturnToService=2
 JobCompType=jobcomp/filetxt
 JobCompLoc={logs}/jobcomp.txt
@@ -225,6 +226,9 @@ def _make_network() -> None:
 
 
 def _write_config() -> None:
+    mail = HOME / "mail"
+    mail.write_text(f'#!/bin/sh\nshift\nprintf "%s | %s\\n" "$@" >>{MAILS}\n')
+    mail.chmod(0o755)
     CONF.write_text(CONFIG.format(host=socket.gethostname(), login=LOGIN, home=HOME, logs=LOGS, gpus=GPUS))
     gres = f"NodeName=gpu-a,gpu-b Name=gpu File={HOME}/dev/nvidia[0-{GPUS - 1}]\n"
     (CONF.parent / "gres.conf").write_text(gres)

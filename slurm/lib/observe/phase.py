@@ -1,7 +1,6 @@
 """How far is a job, by the lines of its own log and of its trainer's?
 
-The trainers' words are VERL's (0.5.0 to 0.9: ``step:12 - ``, tqdm's ``Training Progress: … 12/300``), shell_rl's, and
-Ray's. A trainer of your own says the same with a line ``step 12/300`` or ``step 12 of 300``.
+The trainers' words for their steps are in ``trainer_words``; here are Ray's, shell_rl's and our own.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from slurm.lib.observe.run_files import LogEnds, printable
+from slurm.lib.trainer_words import steps_said
 
 # Lines of a job's body, in the order in which they come, and what it does from then on.
 _OURS = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[\w+\] "
@@ -47,15 +47,7 @@ def _marks(kind: str) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(pattern), words) for pattern, words in marks]
 
 
-_STEP = re.compile(
-    r"\bstep:(?P<verl>\d+) - "  # VERL's console logger
-    r"|Training Progress: +\d+%\|[^|]*\| *(?P<bar>\d+)/(?P<bar_total>\d+) "  # VERL's bar, which counts what is done
-    r"|\b[Ss]tep (?P<own>\d+)(?:/| of )(?P<own_total>\d+)\b",  # shell_rl, and whoever writes so
-    re.ASCII,
-)
-_TOTAL = re.compile(r"\bTotal training steps: (\d+)", re.ASCII)
 SHOWN = 400  # characters of a line that are looked at
-_LONGEST = 10  # digits of a step that is believed
 
 
 @dataclass(frozen=True)
@@ -96,15 +88,7 @@ def phase_in(kind: str, lines: Sequence[str]) -> Phase:
 
 def steps_in(lines: Sequence[str], phase: Phase) -> Phase:
     """The phase with the steps; a trainer that has finished one is training, until its job says otherwise."""
-    begin = _last_start(lines)
-    step = total = None
-    for line in (line[:SHOWN] for line in lines[begin:] if "tep" in line or "Progress" in line):
-        for match in _STEP.finditer(line):
-            done, of = _numbers(match)
-            step = done if done is not None else step
-            total = of if of is not None else total
-        said = _TOTAL.search(line)
-        total = _number(said[1]) if said else total
+    step, total = steps_said(lines[_last_start(lines) :])
     if not step and phase.words != TRAINING:
         return replace(phase, steps=total)
     later = {"saving before the time limit", "stopping the trainer", "ended"}
@@ -115,17 +99,6 @@ def _last_start(lines: Sequence[str]) -> int:
     """Where the trainer was started: what stands before is not its word."""
     starts = re.compile(rf"{_OURS}starting the trainer in ")
     return next((at for at in range(len(lines) - 1, -1, -1) if starts.match(lines[at])), 0)
-
-
-def _numbers(match: re.Match[str]) -> tuple[int | None, int | None]:
-    found = match.groupdict()
-    step = found["verl"] or found["bar"] or found["own"]
-    total = found["bar_total"] or found["own_total"]
-    return _number(step), _number(total)
-
-
-def _number(digits: str | None) -> int | None:
-    return int(digits) if digits and len(digits) <= _LONGEST else None
 
 
 def last_error(log: LogEnds) -> str:

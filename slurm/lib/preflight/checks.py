@@ -10,11 +10,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import ConfigError, EnvironmentProblem, SuiteError, UsageError
+from slurm.lib.notify import mail_program
 from slurm.lib.preflight import (
     checkpoint,
     cluster,
@@ -27,7 +28,9 @@ from slurm.lib.preflight import (
     mig,
     model,
     places,
+    recipients,
     shape,
+    snapshot,
     task,
 )
 from slurm.lib.preflight import verl as release
@@ -57,6 +60,16 @@ class Check:
 def everybody(asked: Asked) -> bool:
     """Every launch."""
     return True
+
+
+def notified(asked: Asked) -> bool:
+    """Launches with NOTIFY."""
+    return bool(asked.settings.notify)
+
+
+def snapshots(asked: Asked) -> bool:
+    """Launches of a training with SNAPSHOT=1."""
+    return asked.settings.snapshot and asked.plan.training is not None
 
 
 def runtimes(asked: Asked) -> bool:
@@ -160,7 +173,8 @@ def _task(asked: Asked) -> list[Finding]:
     example = task_example(asked.settings)
     if example and not example.is_file():
         return []
-    file = example or task_file(asked.settings, CoordinationDir(Path(asked.plan.directory)))
+    original = replace(asked.settings, snapshot=False)  # there is no copy yet
+    file = example or task_file(original, CoordinationDir(Path(asked.plan.directory)))
     return task.task_file_findings(asked.settings, file, asked.plan.config.sources)
 
 
@@ -171,12 +185,22 @@ def _dot_env(asked: Asked) -> list[Finding]:
 
 def _environment(asked: Asked) -> list[Finding]:
     installed = environment.look_at_environment(asked.agent_folder, asked.environment)
-    return environment.environment_findings(installed)
+    return environment.environment_findings(installed, syncs=not asked.settings.snapshot)
 
 
 def _import(asked: Asked) -> list[Finding]:
     installed = environment.look_at_environment(asked.agent_folder, asked.environment)
     return environment.import_findings(installed, {**asked.plan.inherited, **asked.plan.environment})
+
+
+def _snapshot(asked: Asked) -> list[Finding]:
+    return snapshot.snapshot_findings(asked.settings, snapshot.look_at_tree(asked.agent_folder))
+
+
+def _recipients(asked: Asked) -> list[Finding]:
+    settings, environment = asked.settings, asked.environment
+    unknown = recipients.unknown_hosts(settings.webhooks, environment)
+    return recipients.recipient_findings(settings, unknown, mail_program(environment))
 
 
 def _images(asked: Asked) -> list[Finding]:
@@ -234,6 +258,8 @@ CHECKS: tuple[Check, ...] = (
     Check("dotenv", "Does skyrl-agent's .env still hold placeholders, and can wandb log in?", verl, _dot_env),
     Check("environment", "Are uv and skyrl-agent's environment there?", verl, _environment),
     Check("import", "Can VERL be imported in that environment?", verl_at_leisure, _import),
+    Check("snapshot", "Does git track all of skyrl-agent that SNAPSHOT=1 has to copy?", snapshots, _snapshot),
+    Check("notify", "Can the people in NOTIFY be told?", notified, _recipients),
     Check(joined.CHECK, "Is the runtime there and alive, and does it take the key?", joining, _runtime),
     Check("storage", "Can Podman keep its storage: LOCAL_SCRATCH on a local disk, ranges of subordinate ids?", runtimes,
           _storage),

@@ -51,8 +51,9 @@ def look_at_environment(agent_folder: Path, environment: Mapping[str, str]) -> I
     )
 
 
-def environment_findings(installed: Installed) -> list[Finding]:
-    """What is missing of it, and the versions of what is there."""
+def environment_findings(installed: Installed, syncs: bool = True) -> list[Finding]:
+    """What is missing of it, and the versions of what is there; ``syncs``: whether uv mends it in the job."""
+    level, would = (warning, "uv would") if syncs else (error, "with SNAPSHOT=1 uv would not")
     found = []
     if installed.uv is None:
         sentence = "uv, which starts the trainer, is not on PATH here, and the job gets this PATH"
@@ -63,15 +64,16 @@ def environment_findings(installed: Installed) -> list[Finding]:
         return found  # which ``parts`` says
     sync = f"cd {installed.agent} && uv sync --frozen --extra verl"
     if not installed.exists:
-        sentence = f"{installed.folder} is not there: uv would make it in the job, with the GPUs waiting"
-        return [*found, warning("environment", sentence, f"make it now: {sync}")]
+        waits = ", with the GPUs waiting" if syncs else ""
+        sentence = f"{installed.folder} is not there: {would} make it in the job{waits}"
+        return [*found, level("environment", sentence, f"make it now: {sync}")]
     if not installed.python_works:
         sentence = f"{installed.folder}/bin/python cannot be started: what it links to is gone"
         return [*found, error("environment", sentence, f"make it anew: rm -r {installed.folder}; {sync}")]
     missing = [name for name in PACKAGES if name not in installed.versions]
     if missing:
-        sentence = f"{installed.folder} lacks {', '.join(missing)}: uv would install them in the job"
-        return [*found, warning("environment", sentence, f"install them now: {sync}")]
+        sentence = f"{installed.folder} lacks {', '.join(missing)}: {would} install them in the job"
+        return [*found, level("environment", sentence, f"install them now: {sync}")]
     shown = ", ".join(f"{name} {version}" for name, version in installed.versions.items())
     return [*found, estimate("environment", f"{shown} in {installed.folder} (by their files)")]
 

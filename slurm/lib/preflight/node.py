@@ -94,9 +94,9 @@ def is_free(port: int) -> bool:
     return True
 
 
-def check_training_node(settings: Settings, environment: Mapping[str, str]) -> None:
-    """``EnvironmentProblem`` names everything that this node lacks for the trainer."""
-    found = [error("parts", part.sentence, part.fix) for part in missing_parts(settings)]
+def check_training_node(settings: Settings, environment: Mapping[str, str], copy: Path | None = None) -> None:
+    """``EnvironmentProblem`` names everything that this node lacks for the trainer; ``copy`` is that of SNAPSHOT=1."""
+    found = [error("parts", part.sentence, part.fix) for part in missing_parts(settings, copy)]
     results = [folder for folder in look_at_folders(settings) if folder.key != "SKYRL_JOBS_BASE"]  # the job is in it
     found += folder_findings(results, f"on {socket.gethostname()}")
     if not settings.training_command:

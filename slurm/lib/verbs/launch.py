@@ -28,7 +28,7 @@ from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.joined import ended
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
-from slurm.lib.run_record import git_state, read_jobs
+from slurm.lib.run_record import provenance, read_jobs
 from slurm.lib.scheduler import Slurm
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
@@ -234,7 +234,8 @@ def before_submission(found: Sequence[Finding]) -> None:
 
 def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
     """Submit and say where to look."""
-    git = inquiry(lambda: git_state(CHECKOUT), SignalNotes())  # within 10 s, and asked for after a commit too
+    # Within some 10 s a tree, and asked for after a commit too.
+    git = inquiry(lambda: provenance(CHECKOUT, plan.settings), SignalNotes())
     done = submission.submit(plan, notes, git, CHECKOUT, patience_s=PATIENCE_S)
     more = joining(done, plan) if plan.training is None else stopping(done) if plan.combined else ""
     say(report(done) + more)
