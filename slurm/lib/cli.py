@@ -22,13 +22,10 @@ EPILOG = """\
 verbs, each with its own --help:
   cancel RUN…      end runs, within 15 s; --all: all that live; --after-checkpoint: each once it has saved
   clean            remove the directories of old runs, but no checkpoint
-  doctor           look at the site: this node, the compute nodes, the shared directory
-  list             list runs
-  logs RUN         show the logs of a run's jobs by time; -f: until it has ended
-  cancel RUN…      end runs, within 15 s
   completion SHELL print what makes bash, zsh or fish complete all this
   doctor           look at the site: this node, the compute nodes, the shared directory
   list             list runs
+  logs RUN         show the logs of a run's jobs by time; -f: until it has ended
   open RUN         tell how to look at a run's sandbox page, also from your laptop
   shell RUN […]    open a shell in a sandbox, or on a job's node
   status [RUN…]    show how runs are; --watch: again and again
@@ -85,13 +82,10 @@ def _launch(argv: Sequence[str], notes: SignalNotes) -> int:
 VERBS: Mapping[str, str] = {
     "cancel": "slurm.lib.verbs.cancel",
     "clean": "slurm.lib.verbs.clean",
-    "doctor": "slurm.lib.verbs.doctor",
-    "list": "slurm.lib.verbs.list_runs",
-    "logs": "slurm.lib.verbs.logs",
-    "cancel": "slurm.lib.cancel",
     "completion": "slurm.lib.verbs.completion",
     "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
+    "logs": "slurm.lib.verbs.logs",
     "open": "slurm.lib.verbs.open_page",
     "shell": "slurm.lib.verbs.shell",
     "status": "slurm.lib.verbs.status",
