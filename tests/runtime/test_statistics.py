@@ -215,7 +215,7 @@ def _until(reached: Any) -> None:
 
 @pytest.fixture
 def few(tmp_path: Path) -> Iterator[Api]:
-    config = replace(CONFIG, statistics_file=tmp_path / "statistics.json", list_patience_s=1.0, string_patience_s=1.0)
+    config = replace(CONFIG, statistics_file=tmp_path / "statistics.json", list_patience_s=5.0, string_patience_s=5.0)
     with serving(FakePodman(), config, slots=2) as api:
         yield api
 
