@@ -33,6 +33,7 @@ FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_")
 SHOWN = "%A|%T|%r|%N|%P|%u|%S|%M|%l|%j"
 ACCOUNTED = "JobIDRaw,State,NodeList,Partition,User,Start,Elapsed,Timelimit,ExitCode,JobName"
 STEP_WITHIN_S = 30  # a step beside others begins within a second or two
+ACCOUNTED_USE = "JobIDRaw,ElapsedRaw,TotalCPU,AllocCPUS,AllocNodes,MaxRSS,ReqMem,AllocTRES,TRESUsageInMax"
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 # What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
 SILENCE = re.compile(
@@ -133,6 +134,26 @@ class ShownJob:
     @property
     def state(self) -> JobState:
         return SLURM_STATES.get(self.word, JobState.UNKNOWN)
+
+
+@dataclass(frozen=True)
+class AccountedUse:
+    """What accounting knows of a job's use, or of that of one of its steps; ``step`` is empty for the whole job.
+
+    ``cpu_s`` is known of what has ended. ``memory_peak_bytes`` is a step's, of its largest task; ``memory_bytes`` what
+    the job has on one node. What concerns GPUs is there where the site gathers it. None is not known.
+    """
+
+    job_id: str
+    step: str = ""
+    elapsed_s: float | None = None
+    cpu_s: float | None = None
+    cpus: int | None = None
+    memory_peak_bytes: float | None = None
+    memory_bytes: float | None = None
+    gpus: int | None = None
+    gpu_busy_percent: float | None = None
+    gpu_memory_mib: float | None = None
 
 
 class Scheduler(Protocol):
@@ -242,6 +263,69 @@ def parse_accounted(text: str) -> dict[str, ShownJob]:
             times = (_epoch(start), clock_s(elapsed), clock_s(limit))
             found[job_id] = ShownJob(job_id, name, word, "", node, partition, user, *times, parse_exit_code(code))
     return found
+
+
+def parse_use(text: str) -> dict[str, list[AccountedUse]]:
+    """Jobs and steps by the job's id in an answer of ``sacct -n -P`` with ``ACCOUNTED_USE``."""
+    found: dict[str, list[AccountedUse]] = {}
+    for line in text.split("\n"):
+        fields = line.strip().split("|")
+        name = re.fullmatch(r"(\d+)(?:\.(\S+))?", fields[0], re.ASCII)
+        if len(fields) == 9 and name:
+            job_id, step = name[1], name[2] or ""
+            rows = found.setdefault(job_id, [])
+            if not step:
+                rows.clear()  # an older job with this id
+            rows.append(_use(job_id, step, fields[1:]))
+    return found
+
+
+def _use(job_id: str, step: str, fields: Sequence[str]) -> AccountedUse:
+    elapsed, cpu, cpus, nodes, peak, asked, has, used = fields
+    allocated, most = _tres(has), _tres(used)
+    busy, gpu_memory = (_bytes(most.get(f"gres/{name}", "")) for name in ("gpuutil", "gpumem"))
+    return AccountedUse(
+        job_id,
+        step,
+        elapsed_s=float(elapsed) if re.fullmatch(r"\d{1,12}", elapsed, re.ASCII) else None,
+        cpu_s=_cpu_time(cpu),
+        cpus=_count(cpus),
+        memory_peak_bytes=_bytes(peak),
+        memory_bytes=_on_a_node(allocated.get("mem", asked), _count(cpus) or 0, _count(nodes) or 0),
+        gpus=_count(allocated.get("gres/gpu", "")) if not step else None,
+        gpu_busy_percent=busy,
+        gpu_memory_mib=None if gpu_memory is None else gpu_memory / 2**20,
+    )
+
+
+def _tres(text: str) -> dict[str, str]:
+    """Slurm's ``cpu=2,mem=4G``."""
+    return dict(part.partition("=")[::2] for part in text.split(",") if "=" in part)
+
+
+def _cpu_time(text: str) -> float | None:
+    """Slurm's ``TotalCPU``, with milliseconds where it is short."""
+    whole = clock_s(text)
+    fraction = re.search(r"\.\d{1,9}$", text, re.ASCII)
+    return None if whole is None else whole + float(fraction[0] if fraction else 0)
+
+
+def _count(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
+
+
+def _bytes(text: str) -> float | None:
+    """A number as Slurm writes it, with K, M, G, T or P for powers of 1024."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMGTP]?)", text, re.ASCII)
+    return float(match[1]) * 1024 ** " KMGTP".index(match[2] or " ") if match else None
+
+
+def _on_a_node(text: str, cpus: int, nodes: int) -> float | None:
+    """Bytes on one node of memory for a whole job, ``4G``; before Slurm 21.08 for each CPU ``4Gc``, or node ``4Gn``."""
+    whole = _bytes(text.rstrip("cn"))
+    if not whole or text.endswith("n"):
+        return whole or None
+    return whole * (cpus if text.endswith("c") else 1) / max(1, nodes)
 
 
 def parse_exit_code(text: str) -> int | None:
@@ -471,6 +555,14 @@ class Slurm:
         words = ("--allocations", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", f"--starttime={since}")
         answer = self._with_epochs()._ask("sacct", *words, f"--format={ACCOUNTED}", timeout_s=timeout_s)
         return parse_accounted(answer.stdout) if answer.ok else {}
+
+    def use(
+        self, job_ids: Sequence[str], since: str, timeout_s: float = ASK_TIMEOUT_S
+    ) -> dict[str, list[AccountedUse]]:
+        """What accounting knows of the use of jobs that began after ``since``, and of their steps."""
+        words = ("--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", f"--starttime={since}")
+        answer = self._with_epochs()._ask("sacct", *words, f"--format={ACCOUNTED_USE}", timeout_s=timeout_s)
+        return parse_use(answer.stdout) if answer.ok else {}
 
     def in_job(self, job_id: str, command: Sequence[str], timeout_s: float, *, is_het: bool = False) -> Completed:
         """What a short command says on each node of a running job, as a step beside those that run; it ends with that.
