@@ -22,6 +22,7 @@ verbs, each with its own --help:
   cancel RUN…      end runs, within 15 s
   doctor           look at the site: this node, the compute nodes, the shared directory
   list             list runs
+  report RUN       what a run was like: times, steps, sandboxes, use; --html FILE: with plots
   status [RUN…]    show how runs are; --watch: again and again
   wait RUN         wait until a run has ended, and end with its trainer's exit code
 RUN is a run's directory, the beginning of its name, the id of any of its jobs, or latest.
@@ -77,6 +78,7 @@ VERBS: Mapping[str, str] = {
     "cancel": "slurm.lib.cancel",
     "doctor": "slurm.lib.verbs.doctor",
     "list": "slurm.lib.verbs.list_runs",
+    "report": "slurm.lib.verbs.report",
     "status": "slurm.lib.verbs.status",
     "wait": "slurm.lib.verbs.wait",
 }

@@ -57,14 +57,14 @@ def read_object(path: Path) -> dict[str, object] | Unknown:
     return data if isinstance(data, dict) else Unknown(f"{path.name} holds no JSON object")
 
 
-def read_small(path: Path) -> str | Unknown:
-    """The text of a regular file of at most ``SMALL`` bytes."""
+def read_small(path: Path, most: int = SMALL) -> str | Unknown:
+    """The text of a regular file of at most so many bytes."""
     try:
-        with _opened(path) as file:
-            data = file.read(SMALL + 1)
+        with opened(path) as file:
+            data = file.read(most + 1)
     except OSError as problem:
         return Unknown(f"{path.name}: {problem.strerror or 'it is no regular file'}")
-    return data.decode("utf-8", "replace") if len(data) <= SMALL else Unknown(f"{path.name} is too long")
+    return data.decode("utf-8", "replace") if len(data) <= most else Unknown(f"{path.name} is too long")
 
 
 def read_flag(path: Path) -> Flag | None:
@@ -76,7 +76,7 @@ def read_flag(path: Path) -> Flag | None:
 def log_ends(path: Path) -> LogEnds | Unknown:
     """The ends of a log; what lies between them is not read."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             head = file.read(WINDOW)
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - WINDOW))
@@ -86,8 +86,8 @@ def log_ends(path: Path) -> LogEnds | Unknown:
     return LogEnds(head.decode("utf-8", "replace"), tail.decode("utf-8", "replace"), size)
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Opened for reading, but not what would block, such as a pipe."""
+def opened(path: Path) -> BinaryIO:
+    """A regular file, open for reading; ``OSError`` for anything else, such as a pipe, which would block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")
     if not os.path.isfile(descriptor):  # noqa: PTH113  of the descriptor
