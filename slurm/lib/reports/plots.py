@@ -6,7 +6,6 @@ Colours are told apart with every kind of colour vision (Okabe and Ito's), and n
 from __future__ import annotations
 
 import io
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -97,7 +96,6 @@ class Plot:
 
 def plots(report: RunReport) -> tuple[Plot, ...]:
     """All plots of a report, in the order in which they are shown."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells where its caches cannot be written
     with matplotlib.rc_context(STYLE):
         return (timeline(report), start_up(report), step_lengths(report), reward(report), starts(report), use(report))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ def _shown(report: RunReport, arguments: argparse.Namespace, page: str) -> str:
 
 def page_of(report: RunReport) -> str:
     """The page; ``EnvironmentProblem`` where matplotlib is missing."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can keep no cache, which is no matter
     try:
         from slurm.lib.reports.page import page
     except ImportError as problem:
