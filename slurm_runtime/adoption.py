@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from slurm_runtime.admission import Admission
 from slurm_runtime.agent_support import Start
 from slurm_runtime.control import ControlError
+from slurm_runtime.diagnostics import SERVER_KILLED
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry
 from slurm_runtime.labels import JOB_LABEL, SESSION_LABEL, Notes, read
@@ -274,6 +275,7 @@ class Adoption:
         else:
             self.register.add(entry)
         self.endings.note_failure(entry.sandbox)
+        self.endings.statistics.note_ended(SERVER_KILLED if decision.reason else diagnosis.counted_as)
 
 
 def _asked_at(holder: int) -> float:

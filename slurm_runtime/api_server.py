@@ -264,6 +264,13 @@ def _add_life(group: argparse._ArgumentGroup) -> None:
         help="where to note which sandboxes failed, and why, for the next server with --adopt (default: nowhere)",
     )
     add(
+        "--statistics-file",
+        type=Path,
+        metavar="FILE",
+        help="where to keep counts of starts, ends and requests as JSON; a server with --adopt goes on with them "
+        "(default: nowhere)",
+    )
+    add(
         "--stop-with-stdin",
         action="store_true",
         help="stop at the end of standard input, and ignore SIGTERM, SIGINT and SIGHUP: for a parent that stops its "
@@ -317,6 +324,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
     return ServerConfig(
         adopt=args.adopt,
         failures_file=args.failures_file,
+        statistics_file=args.statistics_file,
         default_image=args.container_image,
         public_host=public_host,
         cpus_per_worker=args.cpus_per_worker,
@@ -519,6 +527,7 @@ async def serve(
     from slurm_runtime.manager import Manager
     from slurm_runtime.podman import Podman
     from slurm_runtime.readiness import Prober
+    from slurm_runtime.statistics import StatisticsFile
     from slurm_runtime.warden.client import Warden
 
     wish = StopWish(asyncio.get_running_loop(), asyncio.Event())
@@ -531,7 +540,9 @@ async def serve(
     app = create_app(manager, config, Heartbeats())
     server = _http_server(app)
     try:
-        return await _serve_until(wish.event, server, listening, manager, args.stop_timeout)
+        with StatisticsFile(config.statistics_file, manager.counted) as statistics:
+            manager.background.start(statistics.keep())
+            return await _serve_until(wish.event, server, listening, manager, args.stop_timeout)
     finally:
         await app.state.builds.close()
         await prober.close()

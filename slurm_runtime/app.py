@@ -8,12 +8,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Scope
 
 from slurm_runtime import __version__
 from slurm_runtime.builds import Builds, NoDisk, TooManyBuilds, UnknownBuild
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.entries import NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow, UnknownSandbox, WrongState
-from slurm_runtime.guard import BODY_S, Guard, Hold, error
+from slurm_runtime.guard import BODY_S, Guard, Hold, error, is_unheld
 from slurm_runtime.heartbeats import Heartbeats, TooManyNames
 from slurm_runtime.manager import Manager
 from slurm_runtime.metrics import Traffic
@@ -71,10 +72,16 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
         title="SkyRL sandbox API server", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     builds, traffic = Builds(lambda *build: manager.engine.build(*build)), Traffic()
+
+    def heard(scope: Scope, status: int, seconds: float) -> None:
+        traffic.note(scope, status, seconds)
+        if not is_unheld(scope["path"]):
+            manager.statistics.requests.note(seconds)
+
     app.state.builds = builds
     app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(Hold, settled=lambda: manager.settled())
-    app.add_middleware(Guard, api_key=config.api_key, on_answer=traffic.note, body_s=body_s)
+    app.add_middleware(Guard, api_key=config.api_key, on_answer=heard, body_s=body_s)
     _add_error_handlers(app)
     add_sandbox_routes(app, manager, config)
     add_image_routes(app, manager, config, builds)

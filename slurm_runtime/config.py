@@ -24,7 +24,7 @@ class ServerConfig:
 
     ``adopt`` takes over the sandboxes of a server of the same job that was killed, instead of removing them. A request
     that comes before that is done waits up to ``adoption_patience_s``. Which had failed is read from ``failures_file``,
-    where every server that has one writes it.
+    where every server that has one writes it. So are the counts of the job in ``statistics_file``.
 
     ``pinning`` is ``docker_cpuset``, ``taskset`` or ``none``; ``agent_start`` is ``fork`` or ``exec``; ``network`` is
     ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox.
@@ -33,6 +33,7 @@ class ServerConfig:
     api_key: str | None = None
     adopt: bool = False
     failures_file: Path | None = None
+    statistics_file: Path | None = None
     default_image: str | None = None
     public_host: str | None = None
     cpus_per_worker: float = 1.0

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm_runtime.podman import ContainerState, Engine, EngineError, EngineUnreachable
+from slurm_runtime.podman import (
+    BadArchive,
+    ContainerState,
+    Engine,
+    EngineError,
+    EngineSilent,
+    EngineUnreachable,
+    NoSuchImage,
+    PullFailed,
+)
 
 LAST_LINES = 50
 LAST_BYTES = 16384
@@ -19,14 +28,41 @@ KILLED = 128 + signal.SIGKILL  # the exit code of a process that SIGKILL ended
 SETTLE_S, SETTLE_PAUSE_S = 2.0, 0.02  # until Podman knows what the kernel has told
 
 
+# What deaths are counted as; of few kinds, so that thousands of them make a short table.
+PROGRAM_ENDED = "its program ended"
+MEMORY, PROCESSES, DISK = "out of memory", "too many processes", "too much disk"
+NO_ANSWER, NO_IMAGE = "its server did not answer in time", "its image could not be had"
+PODMAN_REFUSED, PODMAN_SILENT = "Podman refused", "Podman did not answer"
+NO_SLOT, STOPPED, IDLE, HUNG_UP = "no slot became free in time", "stopped on request", "idle", "its client hung up"
+SERVER_STOPS, SERVER_KILLED = "the API server stopped", "the API server was killed"
+NEVER_FITS, FAULT = "it needs more slots than there are", "an internal error"
+
+
 @dataclass(frozen=True)
 class Diagnosis:
-    """A sentence for people, and the evidence."""
+    """A sentence for people, the evidence, and what statistics count it as."""
 
     sentence: str
     last_lines: str
     out_of_memory: bool = False
     exit_code: int = 0
+    kind: str = PROGRAM_ENDED
+
+    @property
+    def counted_as(self) -> str:
+        return MEMORY if self.out_of_memory else self.kind
+
+
+def kind_of(problem: Exception) -> str:
+    """What a failure of Podman's is counted as. Pure."""
+    if isinstance(problem, NoSuchImage | PullFailed | BadArchive):
+        return NO_IMAGE
+    return PODMAN_SILENT if isinstance(problem, EngineSilent | EngineUnreachable) else PODMAN_REFUSED
+
+
+def kind_of_offence(offence: str) -> str:
+    """What a death by the watchdog is counted as. Pure."""
+    return PROCESSES if "processes" in offence else MEMORY if "memory" in offence else DISK
 
 
 OUT_OF_MEMORY = "the sandbox was killed because it used more memory than it may (out of memory)"
@@ -75,7 +111,7 @@ async def diagnose(engine: Engine, name: str, is_due: Callable[[], bool] = never
     except EngineUnreachable:
         raise
     except EngineError as problem:
-        return Diagnosis(f"its container is gone: {problem}", "")
+        return Diagnosis(f"its container is gone: {problem}", "", kind=kind_of(problem))
     try:
         lines = await engine.logs(name, LAST_LINES)
     except EngineUnreachable:
@@ -94,7 +130,7 @@ def judged(
     kernel counts a process of its cgroup that it killed for memory; ``memory_bites``: it enforces a limit at all.
     """
     if offence:
-        return Diagnosis(f"the sandbox was stopped: {offence}", found.last_lines)
+        return Diagnosis(f"the sandbox was stopped: {offence}", found.last_lines, kind=kind_of_offence(offence))
     code = found.exit_code if server_exit is None else server_exit
     if code == KILLED and kernel_killed:
         return Diagnosis(OUT_OF_MEMORY, found.last_lines, out_of_memory=True)

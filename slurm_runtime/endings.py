@@ -13,13 +13,14 @@ from slurm_runtime.background import Background
 from slurm_runtime.connection import Connection
 from slurm_runtime.control import ControlError
 from slurm_runtime.deaths import Deaths
-from slurm_runtime.diagnostics import Diagnosis, diagnose, judged, killed_for_memory, never
+from slurm_runtime.diagnostics import PODMAN_SILENT, Diagnosis, diagnose, judged, killed_for_memory, never
 from slurm_runtime.entries import Entry, uninterrupted
 from slurm_runtime.failures import Failures
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.podman import EngineError, EngineUnreachable
 from slurm_runtime.sandbox import Sandbox, State
+from slurm_runtime.statistics import Statistics
 
 SERVING = frozenset({State.READY, State.PAUSED})  # those whose end nobody else sees to
 FAILURES_KEPT = 20  # shown to people
@@ -31,7 +32,8 @@ class Endings:
     """Ends sandboxes, and notices that they have ended.
 
     A slot stays taken while the container may still run. ``failures`` are the last sandboxes that failed, the latest
-    first, each with the time (monotonic) at which it did; ``kept`` is where the next server finds them.
+    first, each with the time (monotonic) at which it did; ``kept`` is where the next server finds them. ``statistics``
+    hear of every end.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Endings:
         admission: Admission,
         background: Background,
         kept: Failures,
+        statistics: Statistics,
     ) -> None:
         self.config = launcher.config
         self.engine = launcher.engine
@@ -49,6 +52,7 @@ class Endings:
         self.admission = admission
         self.background = background
         self.kept = kept
+        self.statistics = statistics
         self.failures: deque[tuple[float, Sandbox]] = deque(maxlen=FAILURES_KEPT)
         self._removers = asyncio.Semaphore(self.config.removers)
         self._deaths = Deaths()
@@ -80,9 +84,19 @@ class Endings:
             speak = log.warning if state is State.FAILED else log.debug
             if state is State.FAILED:
                 self.note_failure(entry.sandbox)
+            self._count(entry, diagnosis.counted_as)
             wish = entry.specification
             speak("sandbox %s of session %s: %s", wish.runtime_id, wish.session_id, diagnosis.sentence)
         await self.clean(entry)
+
+    def note_started(self, entry: Entry) -> None:
+        """A new sandbox answers."""
+        self.statistics.note_started(time.monotonic() - entry.asked_at)
+
+    def _count(self, entry: Entry, reason: str) -> None:
+        """A sandbox that this server was starting and that never answered is a start that failed."""
+        failed = entry.is_new and entry.ready_at is None
+        (self.statistics.note_failed if failed else self.statistics.note_ended)(reason)
 
     def note_failure(self, sandbox: Sandbox) -> None:
         self.failures.appendleft((time.monotonic(), sandbox))
@@ -150,7 +164,8 @@ class Endings:
         try:
             return await self.connection.patiently(lambda: diagnose(self.engine, name, is_due))
         except EngineUnreachable as problem:
-            return Diagnosis(f"it ended while Podman did not answer, so how is not known: {problem}", "")
+            sentence = f"it ended while Podman did not answer, so how is not known: {problem}"
+            return Diagnosis(sentence, "", kind=PODMAN_SILENT)
 
     @property
     def _memory_bites(self) -> bool:

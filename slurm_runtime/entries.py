@@ -57,11 +57,12 @@ class Entry:
     ``holder`` is the container's first process; ``is_watched`` says that the kernel tells of its end, ``has_ended``
     that it has told. ``forked`` says that its server was forked into it, so that the container does not end with its
     server; ``server`` is then the server's process, ``server_ended`` that it is gone, ``server_exit`` its exit code
-    where that is known.
+    where that is known. ``is_new``: this server starts it, and has not taken it over.
     """
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox, *, is_new: bool = False) -> None:
         self.sandbox = sandbox
+        self.is_new = is_new
         self.lease: Lease | None = None
         self.port: Reservation | None = None
         self.has_container = False

@@ -21,7 +21,15 @@ from slurm_runtime.background import Background
 from slurm_runtime.companions import Companions, MakeControl
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.connection import Connection
-from slurm_runtime.diagnostics import Diagnosis
+from slurm_runtime.diagnostics import (
+    HUNG_UP,
+    NEVER_FITS,
+    NO_SLOT,
+    PODMAN_SILENT,
+    SERVER_STOPS,
+    STOPPED,
+    Diagnosis,
+)
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry, NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow
 from slurm_runtime.failures import Failures
@@ -40,7 +48,10 @@ from slurm_runtime.remains import Remains
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
 from slurm_runtime.slots import Slots, units_for
 from slurm_runtime.starts import Probe, Starts
+from slurm_runtime.statistics import kept
 from slurm_runtime.supervisor import IdleOf, Supervisor
+
+WITH_CONTAINER = frozenset({State.STARTING, State.READY, State.PAUSED})
 
 
 async def unknown(_url: str) -> float | None:
@@ -76,7 +87,10 @@ class Manager:
         self.companions = Companions(self.launcher, background, make_control, lambda event: self.supervisor.hear(event))
         self.connection = Connection(config, engine, background, self._connected)
         self.failures = Failures(config.failures_file, goes_on=config.adopt)
-        self.endings = Endings(self.launcher, self.connection, self.admission, background, self.failures)
+        self.statistics = kept(config.statistics_file, config.adopt, self.launcher.steps)
+        self.endings = Endings(
+            self.launcher, self.connection, self.admission, background, self.failures, self.statistics
+        )
         self.starts = Starts(self.launcher, self.connection, self.admission, self.endings, self.host, probe)
         self.pauses = Pauses(self.launcher, self.connection, self.starts)
         adoption = Adoption(self.launcher, self.register, self.admission, self.starts, self.endings)
@@ -120,6 +134,11 @@ class Manager:
 
     def living(self) -> list[Sandbox]:
         return [entry.sandbox for entry in self.register.living()]
+
+    def counted(self) -> dict[str, Any]:
+        """The statistics of the job until now."""
+        self._note_living()  # with those that were taken over
+        return self.statistics.told(self.admission.slots.total)
 
     def snapshot(self) -> Snapshot:
         """Everything that a person wants to see of this server now."""
@@ -168,21 +187,30 @@ class Manager:
         entry.askers -= 1
         if entry.askers <= 0 and not entry.sandbox.state.is_dead:
             log.warning("the client of session %s hung up during /start; stopping it", entry.specification.session_id)
-            await self.stop(runtime_id)
+            await self._end(entry, Diagnosis("stopped on request", "", kind=HUNG_UP))
 
     def _enter(self, specification: Specification) -> Entry:
         """Make the sandbox known, so that clients can ask for it at once, and begin its start."""
         total = self.admission.slots.total
+        self.statistics.note_asked()
         if units_for(specification.resource_factor) > total:
+            self.statistics.note_failed(NEVER_FITS)
             raise NeverFits(
                 f"resource_factor {specification.resource_factor:g} needs {units_for(specification.resource_factor)} "
                 f"slots and this server has {total}; ask for less, or give the runtime job more CPUs"
             )
-        entry = Entry(Sandbox(specification))
+        entry = Entry(Sandbox(specification), is_new=True)
         self.register.add(entry)
         self.failures.note_again(specification.session_id)
-        entry.bring_up = asyncio.create_task(self.starts.bring_up(entry))
+        entry.bring_up = asyncio.create_task(self._bring_up(entry))
         return entry
+
+    async def _bring_up(self, entry: Entry) -> None:
+        await self.starts.bring_up(entry)
+        self._note_living()
+
+    def _note_living(self) -> None:
+        self.statistics.note_living(len(self.register.in_states(WITH_CONTAINER)))
 
     async def _until_answerable(self, entry: Entry) -> None:
         """Wait until the sandbox runs or is dead, or patience ends while its image is fetched; else raise why not."""
@@ -192,7 +220,8 @@ class Manager:
             if entry.lease and entry.sandbox.url and self.connection.stands:
                 return
             entry.problem = entry.problem or self._out_of_patience(entry, patience_s)
-            given_up = Diagnosis("given up: it took longer than its client waits", "")
+            kind = NO_SLOT if isinstance(entry.problem, NoRoom) else PODMAN_SILENT
+            given_up = Diagnosis("given up: it took longer than its client waits", "", kind=kind)
             await self.endings.end(entry, State.STOPPED, given_up)
             self.register.forget(entry)
         if entry.problem:
@@ -221,8 +250,10 @@ class Manager:
 
     async def stop(self, runtime_id: str) -> None:
         """Remove the sandbox's container and free its slot; again is fine. ``EngineError`` if Podman fails at it."""
-        entry = self.register.of_runtime(runtime_id)
-        await self.endings.end(entry, State.STOPPED, Diagnosis("stopped on request", ""))
+        await self._end(self.register.of_runtime(runtime_id), Diagnosis("stopped on request", "", kind=STOPPED))
+
+    async def _end(self, entry: Entry, diagnosis: Diagnosis) -> None:
+        await self.endings.end(entry, State.STOPPED, diagnosis)
 
     async def run(self) -> None:
         """Connect to Podman, then see to it that dead containers are noticed; ends only by cancellation."""
@@ -251,7 +282,7 @@ class Manager:
     async def _end_for_good(self, entry: Entry) -> None:
         if entry.sandbox.url is None:
             entry.problem = entry.problem or Stopping("the server is stopping and starts no more sandboxes")
-        await self.endings.end(entry, State.STOPPED, Diagnosis("the server is stopping", ""))
+        await self._end(entry, Diagnosis("the server is stopping", "", kind=SERVER_STOPS))
 
 
 def _read_outcomes(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from slurm_runtime.admission import Admission
 from slurm_runtime.connection import Connection
-from slurm_runtime.diagnostics import Diagnosis
+from slurm_runtime.diagnostics import FAULT, NO_ANSWER, Diagnosis, kind_of
 from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry, NeverReady, SandboxDied
 from slurm_runtime.launcher import Launcher
@@ -57,18 +57,19 @@ class Starts:
             entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet"))
             with self.launcher.steps.of("answer"):
                 await self._until_ready(entry)
+            self.endings.note_started(entry)
             return
         except EngineError as problem:
             entry.problem = problem
-            diagnosis = Diagnosis(str(problem), "")
+            diagnosis = Diagnosis(str(problem), "", kind=kind_of(problem))
         except SandboxDied:
             diagnosis = await self.endings.diagnosis(entry)
         except NeverReady as problem:
-            diagnosis = Diagnosis(str(problem), (await self.endings.diagnosis(entry)).last_lines)
+            diagnosis = await self._never_ready(entry, problem)
         except Exception as fault:  # a fault of ours must not leave a client polling a sandbox that nobody starts
             log.exception("the start of sandbox %s failed unexpectedly", entry.specification.runtime_id)
             entry.problem = fault
-            diagnosis = Diagnosis("an internal error; the server's log has the details", "")
+            diagnosis = Diagnosis("an internal error; the server's log has the details", "", kind=FAULT)
         await self.endings.fail(entry, diagnosis)
 
     async def _launch(self, entry: Entry) -> None:
@@ -83,10 +84,13 @@ class Starts:
             await self._until_ready(entry)
             return
         except NeverReady as problem:
-            diagnosis = Diagnosis(str(problem), (await self.endings.diagnosis(entry)).last_lines)
+            diagnosis = await self._never_ready(entry, problem)
         except (SandboxDied, EngineError):
             diagnosis = await self.endings.diagnosis(entry)
         await self.endings.fail(entry, diagnosis)
+
+    async def _never_ready(self, entry: Entry, problem: NeverReady) -> Diagnosis:
+        return Diagnosis(str(problem), (await self.endings.diagnosis(entry)).last_lines, kind=NO_ANSWER)
 
     async def _until_ready(self, entry: Entry) -> None:
         url = entry.sandbox.url or ""

@@ -11,7 +11,7 @@ from slurm_runtime.adoption import Adoption
 from slurm_runtime.background import Background
 from slurm_runtime.connection import Connection
 from slurm_runtime.control import ControlError, Event
-from slurm_runtime.diagnostics import Diagnosis
+from slurm_runtime.diagnostics import IDLE, Diagnosis
 from slurm_runtime.endings import SERVING, Endings
 from slurm_runtime.entries import Entry
 from slurm_runtime.launcher import Launcher
@@ -187,7 +187,7 @@ class Supervisor:
             sentence = f"nothing happened in it for {idle_s:.0f} s (--idle-timeout)"
             wish = entry.specification
             log.warning("sandbox %s of session %s is stopped: %s", wish.runtime_id, wish.session_id, sentence)
-            ending = self.endings.end(entry, State.STOPPED, Diagnosis(sentence, ""))
+            ending = self.endings.end(entry, State.STOPPED, Diagnosis(sentence, "", kind=IDLE))
             await self._is_removed(entry.name, ending)
 
     def hear(self, event: Event) -> None:

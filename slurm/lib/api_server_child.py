@@ -74,14 +74,20 @@ def common_flags(settings: Settings) -> tuple[str, ...]:
     return tuple(word for flag in flags for word in flag)
 
 
-def own_flags(job: JobContext, listener: socket.socket, key_file: Path, failures_file: Path) -> tuple[str, ...]:
+def statistics_file(storage: PodmanStorage) -> Path:
+    """Where our server keeps its counts: on this node, since the shared directory may be slow, or hang."""
+    return storage.root / "statistics.json"
+
+
+def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage: PodmanStorage) -> tuple[str, ...]:
     """The flags of our server."""
     settings = job.settings
     archives = archives_folder(settings)
     flags = [
         ("--fd", str(listener.fileno())),
         ("--api-key-file", str(key_file)),
-        ("--failures-file", str(failures_file)),
+        ("--failures-file", str(storage.root / "failures.jsonl")),
+        ("--statistics-file", str(statistics_file(storage))),
         ("--public-host", public_host(job.is_local)),
         ("--cpus", str(available_cpus(settings))),
         ("--label", f"job={job.job_id}"),
@@ -224,7 +230,7 @@ def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, 
         sys.executable,
         "-m",
         "slurm_runtime.api_server",
-        *own_flags(job, listener, key_file, storage.root / "failures.jsonl"),
+        *own_flags(job, listener, key_file, storage),
         "--stop-timeout",
         f"{0.8 * stop_s:g}",
     )

@@ -240,6 +240,14 @@ class CoordinationDir:
         """Where that job's Ray cluster is joined, as its head says."""
         return self.path / f"ray_{job_id}_head.json"
 
+    def usage(self, job: str, job_id: str) -> Path:
+        """What the job used, a line of JSON for each moment at which it was looked at."""
+        return self.path / f"usage_{job}_{job_id}.jsonl"
+
+    def sandbox_statistics(self, job_id: str) -> Path:
+        """What the API server of the runtime job ``job_id`` has counted."""
+        return self.path / f"sandbox_statistics_{job_id}.json"
+
     def attempt(self, number: int) -> Path:
         """What is known of the run's attempt ``number``, where it can be restarted."""
         return self.path / f"attempt_{number}.json"

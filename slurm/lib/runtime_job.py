@@ -54,6 +54,7 @@ from slurm.lib.supervisor import (
     Withdraw,
     step,
 )
+from slurm.lib.usage_sampler import published_statistics, sampled
 from slurm.lib.waiting import wait_for
 from slurm.lib.watchers import RunWatch, TrainingWatcher
 
@@ -228,14 +229,21 @@ def serve(running: RuntimeJob) -> None:
     scratch = ready_runtime_node(job.settings, job.environment, job.job_id)
     registries = registries_conf(job.settings.registry_mirrors, site_conf(os.environ))
     stores = readable_stores(os.environ)
-    with guarded(job.code) as guardian, podman_storage(scratch, job.job_id, stores, registries) as storage:
+    with (
+        guarded(job.code) as guardian,
+        podman_storage(scratch, job.job_id, stores, registries) as storage,
+        sampled(job, "runtime", storage) as usage,
+    ):
         guardian.own_storage(storage.root)
-        with api_server(job, storage, api_key(job), budget.server_s, guardian.own_session) as server:
+        with (
+            api_server(job, storage, api_key(job), budget.server_s, guardian.own_session) as server,
+            published_statistics(job, storage),
+        ):
             watch.server = server
             with podman_service(storage, job.open_environment, check, budget.service_s) as service, stopped(server):
                 watch.service = service
                 running.restarts = {Part.SERVER: server.restart, Part.SERVICE: service.restart}
-                with running.judged():
+                with contextlib.closing(usage), running.judged():
                     load_images(job, storage, check)
                     await_health(server, running)
                     running.take(Answers())

@@ -682,6 +682,13 @@ class Settings:
         unit="s",
     )
 
+    usage_samples: bool = setting(
+        "USAGE_SAMPLES",
+        switch,
+        True,
+        "Whether both jobs note every half minute what they use of CPUs, memory and GPUs (nvidia-smi).",
+    )
+
     # Data and results
     data_dir: Path | None = setting("DATA_DIR", optional(path), None, "Folder of the data set.")
     train_data: Path | None = setting(

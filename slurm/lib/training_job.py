@@ -72,6 +72,7 @@ from slurm.lib.trainer import (
     trainer_of,
     verl_of,
 )
+from slurm.lib.usage_sampler import sampled
 from slurm.lib.waiting import wait_for
 
 LOOK_EVERY_S = 0.2
@@ -118,7 +119,9 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     if refusal is not None:
         return refusal
     with runtime_step(job) as step:
-        return attempt(TrainingSession(replace(job, environment=as_a_job_alone(job.environment)), notes, step))
+        alone = replace(job, environment=as_a_job_alone(job.environment))
+        with sampled(alone, "training") as usage:
+            return attempt(TrainingSession(alone, notes, step, usage.close))
 
 
 def attempt(session: TrainingSession) -> int:
@@ -142,13 +145,20 @@ def attempt(session: TrainingSession) -> int:
 class TrainingSession:
     """One attempt at training: finds the server, runs the trainer, watches both.
 
-    ``step`` is the runtime's, where that is a part of this job.
+    ``step`` is the runtime's, where that is a part of this job; ``on_trainers_end`` is called once that was reaped.
     """
 
-    def __init__(self, job: JobContext, notes: SignalNotes, step: RuntimeStep) -> None:
+    def __init__(
+        self,
+        job: JobContext,
+        notes: SignalNotes,
+        step: RuntimeStep,
+        on_trainers_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self.job = job
         self.notes = notes
         self.step = step
+        self.on_trainers_end = on_trainers_end
         named = step.job_id or job.environment.get("SKYRL_RUNTIME_JOB_ID")
         self.runtime_job_id = named or read_jobs(job.directory).get("runtime", "")
         self.kill_wait_s = 0.0
@@ -242,6 +252,7 @@ class TrainingSession:
                 self.notes.on_other = early.signalled
                 try:
                     outcome = self.supervise(child, watch, canary, cluster, early)
+                    self.on_trainers_end()
                     self.record(outcome)  # now: what is still to be ended and removed may outlast Slurm's KillWait
                     return outcome
                 finally:

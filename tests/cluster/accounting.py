@@ -50,6 +50,7 @@ AccountingStoragePass={HOME}/munge/socket
 AccountingStorageEnforce=associations
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
+AccountingStorageTRES=gres/gpu
 """
 DBD_CONFIG = """\
 DbdHost={host}
