@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent / "observed"
 SETTINGS = ("SKYRL_BACKEND", "RESTARTS", "PAIRING", "TIME_LIMIT")
 HOST, USER, BASE = "login1", "user", "/home/user/.skyrl_jobs"
 WANTED = re.compile(r"(run|attempt)[\w.]*\.json|\w+\.flag|local_jobs\.txt|(runtime|training)_[\w.]+\.(out|err)")
-LONGEST_LINE = 240
+LONGEST_LINE, LONGEST_STEP = 240, 4096  # a line in which VERL tells of a step is looked at as a whole
 
 
 def _record(text: str) -> str:
@@ -37,6 +37,10 @@ def _neutral(text: str, folder: Path) -> str:
     return re.sub(r"/(?:tmp|run)/[\w./-]*(?=skyr)", "/tmp/", text)
 
 
+def _cut(line: str) -> str:
+    return line[: LONGEST_STEP if " step:" in line else LONGEST_LINE]
+
+
 def record(name: str, folder: Path) -> None:
     """Copy what is looked at of a run's directory."""
     target = HERE / name / folder.name
@@ -46,7 +50,7 @@ def record(name: str, folder: Path) -> None:
             text = path.read_text(errors="replace")
             text = _record(text) if path.name.startswith("run") and path.suffix == ".json" else text
             shown = (line for line in _neutral(text, folder).splitlines() if "[DEBUG]" not in line)
-            lines = (line[:LONGEST_LINE] if path.suffix in {".out", ".err"} else line for line in shown)
+            lines = (_cut(line) if path.suffix in {".out", ".err"} else line for line in shown)
             (target / path.name).write_text("".join(f"{line}\n" for line in lines))
 
 

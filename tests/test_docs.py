@@ -30,10 +30,15 @@ from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.notice import NOTICE_FIELDS
 from slurm.lib.observe.record import read_record
+from slurm.lib.observe.run_report import read_report
 from slurm.lib.observe.run_view import RunState, RunView
+from slurm.lib.observe.steps import Step
 from slurm.lib.observe.survey import with_logs, without_logs
 from slurm.lib.preflight.checks import CHECKS
+from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import KEYS, Key, said
+from slurm.lib.signals import SignalNotes
+from slurm.lib.verbs.report_json import report_dict, step_dict
 from slurm.lib.verbs.run_words import run_dict
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
@@ -62,6 +67,7 @@ PACKAGES = (
     "slurm/lib/preflight",
     "slurm/lib/observe",
     "slurm/lib/doctor",
+    "slurm/lib/reports",
     "slurm/lib/verbs",
     "slurm_runtime",
     "slurm_runtime/agent",
@@ -245,6 +251,7 @@ COMMANDS = {
     ("slurm/launch.py", "cancel"): (LAUNCHER, "Options of cancel"),
     ("slurm/launch.py", "clean"): (RUNS, "Options of clean"),
     ("slurm/launch.py", "list"): (RUNS, "Options of list"),
+    ("slurm/launch.py", "report"): (RUNS, "Options of report"),
     ("slurm/launch.py", "status"): (RUNS, "Options of status"),
     ("slurm/launch.py", "open"): (RUNS, "Options of open"),
     ("slurm/launch.py", "shell"): (RUNS, "Options of shell"),
@@ -311,6 +318,18 @@ def test_the_states_and_fields_of_runs_are_those_of_the_code() -> None:
     (job, *_) = cast(list[dict[str, object]], fields["jobs"])
     assert set(named("JSON")) == set(fields)
     assert set(named("A job in JSON")) == set(job)
+
+
+def test_the_fields_of_a_report_are_those_of_the_code() -> None:
+    fields: Any = report_dict(read_report(view_of_a_run(), Slurm({"PATH": ""}), SignalNotes()))
+    (attempt, *_) = fields["attempts"]
+    named = {
+        "A report in JSON": set(fields),
+        "A job in a report": set(attempt["jobs"][0]),
+        "A step in a report": set(step_dict(Step(1))),
+    }
+    for section, wanted in named.items():
+        assert {name for cell in first_cells(RUNS, section) for name in cell.split(", ")} == wanted
 
 
 def view_of_a_run() -> RunView:

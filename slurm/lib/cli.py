@@ -28,6 +28,7 @@ verbs, each with its own --help:
   logs RUN         show the logs of a run's jobs by time; -f: until it has ended
   open RUN         tell how to look at a run's sandbox page, also from your laptop
   shell RUN […]    open a shell in a sandbox, or on a job's node
+  report RUN       what a run was like: times, steps, sandboxes, use; --html FILE: with plots
   status [RUN…]    show how runs are; --watch: again and again
   wait RUN         wait until a run has ended, and end with its trainer's exit code
 RUN is a run's directory, the beginning of its name, the id of any of its jobs, or latest.
@@ -88,6 +89,7 @@ VERBS: Mapping[str, str] = {
     "logs": "slurm.lib.verbs.logs",
     "open": "slurm.lib.verbs.open_page",
     "shell": "slurm.lib.verbs.shell",
+    "report": "slurm.lib.verbs.report",
     "status": "slurm.lib.verbs.status",
     "wait": "slurm.lib.verbs.wait",
 }

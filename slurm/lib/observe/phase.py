@@ -47,6 +47,15 @@ def _marks(kind: str) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(pattern), words) for pattern, words in marks]
 
 
+@cache
+def mark_words(kind: str) -> tuple[str, ...]:
+    """Plain words, some of which every line has that marks a phase: they are found faster than the marks."""
+    marks = {"training": _TRAINING, "runtime": _RUNTIME}[kind]
+    patterns = [one.replace(_OURS, "") for pattern, _words in marks for one in pattern.split("|")]
+    plain = (re.findall(r"[A-Za-z ]+", re.sub(r"\\[A-Za-z]", "|", pattern)) for pattern in patterns)
+    return tuple(dict.fromkeys(max(words, key=len) for words in plain))
+
+
 SHOWN = 400  # characters of a line that are looked at
 
 
@@ -78,12 +87,15 @@ def phase_of(kind: str, log: LogEnds) -> Phase:
 
 def phase_in(kind: str, lines: Sequence[str]) -> Phase:
     """What the last line that marks a phase says."""
-    for line in reversed(lines):
-        if line.startswith("20") or "Ray" in line:  # a log may have thousands of others
-            for mark, words in _marks(kind):
-                if mark.search(line[:SHOWN]):
-                    return Phase(words)
-    return NOTHING_YET
+    marks = (mark_in(kind, line) for line in reversed(lines))
+    return next((Phase(words) for words in marks if words), NOTHING_YET)
+
+
+def mark_in(kind: str, line: str) -> str | None:
+    """What a job of a kind does from this line of its log on; None for a line that marks nothing."""
+    if line.startswith("20") or "Ray" in line:  # a log may have thousands of others
+        return next((words for mark, words in _marks(kind) if mark.search(line[:SHOWN])), None)
+    return None
 
 
 def steps_in(lines: Sequence[str], phase: Phase) -> Phase:

@@ -57,14 +57,14 @@ def read_object(path: Path) -> dict[str, object] | Unknown:
     return data if isinstance(data, dict) else Unknown(f"{path.name} holds no JSON object")
 
 
-def read_small(path: Path) -> str | Unknown:
-    """The text of a regular file of at most ``SMALL`` bytes."""
+def read_small(path: Path, most: int = SMALL) -> str | Unknown:
+    """The text of a regular file of at most so many bytes."""
     try:
         with opened(path) as file:
-            data = file.read(SMALL + 1)
+            data = file.read(most + 1)
     except OSError as problem:
         return Unknown(f"{path.name}: {problem.strerror or 'it is no regular file'}")
-    return data.decode("utf-8", "replace") if len(data) <= SMALL else Unknown(f"{path.name} is too long")
+    return data.decode("utf-8", "replace") if len(data) <= most else Unknown(f"{path.name} is too long")
 
 
 def read_flag(path: Path) -> Flag | None:
@@ -87,7 +87,7 @@ def log_ends(path: Path) -> LogEnds | Unknown:
 
 
 def opened(path: Path) -> BinaryIO:
-    """Opened for reading, but not what would block, such as a pipe."""
+    """A regular file, open for reading; ``OSError`` for anything else, such as a pipe, which would block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not os.path.isfile(descriptor):  # noqa: PTH113  of the descriptor
         os.close(descriptor)
