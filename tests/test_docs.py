@@ -28,11 +28,13 @@ import slurm_runtime.api_server
 import slurm_runtime.prebuild_images
 from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.observe.log_merge import Origin
 from slurm.lib.observe.record import read_record
 from slurm.lib.observe.run_view import RunState, RunView
 from slurm.lib.observe.survey import with_logs, without_logs
 from slurm.lib.preflight.checks import CHECKS
 from slurm.lib.settings import KEYS, Key, said
+from slurm.lib.verbs.logs import line_dict
 from slurm.lib.verbs.run_words import run_dict
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
@@ -233,6 +235,7 @@ def first_cells(path: Path, section: str) -> list[str]:
 COMMANDS = {
     ("slurm/launch.py",): (LAUNCHER, "Options"),
     ("slurm/launch.py", "list"): (RUNS, "Options of list"),
+    ("slurm/launch.py", "logs"): (RUNS, "Options of logs"),
     ("slurm/launch.py", "status"): (RUNS, "Options of status"),
     ("slurm/launch.py", "wait"): (RUNS, "Options of wait"),
     ("slurm/launch.py", "doctor"): (DOCTOR, "Options"),
@@ -296,6 +299,11 @@ def test_the_states_and_fields_of_runs_are_those_of_the_code() -> None:
     (job, *_) = cast(list[dict[str, object]], fields["jobs"])
     assert set(named("JSON")) == set(fields)
     assert set(named("A job in JSON")) == set(job)
+
+
+def test_the_fields_of_a_line_of_a_log_are_those_of_the_code() -> None:
+    named = {name for cell in first_cells(RUNS, "A line of a log in JSON") for name in cell.split(", ")}
+    assert named == set(line_dict(Origin("training", "12", 1, "out"), "", "", True))
 
 
 def view_of_a_run() -> RunView:

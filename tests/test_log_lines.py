@@ -527,11 +527,14 @@ def job_logs(folder: Path, out: str, err: str) -> JobLogs:
 
 def test_the_last_lines_of_a_job(tmp_path: Path) -> None:
     steps = "".join(f"step {number}\n" for number in range(100))
+    early, late = (our(BEGAN - ago, "a line that says its time").decode() for ago in (600, 0))
     for out, err, lines, shown in (
         (f"old\n{steps}", "old\n", 2, ["step 98", "step 99"]),
         (f"old\n{steps}{LONG[0]}\nb\n", f"old\n{LONG[0]}\nb\n", 2, [LONG[0], "b"]),
         (f"old\n{steps}a\nb\n", "old\na\nb\n", 1, ["b"]),
         (steps, "oom\n", 1, ["step 99", "oom"]),
+        (f"{early}{steps}{late}", early, 1, [late.strip()]),
+        (f"{early}{steps}{late}", f"{early}oom\n", 1, [late.strip(), "oom"]),
         (steps, "", 0, []),
     ):
         job = job_logs(tmp_path, out, err)

@@ -52,6 +52,7 @@ def _keyed(number: int, lines: Iterable[Line]) -> Iterator[tuple[float, int, int
 WINDOW = 1000  # lines of each of a job's logs that are compared
 TELLING = 20  # characters that no two lines have in common by accident
 CLOCKS_S = 5.0  # whole seconds, and the clocks of nodes whose lines are in one log
+SERVERS_S = 120.0  # the clock of a file server, by which a line's time may be estimated
 
 
 @dataclass
@@ -60,10 +61,12 @@ class Pairing:
 
     Such a line is shown once, where the ``.out`` has it, as one of the ``.err``. What the ``.err`` alone has, as
     Slurm's own words, comes before the next line that both have. ``is_whole`` where both are read from their beginning:
-    else what comes before the first line that both have is older than what is shown of the ``.out``.
+    else what comes before the first line that both have, or was written before ``begin``, is older than what is shown
+    of the ``.out``.
     """
 
     is_whole: bool = True
+    begin: float = -math.inf
     waiting: deque[Line] = field(default_factory=deque)  # of the .err, whose like has not been seen
     _texts: Counter[str] = field(default_factory=Counter)  # theirs
     _times: deque[float] = field(default_factory=deque)  # of those that say it
@@ -113,7 +116,8 @@ class Pairing:
     def _alone(self, latest: float = math.inf) -> list[Line]:
         """The first line that waits, if it is to be shown without its like, which has not been seen."""
         line = self._next()
-        if self._was_seen(line.text):
+        is_old = line.at + (CLOCKS_S if line.is_own else SERVERS_S) < self.begin
+        if is_old or self._was_seen(line.text):
             return []
         return [line if line.at <= latest else replace(line, at=latest)]
 
