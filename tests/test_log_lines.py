@@ -234,6 +234,18 @@ def test_and_so_it_does_while_it_is_written(written: list[tuple[str, str]], look
     assert sorted(line.text for line in found if line.text in "xy") == sorted(t for w, t in written if w == "err")
 
 
+def test_little_is_held_of_long_lines() -> None:
+    pairing, long = Pairing(), "x" * (1 << 18)
+    out, err = ((Line(0.0, f"{n}{long}", origin) for n in range(40)) for origin in (OUT, ERR))
+    count = 0
+    for line in together(out, err, pairing):
+        count += 1
+        assert line.origin == ERR
+        assert sum(len(waits.text) for waits in pairing.waiting) < 6 * len(long)
+        assert sum(map(len, pairing._seen)) < 40 * 1000
+    assert (count, list(pairing.rest())) == (40, [])
+
+
 def test_few_lines_are_held_of_logs_that_have_nothing_in_common() -> None:
     pairing = Pairing()
     lines = together(

@@ -50,6 +50,8 @@ def _keyed(number: int, lines: Iterable[Line]) -> Iterator[tuple[float, int, int
 
 
 WINDOW = 1000  # lines of each of a job's logs that are compared
+HELD = 1 << 20  # characters of lines that wait
+LONG = 256
 TELLING = 20  # characters that no two lines have in common by accident
 CLOCKS_S = 5.0  # whole seconds, and the clocks of nodes whose lines are in one log
 SERVERS_S = 120.0  # the clock of a file server, by which a line's time may be estimated
@@ -70,22 +72,24 @@ class Pairing:
     waiting: deque[Line] = field(default_factory=deque)  # of the .err, whose like has not been seen
     _texts: Counter[str] = field(default_factory=Counter)  # theirs
     _times: deque[float] = field(default_factory=deque)  # of those that say it
+    _held: int = 0  # their characters
     _seen: deque[str] = field(default_factory=deque)  # of the .out, whose like has not been seen
     _seen_texts: Counter[str] = field(default_factory=Counter)
 
     @property
     def has_room(self) -> bool:
-        return len(self.waiting) < WINDOW
+        return len(self.waiting) < WINDOW and self._held < HELD
 
     def take_err(self, line: Line) -> Iterator[Line]:
         """Take the next line of the ``.err``; returns what waits no longer."""
-        if line.text in self._seen_texts and (not self.waiting or _is_telling(line.text)):
+        if _sign(line.text) in self._seen_texts and (not self.waiting or _is_telling(line.text)):
             yield from self.rest()  # what waits stands before it in both
             if self._was_seen(line.text):
                 return
         if not self.has_room:
             yield from self._alone()
         self.waiting.append(line)
+        self._held += len(line.text)
         self._texts[line.text] += 1
         if line.is_own:
             self._times.append(line.at)
@@ -123,6 +127,7 @@ class Pairing:
 
     def _next(self) -> Line:
         line = self.waiting.popleft()
+        self._held -= len(line.text)
         _less(self._texts, line.text)
         if line.is_own:
             self._times.popleft()
@@ -130,15 +135,16 @@ class Pairing:
 
     def _was_seen(self, text: str) -> bool:
         """Whether the ``.out`` has had such a line; it, and all before it, are forgotten then."""
-        if text not in self._seen_texts:
+        sign = _sign(text)
+        if sign not in self._seen_texts:
             return False
-        while self._forget() != text:
+        while self._forget() != sign:
             pass
         return True
 
     def _remember(self, text: str) -> None:
-        self._seen.append(text)
-        self._seen_texts[text] += 1
+        self._seen.append(_sign(text))
+        self._seen_texts[self._seen[-1]] += 1
         if len(self._seen) > WINDOW:
             self._forget()
 
@@ -146,6 +152,11 @@ class Pairing:
         text = self._seen.popleft()
         _less(self._seen_texts, text)
         return text
+
+
+def _sign(text: str) -> str:
+    """What a line is known by, which is never long."""
+    return text if len(text) <= LONG else f"{text[:LONG]}{hash(text)}"
 
 
 def _is_telling(text: str) -> bool:
