@@ -120,7 +120,7 @@ class Pairing:
     def _alone(self, latest: float = math.inf) -> list[Line]:
         """The first line that waits, if it is to be shown without its like, which has not been seen."""
         line = self._next()
-        is_old = line.at + (CLOCKS_S if line.is_own else SERVERS_S) < self.begin
+        is_old = line.at + (1.0 if line.is_own else SERVERS_S) <= self.begin  # a second may be cut off
         if is_old or self._was_seen(line.text):
             return []
         return [line if line.at <= latest else replace(line, at=latest)]
