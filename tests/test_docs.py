@@ -29,6 +29,7 @@ import slurm_runtime.prebuild_images
 from slurm.lib import cli, common
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.notice import NOTICE_FIELDS
+from slurm.lib.observe.log_merge import Origin
 from slurm.lib.observe.record import read_record
 from slurm.lib.observe.run_report import read_report
 from slurm.lib.observe.run_view import RunState, RunView
@@ -39,6 +40,7 @@ from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import KEYS, Key, said
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.report_json import report_dict, step_dict
+from slurm.lib.verbs.logs import line_dict
 from slurm.lib.verbs.run_words import run_dict
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
@@ -252,6 +254,7 @@ COMMANDS = {
     ("slurm/launch.py", "clean"): (RUNS, "Options of clean"),
     ("slurm/launch.py", "list"): (RUNS, "Options of list"),
     ("slurm/launch.py", "report"): (RUNS, "Options of report"),
+    ("slurm/launch.py", "logs"): (RUNS, "Options of logs"),
     ("slurm/launch.py", "status"): (RUNS, "Options of status"),
     ("slurm/launch.py", "open"): (RUNS, "Options of open"),
     ("slurm/launch.py", "shell"): (RUNS, "Options of shell"),
@@ -330,6 +333,9 @@ def test_the_fields_of_a_report_are_those_of_the_code() -> None:
     }
     for section, wanted in named.items():
         assert {name for cell in first_cells(RUNS, section) for name in cell.split(", ")} == wanted
+def test_the_fields_of_a_line_of_a_log_are_those_of_the_code() -> None:
+    named = {name for cell in first_cells(RUNS, "A line of a log in JSON") for name in cell.split(", ")}
+    assert named == set(line_dict(Origin("training", "12", 1, "out"), "", "", True))
 
 
 def view_of_a_run() -> RunView:

@@ -234,6 +234,18 @@ def test_and_so_it_does_while_it_is_written(written: list[tuple[str, str]], look
     assert sorted(line.text for line in found if line.text in "xy") == sorted(t for w, t in written if w == "err")
 
 
+def test_little_is_held_of_long_lines() -> None:
+    pairing, long = Pairing(), "x" * (1 << 18)
+    out, err = ((Line(0.0, f"{n}{long}", origin) for n in range(40)) for origin in (OUT, ERR))
+    count = 0
+    for line in together(out, err, pairing):
+        count += 1
+        assert line.origin == ERR
+        assert sum(len(waits.text) for waits in pairing.waiting) < 6 * len(long)
+        assert sum(map(len, pairing._seen)) < 40 * 1000
+    assert (count, list(pairing.rest())) == (40, [])
+
+
 def test_few_lines_are_held_of_logs_that_have_nothing_in_common() -> None:
     pairing = Pairing()
     lines = together(
@@ -527,11 +539,14 @@ def job_logs(folder: Path, out: str, err: str) -> JobLogs:
 
 def test_the_last_lines_of_a_job(tmp_path: Path) -> None:
     steps = "".join(f"step {number}\n" for number in range(100))
+    early, late = (our(BEGAN - ago, "a line that says its time").decode() for ago in (600, 0))
     for out, err, lines, shown in (
         (f"old\n{steps}", "old\n", 2, ["step 98", "step 99"]),
         (f"old\n{steps}{LONG[0]}\nb\n", f"old\n{LONG[0]}\nb\n", 2, [LONG[0], "b"]),
         (f"old\n{steps}a\nb\n", "old\na\nb\n", 1, ["b"]),
         (steps, "oom\n", 1, ["step 99", "oom"]),
+        (f"{early}{steps}{late}", early, 1, [late.strip()]),
+        (f"{early}{steps}{late}", f"{early}oom\n", 1, [late.strip(), "oom"]),
         (steps, "", 0, []),
     ):
         job = job_logs(tmp_path, out, err)

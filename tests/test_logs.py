@@ -120,7 +120,7 @@ def test_what_the_trainer_said_on_stderr_is_marked(slurm: FakeSlurm, failed: Pat
     [
         (["--training"], 13),
         (["--runtime"], 21),
-        (["-n", "1"], 3),
+        (["-n", "1"], 2),
         (["--lines", "2", "--training"], 2),
         (["-n", "0"], 0),
         (["--since", "2026-11-28T18:32:49+00:00"], 2),

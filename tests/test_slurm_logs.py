@@ -59,11 +59,8 @@ def test_a_run_that_failed(scene: Scene, other_user: OrdinaryUser) -> None:
         lines.index(f"training {line}")
         for line in ("| Step 3/5: mean reward 0.1", "! ValueError: the model is too large")
     )
-    (end,) = [
-        at
-        for at, line in enumerate(lines)
-        if "ends with exit code 7: the trainer failed" in line and "training |" in line
-    ]
+    (end,) = [at for at, line in enumerate(lines) if "ends with exit code 7: the trainer failed" in line]
+    assert lines[end].startswith("training ! "), "it is in the .err"
     assert step < end
     assert cause < end
     assert lines[cause - 2 : cause] == ["training ! Traceback:", "training !   here"]
@@ -183,9 +180,11 @@ def test_jobs_given_to_sbatch(scene: Scene) -> None:
         follower.kill()
     assert follower.returncode == 0, err
     assert (directory / f"training_{trained}.out").is_symlink()
-    whole = shown(scene.call("logs", trained).stdout)
-    for text in ("hello", "from stderr"):
-        assert (whole.count(text), shown(out).count(text)) == (1, 1)
+    whole = shown(scene.call("logs", trained, "--training").stdout)
+    file = (scene.base / f"slurm-{trained}.out").read_text().splitlines()
+    assert {"hello", "from stderr"} <= set(file)
+    for lines in (whole, shown(out, "training")):
+        assert [line for line in lines if line in file] == file, "the file for both streams is shown once"
     assert any("API server ready at" in line for line in shown(out, "runtime"))
 
 

@@ -338,7 +338,9 @@ class JobLogs:
         begun = [file.skip(lines, since) for file in self.files[:1]]
         if self.out and self.err:
             first = self.out.first_time() if lines is not None else None
-            begun.append(self.err.skip(lines, since if first is None else max(since, first)))
+            if first is not None:
+                since = self.pairing.begin = max(since, first)
+            begun.append(self.err.skip(lines, since))
         self.pairing.is_whole = not any(begun)
 
     def there(self) -> Iterator[Line]:

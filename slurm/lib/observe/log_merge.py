@@ -50,8 +50,11 @@ def _keyed(number: int, lines: Iterable[Line]) -> Iterator[tuple[float, int, int
 
 
 WINDOW = 1000  # lines of each of a job's logs that are compared
+HELD = 1 << 20  # characters of lines that wait
+LONG = 256
 TELLING = 20  # characters that no two lines have in common by accident
 CLOCKS_S = 5.0  # whole seconds, and the clocks of nodes whose lines are in one log
+SERVERS_S = 120.0  # the clock of a file server, by which a line's time may be estimated
 
 
 @dataclass
@@ -60,29 +63,33 @@ class Pairing:
 
     Such a line is shown once, where the ``.out`` has it, as one of the ``.err``. What the ``.err`` alone has, as
     Slurm's own words, comes before the next line that both have. ``is_whole`` where both are read from their beginning:
-    else what comes before the first line that both have is older than what is shown of the ``.out``.
+    else what comes before the first line that both have, or was written before ``begin``, is older than what is shown
+    of the ``.out``.
     """
 
     is_whole: bool = True
+    begin: float = -math.inf
     waiting: deque[Line] = field(default_factory=deque)  # of the .err, whose like has not been seen
     _texts: Counter[str] = field(default_factory=Counter)  # theirs
     _times: deque[float] = field(default_factory=deque)  # of those that say it
+    _held: int = 0  # their characters
     _seen: deque[str] = field(default_factory=deque)  # of the .out, whose like has not been seen
     _seen_texts: Counter[str] = field(default_factory=Counter)
 
     @property
     def has_room(self) -> bool:
-        return len(self.waiting) < WINDOW
+        return len(self.waiting) < WINDOW and self._held < HELD
 
     def take_err(self, line: Line) -> Iterator[Line]:
         """Take the next line of the ``.err``; returns what waits no longer."""
-        if line.text in self._seen_texts and (not self.waiting or _is_telling(line.text)):
+        if _sign(line.text) in self._seen_texts and (not self.waiting or _is_telling(line.text)):
             yield from self.rest()  # what waits stands before it in both
             if self._was_seen(line.text):
                 return
         if not self.has_room:
             yield from self._alone()
         self.waiting.append(line)
+        self._held += len(line.text)
         self._texts[line.text] += 1
         if line.is_own:
             self._times.append(line.at)
@@ -113,12 +120,14 @@ class Pairing:
     def _alone(self, latest: float = math.inf) -> list[Line]:
         """The first line that waits, if it is to be shown without its like, which has not been seen."""
         line = self._next()
-        if self._was_seen(line.text):
+        is_old = line.at + (1.0 if line.is_own else SERVERS_S) <= self.begin  # a second may be cut off
+        if is_old or self._was_seen(line.text):
             return []
         return [line if line.at <= latest else replace(line, at=latest)]
 
     def _next(self) -> Line:
         line = self.waiting.popleft()
+        self._held -= len(line.text)
         _less(self._texts, line.text)
         if line.is_own:
             self._times.popleft()
@@ -126,15 +135,16 @@ class Pairing:
 
     def _was_seen(self, text: str) -> bool:
         """Whether the ``.out`` has had such a line; it, and all before it, are forgotten then."""
-        if text not in self._seen_texts:
+        sign = _sign(text)
+        if sign not in self._seen_texts:
             return False
-        while self._forget() != text:
+        while self._forget() != sign:
             pass
         return True
 
     def _remember(self, text: str) -> None:
-        self._seen.append(text)
-        self._seen_texts[text] += 1
+        self._seen.append(_sign(text))
+        self._seen_texts[self._seen[-1]] += 1
         if len(self._seen) > WINDOW:
             self._forget()
 
@@ -142,6 +152,11 @@ class Pairing:
         text = self._seen.popleft()
         _less(self._seen_texts, text)
         return text
+
+
+def _sign(text: str) -> str:
+    """What a line is known by, which is never long."""
+    return text if len(text) <= LONG else f"{text[:LONG]}{hash(text)}"
 
 
 def _is_telling(text: str) -> bool:
