@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from slurm.lib import after_checkpoint
 from slurm.lib.after_checkpoint import Cause, CheckpointWait, cause_of
-from slurm.lib.checkpoints import LOOP_FILE, TRACKER
+from slurm.lib.checkpoints import LOOP_FILE, RESTS_S, TRACKER
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import UsageError
 from slurm.lib.observe.run_view import JobView, RunState, Stage
@@ -151,8 +151,9 @@ def test_a_checkpoint_is_due_once_its_tracker_says_so(slurm: FakeSlurm, wait: Ch
     slurm.answer("squeue", *[{"stdout": line(11) + line(12)}] * 1000)
     wait.start([found(folder)])
     (place / "global_step_10").mkdir()
-    wait.patience_s = 0.5
-    assert wait.next_due() == [], "it was there before"
+    (place / "global_step_10" / "model.pt").write_text("half of it")
+    wait.patience_s = RESTS_S + 1.0
+    assert wait.next_due() == [], "half a checkpoint is none"
     assert [watch.run.name for watch in wait.left] == [folder.name]
     wait.patience_s = 20.0
     (place / TRACKER).write_text("10\n")
