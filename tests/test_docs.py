@@ -7,13 +7,14 @@ options, exit codes, status codes, fields, metrics, helpers, routes, files of a 
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -42,6 +43,7 @@ from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.report_json import report_dict, step_dict
 from slurm.lib.verbs.logs import line_dict
 from slurm.lib.verbs.run_words import run_dict
+from slurm.lib.verl_command import ROWS
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.heartbeats import Heartbeats
@@ -141,18 +143,104 @@ def default_of(key: Key) -> str:
     return f"`{value}`" if value else key.default_text or "–"
 
 
+# What a person calls the part that a module belongs to; modules that are not here read keys of all parts, or none.
+PARTS = {
+    "sbatch": ("plan.py",),
+    "checks": ("preflight/*.py",),
+    "runtime job": (
+        "runtime_*.py",
+        "api_server_child.py",
+        "sandbox_room.py",
+        "images.py",
+        "idle.py",
+        "watchers.py",
+    ),
+    "training job": (
+        "training_job.py",
+        "trainer.py",
+        "gpu_environment.py",
+        "node_environment.py",
+        "node_facts.py",
+        "task_yaml.py",
+        "early_stop.py",
+        "attempts.py",
+        "deadlines.py",
+    ),
+    "Ray": ("ray_*.py",),
+    "prebuild job": ("prebuild_job.py",),
+    "launcher": ("verbs/launch.py",),
+}
+# What is read from the environment by its name, or is taken up by another key's default.
+READ_BY_NAME = {
+    "SKYRL_BACKEND": ("launcher",),
+    "ALLHANDS_API_KEY": ("runtime job", "training job"),
+    "SANDBOX_REMOTE_RUNTIME_API_URL": ("training job",),
+    "DATA_DIR": ("`TRAIN_DATA`, `VAL_DATA`",),
+    "LOCAL_SCRATCH": ("runtime job",),
+    "VERL_OVERRIDES": ("VERL's command line",),
+    "SKYRL_COORD_DIR": ("launcher", "training job"),
+    "SKYRL_JOBS_BASE": ("launcher", "runtime job", "training job"),
+    "SKYRL_DEBUG": ("launcher", "runtime job", "training job"),
+    "VLLM_USE_V1": ("VERL's environment",),
+}
+
+
+def read_settings(tree: ast.AST, through: dict[str, set[str]]) -> set[str]:
+    """The attributes of a ``settings`` that code reads, also ``through`` functions and properties of settings.py."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            found |= {node.attr, *through.get(node.attr, ())} if owner in {"settings", "self"} else set()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found |= through.get(node.func.id, set())
+    return found
+
+
+@functools.cache
+def parts_of_keys() -> dict[str, list[str]]:
+    """Key → what it reaches: parts whose modules read it, and the overrides of VERL that it becomes."""
+    lib = ROOT / "slurm" / "lib"
+    source = ast.parse((lib / "settings.py").read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(source) if isinstance(node, ast.FunctionDef)]
+    through = {node.name: read_settings(node, {}) for node in functions if node.name != "complete"}
+    reached: dict[str, list[str]] = {name: list(READ_BY_NAME.get(name, ())) for name in KEYS}
+    for part, patterns in PARTS.items():
+        paths = [path for pattern in patterns for path in sorted(lib.glob(pattern))]
+        read = set().union(*(read_settings(ast.parse(path.read_text(encoding="utf-8")), through) for path in paths))
+        for name, key in KEYS.items():
+            reached[name] += [part] if key.attribute in read and part not in reached[name] else []
+    others = [path for path in sorted(lib.glob("*.py")) if path.name != "settings.py"]
+    elsewhere = set().union(*(read_settings(ast.parse(path.read_text(encoding="utf-8")), {}) for path in others))
+    for name, parts in reached.items():
+        parts += ["jobs"] if not parts and KEYS[name].attribute in elsewhere else []
+        overrides = [f"`{verl.name}`" for verl in ROWS if name in verl.keys]
+        parts += [f"VERL: {', '.join(overrides)}"] if overrides else []
+    return reached
+
+
+def sections_of_keys() -> dict[str, list[Key]]:
+    """The keys by the headings that their declaration has."""
+    sections: dict[str, list[Key]] = {}
+    for line in (ROOT / "slurm" / "lib" / "settings.py").read_text(encoding="utf-8").splitlines():
+        if heading := re.fullmatch(r"    # (.+)", line):
+            sections[heading[1]] = keys = []
+        if declared := re.match(r"    (\w+): .*= setting\(", line):
+            keys += [key for key in KEYS.values() if key.attribute == declared[1]]
+    return {heading: keys for heading, keys in sections.items() if keys}
+
+
 def key_table() -> str:
-    """One row a key, in the order of their declaration."""
-    rows = (
-        row(
-            f"`{key.name}`",
-            default_of(key),
-            VALUES[key.parse.__name__],
-            key.doc + (f" Unit: {key.unit}." if key.unit in {"s", "tokens", "steps"} else ""),
-        )
-        for key in KEYS.values()
-    )
-    return table(("Key", "Default", "Value", "Meaning"), rows)
+    """One row a key, in the order of their declaration and under its headings."""
+
+    def rows(keys: Iterable[Key]) -> Iterator[str]:
+        for key in keys:
+            unit = f" Unit: {key.unit}." if key.unit in {"s", "tokens", "steps"} else ""
+            reaches = ", ".join(parts_of_keys()[key.name])
+            yield row(f"`{key.name}`", default_of(key), VALUES[key.parse.__name__], key.doc + unit, reaches)
+
+    head = ("Key", "Default", "Value", "Meaning", "Reaches")
+    return "\n\n".join(f"### {name}\n\n{table(head, rows(keys))}" for name, keys in sections_of_keys().items())
 
 
 def uses(tree: ast.Module, package: str) -> list[str]:
@@ -233,6 +321,14 @@ def updated(path: Path) -> str:
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
 def test_the_tables_made_from_the_code_are_current(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == updated(path), f"out of date; write it anew with: {UPDATE}"
+
+
+def test_every_key_is_in_the_reference_and_read_by_somebody() -> None:
+    listed = [key.name for keys in sections_of_keys().values() for key in keys]
+    assert listed == list(KEYS)
+    assert [name for name, parts in parts_of_keys().items() if not parts] == []
+    assert parts_of_keys()["TOTAL_EPOCHS"] == ["checks", "VERL: `trainer.total_epochs`"]
+    assert parts_of_keys()["GPU_PARTITION"][0] == "sbatch"
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
