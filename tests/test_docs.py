@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -42,6 +43,7 @@ from slurm.lib.settings import KEYS, Key, said
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.report_json import report_dict, step_dict
 from slurm.lib.verbs.logs import line_dict
+from slurm.lib.verbs.completion import verb_parser
 from slurm.lib.verbs.run_words import run_dict
 from slurm.lib.verl_command import ROWS
 from slurm_runtime.app import create_app
@@ -63,6 +65,7 @@ API_SERVER, IMAGES = ROOT / "docs" / "api-server.md", ROOT / "docs" / "images.md
 PREFLIGHT = ROOT / "docs" / "preflight.md"
 RUNS = ROOT / "docs" / "runs.md"
 DOCTOR = ROOT / "docs" / "doctor.md"
+EXIT_CODES = ROOT / "docs" / "exit-codes.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
 CHANGELOG, CONTRIBUTING = ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"
 DOCUMENTS = (README, LAUNCHER, CHANGELOG, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md")))
@@ -79,6 +82,7 @@ PACKAGES = (
     "shell_rl",
     "local_verl",
 )
+ANY_CODE = "any"
 UPDATE = "python -m tests.test_docs"
 
 
@@ -295,6 +299,54 @@ def exception_table() -> str:
     """One row for each command of the documents that no test runs."""
     rows = (row(place, f"`{command}`", reason) for place, command, reason in exceptions(all_blocks()))
     return table(("Document", "Command", "Why not"), rows)
+def exit_code_table() -> str:
+    """One row a code of ours, in the order of their declaration."""
+    errors = list(error_classes())
+    source = (ROOT / "slurm" / "lib" / "errors.py").read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^(EXIT_\w+) = \d+  # (.*)$", source, re.MULTILINE))
+
+    def rows() -> Iterator[str]:
+        for name, code in vars(slurm.lib.errors).items():
+            if name.startswith("EXIT_"):
+                shown = "128+N" if name == "EXIT_SIGNAL_BASE" else str(code)
+                named = ", ".join(f"`{error.__name__}`" for error in errors if error.exit_code == code)
+                yield row(shown, f"`{name}`", comments[name], named or "–", slurm.lib.errors.WHAT_TO_DO[code] or "–")
+
+    return table(("Code", "Name", "Meaning", "Errors", "What to do"), rows())
+
+
+def error_classes() -> Iterator[type[slurm.lib.errors.SuiteError]]:
+    """Every error that a person may see, of whatever module, by name."""
+    for path in sorted((ROOT / "slurm" / "lib").rglob("*.py")):
+        if re.search(r"^class \w+\(\w*(Error|Problem|Timeout)\):", path.read_text(encoding="utf-8"), re.MULTILINE):
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    found, left = [], [slurm.lib.errors.SuiteError]
+    while left:
+        found += left
+        left = [below for error in left for below in error.__subclasses__()]
+    ours = {error for error in found if error.__module__.startswith("slurm.lib.")}
+    return iter(sorted(ours, key=lambda error: error.__name__))
+
+
+def verb_epilogs() -> Iterator[tuple[str, str]]:
+    """The commands, and what their ``--help`` ends with."""
+    yield "launch.py --config …", cli.EPILOG
+    for name in sorted(cli.VERBS):
+        yield f"launch.py {name}", verb_parser(name).epilog or ""
+
+
+def codes_in(epilog: str) -> list[tuple[str, str]]:
+    """The exit codes that an epilog explains, each with its meaning."""
+    _, _, text = " ".join(epilog.split()).partition("exit codes: ")
+    said = re.split(r"(?:^|; )(?=\d|that of )", text.removesuffix("."))
+    pairs = [re.match(r"(\d+(?:\+N)?) (.+)", part) or re.match(r"(?P<any>)(that of .+)", part) for part in said if part]
+    return [(match[1] or ANY_CODE, match[2]) for match in pairs if match]
+
+
+def command_code_table() -> str:
+    """One row for each code of each command, from what its ``--help`` says."""
+    rows = (row(f"`{name}`", code, said) for name, epilog in verb_epilogs() for code, said in codes_in(epilog))
+    return table(("Command", "Code", "Meaning"), rows)
 
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
@@ -302,6 +354,7 @@ GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     PREFLIGHT: {"checks": check_table},
     RELIABILITY: {"faults": fault_table},
     CONTRIBUTING: {"exceptions": exception_table},
+    EXIT_CODES: {"exit codes": exit_code_table, "exit codes of commands": command_code_table},
     ARCHITECTURE: {folder: lambda folder=folder: module_table(folder) for folder in PACKAGES},  # type: ignore[misc]
 }
 
@@ -406,6 +459,24 @@ def exit_codes(module: ModuleType) -> set[str]:
 )
 def test_the_exit_codes_are_those_of_the_code(module: ModuleType, path: Path, section: str) -> None:
     assert set(first_cells(path, section)) == exit_codes(module)
+
+
+def test_every_error_and_code_has_its_row() -> None:
+    """The table is made of what is found; here it is looked at from the other side."""
+    page = EXIT_CODES.read_text(encoding="utf-8")
+    tree = ast.parse((ROOT / "slurm" / "lib" / "errors.py").read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    errors = [node.name for node in classes if any("Error" in ast.unparse(base) for base in node.bases)]
+    assert "NotRunning" in errors
+    assert not [name for name in errors if f"`{name}`" not in page and name != "SuiteError"]
+    assert set(slurm.lib.errors.WHAT_TO_DO) == {
+        value for name, value in vars(slurm.lib.errors).items() if name.startswith("EXIT_")
+    }
+    known = {ANY_CODE, *exit_codes(slurm.lib.errors)}
+    for name, epilog in verb_epilogs():
+        codes = dict(codes_in(epilog))
+        assert "2" in codes, f"{name} --help does not end with its exit codes"
+        assert set(codes) <= known, name
 
 
 def test_the_states_and_fields_of_runs_are_those_of_the_code() -> None:

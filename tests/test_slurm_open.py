@@ -235,6 +235,22 @@ def test_a_port_that_is_taken_and_a_host_that_refuses(elsewhere: Elsewhere) -> N
     assert "Traceback" not in err
 
 
+def test_a_shell_in_a_local_run(elsewhere: Elsewhere) -> None:
+    """On its host; from elsewhere it is refused."""
+    argv = [str(elsewhere.checkout / "slurm" / "launch.py"), "shell", str(elsewhere.run.directory)]
+    done = elsewhere.user.run([*argv, "s1", "--", "sh", "-c", "echo $SESSION_API_KEY; exit 7"])
+    keys = [one["session_api_key"] for one in json.loads((elsewhere.run.directory / "sandboxes.json").read_text())]
+    assert (done.returncode, done.stdout, done.stderr) == (7, f"{keys[1]}\n", "")
+    beside = elsewhere.user.run([*argv, "--runtime", "--", "podman", "ps", "-q"])
+    assert len(beside.stdout.split()) == 2, beside.stderr
+    wrong = elsewhere.user.run([*argv, "nonesuch"])
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    there = elsewhere.argv(*argv, "s1")
+    refused = subprocess.run(there, env=elsewhere.user.environment, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 71
+    assert f"is a local run on {socket.gethostname()}: go there for a shell" in refused.stderr
+
+
 def test_a_tunnel_ends_with_the_run(elsewhere: Elsewhere) -> None:
     """Last in this file: it ends the run."""
     with elsewhere.open("--port", str(PORT)) as process:

@@ -6,10 +6,10 @@ with ``exit_code``; nothing in between catches it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-EXIT_OK = 0
+EXIT_OK = 0  # done
 EXIT_USAGE = 2  # the command line or the configuration is wrong; nothing was created or submitted
 EXIT_UNAVAILABLE = 69  # the partner job is gone or never became ready (EX_UNAVAILABLE)
 EXIT_INTERNAL = 70  # a fault of this suite (EX_SOFTWARE)
@@ -19,6 +19,20 @@ EXIT_NODE_LOST = 74  # a node of the training job was lost (EX_IOERR)
 EXIT_TIMEOUT = 75  # a deadline of ours passed, or a training was stopped to go on in another job (EX_TEMPFAIL)
 EXIT_NO_PROGRESS = 76  # a restart did not begin: the attempt before it was interrupted and had saved nothing new
 EXIT_SIGNAL_BASE = 128  # ended by signal N: 128 + N, as shells count
+
+# What a person does about each; the message itself is more exact.
+WHAT_TO_DO: Mapping[int, str] = {
+    EXIT_OK: "",
+    EXIT_USAGE: "correct what the message names",
+    EXIT_UNAVAILABLE: "read the other job's `.err`, or see by `launch.py status` how the run is",
+    EXIT_INTERNAL: "report it, with the traceback in the `.err` or on the terminal",
+    EXIT_ENVIRONMENT: "the message says what is missing, and how to get it; `launch.py doctor` looks at all of it",
+    EXIT_SUBMISSION: "read Slurm's words in the message; cancel what it says may be left, and launch again",
+    EXIT_NODE_LOST: "read `ray_<id>_<node>.log` of the node that the message names; with RESTARTS it goes on by itself",
+    EXIT_TIMEOUT: "the message names what was waited for, and the key or option that says how long",
+    EXIT_NO_PROGRESS: "read the logs of the attempt before it, mend the cause, and go on by hand",
+    EXIT_SIGNAL_BASE: "nothing, if it was you; else ask Slurm: `sacct -j ID`, `scontrol show job ID`",
+}
 
 
 class SuiteError(Exception):

@@ -6,6 +6,8 @@ Commands log to stderr, so that stdout carries values only. Job bodies log to st
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import sys
@@ -34,6 +36,39 @@ def give_up(stream: IO[str]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+# What a terminal without UTF-8 gets in place of the characters that our texts have beside ASCII.
+_PLAIN = {
+    "…": "...",
+    "–": "-",
+    "—": "-",
+    "→": "->",
+    "·": "-",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "’": "'",
+    "“": '"',
+    "”": '"',
+}
+
+
+def _plainly(problem: UnicodeError) -> tuple[bytes, int]:
+    """An error handler of codecs: what the encoding lacks becomes ASCII; undecodable bytes go out as they came in."""
+    if not isinstance(problem, UnicodeEncodeError):
+        raise problem
+    lacking = problem.object[problem.start : problem.end]
+    return b"".join(map(_as_bytes, lacking)), problem.end
+
+
+def _as_bytes(character: str) -> bytes:
+    number = ord(character)
+    return bytes([number - 0xDC00]) if 0xDC80 <= number <= 0xDCFF else _PLAIN.get(character, "?").encode("ascii")
+
+
+PLAINLY = "skyrl-plainly"
+codecs.register_error(PLAINLY, _plainly)
 
 
 class ColourFormatter(logging.Formatter):
@@ -74,7 +109,10 @@ def _handler(stream: TextIO, level: int) -> logging.Handler:
 
 
 def setup_command_logging(debug: bool = False) -> None:
-    """Logging of a command: everything to stderr."""
+    """Logging of a command: everything to stderr. No text is too much for the encoding of the streams afterwards."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PLAINLY)
     log.handlers[:] = [_handler(sys.stderr, logging.DEBUG)]
     log.setLevel(logging.DEBUG if debug or debug_wanted() else logging.INFO)
     log.propagate = False
