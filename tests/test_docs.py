@@ -41,9 +41,9 @@ from slurm.lib.preflight.checks import CHECKS
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import KEYS, Key, said
 from slurm.lib.signals import SignalNotes
-from slurm.lib.verbs.report_json import report_dict, step_dict
-from slurm.lib.verbs.logs import line_dict
 from slurm.lib.verbs.completion import verb_parser
+from slurm.lib.verbs.logs import line_dict
+from slurm.lib.verbs.report_json import report_dict, step_dict
 from slurm.lib.verbs.run_words import run_dict
 from slurm.lib.verl_command import ROWS
 from slurm_runtime.app import create_app
@@ -299,6 +299,8 @@ def exception_table() -> str:
     """One row for each command of the documents that no test runs."""
     rows = (row(place, f"`{command}`", reason) for place, command, reason in exceptions(all_blocks()))
     return table(("Document", "Command", "Why not"), rows)
+
+
 def exit_code_table() -> str:
     """One row a code of ours, in the order of their declaration."""
     errors = list(error_classes())
@@ -500,6 +502,8 @@ def test_the_fields_of_a_report_are_those_of_the_code() -> None:
     }
     for section, wanted in named.items():
         assert {name for cell in first_cells(RUNS, section) for name in cell.split(", ")} == wanted
+
+
 def test_the_fields_of_a_line_of_a_log_are_those_of_the_code() -> None:
     named = {name for cell in first_cells(RUNS, "A line of a log in JSON") for name in cell.split(", ")}
     assert named == set(line_dict(Origin("training", "12", 1, "out"), "", "", True))
