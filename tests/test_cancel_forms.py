@@ -35,6 +35,7 @@ from tests.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).resolve().parent.parent
 VERL = {"SKYRL_BACKEND": "slurm", "SAVE_FREQ": "5", "WANDB_EXPERIMENT": "exp"}
+PATIENCE_S = 60.0
 OWN = {**VERL, "TRAINING_COMMAND": "./train"}
 
 
@@ -131,11 +132,11 @@ def test_when_a_run_is_waited_for_no_longer(state: RunState, stage: Stage, kind:
 
 @pytest.fixture
 def wait(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointWait]:
-    """A wait of at most 20 s that looks often."""
+    """A wait that looks often."""
     monkeypatch.setattr(after_checkpoint, "LOOK_EVERY_S", 0.05)
     monkeypatch.setattr(after_checkpoint, "FIRST_PAUSE_S", 0.1)
     notes = SignalNotes()
-    made = CheckpointWait(Survey(Slurm({"PATH": slurm.path}), notes), notes, 20.0, _pause_s=0.1)
+    made = CheckpointWait(Survey(Slurm({"PATH": slurm.path}), notes), notes, PATIENCE_S, _pause_s=0.1)
     yield made
 
 
@@ -155,7 +156,7 @@ def test_a_checkpoint_is_due_once_its_tracker_says_so(slurm: FakeSlurm, wait: Ch
     wait.patience_s = RESTS_S + 1.0
     assert wait.next_due() == [], "half a checkpoint is none"
     assert [watch.run.name for watch in wait.left] == [folder.name]
-    wait.patience_s = 20.0
+    wait.patience_s = PATIENCE_S
     (place / TRACKER).write_text("10\n")
     (due,) = wait.next_due()
     assert (due.cause, due.checkpoint, wait.left) == (Cause.SAVED, "step 10", [])
@@ -171,7 +172,7 @@ def test_the_loops_checkpoint_is_one_file_and_its_metrics_are_none(slurm: FakeSl
     (place / "metrics.jsonl").write_text("{}\n")
     wait.patience_s = 4.0
     assert wait.next_due() == []
-    wait.patience_s = 20.0
+    wait.patience_s = PATIENCE_S
     (place / LOOP_FILE).write_text('{"step": 10}')
     (due,) = wait.next_due()
     assert due.checkpoint == "step 10"
@@ -204,7 +205,7 @@ def test_a_silent_slurm_ends_no_wait_and_a_checkpoint_counts(slurm: FakeSlurm, w
     wait.patience_s = 0.6
     assert wait.next_due() == []
     assert not wait.survey.heard
-    wait.patience_s = 20.0
+    wait.patience_s = PATIENCE_S
     (folder / "checkpoints" / "exp").mkdir(parents=True)
     (folder / "checkpoints" / "exp" / TRACKER).write_text("5")
     (due,) = wait.next_due()

@@ -36,9 +36,9 @@ FIND_S = 5.0  # for all questions about which runs are meant
 PATIENCE_S = 2 * 3600.0
 EPILOG = """\
 exit codes: 0 all jobs of the runs have ended, or had before, or no run lives; 2 there is no such run, nothing to wait
-for, or nobody to ask: nothing was cancelled; 71 a local run of another host; 75 a job has not ended within 15 s, Slurm
-did not answer, or no checkpoint came; 128+N stopped by signal N: what was begun goes on, and what was waited for is not
-cancelled.
+for, or nobody to ask: nothing was cancelled; 71 a local run of another host, or a run's directory has gone while its
+checkpoint was waited for; 75 a job has not ended within 15 s, Slurm did not answer, or no checkpoint came; 128+N
+stopped by signal N: what was begun goes on, and what was waited for is not cancelled.
 """
 
 

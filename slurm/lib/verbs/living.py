@@ -58,7 +58,7 @@ def _is_elsewhere(view: RunView) -> bool:
 def _lives(view: RunView, slurm: Slurm, until: float) -> bool:
     """Whether a job of it lives that is its own: a number of an old record may be another run's by now."""
     directory = view.record.directory
-    if directory is None or _is_elsewhere(view):
+    if directory is None:
         return False
     if any(job.lives and not job.job_id.isdigit() for job in view.unended):
         return True
