@@ -56,8 +56,8 @@ _PLAIN = {
 
 def _plainly(problem: UnicodeError) -> tuple[bytes, int]:
     """An error handler of codecs: what the encoding lacks becomes ASCII; undecodable bytes go out as they came in."""
-    if not isinstance(problem, UnicodeEncodeError):
-        raise problem
+    if not isinstance(problem, UnicodeEncodeError):  # whoever reads back what was written to a file
+        return codecs.lookup_error("surrogateescape")(problem)  # type: ignore[return-value]
     lacking = problem.object[problem.start : problem.end]
     return b"".join(map(_as_bytes, lacking)), problem.end
 
