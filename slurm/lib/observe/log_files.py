@@ -253,12 +253,8 @@ def stamps_in(file: BinaryIO, begin: int, end: int, latest: float) -> Iterator[A
     data = file.read(end - first + STAMP_ROOM)
     for match in STAMP.finditer(data):
         offset, at = first + match.start(), time_of(match)
-        if begin <= offset < end and at is not None and at <= latest and _begins_line(data, match.start(), first):
+        if begin <= offset < end and at is not None and at <= latest:
             yield Anchor(offset, at)
-
-
-def _begins_line(data: bytes, at: int, first: int) -> bool:
-    return data[at - 1 : at] == b"\n" if at else first == 0
 
 
 def first_stamp_in(file: BinaryIO, latest: float) -> float | None:

@@ -37,16 +37,13 @@ class Line:
 def merged(logs: Sequence[Iterable[Line]]) -> Iterator[Line]:
     """The lines of all logs by time, each log's own order kept; of one moment in the order of the logs.
 
-    Where a log's time goes back, as with a clock that was set, its lines count as written at its latest time.
+    Where a log's time goes back, as with a clock that was set, its lines come at once.
     """
     return (line for *_key, line in heapq.merge(*(_keyed(number, lines) for number, lines in enumerate(logs))))
 
 
 def _keyed(number: int, lines: Iterable[Line]) -> Iterator[tuple[float, int, int, Line]]:
-    latest = -math.inf
-    for count, line in enumerate(lines):
-        latest = max(latest, line.at)
-        yield latest, number, count, line
+    return ((line.at, number, count, line) for count, line in enumerate(lines))
 
 
 WINDOW = 1000  # lines of each of a job's logs that are compared
