@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.lookout import inquiry
 from slurm.lib.observe.job_log import JobLog, read_job_log
 from slurm.lib.observe.phase import last_error
 from slurm.lib.observe.record import Pair, RunRecord
-from slurm.lib.observe.run_files import log_ends, read_small
+from slurm.lib.observe.run_files import log_ends, names_in, read_small
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage, pair_view
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics, read_statistics
 from slurm.lib.observe.steps import Step, merged
@@ -186,10 +185,11 @@ def _error(directory: CoordinationDir, job: JobView) -> str:
 
 def _measurements(directory: CoordinationDir, job: JobView) -> tuple[str | Unknown, str | Unknown]:
     """The texts of a job's samples and of its server's statistics."""
+    names = names_in(directory.path)
 
     def text(name: str, absent: Unknown) -> str | Unknown:
-        path: Path = directory.path / name
-        return read_small(path, MOST_SAMPLES) if path.exists() else absent
+        is_there = not isinstance(names, Unknown) and name in names
+        return read_small(directory.path / name, MOST_SAMPLES) if is_there else absent
 
     statistics = f"sandbox_statistics_{job.job_id}.json"
     return text(f"usage_{job.kind}_{job.job_id}.jsonl", NO_SAMPLES), text(statistics, NO_STATISTICS)
