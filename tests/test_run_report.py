@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from slurm.lib.observe.run_report import (
     with_accounting,
     with_measurements,
 )
-from slurm.lib.observe.run_view import JobView, RunState, Stage
+from slurm.lib.observe.run_view import JobView, RunState, Stage, Word
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics, Seconds
 from slurm.lib.observe.steps import (
     Step,
@@ -45,13 +46,14 @@ from slurm.lib.observe.steps import (
     step_times,
     with_lengths,
 )
-from slurm.lib.observe.survey import with_logs, without_logs
+from slurm.lib.observe.survey import SILENT, record_of, with_logs, without_logs
 from slurm.lib.observe.timeline import QUEUE, TRAINING, Mark, Span, local_epoch, spans, utc_epoch, zone_shift
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.observe.usage import Usage
 from slurm.lib.reports import series
+from slurm.lib.runs import FoundRun, RunJob
 from slurm.lib.scheduler import AccountedUse, ShownJob, Slurm
-from slurm.lib.signals import SignalNotes
+from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.verbs.report_json import report_dict
 from slurm.lib.verbs.report_text import as_text
 from slurm.lib.verbs.report_words import heading, length, sparkline, use_lines
@@ -329,6 +331,15 @@ def test_every_mark_is_found_by_its_words(kind: str) -> None:
     assert len(marked) >= len(mark_words(kind)) - 2
 
 
+def test_a_signal_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x\n" * BLOCK)
+    notes = SignalNotes()
+    notes.note(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        read_job_log(path, "training", notes.check)
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log")
     with pytest.raises(OSError):
@@ -456,6 +467,24 @@ def test_a_log_that_may_not_be_read_is_a_problem_and_no_error(tmp_path: Path) ->
     report = report_of(folder)
     assert report.problems == (f"{log.name}: it is no regular file",)
     assert f"not known   {log.name}" in as_text(report, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        (ShownJob("12", "x", "PENDING", "Resources"), "job 12: PENDING (Resources)"),
+        (ShownJob("12", "x", "RUNNING", starts_at=1796000000.0, elapsed_s=60.0), "unknown  in the queue"),
+        (SILENT, "job 12: unknown: Slurm does not answer"),
+        (None, "did not begin (jobs 12)"),
+    ],
+)
+def test_a_job_without_a_directory(word: Word, what: str) -> None:
+    view = with_logs(without_logs(record_of(FoundRun("12", None, RunJob("training", "12"))), {"12": word}))
+    report = read_report(view, Slurm({"PATH": "/nonexistent"}), SignalNotes())
+    text = as_text(report, None)
+    assert what in text
+    assert "not known   it has no run directory yet" in text
+    assert json.loads(json.dumps(report_dict(report), allow_nan=False))["launched"] == report.launched
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
