@@ -180,6 +180,7 @@ def test_what_lengths_say_together() -> None:
     assert sparse and (sparse.count, sparse.median, sparse.total) == (6, 2.0, 18.0)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(0, 1e7), min_size=1, max_size=60))
 def test_quantiles_are_lengths_of_steps_in_order(seconds: list[float]) -> None:
     times = step_times([Step(at, seconds=value) for at, value in enumerate(seconds, 1)])
@@ -364,7 +365,7 @@ LINES = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None)  # the machine may be busy
 @given(
     LINES,
     st.integers(0, 12),
@@ -550,6 +551,7 @@ def test_parts_and_the_rest_add_up_to_the_step() -> None:
     assert [sum(values[at] for _name, values in bars.parts) for at in range(3)] == [10.0] * 3
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.integers(0, 145), min_size=1, max_size=300).map(sorted),
 )
@@ -565,6 +567,7 @@ def test_no_start_is_lost_in_the_bins(places: list[int]) -> None:
     assert series.start_bins([]) == ()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.floats(1e-3, 1e3), st.floats(1.01, 1e4))
 def test_ticks_lie_on_the_axis(low: float, times: float) -> None:
     ticks = series.round_ticks(low, low * times)
@@ -593,6 +596,7 @@ def test_lengths_in_words(seconds: float | None, words: str) -> None:
     assert length(seconds) == words
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(1, 60))
 def test_a_sparkline_is_as_wide_as_there_is_room(values: list[float], width: int) -> None:
     line = sparkline(values, width)
