@@ -255,6 +255,17 @@ def test_a_submission_after_the_start_is_not_believed() -> None:
     assert job_report(view, log, None).queue_s(0) is None
 
 
+def test_where_slurm_is_silent_nothing_is_taken_for_an_end() -> None:
+    log = JobLog((Mark(1000.0, "checking its node"), Mark(1010.0, "trainer started")))
+    silent = replace(TRAINED, stage=Stage.UNKNOWN, end_time="", exit_code=None)
+    made = job_report(silent, log, 900.0)
+    assert (made.ended, made.spans[-1]) == (None, Span("trainer started", 1010.0, None))
+    told = job_report(replace(silent, end_time="1970-01-01T00:20:00+00:00"), log, 900.0)
+    assert (told.ended, told.spans[-1].end) == (1200.0, 1200.0)
+    gone = job_report(replace(silent, stage=Stage.ENDED), log, 900.0)
+    assert (gone.ended, gone.spans[-1].end) == (1010.0, 1010.0), "the last that is known of it"
+
+
 def test_a_pending_job_has_a_queue_time_that_grows(tmp_path: Path) -> None:
     folder = tmp_path / folder_of("het_withdrawn").name
     shutil.copytree(folder_of("het_withdrawn"), folder)

@@ -212,7 +212,7 @@ def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
     shift = zone_shift(log.marks, told)
     marks = [Mark(mark.at + shift, mark.words) for mark in log.marks]
     steps = tuple(replace(step, at=None if step.at is None else step.at + shift) for step in log.steps)
-    goes_on = job.stage is Stage.RUNNING
+    goes_on = job.may_run and told is None
     started = marks[0].at if marks else None
     if submitted is not None and started is not None and submitted > started + SLACK_S:
         submitted = None
