@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.observe.usage import efficiency, read_usage
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
+from slurm.lib.signals import SignalNotes
 from slurm.lib.usage_cgroup import JobCgroup, cpu_s, job_cgroup, memory_bytes, memory_limit_bytes
-from slurm.lib.usage_gpus import Gpus, parse
+from slurm.lib.usage_gpus import COMMAND, Gpus, parse
 from slurm.lib.usage_processes import Ledger, Process, all_processes, below, of_job, parse_stat
 from slurm.lib.usage_sampler import ROOM, SAMPLE_S, STEP, Background, SampleFile, Sampler, sampled
 
@@ -286,12 +288,24 @@ def smi(folder: Path, script: str) -> dict[str, str]:
     return {"PATH": f"{folder}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "1"}
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """How long nvidia-smi may take: on a busy machine the start of a shell takes seconds."""
+
+    def set_to(seconds: float) -> None:
+        monkeypatch.setattr("slurm.lib.usage_gpus.COMMAND", (*COMMAND[:2], f"{seconds:g}", *COMMAND[3:]))
+        monkeypatch.setattr("slurm.lib.usage_gpus.PATIENCE_S", seconds + 20.0)
+
+    return set_to
+
+
 def asked(folder: Path) -> int:
     path = folder / "asked"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_nvidia_smi_is_asked_with_the_jobs_environment(tmp_path: Path) -> None:
+def test_nvidia_smi_is_asked_with_the_jobs_environment(tmp_path: Path, patience: Callable[[float], None]) -> None:
+    patience(60.0)
     gpus = Gpus(smi(tmp_path, f"cat <<'END'\n{SMI}END"), wanted=True)
     assert [card["index"] for card in gpus.look()] == [1]
     assert Gpus(gpus.environment, wanted=False).look() == []
@@ -299,8 +313,8 @@ def test_nvidia_smi_is_asked_with_the_jobs_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["exit 9", "exec sleep 1000"])
-def test_one_that_fails_or_hangs_is_left_alone(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm.lib.usage_gpus.COMMAND", ("timeout", "--signal=KILL", "1", "nvidia-smi"))
+def test_one_that_fails_or_hangs_is_left_alone(tmp_path: Path, script: str, patience: Callable[[float], None]) -> None:
+    patience(4.0)
     gpus = Gpus(smi(tmp_path, script), wanted=True)
     assert gpus.look() == [] == gpus.look()
     assert asked(tmp_path) == 1
@@ -316,7 +330,8 @@ def test_no_nvidia_smi() -> None:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_is_what_the_reader_reads(job: JobContext, tmp_path: Path) -> None:
+def test_a_sample_is_what_the_reader_reads(job: JobContext, tmp_path: Path, patience: Callable[[float], None]) -> None:
+    patience(60.0)
     environment = {**job.environment, **smi(tmp_path, f"cat <<'END'\n{SMI}END")}
     sampler = Sampler(replace(job, environment=environment), Gpus(environment, wanted=True))
     subprocess.run([sys.executable, "-c", BURN, "0.2"], check=True)
@@ -360,7 +375,7 @@ def test_a_line_that_was_torn_spoils_no_other(tmp_path: Path, monkeypatch: pytes
 
 def test_short_jobs_have_a_first_and_a_last_sample(job: JobContext) -> None:
     path = job.directory.usage("training", "7")
-    with sampled(job, "training") as usage:
+    with sampled(job, "training", SignalNotes()) as usage:
         until(lambda: path.exists() and path.read_text().endswith("\n"))
         subprocess.run([sys.executable, "-c", BURN, "0.3"], check=True)
         usage.close()
@@ -370,9 +385,19 @@ def test_short_jobs_have_a_first_and_a_last_sample(job: JobContext) -> None:
     assert found.cpu_share * 6 * found.span_s >= 0.25
 
 
+def test_a_job_that_a_signal_ends_has_no_last_sample(job: JobContext) -> None:
+    path, notes = job.directory.usage("training", "7"), SignalNotes()
+    before = threading.active_count()
+    with sampled(job, "training", notes):
+        until(lambda: path.exists() and path.read_text().endswith("\n"))
+        notes.stop_signal = signal.SIGTERM
+    until(lambda: threading.active_count() == before)
+    assert len(path.read_text().splitlines()) == 1
+
+
 def test_no_samples_where_none_are_wanted(job: JobContext) -> None:
     before = threading.active_count()
-    with sampled(replace(job, settings=Settings(usage_samples=False)), "training") as usage:
+    with sampled(replace(job, settings=Settings(usage_samples=False)), "training", SignalNotes()) as usage:
         assert threading.active_count() == before
         usage.close()
     assert not job.directory.usage("training", "7").exists()
@@ -384,7 +409,7 @@ def test_a_run_directory_that_cannot_be_written_is_said_once(
     monkeypatch.setattr("slurm.lib.usage_sampler.SAMPLE_S", 0.01)
     caplog.set_level("INFO")
     gone = replace(job, directory=CoordinationDir(job.directory.path / "gone"))
-    with sampled(gone, "training"):
+    with sampled(gone, "training", SignalNotes()):
         until(lambda: "not noted" in caplog.text)
         time.sleep(0.2)
     assert caplog.text.count("not noted") == 1

@@ -232,7 +232,7 @@ def serve(running: RuntimeJob) -> None:
     with (
         guarded(job.code) as guardian,
         podman_storage(scratch, job.job_id, stores, registries) as storage,
-        sampled(job, "runtime", storage) as usage,
+        sampled(job, "runtime", running.notes, storage) as usage,
     ):
         guardian.own_storage(storage.root)
         with (

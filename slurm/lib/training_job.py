@@ -120,7 +120,7 @@ def run(job: JobContext, notes: SignalNotes) -> int:
         return refusal
     with runtime_step(job) as step:
         alone = replace(job, environment=as_a_job_alone(job.environment))
-        with sampled(alone, "training") as usage:
+        with sampled(alone, "training", notes) as usage:
             return attempt(TrainingSession(alone, notes, step, usage.close))
 
 

@@ -21,6 +21,7 @@ from slurm.lib.coordination import host_name, write_atomically
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.podman_storage import PodmanStorage, processes_of
+from slurm.lib.signals import SignalNotes
 from slurm.lib.usage_cgroup import JobCgroup, cpu_s, memory_bytes, memory_limit_bytes, own_cgroup
 from slurm.lib.usage_gpus import Gpus
 from slurm.lib.usage_processes import Ledger, Process, of_job
@@ -148,10 +149,12 @@ def allocated_memory(job: JobContext) -> int | None:
 
 
 @contextlib.contextmanager
-def sampled(job: JobContext, kind: str, storage: PodmanStorage | None = None) -> Iterator[Background]:
-    """The job's use is noted from here until the end of the block, or until it is closed before.
+def sampled(
+    job: JobContext, kind: str, notes: SignalNotes, storage: PodmanStorage | None = None
+) -> Iterator[Background]:
+    """The job's use is noted from here until the end of the block, or until what is yielded is closed before.
 
-    Closed before, where what it measures ends before the block does.
+    A job that a signal ends has no last sample: Slurm gives it seconds, in which a busy node has other things to do.
     """
     gpus = Gpus(job.environment, kind == "training" and job.settings.gpus_per_node > 0)
     cgroup = JobCgroup() if job.is_local else own_cgroup()  # a local run may be part of any job
@@ -159,7 +162,8 @@ def sampled(job: JobContext, kind: str, storage: PodmanStorage | None = None) ->
     file = SampleFile(job.directory.usage(kind, job.job_id))
 
     def work(is_last: bool) -> None:
-        file.append(json.dumps(sampler.look(is_last), separators=(",", ":")))
+        if not is_last or notes.stop_signal is None:
+            file.append(json.dumps(sampler.look(is_last), separators=(",", ":")))
 
     background = Background("what this job uses is not noted", work, lambda: file.distance_s)
     with background if job.settings.usage_samples else contextlib.nullcontext():
