@@ -264,6 +264,8 @@ def test_where_slurm_is_silent_nothing_is_taken_for_an_end() -> None:
     assert (told.ended, told.spans[-1].end) == (1200.0, 1200.0)
     gone = job_report(replace(silent, stage=Stage.ENDED), log, 900.0)
     assert (gone.ended, gone.spans[-1].end) == (1010.0, 1010.0), "the last that is known of it"
+    killed = job_report(replace(gone.job, starts_at=999.0, elapsed_s=500.0), log, 900.0)
+    assert (killed.ended, killed.spans[-1].end) == (1499.0, 1499.0), "by Slurm's word"
 
 
 def test_a_pending_job_has_a_queue_time_that_grows(tmp_path: Path) -> None:

@@ -55,10 +55,6 @@ class JobReport:
     sandboxes: SandboxStatistics | Unknown | None = None
     problems: tuple[str, ...] = ()
 
-    @property
-    def goes_on(self) -> bool:
-        return self.job.stage is Stage.RUNNING
-
     def queue_s(self, now: float) -> float | None:
         """How long it was in the queue, until now if it still is; None where that is not known."""
         until = self.started if self.started is not None else now if self.job.stage is Stage.PENDING else None
@@ -213,13 +209,25 @@ def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
     marks = [Mark(mark.at + shift, mark.words) for mark in log.marks]
     steps = tuple(replace(step, at=None if step.at is None else step.at + shift) for step in log.steps)
     goes_on = job.may_run and told is None
-    started = marks[0].at if marks else None
+    by_slurm = job.starts_at if job.stage is Stage.RUNNING else None  # its log is empty yet
+    started = marks[0].at if marks else by_slurm
     if submitted is not None and started is not None and submitted > started + SLACK_S:
         submitted = None
-    found = spans(marks, steps, told, goes_on)
+    last = marks[-1].at if marks else None
+    ended = told if told is not None else _latest(last, _end_by_slurm(job)) if not goes_on else None
+    found = spans(marks, steps, ended, goes_on)
     job = replace(job, node=job.node or log.node)
-    ended = None if goes_on else told if told is not None else marks[-1].at if marks else None
     return JobReport(job, submitted, started, ended, (*_queue_span(submitted, started), *found), steps, log.cut)
+
+
+def _end_by_slurm(job: JobView) -> float | None:
+    """When a job ended of which only Slurm says it: its body was killed."""
+    known = job.stage is Stage.ENDED and job.starts_at is not None and job.elapsed_s is not None
+    return (job.starts_at or 0.0) + (job.elapsed_s or 0.0) if known else None
+
+
+def _latest(*moments: float | None) -> float | None:
+    return max((moment for moment in moments if moment is not None), default=None)
 
 
 def _queue_span(submitted: float | None, until: float | None, goes_on: bool = False) -> tuple[Span, ...]:
