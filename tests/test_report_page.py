@@ -142,7 +142,7 @@ def test_nothing_of_a_run_becomes_html(slurm: FakeSlurm, base: Path) -> None:
         told = json.loads((folder / flag).read_text())
         (folder / flag).write_text(json.dumps({**told, "reason": HOSTILE, "host": HOSTILE}))
     for path in folder.glob("*.err"):
-        path.write_text(f"ValueError: {HOSTILE}\n")
+        path.write_text(f"ValueError: {HOSTILE.replace('1', '2')}\n")
     kinds = {path.name.partition("_")[0]: path.stem.partition("_")[2] for path in folder.glob("*.out")}
     statistics = {"schema": 1, "at": 5, "starts": {"asked": 1, "failed": {HOSTILE: 1}}, "ended": {HOSTILE: 2}}
     (folder / f"sandbox_statistics_{kinds['runtime']}.json").write_text(json.dumps(statistics))
@@ -155,6 +155,7 @@ def test_nothing_of_a_run_becomes_html(slurm: FakeSlurm, base: Path) -> None:
     text = page_of(slurm, str(renamed))
     page = assert_harmless(text)
     assert page.text.count(HOSTILE) >= 5, "it is shown as it is"
+    assert HOSTILE.replace("1", "2") in page.text
     assert not page.named("b")
 
 

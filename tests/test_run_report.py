@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from slurm.lib.observe.run_report import (
     with_accounting,
     with_measurements,
 )
-from slurm.lib.observe.run_view import JobView, RunState, Stage
+from slurm.lib.observe.run_view import JobView, RunState, Stage, Word
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics, Seconds
 from slurm.lib.observe.steps import (
     Step,
@@ -45,13 +46,14 @@ from slurm.lib.observe.steps import (
     step_times,
     with_lengths,
 )
-from slurm.lib.observe.survey import with_logs, without_logs
+from slurm.lib.observe.survey import SILENT, record_of, with_logs, without_logs
 from slurm.lib.observe.timeline import QUEUE, TRAINING, Mark, Span, local_epoch, spans, utc_epoch, zone_shift
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.observe.usage import Usage
 from slurm.lib.reports import series
+from slurm.lib.runs import FoundRun, RunJob
 from slurm.lib.scheduler import AccountedUse, ShownJob, Slurm
-from slurm.lib.signals import SignalNotes
+from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.verbs.report_json import report_dict
 from slurm.lib.verbs.report_text import as_text
 from slurm.lib.verbs.report_words import heading, length, sparkline, use_lines
@@ -178,6 +180,7 @@ def test_what_lengths_say_together() -> None:
     assert sparse and (sparse.count, sparse.median, sparse.total) == (6, 2.0, 18.0)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(0, 1e7), min_size=1, max_size=60))
 def test_quantiles_are_lengths_of_steps_in_order(seconds: list[float]) -> None:
     times = step_times([Step(at, seconds=value) for at, value in enumerate(seconds, 1)])
@@ -250,6 +253,19 @@ def test_a_submission_after_the_start_is_not_believed() -> None:
     assert job_report(view, log, 1010.0).queue_s(0) == 0.0, "clocks differ a little"
     assert job_report(view, log, 9000.0).queue_s(0) is None
     assert job_report(view, log, None).queue_s(0) is None
+
+
+def test_where_slurm_is_silent_nothing_is_taken_for_an_end() -> None:
+    log = JobLog((Mark(1000.0, "checking its node"), Mark(1010.0, "trainer started")))
+    silent = replace(TRAINED, stage=Stage.UNKNOWN, end_time="", exit_code=None)
+    made = job_report(silent, log, 900.0)
+    assert (made.ended, made.spans[-1]) == (None, Span("trainer started", 1010.0, None))
+    told = job_report(replace(silent, end_time="1970-01-01T00:20:00+00:00"), log, 900.0)
+    assert (told.ended, told.spans[-1].end) == (1200.0, 1200.0)
+    gone = job_report(replace(silent, stage=Stage.ENDED), log, 900.0)
+    assert (gone.ended, gone.spans[-1].end) == (1010.0, 1010.0), "the last that is known of it"
+    killed = job_report(replace(gone.job, starts_at=999.0, elapsed_s=500.0), log, 900.0)
+    assert (killed.ended, killed.spans[-1].end) == (1499.0, 1499.0), "by Slurm's word"
 
 
 def test_a_pending_job_has_a_queue_time_that_grows(tmp_path: Path) -> None:
@@ -329,6 +345,15 @@ def test_every_mark_is_found_by_its_words(kind: str) -> None:
     assert len(marked) >= len(mark_words(kind)) - 2
 
 
+def test_a_signal_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x\n" * BLOCK)
+    notes = SignalNotes()
+    notes.note(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        read_job_log(path, "training", notes.check)
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log")
     with pytest.raises(OSError):
@@ -353,7 +378,7 @@ LINES = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None)  # the machine may be busy
 @given(
     LINES,
     st.integers(0, 12),
@@ -458,6 +483,24 @@ def test_a_log_that_may_not_be_read_is_a_problem_and_no_error(tmp_path: Path) ->
     assert f"not known   {log.name}" in as_text(report, None)
 
 
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        (ShownJob("12", "x", "PENDING", "Resources"), "job 12: PENDING (Resources)"),
+        (ShownJob("12", "x", "RUNNING", starts_at=1796000000.0, elapsed_s=60.0), "unknown  in the queue"),
+        (SILENT, "job 12: unknown: Slurm does not answer"),
+        (None, "did not begin (jobs 12)"),
+    ],
+)
+def test_a_job_without_a_directory(word: Word, what: str) -> None:
+    view = with_logs(without_logs(record_of(FoundRun("12", None, RunJob("training", "12"))), {"12": word}))
+    report = read_report(view, Slurm({"PATH": "/nonexistent"}), SignalNotes())
+    text = as_text(report, None)
+    assert what in text
+    assert "not known   it has no run directory yet" in text
+    assert json.loads(json.dumps(report_dict(report), allow_nan=False))["launched"] == report.launched
+
+
 # --- what was measured ------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +564,7 @@ def test_parts_and_the_rest_add_up_to_the_step() -> None:
     assert [sum(values[at] for _name, values in bars.parts) for at in range(3)] == [10.0] * 3
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.integers(0, 145), min_size=1, max_size=300).map(sorted),
 )
@@ -536,6 +580,7 @@ def test_no_start_is_lost_in_the_bins(places: list[int]) -> None:
     assert series.start_bins([]) == ()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.floats(1e-3, 1e3), st.floats(1.01, 1e4))
 def test_ticks_lie_on_the_axis(low: float, times: float) -> None:
     ticks = series.round_ticks(low, low * times)
@@ -564,6 +609,7 @@ def test_lengths_in_words(seconds: float | None, words: str) -> None:
     assert length(seconds) == words
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(1, 60))
 def test_a_sparkline_is_as_wide_as_there_is_room(values: list[float], width: int) -> None:
     line = sparkline(values, width)

@@ -18,7 +18,7 @@ from slurm.lib.reports import MARK
 from tests import cluster as test_cluster
 from tests.cluster.accounting import accounting, missing
 from tests.conftest import NothingLeft, OrdinaryUser, fresh_folder, leaving_nothing
-from tests.runs import STARTS_SANDBOXES, Run, answers, launch, until
+from tests.runs import STARTS_SANDBOXES, Run, answers, body_pid, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -230,6 +230,35 @@ def test_a_run_in_the_queue_and_one_that_never_began(user: OrdinaryUser, checkou
         told = told_of(user, checkout, run)
         assert (told["run"]["state"], told["first_step"]) == ("cancelled", None)
         assert "cancelled" in reported(user, checkout, str(run.directory)).stdout.splitlines()[0]
+
+
+VERLS_STEPS = """TRAINING_COMMAND=line() {
+    sleep 1; echo "(TaskRunner pid=1) step:$1 - critic/score/mean:0.$1 - timing_s/gen:0.5 - timing_s/step:1.0"
+}
+[ ! -e "$CHECKPOINT_DIR/saved" ] || { line 2; line 3; exit 0; }
+line 1; line 2; echo saved > "$CHECKPOINT_DIR/saved"; sleep 600"""
+
+
+def test_both_attempts_of_a_run_that_was_interrupted(user: OrdinaryUser, checkout: Path) -> None:
+    with leaving_nothing(user):
+        run = launch(user, checkout, fresh_folder(user, "report-twice"), *SMALL, "RESTARTS=1", VERLS_STEPS)
+        run.wait_for_text("training", "step:2 - ", 90)
+        until("its checkpoint", lambda: list(run.directory.glob("checkpoints/**/saved")), 30)
+        user.run(["kill", "-9", str(body_pid(run, "runtime"))])
+        done = user.run([str(checkout / "slurm" / "launch.py"), "wait", str(run.directory)], timeout=180)
+        assert done.returncode == 0, done.stderr
+        told = told_of(user, checkout, run)
+    first, second = told["attempts"]
+    assert [[step["step"] for step in one["steps"]] for one in (first, second)] == [[1, 2], [2, 3]]
+    assert (told["done_again"], told["step_times"]["count"], told["part_shares"]["gen"]) == (1, 3, 0.5)
+    assert told["run"]["state"] == "completed"
+    trainings = [next(job for job in one["jobs"] if job["kind"] == "training") for one in (first, second)]
+    assert trainings[0]["ended"] <= trainings[1]["started"] + 1
+    assert trainings[1]["submitted"] <= trainings[0]["ended"], "the next one is queued while the first one runs"
+    assert trainings[1]["queue_s"] >= trainings[0]["ended"] - trainings[1]["submitted"] - 1
+    for training, attempt in zip(trainings, (first, second), strict=True):
+        for step in attempt["steps"]:
+            assert step["about"] and training["started"] <= step["ended"] <= training["ended"] + 2
 
 
 def test_accounting_is_named_where_it_tells(user: OrdinaryUser, checkout: Path, nothing_left: NothingLeft) -> None:

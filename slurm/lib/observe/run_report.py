@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.lookout import inquiry
 from slurm.lib.observe.job_log import JobLog, read_job_log
 from slurm.lib.observe.phase import last_error
 from slurm.lib.observe.record import Pair, RunRecord
-from slurm.lib.observe.run_files import log_ends, read_small
+from slurm.lib.observe.run_files import log_ends, names_in, read_small
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage, pair_view
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics, read_statistics
 from slurm.lib.observe.steps import Step, merged
@@ -55,10 +54,6 @@ class JobReport:
     samples: tuple[UsageSample, ...] = ()
     sandboxes: SandboxStatistics | Unknown | None = None
     problems: tuple[str, ...] = ()
-
-    @property
-    def goes_on(self) -> bool:
-        return self.job.stage is Stage.RUNNING
 
     def queue_s(self, now: float) -> float | None:
         """How long it was in the queue, until now if it still is; None where that is not known."""
@@ -186,10 +181,11 @@ def _error(directory: CoordinationDir, job: JobView) -> str:
 
 def _measurements(directory: CoordinationDir, job: JobView) -> tuple[str | Unknown, str | Unknown]:
     """The texts of a job's samples and of its server's statistics."""
+    names = names_in(directory.path)
 
     def text(name: str, absent: Unknown) -> str | Unknown:
-        path: Path = directory.path / name
-        return read_small(path, MOST_SAMPLES) if path.exists() else absent
+        is_there = not isinstance(names, Unknown) and name in names
+        return read_small(directory.path / name, MOST_SAMPLES) if is_there else absent
 
     statistics = f"sandbox_statistics_{job.job_id}.json"
     return text(f"usage_{job.kind}_{job.job_id}.jsonl", NO_SAMPLES), text(statistics, NO_STATISTICS)
@@ -212,14 +208,26 @@ def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
     shift = zone_shift(log.marks, told)
     marks = [Mark(mark.at + shift, mark.words) for mark in log.marks]
     steps = tuple(replace(step, at=None if step.at is None else step.at + shift) for step in log.steps)
-    goes_on = job.stage is Stage.RUNNING
-    started = marks[0].at if marks else None
+    goes_on = job.may_run and told is None
+    by_slurm = job.starts_at if job.stage is Stage.RUNNING else None  # its log is empty yet
+    started = marks[0].at if marks else by_slurm
     if submitted is not None and started is not None and submitted > started + SLACK_S:
         submitted = None
-    found = spans(marks, steps, told, goes_on)
+    last = marks[-1].at if marks else None
+    ended = told if told is not None else _latest(last, _end_by_slurm(job)) if not goes_on else None
+    found = spans(marks, steps, ended, goes_on)
     job = replace(job, node=job.node or log.node)
-    ended = None if goes_on else told if told is not None else marks[-1].at if marks else None
     return JobReport(job, submitted, started, ended, (*_queue_span(submitted, started), *found), steps, log.cut)
+
+
+def _end_by_slurm(job: JobView) -> float | None:
+    """When a job ended of which only Slurm says it: its body was killed."""
+    known = job.stage is Stage.ENDED and job.starts_at is not None and job.elapsed_s is not None
+    return (job.starts_at or 0.0) + (job.elapsed_s or 0.0) if known else None
+
+
+def _latest(*moments: float | None) -> float | None:
+    return max((moment for moment in moments if moment is not None), default=None)
 
 
 def _queue_span(submitted: float | None, until: float | None, goes_on: bool = False) -> tuple[Span, ...]:

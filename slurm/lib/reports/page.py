@@ -137,13 +137,13 @@ def _figures(shown: Sequence[Plot]) -> Iterable[str]:
 
 def _figure(plot: Plot) -> str:
     """A plot with its title and what it shows; without a drawing the reason why there is none."""
-    wide = " wide" if plot.is_wide else ""
+    kind = (" wide" if plot.is_wide else "") + ("" if plot.svg else " empty")
     words = f"<figcaption>{escape(plot.words)}</figcaption>\n" + _legend(plot)
     drawing = plot.svg
     if drawing:
         label = f' role="img" aria-label="{escape(f"{plot.title}. {plot.words}")}"'
         drawing = f'<div class="drawing">{drawing.replace("<svg", f"<svg{label}", 1)}</div>\n'
-    return f'<figure class="card{wide}" id="{plot.name}"><h2>{escape(plot.title)}</h2>\n{words}{drawing}</figure>\n'
+    return f'<figure class="card{kind}" id="{plot.name}"><h2>{escape(plot.title)}</h2>\n{words}{drawing}</figure>\n'
 
 
 def _legend(plot: Plot) -> str:

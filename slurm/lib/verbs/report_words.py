@@ -225,7 +225,11 @@ def troubled(report: RunReport) -> list[JobView]:
     if report.view.state is RunState.COMPLETED:
         return []
     jobs = [job.job for job in report.jobs]
-    return [job for job in jobs if job.error and not (job.end_reason and job.end_reason in job.error)]
+    return [job for job in jobs if job.error and not (job.end_reason and _tells(job.end_reason, job.error))]
+
+
+def _tells(end: str, error: str) -> bool:
+    return end in error or error in end
 
 
 def told_rewards(steps: Iterable[Step]) -> list[float]:
