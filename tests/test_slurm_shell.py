@@ -237,6 +237,18 @@ def test_a_terminal_on_a_node(shells: Shells) -> None:
         assert terminal.end() == 0
 
 
+def test_ctrl_c_is_the_commands_own(shells: Shells) -> None:
+    script = "trap 'echo =heard=' INT; sleep 1601; echo =went on=; exit 5"
+    with Terminal(
+        shells.user, shells.argv(str(shells.run.directory), "--training", "--", "sh", "-c", script)
+    ) as terminal:
+        until("what is to be interrupted", lambda: _has(shells.user, "sleep 1601"), STEP_S)
+        terminal.type("\x03")
+        terminal.read_until("=went on=")
+        assert terminal.end() == 5
+        assert "=heard=" in terminal.shown
+
+
 def test_a_terminal_that_is_closed_ends_what_runs_in_it(shells: Shells) -> None:
     with Terminal(shells.user, shells.argv(str(shells.run.directory), "s1")) as terminal:
         terminal.read_until("# ")
