@@ -238,7 +238,7 @@ def test_a_terminal_on_a_node(shells: Shells) -> None:
 
 
 def test_ctrl_c_is_the_commands_own(shells: Shells) -> None:
-    script = "trap 'echo =heard=' INT; sleep 1601; echo =went on=; exit 5"
+    script = "trap 'echo =heard=' INT; sleep 1601; sleep 2; echo =went on=; exit 5"
     with Terminal(
         shells.user, shells.argv(str(shells.run.directory), "--training", "--", "sh", "-c", script)
     ) as terminal:
