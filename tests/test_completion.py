@@ -53,9 +53,10 @@ def needs(shell: str) -> None:
 def offered(shell: str, home: Path, line: str) -> list[str]:
     """What the shell offers at the end of a line: as it says itself (fish), or by the function that it calls (bash)."""
     code, quoted = shlex.quote(str(home / f"code.{shell}")), shlex.quote(line)
+    program = shlex.quote(line.split(" ")[0])
     line_so_far = f"COMP_LINE={quoted}; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9"
     scripts = {
-        "bash": f'source {code}; {line_so_far}; _skyrl_launch ./launch.py; printf "%s\\n" "${{COMPREPLY[@]}}"',
+        "bash": f'source {code}; {line_so_far}; _skyrl_launch {program}; printf "%s\\n" "${{COMPREPLY[@]}}"',
         "fish": f"source {code}; complete -C {quoted}",
     }
     argv = {"bash": ["bash", "--norc", "-c"], "fish": ["fish", "--no-config", "-c"]}[shell]

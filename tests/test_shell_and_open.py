@@ -6,6 +6,7 @@ On a real Slurm they are used in test_slurm_shell and test_slurm_open.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,6 +168,11 @@ def test_a_page_as_json() -> None:
     }
 
 
+def test_the_name_of_this_host_is_never_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getfqdn", lambda: "localhost.localdomain")
+    assert open_page.own_name() == os.uname().nodename
+
+
 @pytest.mark.parametrize("url", ["", "http://", "nonsense", "http://h:99999999"])
 def test_an_address_that_is_none(url: str, tmp_path: Path) -> None:
     with pytest.raises(NotRunning, match="holds no address"):
@@ -191,12 +197,12 @@ def test_a_loopback_address_of_another_host_is_not_asked(tmp_path: Path, monkeyp
         (["shell", "nonesuch"], 2, "there is no run 'nonesuch'"),
         (["shell", "latest", "s0", "ls"], 2, "write -- before the command"),
         (["shell", "latest", "s0", "--training"], 2, "SANDBOX goes with neither"),
-        (["shell", "latest"], 69, "there is no node to go to"),
-        (["shell", folder_of("local_completed").name], 69, "there is no node to go to"),
+        (["shell", "latest"], 69, "has no node to go to"),
+        (["shell", folder_of("local_completed").name], 69, "has no node to go to"),
         (["open"], 2, "the following arguments are required: RUN"),
         (["open", "nonesuch"], 2, "there is no run 'nonesuch'"),
         (["open", "latest", "--port", "0"], 2, "invalid port value: '0'"),
-        (["open", "latest"], 69, "it has no page"),
+        (["open", "latest"], 69, "has no page: runtime job"),
     ],
 )
 def test_a_mistake_is_one_sentence(

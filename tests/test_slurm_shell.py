@@ -138,6 +138,7 @@ def test_a_heterogeneous_job_and_its_end(user: OrdinaryUser, checkout: Path) -> 
                 for words in (["s0"], ["--runtime"], ["--training"])
             ]
             for number, terminal in enumerate(terminals):
+                terminal.read_until("$ " if number else "# ")
                 terminal.type(f"echo =$(({number} + 40))=\r")
                 terminal.read_until(f"={number + 40}=")
             done = user.run([str(checkout / "slurm" / "launch.py"), "cancel", str(run.directory)])
@@ -146,7 +147,7 @@ def test_a_heterogeneous_job_and_its_end(user: OrdinaryUser, checkout: Path) -> 
                 assert terminal.end() != 0
         gone = shells.call("s0", "--", "true")
         assert gone.returncode == 69
-        assert "there is no node to go to: runtime job" in gone.stderr
+        assert " has no node to go to: runtime job" in gone.stderr
         assert gone.stderr.count("\n") == 1
 
 
@@ -157,7 +158,7 @@ def test_a_run_that_does_not_run_yet(user: OrdinaryUser, checkout: Path, jobs_ba
         for words in (["s0"], [], ["--runtime"], ["--training"]):
             done = shells.call(*words)
             assert done.returncode == 69
-            assert " is pending, there is no node to go to: " in done.stderr
+            assert "(pending) has no node to go to: " in done.stderr
             assert "PENDING" in done.stderr
         user.run([str(checkout / "slurm" / "launch.py"), "cancel", str(run.directory)])
 
@@ -228,11 +229,24 @@ def test_a_terminal_in_a_sandbox(shells: Shells) -> None:
 
 def test_a_terminal_on_a_node(shells: Shells) -> None:
     with Terminal(shells.user, shells.argv(str(shells.run.directory), "--training")) as terminal:
+        terminal.read_until("$ ")
         terminal.type("echo =$(hostname)=\r")
         terminal.read_until(f"={shells.run.node('training')}=")
         assert f"training job {shells.run.jobs['training']} on " in terminal.shown
         terminal.type("exit 0\r")
         assert terminal.end() == 0
+
+
+def test_ctrl_c_is_the_commands_own(shells: Shells) -> None:
+    script = "trap 'echo =heard=' INT; sleep 1601; sleep 2; echo =went on=; exit 5"
+    with Terminal(
+        shells.user, shells.argv(str(shells.run.directory), "--training", "--", "sh", "-c", script)
+    ) as terminal:
+        until("what is to be interrupted", lambda: _has(shells.user, "sleep 1601"), STEP_S)
+        terminal.type("\x03")
+        terminal.read_until("=went on=")
+        assert terminal.end() == 5
+        assert "=heard=" in terminal.shown
 
 
 def test_a_terminal_that_is_closed_ends_what_runs_in_it(shells: Shells) -> None:

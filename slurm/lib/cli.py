@@ -94,6 +94,7 @@ VERBS: Mapping[str, str] = {
     "wait": "slurm.lib.verbs.wait",
 }
 
+END_WITH_US = frozenset({"open", "shell"})  # what they begin ends with them
 ONLY_LOOK = frozenset({"list", "status"})  # they leave nothing that would have to be tidied up at the process's end
 
 
@@ -110,6 +111,7 @@ def main(argv: Sequence[str]) -> int:
         complete()
     setup_command_logging("--debug" in argv)
     if argv and argv[0] in VERBS:
-        return exit_code_of(lambda notes: _verb(argv[0], argv[1:], notes), "stopped by %s; what was begun goes on")
+        goes_on = "" if argv[0] in END_WITH_US else "; what was begun goes on"
+        return exit_code_of(lambda notes: _verb(argv[0], argv[1:], notes), f"stopped by %s{goes_on}")
     stopped = "stopped by %s; nothing was submitted, or it was taken back"
     return exit_code_of(lambda notes: _launch(argv, notes), stopped)

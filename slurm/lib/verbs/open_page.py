@@ -95,7 +95,7 @@ def page_of(view: RunView) -> Page:
         raise NotRunning(f"{name} has no runtime job; the page is that of the runtime which it joined")
     if not runtime.may_run:
         words = job_words(runtime, time.time())
-        raise NotRunning(f"{name} is {view.state.value}, it has no page: runtime job {runtime.job_id}: {words}")
+        raise NotRunning(f"{name} ({view.state.value}) has no page: runtime job {runtime.job_id}: {words}")
     url = read_small(directory.runtime_url)
     if isinstance(url, Unknown) or view.pair is None or not is_ready(view.pair, view.record):
         raise NotRunning(f"the API server of {name} is not ready: launch.py status {name} tells how far it is")
@@ -130,9 +130,15 @@ def has_page(url: str, key: str | None) -> bool:
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
+def own_name() -> str:
+    """This host's name for others: the full one, where there is one."""
+    full = socket.getfqdn()
+    return host_name() if full.startswith("localhost") else full
+
+
 def laptop_argv(page: Page, wanted: int | None, tunnel_port: int | None = None) -> list[str]:
     """The command to run on a laptop, for a browser there; through a tunnel that is open here, if one is."""
-    own, here = wanted or tunnel_port or page.server_port, f"{getpass.getuser()}@{socket.getfqdn()}"
+    own, here = wanted or tunnel_port or page.server_port, f"{getpass.getuser()}@{own_name()}"
     if tunnel_port:
         return ["ssh", "-N", "-L", f"{own}:{LOOPBACK}:{tunnel_port}", here]
     if page.reachable or page.host in LOCAL_NAMES:

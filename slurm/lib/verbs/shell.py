@@ -105,7 +105,7 @@ def wanted_job(view: RunView, kind: str | None) -> JobView:
     found = running or next((job for job in candidates if job.stage is Stage.UNKNOWN), None)
     if found is None:
         words = "; ".join(f"{job.kind} job {job.job_id}: {job_words(job, time.time())}" for job in candidates)
-        raise NotRunning(f"{view.record.name} is {view.state.value}, there is no node to go to: {words}")
+        raise NotRunning(f"{view.record.name} ({view.state.value}) has no node to go to: {words}")
     return found
 
 
