@@ -32,7 +32,7 @@ echo trainer started
 if [ -e "$file" ]; then echo "step 2/2"; exit 0; fi
 while :; do sleep 0.5 & wait $!; done"""
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
-ONE_MINUTE = ("RESTARTS=1", "RESTART_LEAD=20", "TIME_LIMIT=00:01:00", "GPU_PARTITION=urgent")
+TWO_MINUTES = ("RESTARTS=1", "RESTART_LEAD=40", "TIME_LIMIT=00:02:00", "GPU_PARTITION=urgent")
 LATER = "GPU_SBATCH_ARGS=--begin=now+600"
 
 
@@ -78,9 +78,10 @@ def mail_lines() -> list[str]:
 
 def happen(story: Story) -> None:
     """Everything that happens to the runs."""
-    story.begin("limit", COUNTS, *ONE_MINUTE)
+    story.begin("limit", COUNTS, *TWO_MINUTES)
     story.begin("completed", "TRAINING_COMMAND=echo step 3 of 5")
     story.begin("failed", "TRAINING_COMMAND=exit 7")
+    story.begin("one heterogeneous job", "TRAINING_COMMAND=exit 5", "PAIRING=het")
     story.begin("slow", "TRAINING_COMMAND=exit 3", slow=True)
     for name in ("training killed", "runtime killed", "cancelled"):
         story.begin(name, LONG)
@@ -100,7 +101,7 @@ def happen(story: Story) -> None:
     flag = story.runs["runtime alone"].directory / "training_complete.flag"
     assert story.user.run(["touch", str(flag)]).returncode == 0
     for run in story.runs.values():
-        run.wait_over(seconds=180)
+        run.wait_over(seconds=240)
     story.runs["limit second"] = story.runs["limit"].next_attempt()
     story.runs["limit second"].wait_over(seconds=180)
 
@@ -120,6 +121,7 @@ def told(user: OrdinaryUser, checkout: Path) -> Iterator[Story]:
     [
         ("completed", "training", "completed", 0, "the trainer ended"),
         ("failed", "training", "failed", 7, "the trainer failed with exit code 7"),
+        ("one heterogeneous job", "training", "failed", 5, "the trainer failed with exit code 5"),
         ("training killed", "training", "failed", None, "is gone"),
         ("runtime killed", "training", "interrupted", 69, "the runtime job"),
         ("cancelled", "training", "cancelled", 143, "scancel"),
@@ -167,6 +169,7 @@ def test_a_receiver_that_hangs_holds_no_job(told: Story) -> None:
     [
         ("completed", "training", "Ended"),
         ("failed", "training", "Failed"),
+        ("one heterogeneous job", "training", "Failed"),
         ("training killed", "training", "Failed"),
         ("cancelled", "training", "Ended"),
         ("withdrawn", "training", "Ended"),
@@ -175,7 +178,7 @@ def test_a_receiver_that_hangs_holds_no_job(told: Story) -> None:
 )
 def test_slurm_sends_one_mail_about_the_same_job(told: Story, name: str, kind: str, words: str) -> None:
     run = told.runs[name]
-    until(f"mail about {run.jobs[kind]} in {mail_lines()}", lambda: told.mails(run.jobs[kind]), 30)
+    until(f"mail about {run.jobs[kind]} in {mail_lines()}", lambda: told.mails(run.jobs[kind]), 60)
     [mail] = told.mails(run.jobs[kind])
     subject, _, to = mail.partition(" | ")
     assert to == MAIL
@@ -188,7 +191,7 @@ def test_of_a_chain_slurm_sends_a_mail_for_each_attempt(told: Story) -> None:
     """Which the documentation says."""
     for name in ("limit", "limit second"):
         job_id = told.runs[name].jobs["training"]
-        until(f"mail about {job_id}", lambda job_id=job_id: told.mails(job_id), 30)  # type: ignore[misc]
+        until(f"mail about {job_id}", lambda job_id=job_id: told.mails(job_id), 60)  # type: ignore[misc]
         assert len(told.mails(job_id)) == 1
 
 
