@@ -31,6 +31,7 @@ COUNTS = """TRAINING_COMMAND=file="$CHECKPOINT_DIR/count"; trap 'echo 1 > "$file
 echo trainer started
 if [ -e "$file" ]; then echo "step 2/2"; exit 0; fi
 while :; do sleep 0.5 & wait $!; done"""
+NEVER_SAVES = "TRAINING_COMMAND=trap '' USR1; echo trainer started; while :; do sleep 0.5; done"
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
 TWO_MINUTES = ("RESTARTS=1", "RESTART_LEAD=40", "TIME_LIMIT=00:02:00", "GPU_PARTITION=urgent")
 LATER = "GPU_SBATCH_ARGS=--begin=now+600"
@@ -79,6 +80,7 @@ def mail_lines() -> list[str]:
 def happen(story: Story) -> None:
     """Everything that happens to the runs."""
     story.begin("limit", COUNTS, *TWO_MINUTES)
+    story.begin("no progress", NEVER_SAVES, *TWO_MINUTES)
     story.begin("completed", "TRAINING_COMMAND=echo step 3 of 5")
     story.begin("failed", "TRAINING_COMMAND=exit 7")
     story.begin("one heterogeneous job", "TRAINING_COMMAND=exit 5", "PAIRING=het")
@@ -102,8 +104,9 @@ def happen(story: Story) -> None:
     assert story.user.run(["touch", str(flag)]).returncode == 0
     for run in story.runs.values():
         run.wait_over(seconds=240)
-    story.runs["limit second"] = story.runs["limit"].next_attempt()
-    story.runs["limit second"].wait_over(seconds=180)
+    for name in ("limit", "no progress"):
+        story.runs[f"{name} second"] = story.runs[name].next_attempt()
+        story.runs[f"{name} second"].wait_over(seconds=180)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +156,15 @@ def test_a_chain_of_attempts_is_one_run(told: Story) -> None:
     assert first.exit_code("training") == "75", first.log("training")
     [message] = told.messages("limit")
     assert (message["state"], message["job_id"]) == ("completed", second.jobs["training"])
+
+
+def test_a_chain_that_does_not_go_on_says_so_once(told: Story) -> None:
+    """By the second attempt, which does not begin: about the first one, which was interrupted."""
+    first, second = told.runs["no progress"], told.runs["no progress second"]
+    assert second.exit_code("runtime") == "76", second.log("runtime", "err")
+    [message] = told.messages("no progress")
+    assert (message["state"], message["job_id"]) == ("interrupted", first.jobs["training"])
+    assert "the time limit" in message["reason"]
 
 
 def test_a_receiver_that_hangs_holds_no_job(told: Story) -> None:
