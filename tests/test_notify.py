@@ -19,7 +19,7 @@ from slurm.lib.endings import End
 from slurm.lib.errors import ConfigError
 from slurm.lib.job_context import JobContext
 from slurm.lib.notice import NOTICE_FIELDS, Ending, Notice, elapsed_s
-from slurm.lib.notify import MOST_S, ended_by, send_mail, tell
+from slurm.lib.notify import MOST_S, Sending, ended_by, send_mail, tell
 from slurm.lib.plan import Request, make_plan, shown
 from slurm.lib.preflight.finding import Level
 from slurm.lib.preflight.recipients import recipient_findings, unknown_hosts
@@ -217,6 +217,18 @@ def test_a_receiver_that_hangs_costs_a_few_seconds_and_a_warning(
     assert len(hook.posts) == 1, "it may have been read: not sent twice"
     assert "NOTIFY: the webhook at 127.0.0.1 was not told: no answer in time" in caplog.text
     assert TOKEN not in caplog.text
+
+
+def test_a_send_that_never_ends_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    """As one whose name server is silent, whom no time limit of a socket ends."""
+    over, sending = threading.Event(), Sending()
+    sending.begin("somebody", lambda: "ended" if over.wait(60) else None)
+    begin = time.monotonic()
+    sending.finish()
+    assert time.monotonic() - begin < 30
+    assert not over.is_set()
+    over.set()
+    assert "NOTIFY: somebody was not told: no answer in time; the job ends without it" in caplog.text
 
 
 @pytest.mark.parametrize(

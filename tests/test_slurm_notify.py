@@ -31,8 +31,9 @@ COUNTS = """TRAINING_COMMAND=file="$CHECKPOINT_DIR/count"; trap 'echo 1 > "$file
 echo trainer started
 if [ -e "$file" ]; then echo "step 2/2"; exit 0; fi
 while :; do sleep 0.5 & wait $!; done"""
+NEVER_SAVES = "TRAINING_COMMAND=trap '' USR1; echo trainer started; while :; do sleep 0.5; done"
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
-ONE_MINUTE = ("RESTARTS=1", "RESTART_LEAD=20", "TIME_LIMIT=00:01:00", "GPU_PARTITION=urgent")
+TWO_MINUTES = ("RESTARTS=1", "RESTART_LEAD=40", "TIME_LIMIT=00:02:00", "GPU_PARTITION=urgent")
 LATER = "GPU_SBATCH_ARGS=--begin=now+600"
 
 
@@ -78,9 +79,11 @@ def mail_lines() -> list[str]:
 
 def happen(story: Story) -> None:
     """Everything that happens to the runs."""
-    story.begin("limit", COUNTS, *ONE_MINUTE)
+    story.begin("limit", COUNTS, *TWO_MINUTES)
+    story.begin("no progress", NEVER_SAVES, *TWO_MINUTES)
     story.begin("completed", "TRAINING_COMMAND=echo step 3 of 5")
     story.begin("failed", "TRAINING_COMMAND=exit 7")
+    story.begin("one heterogeneous job", "TRAINING_COMMAND=exit 5", "PAIRING=het")
     story.begin("slow", "TRAINING_COMMAND=exit 3", slow=True)
     for name in ("training killed", "runtime killed", "cancelled"):
         story.begin(name, LONG)
@@ -100,9 +103,10 @@ def happen(story: Story) -> None:
     flag = story.runs["runtime alone"].directory / "training_complete.flag"
     assert story.user.run(["touch", str(flag)]).returncode == 0
     for run in story.runs.values():
-        run.wait_over(seconds=180)
-    story.runs["limit second"] = story.runs["limit"].next_attempt()
-    story.runs["limit second"].wait_over(seconds=180)
+        run.wait_over(seconds=240)
+    for name in ("limit", "no progress"):
+        story.runs[f"{name} second"] = story.runs[name].next_attempt()
+        story.runs[f"{name} second"].wait_over(seconds=180)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,7 @@ def told(user: OrdinaryUser, checkout: Path) -> Iterator[Story]:
     [
         ("completed", "training", "completed", 0, "the trainer ended"),
         ("failed", "training", "failed", 7, "the trainer failed with exit code 7"),
+        ("one heterogeneous job", "training", "failed", 5, "the trainer failed with exit code 5"),
         ("training killed", "training", "failed", None, "is gone"),
         ("runtime killed", "training", "interrupted", 69, "the runtime job"),
         ("cancelled", "training", "cancelled", 143, "scancel"),
@@ -153,6 +158,15 @@ def test_a_chain_of_attempts_is_one_run(told: Story) -> None:
     assert (message["state"], message["job_id"]) == ("completed", second.jobs["training"])
 
 
+def test_a_chain_that_does_not_go_on_says_so_once(told: Story) -> None:
+    """By the second attempt, which does not begin: about the first one, which was interrupted."""
+    first, second = told.runs["no progress"], told.runs["no progress second"]
+    assert second.exit_code("runtime") == "76", second.log("runtime", "err")
+    [message] = told.messages("no progress")
+    assert (message["state"], message["job_id"]) == ("interrupted", first.jobs["training"])
+    assert "the time limit" in message["reason"]
+
+
 def test_a_receiver_that_hangs_holds_no_job(told: Story) -> None:
     """The job had ended before the receiver gave its answer, and with the trainer's code."""
     assert told.slow_answered == 0
@@ -167,6 +181,7 @@ def test_a_receiver_that_hangs_holds_no_job(told: Story) -> None:
     [
         ("completed", "training", "Ended"),
         ("failed", "training", "Failed"),
+        ("one heterogeneous job", "training", "Failed"),
         ("training killed", "training", "Failed"),
         ("cancelled", "training", "Ended"),
         ("withdrawn", "training", "Ended"),
@@ -175,7 +190,7 @@ def test_a_receiver_that_hangs_holds_no_job(told: Story) -> None:
 )
 def test_slurm_sends_one_mail_about_the_same_job(told: Story, name: str, kind: str, words: str) -> None:
     run = told.runs[name]
-    until(f"mail about {run.jobs[kind]} in {mail_lines()}", lambda: told.mails(run.jobs[kind]), 30)
+    until(f"mail about {run.jobs[kind]} in {mail_lines()}", lambda: told.mails(run.jobs[kind]), 60)
     [mail] = told.mails(run.jobs[kind])
     subject, _, to = mail.partition(" | ")
     assert to == MAIL
@@ -188,7 +203,7 @@ def test_of_a_chain_slurm_sends_a_mail_for_each_attempt(told: Story) -> None:
     """Which the documentation says."""
     for name in ("limit", "limit second"):
         job_id = told.runs[name].jobs["training"]
-        until(f"mail about {job_id}", lambda job_id=job_id: told.mails(job_id), 30)  # type: ignore[misc]
+        until(f"mail about {job_id}", lambda job_id=job_id: told.mails(job_id), 60)  # type: ignore[misc]
         assert len(told.mails(job_id)) == 1
 
 

@@ -88,7 +88,7 @@ def test_links_lead_where_they_did(agent: Path, tmp_path: Path) -> None:
     (agent / "sub" / "outside").symlink_to(os.path.relpath(tmp_path / "data", agent / "sub"))
     (agent / "dangling").symlink_to("/nowhere/at/all")
     git(agent, "add", ".")
-    copy = tmp_path / "deep" / "er" / "copy"
+    copy = tmp_path / "less" / "deep"
     copy.parent.mkdir(parents=True)
     take_snapshot(agent, copy)
     assert (copy / "sub" / "inside").resolve() == copy / "a.py", "not the original's"

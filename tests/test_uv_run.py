@@ -195,6 +195,7 @@ def test_a_snapshots_code_runs_in_the_originals_environment(agent: Agent) -> Non
     agent.uv("sync", "--frozen", "--extra", "verl")
     packages = next((original / ".venv" / "lib").glob("python3*/site-packages"))
     (packages / "_skyrl_agent.pth").write_text(f"{original}\n")  # what an editable installation is
+    lock(agent, "0.9.1")  # which the environment is not brought to
     for git in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", str(original), *git], check=True)
     settings = replace(agent.settings(), snapshot=True)
@@ -217,6 +218,7 @@ def test_a_snapshots_code_runs_in_the_originals_environment(agent: Agent) -> Non
     assert Path(said["file"]).is_relative_to(agent.run.agent)
     assert said["cwd"] == str(agent.run.agent)
     assert not (agent.run.agent / ".venv").exists()
+    assert (packages / "verl-0.5.0.dist-info").is_dir(), "uv would have installed the newer one"
     assert (packages / "_skyrl_agent.pth").read_text() == f"{original}\n"
     caches = {name for name in {str(p.relative_to(original)) for p in original.rglob("*")} if "__pycache__" in name}
     assert {str(path.relative_to(original)) for path in original.rglob("*")} - caches == before - caches

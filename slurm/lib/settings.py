@@ -710,7 +710,7 @@ class Settings:
         recipients,
         (),
         "Who is told when a run ends or needs you: mail addresses and webhooks (`https://…`), with spaces or commas "
-        "between.",
+        "between; see [notify.md](notify.md).",
         default_text="nobody",
         show=False,
     )
@@ -865,7 +865,8 @@ class Settings:
         "SNAPSHOT",
         switch,
         False,
-        "Whether the training uses a copy of the files of skyrl-agent that git tracks, as they are at the launch.",
+        "Whether the training uses a copy of the files of skyrl-agent that git tracks, as they are at the launch; "
+        "see [reproducibility.md](reproducibility.md#snapshot1).",
     )
     skyrl_coord_dir: Path | None = setting(
         "SKYRL_COORD_DIR", optional(path), None, "Coordination directory of a run to join."

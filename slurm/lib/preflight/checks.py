@@ -15,7 +15,6 @@ from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import ConfigError, EnvironmentProblem, SuiteError, UsageError
-from slurm.lib.notify import mail_program
 from slurm.lib.preflight import (
     checkpoint,
     cluster,
@@ -28,7 +27,6 @@ from slurm.lib.preflight import (
     mig,
     model,
     places,
-    recipients,
     shape,
     snapshot,
     task,
@@ -198,6 +196,9 @@ def _snapshot(asked: Asked) -> list[Finding]:
 
 
 def _recipients(asked: Asked) -> list[Finding]:
+    from slurm.lib.notify import mail_program  # with urllib: some 40 ms of a launch
+    from slurm.lib.preflight import recipients
+
     settings, environment = asked.settings, asked.environment
     unknown = recipients.unknown_hosts(settings.webhooks, environment)
     return recipients.recipient_findings(settings, unknown, mail_program(environment))
