@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.livereload import LiveReloadServer
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,7 @@ LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})")
 ROW = re.compile(r"^\|.*")
 CODE = re.compile(r"`[^`]+`")
+PICTURES = frozenset({".png", ".svg", ".gif", ".jpg", ".webp", ".cast"})
 LANGUAGES = {".conf": "bash", ".sh": "bash", ".py": "python", ".json": "json", ".toml": "toml"}
 
 
@@ -56,7 +57,12 @@ def linked(document: str, link: str) -> str | None:
     return str(target.relative_to(ROOT)) if target.is_file() and target.is_relative_to(ROOT) else None
 
 
-def shown_files() -> list[str]:
+def is_picture(path: str) -> bool:
+    """Whether a file is on the site as it is."""
+    return PurePosixPath(path).suffix in PICTURES
+
+
+def linked_files() -> list[str]:
     """All files that documents link to and that are none."""
     links = ((name, found[2]) for name in documents() for found in LINK.finditer((ROOT / name).read_text("utf-8")))
     return sorted({target for name, link in links if (target := linked(name, link))})
@@ -69,11 +75,23 @@ def page_showing(path: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The site's files: those of the theme, the documents, and the files that they show."""
-    themed = [file for file in files if file.src_dir != config.docs_dir]
-    pages = [File.generated(config, name, abs_src_path=str(ROOT / name)) for name in (*documents(), STYLE)]
-    shown = [File.generated(config, f"{path}{SHOWN}", content=page_showing(path)) for path in shown_files()]
-    return Files([*themed, *pages, *shown])
+    """The site's files: those of the theme, the documents with their pictures, and the files that they show."""
+    linked_to = linked_files()
+    as_they_are = [*documents(), STYLE, *filter(is_picture, linked_to)]
+    shown = [path for path in linked_to if not is_picture(path)]
+    return Files(
+        [
+            *(file for file in files if file.src_dir != config.docs_dir),
+            *(_generated(config, name, abs_src_path=str(ROOT / name)) for name in as_they_are),
+            *(_generated(config, f"{path}{SHOWN}", content=page_showing(path)) for path in shown),
+        ]
+    )
+
+
+def _generated(config: MkDocsConfig, name: str, **what: str) -> File:
+    """A file of the site; that it has no place in the navigation is a mistake, except for a shown file."""
+    inclusion = InclusionLevel.NOT_IN_NAV if name.endswith(SHOWN) else InclusionLevel.INCLUDED
+    return File.generated(config, name, inclusion=inclusion, **what)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -81,7 +99,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     name = page.file.src_uri
 
     def to_page(found: re.Match[str]) -> str:
-        return f"{found[1]}{found[2]}{SHOWN if linked(name, found[2]) else ''}{found[3]}"
+        target = linked(name, found[2])
+        return f"{found[1]}{found[2]}{SHOWN if target and not is_picture(target) else ''}{found[3]}"
 
     if name.endswith(SHOWN):
         return markdown

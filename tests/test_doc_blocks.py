@@ -36,6 +36,7 @@ from tests.doc_blocks import (
 
 CONFIGURATIONS = ROOT / "slurm" / "config"
 PARSED: dict[str, Callable[[str], object]] = {"json": json.loads, "yaml": yaml.safe_load, "python": ast.parse}
+SHOWN = ("", "text")
 BLOCKS = all_blocks()
 
 
@@ -51,8 +52,8 @@ def place(block: Block) -> str:
 
 
 def test_every_block_has_a_language_that_is_looked_at() -> None:
-    unknown = [block.place for block in BLOCKS if block.language not in {"", *COMMANDS, *PARSED}]
-    assert not unknown, "say bash, console, json, yaml or python, or nothing for what is only shown"
+    unknown = [block.place for block in BLOCKS if block.language not in {*SHOWN, *COMMANDS, *PARSED}]
+    assert not unknown, "say bash, console, json, yaml or python, or text for what is only shown"
 
 
 def test_what_is_said_of_a_block_is_said_of_commands() -> None:
@@ -117,7 +118,7 @@ class Accepted(BaseException):
 def shown_command_lines() -> list[tuple[str, str]]:
     """Each command line of launch.py in the documents, with its place: typed, shown with its output, or in the text."""
     found = [(block.place, line) for block in some(*COMMANDS) for line in block.commands if not block.is_configuration]
-    for block in some(""):
+    for block in some(*SHOWN):
         found += [(block.place, line[2:]) for line in block.text.splitlines() if line.startswith("$ ")]
     for name in documents():
         text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

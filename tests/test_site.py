@@ -53,19 +53,33 @@ def links_of(page: Path) -> Links:
     return found
 
 
+@dataclass(frozen=True)
+class Built:
+    """A site that was built, and what the command said."""
+
+    folder: Path
+    code: int
+    said: str
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, as ``scripts/docs build`` makes it: a mistake that it notices ends it with another exit code than 0."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The site, as ``scripts/docs build`` makes it. It is there too where a mistake ends that with an exit code."""
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [str(ROOT / "scripts" / "docs"), "build", "--strict", "--site-dir", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    return folder
+    argv = [str(ROOT / "scripts" / "docs"), "build", "--site-dir", str(folder)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (folder / "index.html").is_file(), done.stderr
+    return Built(folder, done.returncode, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def site(built: Built) -> Path:
+    return built.folder
+
+
+def test_the_site_is_built_without_a_warning(built: Built) -> None:
+    assert built.code == 0, built.said
+    assert "WARNING" not in built.said
 
 
 def pages(site: Path) -> list[Path]:
@@ -77,9 +91,9 @@ def page_of(site: Path, document: str) -> Path:
 
 
 def test_every_document_is_a_page_and_in_the_navigation(site: Path) -> None:
-    navigated = {(site / unquote(urlsplit(link).path)).resolve() for link in links_of(site / "index.html").leads}
-    missing = [name for name in site_pages.documents() if page_of(site, name).resolve() not in navigated]
-    assert not missing, f"mkdocs.yml: nav lacks {missing}"
+    navigation = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(navigation) == sorted(site_pages.documents()), "mkdocs.yml: nav has each document once"
+    assert all(page_of(site, name).is_file() for name in navigation)
 
 
 def leads_nowhere(site: Path, page: Path, link: str) -> bool:
@@ -192,7 +206,8 @@ def test_the_site_reads_a_document_as_git_hosts_do(site: Path, document: str) ->
     def counts(made: str) -> dict[str, int]:
         return {tag: len(re.findall(rf"<{tag}[ >]", made)) for tag in COUNTED}
 
-    assert counts(article) == counts(there), f"{document}: begin the items of an inner list four spaces further in"
+    advice = "an inner list begins four spaces further in; before and after a table or list is an empty line"
+    assert counts(article) == counts(there), f"{document}: {advice}"
     assert not re.search(r"\\\|", re.sub(r"<pre.*?</pre>", "", article, flags=re.DOTALL)), "an escaped pipe is seen"
     assert "<!-- run" not in article
 
