@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.logs import log
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -57,8 +58,10 @@ def run(
     """Run a command to its end; a failing exit code is a result, not an error.
 
     Raises ``EnvironmentProblem`` if it cannot be started and ``WaitTimeout`` after ``timeout_s`` seconds. ``check``
-    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed.
+    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed. With
+    SKYRL_DEBUG each command is a line of the log.
     """
+    begin = time.monotonic()
     try:
         process = subprocess.Popen(
             list(argv),
@@ -84,6 +87,8 @@ def run(
         except BaseException:
             process.kill()
             raise
+    seconds = time.monotonic() - begin
+    log.debug("ran for %.2f s, exit code %d: %s", seconds, process.returncode, " ".join(argv)[:200])
     return Completed(tuple(argv), process.returncode, out, err)
 
 
