@@ -192,7 +192,8 @@ class Login:
 
 @pytest.fixture
 def login(user: OrdinaryUser, checkout: Path) -> Login:
-    user.run(["rm", "-rf", str(user.home / ".skyrl_jobs")])  # a new cluster counts its jobs from 1 again
+    # A new cluster counts its jobs from 1 again; and the folders of results are to be made by a run.
+    user.run(["rm", "-rf", str(user.home / ".skyrl_jobs"), str(user.home / "skyrl")])
     return Login(user, checkout)
 
 
@@ -223,6 +224,7 @@ def test_a_launch_and_all_that_watches_it(login: Login) -> None:
     assert names >= logs | flags
     login.finishes(run)
     assert (directory / "training_complete.flag").exists()
+    login.does("ls -d ~/skyrl/ckpts/skyrl-dev ~/skyrl/rollouts/skyrl-dev/train ~/skyrl/rollouts/skyrl-dev/val")
 
 
 def test_a_runtime_alone_and_a_training_that_joins_it_by_address(login: Login) -> None:
