@@ -362,7 +362,6 @@ GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     CONFIGURATION: {"keys": key_table},
     PREFLIGHT: {"checks": check_table},
     RELIABILITY: {"faults": fault_table},
-    CONTRIBUTING: {"exceptions": exception_table},
     EXIT_CODES: {"exit codes": exit_code_table, "exit codes of commands": command_code_table},
     ARCHITECTURE: {folder: lambda folder=folder: module_table(folder) for folder in PACKAGES},  # type: ignore[misc]
 }

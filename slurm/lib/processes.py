@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.logs import log
 from slurm.lib.signals import SignalNotes
 
 PR_SET_PDEATHSIG = 1
@@ -60,8 +61,10 @@ def run(
     """Run a command to its end; a failing exit code is a result, not an error. ``said`` is its standard input.
 
     Raises ``EnvironmentProblem`` if it cannot be started and ``WaitTimeout`` after ``timeout_s`` seconds. ``check``
-    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed.
+    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed. With
+    SKYRL_DEBUG each command is a line of the log.
     """
+    begin = time.monotonic()
     try:
         process = subprocess.Popen(
             list(argv),
@@ -87,6 +90,8 @@ def run(
         except BaseException:
             process.kill()
             raise
+    seconds = time.monotonic() - begin
+    log.debug("ran for %.2f s, exit code %d: %s", seconds, process.returncode, " ".join(argv)[:200])
     return Completed(tuple(argv), process.returncode, out, err)
 
 
