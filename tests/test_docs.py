@@ -271,12 +271,6 @@ def module_table(folder: str) -> str:
     return table(("Module", "What it does, or which question it answers", "Uses"), rows())
 
 
-def exception_table() -> str:
-    """One row for each command of the documents that no test runs."""
-    rows = (row(place, f"`{command}`", reason) for place, command, reason in exceptions(all_blocks()))
-    return table(("Document", "Command", "Why not"), rows)
-
-
 def check_table() -> str:
     """One row a check, in the order in which they are shown."""
     rows = (
