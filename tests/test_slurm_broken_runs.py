@@ -22,7 +22,7 @@ from tests.runs import Run, launch, until
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
 KEEP = os.environ.get("SKYRL_BROKEN_RUNS", "")  # a folder for what the commands print
-COMMANDS = ("status",)
+COMMANDS = ("status", "logs", "report")
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
 ON_A = ("CPU_SBATCH_ARGS=--nodelist=cpu-a", "GPU_SBATCH_ARGS=--nodelist=gpu-a")
 ON_B = ("CPU_SBATCH_ARGS=--nodelist=cpu-b", "GPU_SBATCH_ARGS=--nodelist=gpu-b")
