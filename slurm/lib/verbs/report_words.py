@@ -13,7 +13,7 @@ from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import Rewards, Step, StepTimes
 from slurm.lib.observe.timeline import Span
 from slurm.lib.observe.usage import Usage
-from slurm.lib.verbs.run_words import clock, job_words, lead_of
+from slurm.lib.verbs.run_words import clock, is_worth_a_line, job_words, lead_of
 from slurm.lib.verbs.table import shortened
 
 # VERL's names of a step's parts, in words; what is not here is called as VERL calls it.
@@ -221,15 +221,10 @@ def heading(report: RunReport, job: JobReport) -> str:
 
 
 def troubled(report: RunReport) -> list[JobView]:
-    """The jobs whose last error is worth a line: not of a run that went well, nor what its end says already."""
+    """The jobs whose last error is worth a line; none of a run that went well."""
     if report.view.state is RunState.COMPLETED:
         return []
-    jobs = [job.job for job in report.jobs]
-    return [job for job in jobs if job.error and not (job.end_reason and _tells(job.end_reason, job.error))]
-
-
-def _tells(end: str, error: str) -> bool:
-    return end in error or error in end
+    return [job.job for job in report.jobs if is_worth_a_line(job.job)]
 
 
 def told_rewards(steps: Iterable[Step]) -> list[float]:

@@ -211,3 +211,10 @@ def _job_dict(job: JobView) -> dict[str, object]:
         "last_error": job.error or None,
         "unknown": job.why_unknown or None,
     }
+
+
+def is_worth_a_line(job: JobView) -> bool:
+    """Whether a job's last error is: not of one that ended well, nor what its end says already."""
+    end, error = job.end_reason, job.error
+    went_well = job.stage is Stage.ENDED and job.exit_code == 0
+    return bool(error) and not went_well and not (end and (end in error or error in end))

@@ -13,6 +13,7 @@ from slurm.lib.verbs.run_words import (
     SCHEMA,
     attempt_words,
     gpu_words,
+    is_worth_a_line,
     job_words,
     lead_of,
     phase_words,
@@ -79,10 +80,10 @@ def _next(pair: PairView, now: float) -> str:
 
 
 def _troubled(view: RunView) -> list[JobView]:
-    """The jobs whose last error is worth a line: not that of a run that went well, nor what its end says already."""
+    """The jobs whose last error is worth a line; none of a run that went well."""
     jobs = view.pair.jobs if view.pair else ()
     well = view.pair is not None and view.pair.lead.exit_code == 0 and view.pair.lead.stage is Stage.ENDED
-    return [job for job in jobs if job.error and not well and not (job.end_reason and job.end_reason in job.error)]
+    return [] if well else list(filter(is_worth_a_line, jobs))
 
 
 def as_json(views: Sequence[RunView], heard: bool) -> str:
