@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slurm.lib import common, helpers
+from slurm.lib import common, helpers, node_facts
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.logs import log
 from tests.fake_slurm import FakeSlurm
@@ -205,6 +205,42 @@ def test_efa(shell: Shell) -> None:
     assert shell("setup-efa-networking", SKYRL_LD_LIBRARY_PATH_EXPORT="1").stdout == "export FI_PROVIDER=efa\n"
     done = shell("setup-efa-networking", SKYRL_LD_LIBRARY_PATH_EXPORT="1", FI_PROVIDER="tcp")
     assert done.stdout == "export FI_PROVIDER=tcp\n"
+
+
+def test_cuda_for_triton(shell: Shell, tmp_path: Path) -> None:
+    folder = tmp_path / "driver"
+    folder.mkdir()
+    (folder / "libcuda.so.1").touch()
+    lines = shell("setup-cuda-for-triton", CUDA_HOME="", LD_LIBRARY_PATH=f"/other:{folder}").stdout.splitlines()
+    assert f"export TRITON_LIBCUDA_PATH={folder}" in lines and f"export LIBRARY_PATH={folder}" in lines
+    assert f"export LD_LIBRARY_PATH=/other:{folder}" in lines
+    refused = shell("setup-cuda-for-triton", CUDA_MODULES="'cuda")
+    script = shell.script("setup_cuda_for_triton; echo $TRITON_LIBCUDA_PATH", LD_LIBRARY_PATH=str(folder))
+    assert script.stdout == f"{folder}\n", script.stderr
+    assert refused.returncode == 2 and "CUDA_MODULES: " in refused.stderr and not refused.stdout
+
+
+@pytest.mark.parametrize(("variable", "expected"), [({}, "1"), ({"VERL_DISABLE_FLASH_ATTN_CE": "0"}, "0")])
+def test_without_libcuda_verl_does_without_it(
+    monkeypatch: pytest.MonkeyPatch, variable: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr(node_facts, "find_cuda", lambda *_: (None, {}, "no command 'module'"))
+    assert common.setup_cuda_for_triton(variable) == {"VERL_DISABLE_FLASH_ATTN_CE": expected}
+
+
+def test_a_python_for_uv(shell: Shell, tmp_path: Path) -> None:
+    """In a skyrl-agent whose environment was made from a Python that has its headers, or says that it has."""
+    agent = tmp_path / "SkyRL" / "skyrl-agent"
+    (agent / ".venv").mkdir(parents=True)
+    (agent / ".venv" / "pyvenv.cfg").write_text(f"home = {tmp_path}\nversion = 3.12.1\n")
+    python = tmp_path / "python3.12"
+    python.write_text("#!/bin/sh\necho True\n")
+    python.chmod(0o755)
+    expected = f"export UV_PYTHON={python}\n"
+    assert shell("setup-python-for-uv", SKYRL_PROJECT_ROOT=str(tmp_path)).stdout == expected
+    assert shell("setup-python-for-uv", str(agent)).stdout == expected
+    assert shell("setup-python-for-uv", str(agent), UV_PYTHON="3.12").stdout == ""
+    assert shell("setup-python-for-uv", str(tmp_path)).stdout == ""
 
 
 def aged(path: Path, *ids: str) -> Path:

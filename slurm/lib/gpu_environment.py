@@ -190,9 +190,13 @@ def _modules(_settings: Settings, facts: NodeFacts, _environment: Environment) -
 def _libcuda(_settings: Settings, facts: NodeFacts, environment: Environment) -> Changes:
     if facts.libcuda is None:
         return {}
-    folder = str(facts.libcuda)
-    lists = {name: _with_last(environment.get(name), folder) for name in ("LD_LIBRARY_PATH", "LIBRARY_PATH")}
-    return {"TRITON_LIBCUDA_PATH": environment.get("TRITON_LIBCUDA_PATH", folder), **lists}
+    return with_libcuda(facts.libcuda, environment)
+
+
+def with_libcuda(folder: Path, environment: Environment) -> dict[str, str]:
+    """What leads Triton to the folder of libcuda.so.1; a TRITON_LIBCUDA_PATH that is set stays."""
+    lists = {name: _with_last(environment.get(name), str(folder)) for name in ("LD_LIBRARY_PATH", "LIBRARY_PATH")}
+    return {"TRITON_LIBCUDA_PATH": environment.get("TRITON_LIBCUDA_PATH", str(folder)), **lists}
 
 
 def _flash_attention(_settings: Settings, facts: NodeFacts, _environment: Environment) -> Changes:

@@ -224,6 +224,34 @@ def setup_efa_networking(environment: Mapping[str, str] = os.environ) -> dict[st
     return {"FI_PROVIDER": environment.get("FI_PROVIDER") or "efa"}
 
 
+def setup_cuda_for_triton(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Where Triton finds libcuda on this node, if need be by CUDA_MODULES; where it cannot, VERL does without it."""
+    from slurm.lib.gpu_environment import with_libcuda
+    from slurm.lib.node_facts import find_cuda
+    from slurm.lib.settings import words
+
+    try:
+        named = words(environment.get("CUDA_MODULES", ""))
+    except ValueError as problem:
+        raise UsageError(f"CUDA_MODULES: {problem}") from None
+    folder, modules, complaint = find_cuda(named, environment)
+    if folder is None:
+        why = f" ({complaint})" if complaint else ""
+        log.warning("no libcuda.so.1 on this node%s: VERL runs without its flash-attention cross entropy", why)
+        return {**modules, "VERL_DISABLE_FLASH_ATTN_CE": environment.get("VERL_DISABLE_FLASH_ATTN_CE", "1")}
+    return {**modules, **with_libcuda(folder, {**environment, **modules})}
+
+
+def setup_python_for_uv(agent: str | None = None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """UV_PYTHON, a Python of skyrl-agent's version that has its headers; nothing where it is set, or there is none."""
+    from slurm.lib.node_facts import find_python
+
+    root = Path(environment.get("SKYRL_PROJECT_ROOT") or CODE.parent)
+    folder = Path(agent) if agent else root / "SkyRL" / "skyrl-agent"
+    found = None if environment.get("UV_PYTHON") else find_python(folder, environment)
+    return {"UV_PYTHON": str(found)} if found else {}
+
+
 @contextlib.contextmanager
 def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, str]]:
     """Podman storage of one's own for the block; yields the environment that leads Podman there."""
@@ -320,6 +348,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "get-cpus-per-node": ("", lambda: _value(get_cpus_per_node())),
     "is-slurm-job": ("", lambda: 0 if is_slurm_job() else 1),
     "setup-efa-networking": ("", lambda: _print(_exports(setup_efa_networking()))),
+    "setup-cuda-for-triton": ("", lambda: _print(_exports(setup_cuda_for_triton()))),
+    "setup-python-for-uv": ("[DIR]", lambda agent=None: _print(_exports(setup_python_for_uv(agent)))),
     "cleanup-old-coordination-dirs": (
         "[DAYS]",
         lambda days="7": _done(lambda: cleanup_old_coordination_dirs(_amount(days, "days"))),
@@ -332,7 +362,9 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "shell-functions": ("", lambda: _print(shell_functions())),
 }
 # These change the calling shell's variables, so its functions evaluate what they print.
-EVALUATED = frozenset({"load-env-file", "load-config", "setup-efa-networking"})
+EVALUATED = frozenset(
+    {"load-env-file", "load-config", "setup-efa-networking", "setup-cuda-for-triton", "setup-python-for-uv"}
+)
 # Called often; a Python start for each line of log would be felt.
 LOG_LEVELS = {"log-info": "INFO", "log-warn": "WARN", "log-error": "ERROR", "log-debug": "DEBUG"}
 
