@@ -197,9 +197,9 @@ def test_a_tunnel_and_how_it_ends(elsewhere: Elsewhere, number: int) -> None:
         assert elsewhere.has_ssh()
         assert not [words for words in elsewhere.user.processes().values() if key in words]
         process.send_signal(number)
-        _, err = process.communicate(timeout=SHOWN_S)
+        rest, err = process.communicate(timeout=SHOWN_S)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
-    assert key not in shown + err
+    assert key not in shown + rest + err
     until("the end of its ssh", lambda: not elsewhere.has_ssh(), 20)
 
 
