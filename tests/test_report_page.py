@@ -257,10 +257,14 @@ def test_a_pipe_is_written_to(slurm: FakeSlurm, base: Path) -> None:
     assert MARK in done.stdout
 
 
-def test_without_matplotlib_the_text_and_json_work(slurm: FakeSlurm, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "trouble",
+    ["ModuleNotFoundError('no matplotlib', name='matplotlib')", "ImportError('libstdc++.so.6: cannot open')"],
+)
+def test_without_matplotlib_the_text_and_json_work(trouble: str, slurm: FakeSlurm, base: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "matplotlib"
     broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ModuleNotFoundError('no matplotlib', name='matplotlib')")
+    (broken / "__init__.py").write_text(f"raise {trouble}")
     without = {"PYTHONPATH": str(broken.parent)}
     done = call(slurm, "report", "latest", "--html", str(tmp_path / "x.html"), **without)
     assert done.returncode == 71

@@ -93,7 +93,7 @@ def page_of(report: RunReport) -> str:
     try:
         from slurm.lib.reports.page import page
     except ImportError as problem:
-        if (problem.name or "").partition(".")[0] not in {"matplotlib", "numpy"}:
+        if (problem.name or "").startswith("slurm"):
             raise
         raise EnvironmentProblem(
             f"the page needs matplotlib, which this Python cannot import ({problem}); install it with:  "
