@@ -67,7 +67,22 @@ def test_addresses_and_webhooks_in_any_order() -> None:
     assert recipients(said(KEYS["NOTIFY"], found)) == found, "a job reads back what was launched"
 
 
-@pytest.mark.parametrize("bad", ["me", "ftp://x/y", "https://", "https:///x", "a@b@c", "@lab", "https://h:99999/", "-"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "me",
+        "-f@x.y",
+        "|sh@x.y",
+        "/tmp/a@x.y",
+        "ftp://x/y",
+        "https://",
+        "https:///x",
+        "a@b@c",
+        "@lab",
+        "https://h:99999/",
+        "-",
+    ],
+)
 def test_every_entry_that_is_none_is_counted_and_none_is_repeated(bad: str) -> None:
     with pytest.raises(ValueError, match=r"^entries 2, 4, 5 are neither a mail address nor a webhook") as problem:
         recipients(f"me@lab.example {bad} {HOOK} {bad} x")
