@@ -67,7 +67,22 @@ def test_addresses_and_webhooks_in_any_order() -> None:
     assert recipients(said(KEYS["NOTIFY"], found)) == found, "a job reads back what was launched"
 
 
-@pytest.mark.parametrize("bad", ["me", "ftp://x/y", "https://", "https:///x", "a@b@c", "@lab", "https://h:99999/", "-"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "me",
+        "-f@x.y",
+        "|sh@x.y",
+        "/tmp/a@x.y",
+        "ftp://x/y",
+        "https://",
+        "https:///x",
+        "a@b@c",
+        "@lab",
+        "https://h:99999/",
+        "-",
+    ],
+)
 def test_every_entry_that_is_none_is_counted_and_none_is_repeated(bad: str) -> None:
     with pytest.raises(ValueError, match=r"^entries 2, 4, 5 are neither a mail address nor a webhook") as problem:
         recipients(f"me@lab.example {bad} {HOOK} {bad} x")
@@ -270,11 +285,12 @@ def test_the_proxy_of_the_environment_is_used(hook: Receiver) -> None:
 
 
 def test_an_unknown_host_is_a_warning_before_the_launch() -> None:
-    urls = [f"http://nowhere.invalid/{TOKEN}", "http://127.0.0.1/x"]
-    assert unknown_hosts(urls, {}) == ["nowhere.invalid"]
+    nowhere = "x" * 64 + ".invalid"  # longer than names are, so that no name server is asked
+    urls = [f"http://{nowhere}/{TOKEN}", "http://127.0.0.1/x"]
+    assert unknown_hosts(urls, {}) == [nowhere]
     assert unknown_hosts(urls, {"http_proxy": "http://proxy:1"}) == []
     settings = Settings(notify=(*urls, "me@lab.example"), skyrl_backend="local")
-    found = recipient_findings(settings, ["nowhere.invalid"], None)
+    found = recipient_findings(settings, [nowhere], None)
     assert [finding.level for finding in found] == [Level.WARNING] * 2
     assert TOKEN not in str(found)
     assert recipient_findings(replace(settings, skyrl_backend="slurm"), [], None) == []

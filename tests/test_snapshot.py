@@ -134,6 +134,12 @@ def test_untracked_files_are_counted_and_named(agent: Path) -> None:
     assert "1 file of" in found[1][1]
 
 
+def test_names_of_any_bytes_stay_on_their_line(agent: Path) -> None:
+    (agent / os.fsdecode(b"a\nb\xff")).touch()
+    assert "untracked file of" in said(Settings(training_command="true"), look_at_tree(agent))[0][1]
+    assert ": a?b?;" in said(Settings(training_command="true"), look_at_tree(agent))[0][1]
+
+
 def test_what_verl_cannot_do_without_must_be_tracked(agent: Path) -> None:
     for name in ("pyproject.toml", "uv.lock", "mine.yaml"):
         (agent / name).touch()

@@ -83,13 +83,18 @@ def _left_out(tree: Tree) -> list[Finding]:
     found = []
     if tree.untracked:
         more = ", …" if len(tree.untracked) > SHOWN else ""
-        names = ", ".join(tree.untracked[:SHOWN]) + more
+        names = ", ".join(map(_printable, tree.untracked[:SHOWN])) + more
         sentence = f"SNAPSHOT=1 leaves out {number_of(len(tree.untracked), 'untracked file')} of {tree.folder}: {names}"
         found.append(warning("snapshot", sentence, "git add what the run needs; list the rest in .gitignore"))
     if tree.beside:
         sentence = f"outside of the copy of SNAPSHOT=1 are the packages {', '.join(tree.beside)} beside {tree.folder}"
         found.append(warning("snapshot", sentence, "the jobs use them as they are then: leave them as they are"))
     return found
+
+
+def _printable(name: str) -> str:
+    """A file's name in a line of text, whatever bytes it has."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def _amount(tree: Tree) -> Finding:
