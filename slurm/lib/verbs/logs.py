@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     which.add_argument("--runtime", action="store_true", help="the runtime jobs' logs alone")
     which.add_argument("--training", action="store_true", help="the training jobs' logs alone")
     parser.add_argument("--since", metavar="TIME", type=_since, default=-math.inf, help=f"lines since then: {WAYS}")
-    parser.add_argument("-n", "--lines", metavar="N", type=_count, help="begin with the last N lines of each log")
+    parser.add_argument("-n", "--lines", metavar="N", type=_count, help="begin with the last N lines of each job")
     parser.add_argument("--grep", metavar="REGEX", type=_pattern, help="lines that match, as Python's re.search")
     parser.add_argument("--json", action="store_true", help="each line as one JSON object")
     return parser
