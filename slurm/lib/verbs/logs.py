@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import select
 import sys
@@ -275,7 +274,7 @@ def labels(attempts: int, origins: Sequence[Origin]) -> dict[Origin, str]:
 def as_json(line: Line, text: str) -> str:
     """A line for scripts."""
     at = datetime.fromtimestamp(line.at, timezone.utc).isoformat(timespec="milliseconds")
-    return json.dumps(line_dict(line.origin, at, text, line.is_own)) + os.linesep
+    return json.dumps(line_dict(line.origin, at, text, line.is_own)) + "\n"
 
 
 def line_dict(origin: Origin, at: str, text: str, is_own: bool) -> dict[str, object]:
