@@ -396,6 +396,18 @@ def test_a_followed_run_that_has_ended_ends_at_once(slurm: FakeSlurm, failed: Pa
     assert (done.returncode, done.stdout) == (7, whole)
 
 
+def test_a_run_that_is_withdrawn_ends_with_the_code_that_cancel_writes(slurm: FakeSlurm, running: Path) -> None:
+    """Slurm knows of the end a moment before the run's directory does."""
+    slurm.answer("squeue", *[{"stdout": LIVES["stdout"].replace("RUNNING", "CANCELLED")}] * 99)
+    following = Following(slurm, running.name)
+    try:
+        following.sees(": cancelled")
+        end(running)
+        assert following.code() == 7
+    finally:
+        following.process.kill()
+
+
 def test_ctrl_c_ends_the_following_and_not_the_run(slurm: FakeSlurm, running: Path, followed: Following) -> None:
     followed.sees(": running")
     followed.process.send_signal(signal.SIGINT)

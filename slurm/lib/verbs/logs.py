@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import select
 import sys
@@ -54,7 +53,7 @@ def build_parser() -> Parser:
     which.add_argument("--runtime", action="store_true", help="the runtime jobs' logs alone")
     which.add_argument("--training", action="store_true", help="the training jobs' logs alone")
     parser.add_argument("--since", metavar="TIME", type=_since, default=-math.inf, help=f"lines since then: {WAYS}")
-    parser.add_argument("-n", "--lines", metavar="N", type=_count, help="begin with the last N lines of each log")
+    parser.add_argument("-n", "--lines", metavar="N", type=_count, help="begin with the last N lines of each job")
     parser.add_argument("--grep", metavar="REGEX", type=_pattern, help="lines that match, as Python's re.search")
     parser.add_argument("--json", action="store_true", help="each line as one JSON object")
     return parser
@@ -275,7 +274,7 @@ def labels(attempts: int, origins: Sequence[Origin]) -> dict[Origin, str]:
 def as_json(line: Line, text: str) -> str:
     """A line for scripts."""
     at = datetime.fromtimestamp(line.at, timezone.utc).isoformat(timespec="milliseconds")
-    return json.dumps(line_dict(line.origin, at, text, line.is_own)) + os.linesep
+    return json.dumps(line_dict(line.origin, at, text, line.is_own)) + "\n"
 
 
 def line_dict(origin: Origin, at: str, text: str, is_own: bool) -> dict[str, object]:

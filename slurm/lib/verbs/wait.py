@@ -112,12 +112,13 @@ class Wait:
         self._told = (view.state, self.survey.heard)
 
     def _is_certain(self, view: RunView) -> bool:
-        """Whether it is over: by its own word at once, for want of any word only after a while."""
+        """Whether it is over: with an exit code or by Slurm's word at once, for want of any only after a while."""
         lead = lead_of(view)
         if not view.state.is_over or lead is None or view.lives:
             self._over_since = None
             return False
-        if lead.exit_code is not None or lead.word:
+        is_told = lead.word and view.state is not RunState.CANCELLED  # else launch.py cancel is about to write the code
+        if lead.exit_code is not None or is_told:
             return True
         self._over_since = self._over_since or time.monotonic()
         return time.monotonic() - self._over_since >= CERTAIN_S
