@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from slurm.lib.observe.sandbox_statistics import read_statistics
+from slurm.lib.observe.usage import efficiency, read_usage
 from tests import faults
 from tests.conftest import CHECKOUT, OrdinaryUser
 from tests.faults import within
@@ -66,6 +68,13 @@ def test_the_rl_loop_in_real_sandboxes(place: Place) -> None:
     metrics = (run.directory / "checkpoints" / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 2
     assert (run.directory / "checkpoints" / "reward.png").read_bytes().startswith(b"\x89PNG")
+    for kind in ("training", "runtime"):
+        (path,) = run.directory.glob(f"usage_{kind}_local*.jsonl")
+        used = efficiency(read_usage(path.read_text()))
+        assert used.cpu_share and used.memory_peak_bytes, path.read_text()
+    (path,) = run.directory.glob("sandbox_statistics_local*.json")
+    counted = read_statistics(path.read_text())
+    assert counted and counted.starts.succeeded >= 2 and counted.peak_living >= 1
 
 
 def test_streams_files_and_the_trainers_exit_code(place: Place) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from slurm.lib.observe.sandbox_statistics import SandboxStatistics, read_statistics
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.ownership import process_mark
 from slurm_runtime.podman import EngineFacts
@@ -276,6 +277,34 @@ def test_one_that_had_failed_before_is_known_with_its_reason(
     assert get(second, "/list")["total"] == 1
     assert failures.stat().st_mode & 0o777 == 0o600
     assert ready(second, session_id="s0")["runtime_id"] != before["runtime_id"]
+
+
+def test_the_next_server_goes_on_counting(lineage: MakeLineage, rootless_podman: podman_service.Service) -> None:
+    path = rootless_podman.home / "statistics.json"
+
+    def counted() -> SandboxStatistics | None:
+        return read_statistics(path.read_text()) if path.exists() else None
+
+    def ended(reasons: dict[str, int]) -> bool:
+        found = counted()
+        return found is not None and found.ended == reasons and found.starts.succeeded == 2
+
+    servers = lineage("--statistics-file", str(path))
+    first = servers.begin()
+    ready(first, session_id="s0")
+    other = ready(first, session_id="s1")
+    assert first.request("POST", "/stop", {"runtime_id": other["runtime_id"]}).status_code == 200
+    eventually(lambda: ended({"stopped on request": 1}), 30)
+    servers.kill()
+    second = servers.begin("--adopt")
+    ready(second, session_id="s2")
+    servers.close()
+    found = counted()
+    assert found is not None
+    assert (found.starts.asked, found.starts.succeeded, found.start_seconds.count) == (3, 3, 3)
+    assert found.ended == {"stopped on request": 1, "the API server stopped": 2}
+    assert (found.peak_living, found.slots, found.steps["create"].count) == (2, 40, 3)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def cut_off(servers: Lineage, server: Server, facts: EngineFacts) -> Server:
