@@ -295,6 +295,12 @@ exit 9
     assert typed_in_bash(text.replace("(exit 7)", "(exit 8)"), tmp_path)[0] == 1
 
 
+def test_a_configuration_is_written_where_its_reader_writes_it(tmp_path: Path) -> None:
+    text = "<!-- run: configuration: my.conf -->\n```bash\nA='$HOME'\n```\n```bash\ngrep -q 'A=.$HOME' my.conf\n```\n"
+    assert typed_in_bash(text, tmp_path)[0] == 0
+    assert (tmp_path / "my.conf").read_text() == "A='$HOME'\n"
+
+
 def test_soon_waits_for_what_comes(tmp_path: Path) -> None:
     text = "```bash\n(sleep 0.5; touch it) &\nsoon test -e it\n```\n"
     assert typed_in_bash(text, tmp_path)[0] == 0
