@@ -79,7 +79,12 @@ def test_a_configuration_is_loaded(block: Block, tmp_path: Path) -> None:
     file = tmp_path / "reader.conf"
     file.write_text(block.text, encoding="utf-8")
     config = load_config(str(file), (), {"HOME": str(tmp_path)}, CONFIGURATIONS, datetime.now(), tmp_path, tmp_path)
-    assert not config.warnings
+    shipped = "".join(path.read_text(encoding="utf-8") for path in CONFIGURATIONS.glob("*.conf"))
+    names = [name for warning in config.warnings for name in re.findall(r"[A-Z][A-Z_]+(?= \()", warning.what)]
+    assert len(names) == len(config.warnings), config.warnings
+    assert not [name for name in names if f"${{{name}" not in shipped], (
+        "neither a key nor read by a shipped configuration"
+    )
     said = set(re.findall(r"^([A-Z_]+)=", block.text, re.MULTILINE))
     assert said
     assert said <= config.sources.keys()
