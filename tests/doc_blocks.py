@@ -35,7 +35,7 @@ WORDS = {
     "before": ANYTHING,
     "then": ANYTHING,
     "may end with": re.compile(r"\d+ \(.+\)"),
-    "configuration": re.compile(""),
+    "configuration": re.compile(".*"),
 }
 PRELUDE = """\
 set -eE
@@ -205,8 +205,10 @@ def checked(line: str, codes: list[str]) -> str:
 def script(blocks: list[Block]) -> str:
     """What the reader of one document types, in order, in one shell; ends with 1 at the first command that fails."""
     parts = [PRELUDE]
-    for block in filter(lambda block: block.is_run, blocks):
-        parts += [f"at {shlex.quote(block.place)}", *block.rests("before"), typed(block), *block.rests("then")]
+    for block in blocks:
+        if block.is_run:
+            parts += [f"at {shlex.quote(block.place)}", *block.rests("before"), typed(block), *block.rests("then")]
+        parts += [f"cat >{path} <<'WRITTEN'\n{block.text}WRITTEN" for path in block.rests("configuration") if path]
     return "\n".join(parts) + "\n"
 
 

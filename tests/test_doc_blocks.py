@@ -79,7 +79,12 @@ def test_a_configuration_is_loaded(block: Block, tmp_path: Path) -> None:
     file = tmp_path / "reader.conf"
     file.write_text(block.text, encoding="utf-8")
     config = load_config(str(file), (), {"HOME": str(tmp_path)}, CONFIGURATIONS, datetime.now(), tmp_path, tmp_path)
-    assert not config.warnings
+    shipped = "".join(path.read_text(encoding="utf-8") for path in CONFIGURATIONS.glob("*.conf"))
+    names = [name for warning in config.warnings for name in re.findall(r"[A-Z][A-Z_]+(?= \()", warning.what)]
+    assert len(names) == len(config.warnings), config.warnings
+    assert not [name for name in names if f"${{{name}" not in shipped], (
+        "neither a key nor read by a shipped configuration"
+    )
     said = set(re.findall(r"^([A-Z_]+)=", block.text, re.MULTILINE))
     assert said
     assert said <= config.sources.keys()
@@ -293,6 +298,12 @@ exit 9
     assert typed_in_bash(text, tmp_path)[0] == 0
     assert (tmp_path / "there" / "made").exists()
     assert typed_in_bash(text.replace("(exit 7)", "(exit 8)"), tmp_path)[0] == 1
+
+
+def test_a_configuration_is_written_where_its_reader_writes_it(tmp_path: Path) -> None:
+    text = "<!-- run: configuration: my.conf -->\n```bash\nA='$HOME'\n```\n```bash\ngrep -q 'A=.$HOME' my.conf\n```\n"
+    assert typed_in_bash(text, tmp_path)[0] == 0
+    assert (tmp_path / "my.conf").read_text() == "A='$HOME'\n"
 
 
 def test_soon_waits_for_what_comes(tmp_path: Path) -> None:
