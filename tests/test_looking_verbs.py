@@ -30,7 +30,7 @@ from slurm.lib.observe.run_view import JobView, Stage
 from slurm.lib.observe.sandboxes import Sandboxes
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.scheduler import clock_s
-from slurm.lib.verbs.run_words import about, clock, job_words, sandbox_words
+from slurm.lib.verbs.run_words import about, clock, failed_start_words, job_words, sandbox_words
 from slurm.lib.verbs.table import GAP, Column, fitting, lines_of
 from tests.fake_slurm import FakeSlurm
 from tests.observed_runs import folder_of
@@ -55,6 +55,11 @@ ENDED = JobView(
         (PENDING, "PENDING (Resources): waits for free resources"),
         (replace(PENDING, reason="ASiteReason"), "PENDING (ASiteReason)"),
         (
+            replace(PENDING, reason="ReqNodeNotAvail, UnavailableNodes:cpu-b"),
+            "PENDING (ReqNodeNotAvail, UnavailableNodes:cpu-b): its nodes are down, drained or reserved; "
+            "sinfo -R tells why",
+        ),
+        (
             replace(PENDING, reason="Dependency", starts_at=NOW + 60),
             "PENDING (Dependency): waits for the job before it",
         ),
@@ -62,7 +67,7 @@ ENDED = JobView(
         (RUNNING, "RUNNING on gpu-a, 1:02:03 of 12:00:00"),
         (replace(RUNNING, limit_s=None), "RUNNING on gpu-a, 1:02:03"),
         (replace(RUNNING, word="COMPLETING"), "COMPLETING on gpu-a, 1:02:03 of 12:00:00"),
-        (ENDED, "ended with exit code 0: training job 12 is complete"),
+        (ENDED, "ended with exit code 0: training job 12 has ended"),
         (replace(ENDED, kind="training", exit_code=None, end_reason="it is gone"), "ended: it is gone"),
         (
             JobView("training", "1", Stage.UNKNOWN, why_unknown="Slurm does not answer"),
@@ -72,6 +77,12 @@ ENDED = JobView(
 )
 def test_a_job_in_words(job: JobView, words: str) -> None:
     assert job_words(job, NOW) == words
+
+
+def test_sandboxes_that_did_not_start_in_words() -> None:
+    failed = replace(RUNNING, asked_starts=9, failed_starts={"too late": 1, "no image": 4}, failed_start="no x:lates")
+    assert failed_start_words(failed) == "5 of 9 starts failed: 4 no image, 1 too late; the last: no x:lates"
+    assert failed_start_words(replace(failed, failed_starts={})) == ""
 
 
 def test_sandboxes_in_words() -> None:

@@ -23,7 +23,7 @@ from slurm.lib.observe import gpus, sandboxes
 from slurm.lib.observe.phase import Phase, last_error, phase_of
 from slurm.lib.observe.record import Pair, RunRecord, read_record
 from slurm.lib.observe.run_files import WINDOW, LogEnds, log_ends, printable, read_small
-from slurm.lib.observe.run_view import RunState, RunView, Stage, Word
+from slurm.lib.observe.run_view import JobView, RunState, RunView, Stage, Word
 from slurm.lib.observe.sandboxes import Sandboxes, parse_metrics
 from slurm.lib.observe.survey import SILENT, Survey, with_logs, without_logs
 from slurm.lib.observe.unknown import Unknown
@@ -588,3 +588,27 @@ def test_no_address_is_an_error(url: str, key: str) -> None:
 def test_no_answer_of_a_server_is_an_error(text: str) -> None:
     parse_metrics(text)
     parse_metrics(f"skyrl_slots_used {text}\nskyrl_slots_total 1e999\n")
+
+
+# --- sandboxes that did not start -------------------------------------------------------------------------------------
+
+
+def test_sandboxes_that_did_not_start_are_seen_with_the_last_ones_reason(tmp_path: Path) -> None:
+    directory = CoordinationDir(shutil.copytree(folder_of("failed"), tmp_path / folder_of("failed").name))
+    starts = {"asked": 3, "succeeded": 1, "failed": {"its image could not be had": 2}}
+    statistics = directory.sandbox_statistics(read_record(directory).pairs[0].jobs[1].job_id)
+    statistics.write_text(json.dumps({"schema": 1, "at": 1.0, "starts": starts}))
+    with next(directory.path.glob("runtime_*.err")).open("a") as err:
+        err.write("2026-11-29 00:01:33 [WARN] sandbox cd02 of session s1: Podman could not pull localhost/a:b\n")
+        err.write("2026-11-29 00:01:36 [WARN] sandbox 5f05 of session s2: Podman could not pull localhost/c:d: no\n")
+    job = runtime_in(seen(read_record(directory), {}))
+    assert (job.asked_starts, dict(job.failed_starts)) == (3, {"its image could not be had": 2})
+    assert job.failed_start == "Podman could not pull localhost/c:d: no"
+    statistics.write_text('{"schema": 1, "at": 1.0, "starts"')
+    assert not runtime_in(seen(read_record(directory), {})).failed_starts
+
+
+def runtime_in(view: RunView) -> JobView:
+    found = view.pair.job("runtime") if view.pair else None
+    assert found is not None
+    return found

@@ -137,7 +137,7 @@ def broken(user: OrdinaryUser, checkout: Path) -> Iterator[Broken]:
 
 
 CAUSES: dict[str, tuple[str, ...]] = {
-    "image": ("mean reward 0.0", "localhost/task-0231:lates"),
+    "image": ("mean reward 0.0", "4 of 4 starts failed", "localhost/task-0231:lates"),
     "disk": ("200M are free", str(test_cluster.LOCAL_DISK), "LOCAL_SCRATCH"),
     "network": ("cpu-b", "cannot be reached from gpu-b", "RUNTIME_PORT_RANGE"),
     "data": ("KeyError: 'prompt'",),

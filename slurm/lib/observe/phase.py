@@ -123,6 +123,13 @@ def last_error(log: LogEnds) -> str:
     return re.sub(_OURS, "", found)
 
 
+def last_failed_start(log: LogEnds) -> str:
+    """What the ``.err`` of a runtime job says of the last sandbox that did not start, or ended by itself."""
+    lines = (" ".join(printable(raw).split()) for raw in reversed(log.tail.splitlines()))
+    return next((match[1] for line in lines if (match := _SANDBOX.match(line))), "")
+
+
+_SANDBOX = re.compile(rf"{_OURS}sandbox \S+ of session .*?: (.+)")
 _LAST_WORD = re.compile(rf"{_OURS}(?:training|runtime) job \S+ ends(?: with exit code|:)")
 _ERROR = re.compile(
     r"\[(?:ERROR|CRITICAL)\]"

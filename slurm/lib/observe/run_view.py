@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from slurm.lib.observe.phase import Phase
@@ -68,7 +68,8 @@ class JobView:
 
     ``word`` and ``reason`` are Slurm's for its state; ``starts_at`` in epoch seconds of the controller's clock; what is
     None or empty is not known, or does not apply. ``ended`` is a word of ``restarts.Ended``; ``why_unknown`` says why
-    the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong.
+    the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong. ``failed_starts`` are
+    the sandboxes of a runtime job that did not start, by reason, and ``failed_start`` is its word about the last one.
     """
 
     kind: str
@@ -88,6 +89,9 @@ class JobView:
     why_unknown: str = ""
     has_log: bool = False
     error: str = ""
+    failed_starts: Mapping[str, int] = field(default_factory=dict)
+    asked_starts: int = 0
+    failed_start: str = ""
 
     @property
     def lives(self) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from slurm.lib.coordination import CoordinationDir, host_name
 from slurm.lib.lookout import inquiry
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
-from slurm.lib.observe.run_files import key_of, log_ends, read_small
+from slurm.lib.observe.run_files import LogEnds, key_of, log_ends, read_small
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.runs import FoundRun
 from slurm.lib.scheduler import ASK_TIMEOUT_S, JobState, JobStatus, LocalJobs, ShownJob, Slurm
@@ -25,7 +25,7 @@ from slurm.lib.signals import SignalNotes
 
 if TYPE_CHECKING:  # imported while Slurm is asked, which takes about as long
     from slurm.lib.observe.phase import Phase
-    from slurm.lib.observe.run_view import PairView, RunView, Word
+    from slurm.lib.observe.run_view import JobView, PairView, RunView, Word
     from slurm.lib.observe.sandboxes import Sandboxes
 
 SILENT = Unknown("Slurm does not answer")
@@ -182,8 +182,22 @@ def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairV
             phases[job.kind] = out if isinstance(out, Unknown) else phase_of(job.kind, out)
             err = log_ends(directory.log(job.kind, job.job_id, "err"))
             job = replace(job, error="" if isinstance(err, Unknown) else last_error(err))
+            job = _with_starts(job, directory, err) if job.kind == "runtime" else job
         jobs.append(job)
     return replace(pair, jobs=tuple(jobs)), phases
+
+
+def _with_starts(job: JobView, directory: CoordinationDir, err: LogEnds | Unknown) -> JobView:
+    """The same with the sandboxes that did not start, as its API server has counted them."""
+    from slurm.lib.observe.phase import last_failed_start
+    from slurm.lib.observe.sandbox_statistics import read_statistics
+
+    text = read_small(directory.sandbox_statistics(job.job_id))
+    found = None if isinstance(text, Unknown) else read_statistics(text)
+    if found is None or not found.starts.failed:
+        return job
+    word = "" if isinstance(err, Unknown) else last_failed_start(err)
+    return replace(job, asked_starts=found.starts.asked, failed_starts=found.starts.failed, failed_start=word)
 
 
 # --- API servers ------------------------------------------------------------------------------------------------------

@@ -32,10 +32,11 @@ _REASONS = {
     "BeginTime": "not before the time that it was given",
     "Priority": "others go first",
     "Resources": "waits for free resources",
+    "ReqNodeNotAvail": "its nodes are down, drained or reserved; sinfo -R tells why",
 }
 
 
-_COMPLETE = re.compile(r"^(training job \S+ is complete): .*")  # what comes then is said of the training itself
+_COMPLETE = re.compile(r"^(training job \S+) is complete: .*")  # what comes then is said of the training itself
 
 
 def clock(seconds: float | None) -> str:
@@ -73,7 +74,7 @@ def job_words(job: JobView, now: float) -> str:
 
 def _pending_words(job: JobView, now: float) -> str:
     word = job.word if job.word != "CONFIGURING" else "PENDING (its nodes are being made ready)"
-    meaning = _REASONS.get(job.reason)
+    meaning = _REASONS.get(job.reason.partition(",")[0])
     reason = f" ({job.reason})" if job.reason else ""
     starts = job.starts_at is not None and job.starts_at > now - 60 and job.reason != "Dependency"
     after = f", starts about {about(job.starts_at or now, now)}" if starts else f": {meaning}" if meaning else ""
@@ -82,7 +83,7 @@ def _pending_words(job: JobView, now: float) -> str:
 
 def _end_words(job: JobView) -> str:
     code = f" with exit code {job.exit_code}" if job.exit_code is not None else ""
-    reason = _COMPLETE.sub(r"\1", job.end_reason) if job.kind == "runtime" else job.end_reason
+    reason = _COMPLETE.sub(r"\1 has ended", job.end_reason) if job.kind == "runtime" else job.end_reason
     return f"ended{code}" + (f": {reason}" if reason else "")
 
 
@@ -109,6 +110,16 @@ def sandbox_words(sandboxes: Sandboxes | Unknown) -> str:
         return f"unknown: {sandboxes.why}"
     waiting = f", {sandboxes.waiting} waiting for a slot" if sandboxes.waiting else ""
     return f"{sandboxes.living} living, {sandboxes.used} of {sandboxes.slots} slots used{waiting}"
+
+
+def failed_start_words(job: JobView) -> str:
+    """How many sandboxes did not start, and why; empty where all did."""
+    reasons = sorted(job.failed_starts.items(), key=lambda pair: -pair[1])
+    if not reasons:
+        return ""
+    said = f"; the last: {job.failed_start}" if job.failed_start else ""
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    return f"{sum(job.failed_starts.values())} of {job.asked_starts} starts failed: {why}{said}"
 
 
 def gpu_words(gpus: tuple[Gpu, ...] | Unknown) -> list[str]:
@@ -209,6 +220,7 @@ def _job_dict(job: JobView) -> dict[str, object]:
         "end_reason": job.end_reason or None,
         "ended_at": job.end_time or None,
         "last_error": job.error or None,
+        "failed_starts": dict(job.failed_starts),
         "unknown": job.why_unknown or None,
     }
 

@@ -12,6 +12,7 @@ from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
 from slurm.lib.verbs.run_words import (
     SCHEMA,
     attempt_words,
+    failed_start_words,
     gpu_words,
     is_worth_a_line,
     job_words,
@@ -67,6 +68,8 @@ def _body(view: RunView, now: float) -> list[str]:
         lines.append((job.kind, f"job {job.job_id}: {job_words(job, now)}"))
     lines += [("next", _next(view.following, now))] if view.following else []
     lines += [("sandboxes", sandbox_words(view.sandboxes))] if view.sandboxes else []
+    failed = filter(None, map(failed_start_words, view.pair.jobs if view.pair else ()))
+    lines += [("sandboxes", words) for words in failed]
     lines += [("gpus", words) for words in gpu_words(view.gpus)] if view.gpus else []
     lines += [(f"{job.kind} says", job.error) for job in _troubled(view)]
     lines += [("not known", problem) for problem in view.record.problems]
