@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from slurm.lib.observe.usage import read_usage
 from tests import cluster as test_cluster
 from tests.ray_environment import ray_python
 from tests.runs import Run, User, launch, until
@@ -81,6 +82,9 @@ def test_both_parts_start_together_and_end_well(user: User, checkout: Path, jobs
     environment = run.text("env.txt").splitlines()
     assert "SLURM_CPUS_PER_TASK=2" in environment
     assert not [line for line in environment if line.startswith("SKYRL_JOB_ID=")]
+    for kind, cpus in (("training", 2), ("runtime", 8)):
+        samples = read_usage(run.text(f"usage_{kind}_{run.jobs[kind]}.jsonl"))
+        assert [(sample.node, sample.cpus) for sample in samples[:1]] == [(run.node(kind), cpus)]
 
 
 @pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", 137)])
