@@ -87,7 +87,7 @@ def test_a_configuration_is_loaded(block: Block, tmp_path: Path) -> None:
     )
     said = set(re.findall(r"^([A-Z_]+)=", block.text, re.MULTILINE))
     assert said
-    assert said <= config.sources.keys()
+    assert said <= {*config.sources, *names}
 
 
 # --- what is said of them --------------------------------------------------------------------------------------------
