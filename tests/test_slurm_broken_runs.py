@@ -141,7 +141,7 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "disk": ("200M are free", str(test_cluster.LOCAL_DISK), "LOCAL_SCRATCH"),
     "network": ("cpu-b", "cannot be reached from gpu-b", "RUNTIME_PORT_RANGE"),
     "data": ("KeyError: 'prompt'",),
-    "time limit": ("the time limit", "step 3 of 40"),
+    "time limit": ("the time limit", "step 3 of 40", "RESTARTS=N"),
     "drained": ("PENDING", "cpu-b"),
 }
 

@@ -30,7 +30,7 @@ MOST_SAMPLES = 1 << 24  # bytes; a file of samples is 1 MB for a node
 SLACK_S = 120.0  # clocks of nodes that differ by less are no reason to doubt what they say
 EARLIER = timedelta(days=1)  # than the record, by which clock ever: accounting is asked about jobs since then
 NO_SAMPLES = Unknown("no samples: the run is older than this version, or its job has not begun")
-NO_STATISTICS = Unknown("no statistics: the run is older than this version, or its server has not begun")
+NO_STATISTICS = Unknown("no counts yet: they come within a minute of its start; runs of older versions have none")
 
 DAMAGED = Unknown("its statistics are damaged, or of another schema")
 

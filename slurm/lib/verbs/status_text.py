@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from slurm.lib.coordination import jobs_base
-from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
+from slurm.lib.observe.run_view import JobView, PairView, RunState, RunView, Stage
 from slurm.lib.verbs.run_words import (
     SCHEMA,
     attempt_words,
@@ -24,6 +24,7 @@ from slurm.lib.verbs.run_words import (
 from slurm.lib.verbs.table import shortened, terminal_width
 
 LABEL = 10
+GOING_ON = "docs/restarts.md: by hand from the newest checkpoint, or by itself with RESTARTS=N"
 
 
 def told(view: RunView) -> object:
@@ -72,6 +73,7 @@ def _body(view: RunView, now: float) -> list[str]:
     lines += [("sandboxes", words) for words in failed]
     lines += [("gpus", words) for words in gpu_words(view.gpus)] if view.gpus else []
     lines += [(f"{job.kind} says", job.error) for job in _troubled(view)]
+    lines += [("to go on", GOING_ON)] if view.state is RunState.INTERRUPTED else []
     lines += [("not known", problem) for problem in view.record.problems]
     lines += [("directory", str(view.record.directory.path))] if view.record.directory else []
     return [f"  {label:<{LABEL}} {words}" for label, words in lines]
