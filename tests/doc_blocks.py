@@ -146,8 +146,12 @@ def all_blocks() -> list[Block]:
     return [block for name in documents() for block in blocks_of(name, (ROOT / name).read_text(encoding="utf-8"))]
 
 
-def exceptions(blocks: list[Block]) -> Iterator[tuple[str, str, str]]:
-    """What is not run: its document, how it begins, and why."""
+def exceptions(blocks: list[Block]) -> list[tuple[str, str, str]]:
+    """What is not run: its document, how it begins, and why; each once."""
+    return list(dict.fromkeys(_exceptions(blocks)))
+
+
+def _exceptions(blocks: list[Block]) -> Iterator[tuple[str, str, str]]:
     for block in blocks:
         if reasons := block.rests("skip"):
             yield block.document, without_comment(block.commands[0]), reasons[0]

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -605,6 +606,14 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_row_of_a_table_comes_twice(path: Path) -> None:
+    """As where two additions were joined."""
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", prose(path))
+    twice = [[line for line, count in Counter(table.splitlines()).items() if count > 1] for table in tables]
+    assert list(filter(None, twice)) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_relative_link_resolves(path: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
         if "://" in link:
@@ -625,3 +634,8 @@ if __name__ == "__main__":
     for document in GENERATED:
         document.write_text(updated(document), encoding="utf-8")
         sys.stdout.write(f"{document}\n")
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f"(docs/{path.name})" not in text] == []
