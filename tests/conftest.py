@@ -126,7 +126,11 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def user(cluster: None) -> OrdinaryUser:
-    """An ordinary user of the cluster, made where it is missing."""
+    """An ordinary user of the cluster, made where it is missing.
+
+    So is the other one, now: a new user gives /etc/subuid a new file, from which a mount of another session goes.
+    """
+    made_user(OTHER_NAME)
     return _lent(ordinary_user())
 
 
