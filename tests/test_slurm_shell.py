@@ -272,7 +272,8 @@ def test_a_shell_that_is_ended_leaves_nothing(shells: Shells, number: int) -> No
 
 
 SUBMITS = """
-id=$(sbatch --parsable -p "$SLURM_JOB_PARTITION" -w "$(hostname)" -n 1 -c 1 --mem=50 -o /dev/null --wrap "exec sleep $0")
+options="-p $SLURM_JOB_PARTITION -w $(hostname) -n 1 -c 1 --mem=50 -o /dev/null"
+id=$(sbatch --parsable $options --wrap "exec sleep $0")
 for _ in $(seq 240); do
     [ "$(squeue -h -j "$id" -o %T)" = RUNNING ] && pgrep -fx "sleep $0" >/dev/null && exec echo "$id"
     sleep 0.25
