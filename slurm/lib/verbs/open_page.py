@@ -22,6 +22,7 @@ from slurm.lib.observe.run_files import key_of, read_small
 from slurm.lib.observe.run_view import RunView, is_ready
 from slurm.lib.observe.survey import Survey
 from slurm.lib.observe.unknown import Unknown
+from slurm.lib.reports.run_words import SCHEMA, job_words
 from slurm.lib.runs import FoundRun
 from slurm.lib.runtime_client import RuntimeClient, address_of, is_host
 from slurm.lib.scheduler import Slurm
@@ -29,7 +30,6 @@ from slurm.lib.settings import port
 from slurm.lib.signals import SignalNotes
 from slurm.lib.tunnel import LOOPBACK, free_port, tunnel
 from slurm.lib.verbs.named import HELP, named
-from slurm.lib.verbs.run_words import SCHEMA, job_words
 
 ANSWER_S = 3.0
 LOOK_EVERY_S = 10.0  # whether the run still serves, while a tunnel is open: its files; Slurm each time costs one squeue
