@@ -166,7 +166,8 @@ def step(argv: Sequence[str], venv: Path, environment: Mapping[str, str], notes:
     end = time.monotonic() + MAKE_DEADLINE_S
     with output.open("ab") as out:
         out.truncate(0)
-        spec = ChildSpec(tuple(argv), environment, "the making of VERL's environment", stdout=out, stderr=out)
+        name = "the making of VERL's environment"
+        spec = ChildSpec(tuple(argv), environment, name, cwd=venv.parent, stdout=out, stderr=out)
         with Child(spec) as child:
             _follow(child, end, notes)
             code = child.exit_code

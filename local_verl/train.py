@@ -104,7 +104,7 @@ def train(environment: Mapping[str, str], notes: SignalNotes) -> int:
 def make_tiny(python: Path, files: Path, environment: Mapping[str, str], notes: SignalNotes) -> None:
     """Have model, tokenizer and prompts made by VERL's Python, which has the packages."""
     argv = [str(python), "-m", "local_verl.tiny", str(files)]
-    done = run(argv, timeout_s=TINY_DEADLINE_S, environment=environment, check=notes.check)
+    done = run(argv, timeout_s=TINY_DEADLINE_S, environment=environment, cwd=code_folder(), check=notes.check)
     if not done.ok:
         raise EnvironmentProblem(f"cannot make the tiny model in {files}: {done.complaint[-500:]}")
     log.info("%s", done.stdout.strip().splitlines()[-1])

@@ -20,7 +20,7 @@ import pytest
 
 from slurm.lib import cli
 from slurm.lib.settings import KEYS
-from slurm.lib.verbs.completion import CHOICES, code_for, verb_parser
+from slurm.lib.verbs.completion import CHOICES, code_for, paths, verb_parser
 from tests.observed_runs import folder_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +116,26 @@ def test_configurations_are_those_of_the_launch_py_that_is_typed(home: Path) -> 
     (other / "launch.py").chmod(0o755)
     assert offered("bash", home, f"{other}/launch.py --config ") == ["theirs"]
     assert not started.exists(), "a TAB starts no program of another folder"
+
+
+def test_paths_are_offered_as_they_are_and_no_shell_reads_them(home: Path) -> None:
+    """A name may hold what a shell would run."""
+    folder = home / "confs"
+    hostile = ["$(touch was-run)", "`touch was-run`", "';touch was-run;'", "with blank"]
+    for name in ("one.conf", "one.txt", ".hidden.conf", *(f"{name}/two.conf" for name in hostile)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    folders = [f"{folder}/{name}/" for name in hostile]
+    assert paths(f"{folder}/", ".conf") == sorted([f"{folder}/one.conf", *folders])
+    assert paths(f"{folder}/o") == [f"{folder}/one.conf", f"{folder}/one.txt"]
+    assert paths(f"{folder}/.h", ".conf") == [f"{folder}/.hidden.conf"]
+    assert paths(f"{folder}/", only_folders=True) == sorted(folders)
+    for name in hostile:
+        assert paths(f"{folder}/{name}/t", ".conf") == [f"{folder}/{name}/two.conf"]
+    assert paths(f"{folder}/none/") == paths("~nobody-of-this-name/") == []
+    assert offered("bash", home, f"slurm/launch.py --config {folder}/o") == [f"{folder}/one.conf"]
+    assert offered("bash", home, "slurm/launch.py --config ~/confs/o") == ["~/confs/one.conf"]
+    assert not list(home.rglob("was-run"))
 
 
 @pytest.fixture

@@ -39,13 +39,13 @@ from slurm.lib.observe.run_view import RunState, RunView
 from slurm.lib.observe.steps import Step
 from slurm.lib.observe.survey import with_logs, without_logs
 from slurm.lib.preflight.checks import CHECKS
+from slurm.lib.reports.run_words import run_dict
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import KEYS, Key, said
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.completion import verb_parser
 from slurm.lib.verbs.logs import line_dict
 from slurm.lib.verbs.report_json import report_dict, step_dict
-from slurm.lib.verbs.run_words import run_dict
 from slurm.lib.verl_command import ROWS
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig

@@ -358,8 +358,29 @@ def test_jobs_are_small_bounded_and_of_each_partition() -> None:
     assert last["--partition"] == "gpu_test" and last["--gres"] == "gpu:h100:1" and last["--nodes"] == "1"
     assert last["--account"] == "lab" and last["--time"] == "5" and last["--deadline"] == "now+480"
     assert last["--output"].startswith("/share/100%%/")
-    assert shlex.split(last["--wrap"])[2:5] == ["/py thon", "-m", nodes.MODULE]
+    assert shlex.split(last["--wrap"])[5:8] == ["/py thon", "-m", nodes.MODULE]
     assert nodes.wanted_nodes(settings_of("SKYRL_BACKEND=local"))[0].kind == "local"
+
+
+def test_a_look_reads_no_code_where_a_person_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout, python = tmp_path / "the checkout", tmp_path / "python"
+    checkout.mkdir()
+    python.write_text('#!/bin/sh\necho "$PWD $PYTHONPATH"\n')
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    command = nodes.Command(str(python), checkout, tmp_path)
+    (wanted,) = nodes.wanted_nodes(settings_of("SKYRL_BACKEND=local"))
+    host = nodes.OwnHost(command, os.environ)
+    process = host.start(wanted)
+    end = time.monotonic() + 20
+    while host.statuses([process])[process].state is not JobState.ENDED_WELL:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert exchange.log_file(tmp_path, wanted.name).read_text() == f"{checkout} {checkout}\n"
+    argv = nodes.job_argv(wanted, settings_of(), command, 120)
+    (line,) = [word.partition("=")[2] for word in argv if word.startswith("--wrap=")]
+    said = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert said == f"{checkout} {checkout}\n"
 
 
 # --- facts that travel ------------------------------------------------------------------------------------------------

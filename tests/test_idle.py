@@ -98,7 +98,7 @@ class Controller:
     now: float = 0.0
     asked_at: list[float] = field(default_factory=list)
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str, timeout_s: float = 0.0) -> JobStatus:
         assert job_id == "102"
         self.asked_at.append(self.now)
         return self.said
@@ -227,7 +227,7 @@ class Silence(Controller):
 
     question: str = ""
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str, timeout_s: float = 0.0) -> JobStatus:
         self._wait("status")
         return super().status(job_id)
 

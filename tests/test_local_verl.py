@@ -256,6 +256,15 @@ def test_a_step_that_fails_shows_the_end_of_what_it_said(tmp_path: Path) -> None
         environment.step(argv, tmp_path / "venv", {"PATH": os.environ["PATH"]}, SignalNotes())
 
 
+def test_a_step_reads_no_code_of_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, cache = tmp_path / "here", tmp_path / "cache"
+    here.mkdir()
+    cache.mkdir()
+    (here / "venv.py").write_text("raise SystemExit('was read')\n")
+    monkeypatch.chdir(here)
+    environment.step([sys.executable, "-m", "venv", "--help"], cache / "venv", dict(os.environ), SignalNotes())
+
+
 def test_a_signal_ends_a_step(tmp_path: Path) -> None:
     notes = SignalNotes()
     notes.note(signal.SIGTERM)

@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from slurm.lib.observe.run_view import JobView, Stage
 from slurm.lib.observe.sandboxes import Sandboxes
 from slurm.lib.observe.unknown import Unknown
+from slurm.lib.reports.run_words import about, clock, failed_start_words, job_words, sandbox_words
 from slurm.lib.scheduler import clock_s
-from slurm.lib.verbs.run_words import about, clock, failed_start_words, job_words, sandbox_words
 from slurm.lib.verbs.table import GAP, Column, fitting, lines_of
 from tests.fake_slurm import FakeSlurm
 from tests.observed_runs import folder_of

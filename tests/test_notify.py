@@ -25,11 +25,11 @@ from slurm.lib.preflight.finding import Level
 from slurm.lib.preflight.recipients import recipient_findings, unknown_hosts
 from slurm.lib.restarts import Ended
 from slurm.lib.runtime_job import RuntimeJob
-from slurm.lib.scheduler import JobState, LocalJobs
+from slurm.lib.scheduler import JobState, LocalJobs, Slurm
 from slurm.lib.secrets import is_secret_name, redact_conf, secret_values
 from slurm.lib.settings import KEYS, Settings, recipients, said
 from slurm.lib.signals import SignalNotes
-from slurm.lib.supervisor import Outcome
+from slurm.lib.supervisor import NoteEnd, Outcome
 from slurm.lib.webhook import post
 from tests.receiver import Receiver, receiver
 from tests.test_partner import FakeScheduler
@@ -358,6 +358,46 @@ def test_not_for_one_that_another_attempt_follows(tmp_path: Path) -> None:
 def test_a_runtime_alone_speaks_for_itself(tmp_path: Path) -> None:
     ending = runtime_of(tmp_path, False).unsaid(Outcome(0, "set by hand", True))
     assert ending == Ending("7", Ended.COMPLETED, 0, "set by hand")
+
+
+def test_a_silent_controller_does_not_hold_up_the_record_of_the_end(tmp_path: Path) -> None:
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\nexec sleep 60\n")
+    squeue.chmod(0o755)
+    running = runtime_of(tmp_path, True)
+    running.job = replace(running.job, scheduler=Slurm({"PATH": f"{squeue.parent}:/usr/bin:/bin"}))
+    begin = time.monotonic()
+    assert running.unsaid(Outcome(143, "ended by SIGTERM")) is None
+    assert time.monotonic() - begin < 8, "launch.py cancel kills a job 8 s after its SIGTERM"
+
+
+def no_thread(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_threads_the_end_is_recorded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the limit of processes."""
+    running = runtime_of(tmp_path, False)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    running.conclude(NoteEnd(Outcome(0, "set by hand", True)))
+    record = json.loads(running.job.directory.run_record.read_text())
+    assert record["jobs"]["runtime"]["ended"]["exit_code"] == 0
+    assert "NOTIFY: the webhook at hooks.example was not told: can't start new thread" in caplog.text
+
+
+def test_whatever_goes_wrong_is_a_warning_without_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_words: object) -> Notice:
+        raise MemoryError(f"no room for {HOOK}")
+
+    monkeypatch.setattr("slurm.lib.notify.notice_of", broken)
+    tell(a_job(tmp_path, notify=(HOOK,)), ENDING).finish()
+    assert "not everybody is told of the end: an internal error (MemoryError: no room for ***)" in caplog.text
+    assert TOKEN not in caplog.text
 
 
 # --- mail of local runs ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class FakeScheduler:
         self.asked_at: list[float] = []
         self.now = 0.0
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str, timeout_s: float = 0.0) -> JobStatus:
         self.asked_at.append(self.now)
         return JobStatus(self.state, self.words, node="cpu-a")
 

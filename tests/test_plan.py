@@ -205,7 +205,8 @@ ON_PURPOSE = {
 
 
 def test_inside_an_allocation_what_slurm_set_is_dropped() -> None:
-    assert without_slurm({**INSIDE, **ON_PURPOSE, "SLURM_JWT": "j"}) == {**ON_PURPOSE, "SLURM_JWT": "j"}
+    marks = {"SKYRL_SHELL": "of launch.py shell", "SKYRL_TRAINER": "of a trainer"}
+    assert without_slurm({**INSIDE, **ON_PURPOSE, **marks, "SLURM_JWT": "j"}) == {**ON_PURPOSE, "SLURM_JWT": "j"}
     text = shown(plan_for(environment={**INSIDE, **ON_PURPOSE}))
     assert not [name for name in INSIDE if f"\n{name}=" in text]
     assert all(f"\n{name}=" in text for name in ON_PURPOSE)

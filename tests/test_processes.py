@@ -140,6 +140,39 @@ def test_a_marked_process_in_a_session_of_its_own_is_ended() -> None:
         until(lambda: not any(start_ticks(pid) for pid in daemons))
 
 
+def test_a_marked_process_of_another_job_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that sbatch was asked for in a shell, which starts on the same node with the shell's environment."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    marked = {**os.environ, "SKYRL_SHELL": "abc"}
+    theirs = ChildSpec(("sleep", "300"), {**marked, "SLURM_JOB_ID": "77"}, "another job")
+    own = ChildSpec(("sleep", "300"), marked, "its own")
+    in_sandbox = ChildSpec(("sleep", "300"), {"SKYRL_SHELL": "abc", "PATH": os.defpath}, "in a sandbox")
+    with Child(theirs) as other, Child(own) as first, Child(in_sandbox) as second:
+        with guarded(CODE) as guardian:
+            guardian.own_marker("SKYRL_SHELL", "abc")
+        until(lambda: first.exit_code == second.exit_code == 128 + signal.SIGKILL)
+        assert other.exit_code is None
+
+
+def test_the_guardian_reads_no_code_where_a_person_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ctypes", "contextlib", "slurm"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'was_read')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    with Child(ChildSpec(("sleep", "300"), {**os.environ, "SKYRL_SHELL": "ab"}, "a shell")) as child:
+        with guarded(CODE) as guardian:
+            guardian.own_marker("SKYRL_SHELL", "ab")
+        until(lambda: child.exit_code == 128 + signal.SIGKILL)
+    assert not (tmp_path / "was_read").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    with pytest.raises(EnvironmentProblem, match=f"^cannot start x: the folder {gone} is not there$"):
+        Child(ChildSpec(("sleep", "1"), os.environ, "x", cwd=gone))
+    with pytest.raises(EnvironmentProblem, match=r"^cannot start x: nonesuch not found; is it on PATH"):
+        Child(ChildSpec(("nonesuch",), os.environ, "x", cwd=tmp_path))
+
+
 def test_a_wait_for_a_command_ends_when_it_is_pointless() -> None:
     def stop() -> None:
         raise EnvironmentProblem("pointless")

@@ -457,3 +457,11 @@ def test_a_report_names_what_goes_on(slurm: FakeSlurm, base: Path) -> None:
     assert [job["phases"][-1]["name"] for job in attempt["jobs"]] == ["trainer started", "serving"]
     assert "so far" in call(slurm, "report", folder.name).stdout
     assert_harmless(page_of(slurm, folder.name))
+
+
+def test_only_the_command_line_knows_verbs() -> None:
+    """What verbs use knows none of them; cli.py names them, to import one when it is asked for."""
+    code = Path(__file__).resolve().parent.parent / "slurm" / "lib"
+    others = [path for path in code.rglob("*.py") if path.parent.name != "verbs" and path.name != "cli.py"]
+    assert len(others) > 50
+    assert not [str(path) for path in others if "slurm.lib.verbs" in path.read_text(encoding="utf-8")]

@@ -51,12 +51,12 @@ from slurm.lib.observe.timeline import QUEUE, TRAINING, Mark, Span, local_epoch,
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.observe.usage import Usage
 from slurm.lib.reports import series
+from slurm.lib.reports.report_words import heading, length, sparkline, use_lines
 from slurm.lib.runs import FoundRun, RunJob
 from slurm.lib.scheduler import AccountedUse, ShownJob, Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.verbs.report_json import report_dict
 from slurm.lib.verbs.report_text import as_text
-from slurm.lib.verbs.report_words import heading, length, sparkline, use_lines
 from tests.observed_runs import HERE, folder_of
 
 OBSERVED = sorted(path.name for path in HERE.iterdir())

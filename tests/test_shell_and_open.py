@@ -173,10 +173,38 @@ def test_the_name_of_this_host_is_never_localhost(monkeypatch: pytest.MonkeyPatc
     assert open_page.own_name() == os.uname().nodename
 
 
-@pytest.mark.parametrize("url", ["", "http://", "nonsense", "http://h:99999999"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://",
+        "nonsense",
+        "http://h:99999999",
+        "http://[fe80",
+        "http://$(touch x):1",
+        "http://-oProxyCommand=x:1",
+        "http://h;reboot:1",
+        "http://h:1/\x1b[2J",
+        "http://h:1/\nsecond line",
+    ],
+)
 def test_an_address_that_is_none(url: str, tmp_path: Path) -> None:
     with pytest.raises(NotRunning, match="holds no address"):
         open_page.located("r", url, "", CoordinationDir(tmp_path))
+
+
+def test_a_host_that_is_none_becomes_no_word_of_a_command(tmp_path: Path) -> None:
+    """Another user's run directory says where the run was launched from."""
+    for host in ("-oProxyCommand=touch x", "h;reboot", "h\nx", "$(reboot)"):
+        with pytest.raises(NotRunning, match="names no host that r was launched from"):
+            open_page.located("r", "http://127.0.0.1:5000", host, CoordinationDir(tmp_path))
+
+
+def test_an_address_of_ip_6_stands_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_page, "answers", lambda _url: True)
+    page = open_page.located("r", "http://[fd00::7]:5000", "", CoordinationDir(tmp_path))
+    assert (page.host, page.target, page.server_port) == ("fd00::7", "[fd00::7]:5000", 5000)
+    assert "ssh -N -L '5000:[fd00::7]:5000' you@login1.cluster" in as_text(page, None)
 
 
 def test_a_loopback_address_of_another_host_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

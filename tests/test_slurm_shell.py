@@ -271,6 +271,31 @@ def test_a_shell_that_is_ended_leaves_nothing(shells: Shells, number: int) -> No
     until("the end of its command", lambda: not _has(shells.user, f"sleep {marker}"), STEP_S)
 
 
+SUBMITS = """
+options="-p $SLURM_JOB_PARTITION -w $(hostname) -n 1 -c 1 --mem=50 -o /dev/null"
+id=$(sbatch --parsable $options --wrap "exec sleep $0")
+for _ in $(seq 240); do
+    [ "$(squeue -h -j "$id" -o %T)" = RUNNING ] && pgrep -fx "sleep $0" >/dev/null && exec echo "$id"
+    sleep 0.25
+done
+"""
+
+
+def test_a_job_that_is_submitted_in_a_shell_outlives_it(shells: Shells) -> None:
+    """Though it has the shell's environment, and runs on the same node."""
+    done = shells.call("--runtime", "--", "sh", "-c", SUBMITS, "1700")
+    job_id = done.stdout.strip()
+    assert job_id.isdigit(), done.stderr
+    try:
+        until("the end of the shell's step", lambda: "skyrl-shell" not in shells.steps(), STEP_S)
+        assert _has(shells.user, "sleep 1700")
+        state = shells.user.run(["squeue", "-h", "-j", job_id, "-o", "%T"]).stdout.strip()
+        assert state == "RUNNING"
+    finally:
+        shells.user.run(["scancel", job_id])
+    until("its end", lambda: not _has(shells.user, "sleep 1700"), STEP_S)
+
+
 def _has(user: OrdinaryUser, words: str) -> bool:
     return any(line.strip() == words for line in user.processes().values())
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,9 +27,10 @@ from slurm.lib.runtime_client import Heartbeat, RuntimeClient
 from slurm.lib.runtime_step import RuntimeStep
 from slurm.lib.scheduler import JobFacts
 from slurm.lib.settings import Settings
-from slurm.lib.signals import SignalNotes
-from slurm.lib.training_job import Endpoint, Outcome, TrainingSession, start_canary
+from slurm.lib.signals import Interrupted, SignalNotes
+from slurm.lib.training_job import Endpoint, Outcome, TrainingSession, attempt, start_canary
 from slurm_runtime.heartbeats import Heartbeats
+from tests.receiver import receiver
 from tests.runs import until
 from tests.test_partner import FakeScheduler
 
@@ -264,3 +266,56 @@ def test_a_trainers_own_end_is_its_own(session: TrainingSession) -> None:
     session._answers = lambda: True  # type: ignore[method-assign]
     assert outcome(session, code=3) == Outcome(3, "the trainer failed with exit code 3", Ended.FAILED)
     assert outcome(session, code=0) == Outcome(0, "the trainer ended", Ended.COMPLETED)
+
+
+# --- the last steps ---------------------------------------------------------------------------------------------------
+
+
+def ends_noted(session: TrainingSession) -> dict[str, object]:
+    """What the run's record says of this job's end."""
+    jobs = json.loads(session.job.directory.run_record.read_text())["jobs"]
+    ended = jobs["training"]["ended"]
+    assert isinstance(ended, dict)
+    return ended
+
+
+def with_webhook(session: TrainingSession, url: str) -> None:
+    session.chain.successor = {}
+    session.job = replace(session.job, settings=Settings(notify=(url,)))
+    jobs = {"training": {"id": "8"}, "runtime": {"id": "7"}}
+    session.job.directory.run_record.write_text(json.dumps({"jobs": jobs}))
+
+
+def test_a_completed_training_stays_one_where_no_thread_can_be_had(
+    session: TrainingSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit of processes nobody can be told, and the run's record says how it ended."""
+
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with_webhook(session, NOWHERE)
+    session.train = lambda: Outcome(0, "the trainer ended", Ended.COMPLETED)  # type: ignore[method-assign]
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert attempt(session) == 0
+    assert ends_noted(session)["exit_code"] == 0
+    assert json.loads(session.job.directory.training_complete.read_text())["exit_code"] == 0
+
+
+def test_a_receiver_that_hangs_does_not_hold_a_job_that_was_told_to_stop(
+    session: TrainingSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is killed 8 s after that, by ``launch.py cancel``: the message is under way still as the job ends."""
+
+    def train() -> Outcome:
+        session.kill_wait_s = 30.0
+        session.notes.note(signal.SIGTERM)
+        raise Interrupted(signal.SIGTERM)
+
+    with receiver() as hook:
+        hook.hangs.set()
+        with_webhook(session, hook.url)
+        session.train = train  # type: ignore[method-assign]
+        assert attempt(session) == 128 + signal.SIGTERM
+        assert "no answer in time; the job ends without it" in caplog.text
+        assert ends_noted(session)["exit_code"] == 128 + signal.SIGTERM

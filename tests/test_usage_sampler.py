@@ -445,3 +445,15 @@ def test_what_it_raises_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
         until(lambda: len(works) > 3)
     until(lambda: works[-1])
     assert caplog.text.count("disk full") == 1
+
+
+def test_where_no_thread_can_be_had_the_job_goes_on(
+    job: JobContext, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with sampled(job, "training", SignalNotes()):
+        pass
+    assert "what this job uses is not noted: can't start new thread" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from slurm.lib.api_server_child import ApiServer
+from slurm.lib.api_server_child import ApiServer, _own_spec
 from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
+from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.images import busybox_archive
 from slurm.lib.job_context import JobContext
 from slurm.lib.partner import PartnerWatch
+from slurm.lib.podman_storage import PodmanStorage
+from slurm.lib.prebuild_job import child_spec
 from slurm.lib.processes import ChildSpec
 from slurm.lib.scheduler import JobState
 from slurm.lib.settings import Settings
@@ -182,3 +187,22 @@ def test_neither_a_slow_directory_nor_a_silent_controller_holds_up_a_signal(plac
         assert place.watch.look(state) == StopSignal(signal.SIGTERM)
         assert time.monotonic() - begin < 5
         answer.set()
+
+
+def test_the_server_and_the_prebuild_read_no_code_where_a_local_run_was_launched(tmp_path: Path) -> None:
+    """Where Python starts with ``-m``, the current folder comes first."""
+    job = JobContext("7", CoordinationDir(tmp_path), Settings(), {}, FakeScheduler(), ROOT, own_dir=True)
+    storage = PodmanStorage(tmp_path)
+    with socket.socket() as listener:
+        assert _own_spec(job, storage, listener, "key", 1.0).cwd == ROOT
+    assert child_spec(Settings(dataset_path=tmp_path / "data.parquet"), storage, {}, ROOT).cwd == ROOT
+
+
+def test_the_image_is_made_by_no_code_where_a_local_run_was_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tarfile.py").write_text(f"open({str(tmp_path / 'was_read')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(EnvironmentProblem):  # this host may have no busybox
+        busybox_archive(tmp_path, ROOT, lambda: None)
+    assert not (tmp_path / "was_read").exists()

@@ -240,6 +240,7 @@ def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, 
         argv,
         storage.environment({**job.open_environment, **own}),
         "the API server",
+        cwd=job.code,  # Python looks there first, not where a local run was launched
         stdin_pipe=True,
         stderr=subprocess.PIPE,
         pass_fds=(listener.fileno(),),

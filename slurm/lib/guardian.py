@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -51,7 +51,7 @@ class Guardian:
         self._say(f"session {sid} {start_ticks(sid) or 0}")
 
     def own_marker(self, name: str, value: str) -> None:
-        """All processes with this variable in the environment that they were started with are the guardian's to end."""
+        """All processes of this job that were started with this variable are the guardian's to end."""
         self._say(f"marker {name}={value}")
 
 
@@ -65,6 +65,7 @@ def guarded(code: Path) -> Iterator[Guardian]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env=environment,
+        cwd=code,  # Python looks there first: in the folder where a person stands there may be a ctypes.py
         start_new_session=True,
         preexec_fn=ignore_stops,
     )
@@ -93,11 +94,22 @@ def end_session(sid: int, ticks: int) -> None:
 
 
 def end_marked(entry: bytes) -> None:
-    """Kill every process that was started with ``entry`` (``NAME=VALUE``) in its environment."""
+    """Kill every process that was started with ``entry`` (``NAME=VALUE``) in its environment.
+
+    Not those of another job, which sbatch has given it.
+    """
     for pid in pids():
         with contextlib.suppress(OSError):
-            if entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            started_with = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if entry in started_with and not _is_of_another_job(started_with):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _is_of_another_job(started_with: Sequence[bytes]) -> bool:
+    """Whether Slurm runs such a process in another job than this one. What has no job's number may be in a sandbox."""
+    prefix = b"SLURM_JOB_ID="
+    own = prefix + os.environb.get(b"SLURM_JOB_ID", b"")
+    return any(entry.startswith(prefix) and entry != own for entry in started_with)
 
 
 def end(line: str) -> None:

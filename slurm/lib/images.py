@@ -127,7 +127,7 @@ def busybox_archive(base: Path, code: Path, check: Callable[[], None]) -> Path:
     archive.parent.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "slurm_runtime.busybox_image", "--output", str(archive), "--name", BUSYBOX_IMAGE]
     environment = {**os.environ, "PYTHONPATH": str(code)}
-    answer = run(argv, timeout_s=MAKE_TIMEOUT_S, environment=environment, check=check)
+    answer = run(argv, timeout_s=MAKE_TIMEOUT_S, environment=environment, cwd=code, check=check)
     if not answer.ok:
         raise EnvironmentProblem(f"could not make the sandbox image: {answer.complaint}")
     return archive

@@ -20,6 +20,8 @@ KEPT_SLURM_NAMES = frozenset(
 )
 # Set by Slurm inside an allocation for its steps; in another job they bind to CPUs that are not there.
 DROPPED_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SLURM_PMI", "PMI_", "PMIX_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+# By these a job's processes are known and ended with it (node_shell, trainer): nothing of another job may have them.
+MARKS = frozenset({"SKYRL_SHELL", "SKYRL_TRAINER"})
 # A person's defaults for these commands hide living jobs from the suite, as SQUEUE_PARTITION does.
 FILTER_PREFIXES = ("SQUEUE_", "SCANCEL_", "SCONTROL_")
 # Defaults of sbatch that the suite decides by itself. Some have no option on its command line that would win over them:
@@ -50,7 +52,7 @@ def without_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     def dropped(name: str) -> bool:
         slurms = name.startswith(DROPPED_PREFIXES) and name not in KEPT_SLURM_NAMES
         decided = name in DECIDED_NAMES or name.startswith(FILTER_PREFIXES)
-        return slurms or decided or (inside and name in DEVICE_NAMES)
+        return slurms or decided or name in MARKS or (inside and name in DEVICE_NAMES)
 
     result = {name: value for name, value in environment.items() if not dropped(name)}
     clusters = result.pop("SBATCH_CLUSTERS", None)

@@ -36,6 +36,7 @@ from slurm.lib.notice import Ending, Notice, elapsed_s
 from slurm.lib.processes import run
 from slurm.lib.restarts import Ended
 from slurm.lib.secrets import mask_values, secret_values
+from slurm.lib.signals import SignalNotes
 from slurm.lib.trainer_words import steps_said
 from slurm.lib.webhook import host_of, post
 
@@ -76,13 +77,17 @@ class Sending:
 
         thread = threading.Thread(target=carry_out, name="notify", daemon=True)
         self.messages.append(_Message(where, thread, complaints))
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as problem:  # there are as many as this user, or this job, may have
+            complaints.append(str(problem))
 
     def finish(self, seconds: float = MOST_S) -> None:
         """Wait for all, no longer than ``seconds`` and ``MOST_S`` allow; say what came of each."""
         end = min(time.monotonic() + max(LEAST_S, seconds), self.began + MOST_S)
         for message in self.messages:
-            message.thread.join(max(0.0, end - time.monotonic()))
+            if message.thread.is_alive():
+                message.thread.join(max(0.0, end - time.monotonic()))
             complaint = message.complaints[0] if message.complaints else "no answer in time; the job ends without it"
             if complaint:
                 log.warning("NOTIFY: %s was not told: %s", message.where, complaint)
@@ -90,18 +95,36 @@ class Sending:
                 log.info("NOTIFY: told %s", message.where)
 
 
+def patience_s(notes: SignalNotes) -> float:
+    """How long a job that ends waits for its messages: one that was told to stop is soon killed."""
+    return MOST_S if notes.stopped_at is None else LEAST_S
+
+
 def tell(job: JobContext, ending: Ending) -> Sending:
-    """Begin to tell the people in NOTIFY how a run ended, unless somebody has claimed that before."""
-    settings, sending = job.settings, Sending()
+    """Begin to tell the people in NOTIFY how a run ended, unless somebody has claimed that before.
+
+    Never raises: what it cannot do is a warning, and the end of the job goes on.
+    """
+    sending = Sending()
+    try:
+        _begin_all(job, ending, sending)
+    except Exception as fault:  # whatever it is, the job's own result counts for more
+        secrets = secret_values(job.environment) | set(job.settings.webhooks)
+        words = mask_values(f"{type(fault).__name__}: {fault}", secrets)
+        log.warning("NOTIFY: not everybody is told of the end: an internal error (%s)", words)
+    return sending
+
+
+def _begin_all(job: JobContext, ending: Ending, sending: Sending) -> None:
+    settings = job.settings
     mails = settings.mail_addresses if job.is_local else ()
     if not (settings.webhooks or mails) or not _is_claimed(job, ending):
-        return sending
+        return
     notice = notice_of(job, ending)
     for url in settings.webhooks:
         sending.begin(f"the webhook at {host_of(url)}", partial(post, url, notice.body(), job.environment, POST_S))
     if mails:
         sending.begin(", ".join(mails), lambda: send_mail(notice.mail(), notice.title, mails, job.environment))
-    return sending
 
 
 def _is_claimed(job: JobContext, ending: Ending) -> bool:

@@ -119,7 +119,7 @@ def flags(settings: Settings) -> tuple[str, ...]:
 def child_spec(settings: Settings, storage: PodmanStorage, environment: Mapping[str, str], code: Path) -> ChildSpec:
     argv = (sys.executable, "-m", "slurm_runtime.prebuild_images", *flags(settings))
     given = storage.environment({**environment, "PYTHONPATH": str(code)})
-    return ChildSpec(argv, given, "prebuild_images", stderr=subprocess.PIPE)
+    return ChildSpec(argv, given, "prebuild_images", cwd=code, stderr=subprocess.PIPE)
 
 
 def await_end(child: Child, service: PodmanService, notes: SignalNotes) -> int:

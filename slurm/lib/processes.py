@@ -216,8 +216,10 @@ class Child:
                 start_new_session=True,
                 preexec_fn=self._before_exec,
             )
-        except FileNotFoundError:
-            raise EnvironmentProblem(f"cannot start {spec.name}: {spec.argv[0]} not found; is it on PATH?") from None
+        except FileNotFoundError as problem:
+            gone = spec.cwd is not None and str(problem.filename) == str(spec.cwd)
+            what = f"the folder {spec.cwd} is not there" if gone else f"{spec.argv[0]} not found; is it on PATH?"
+            raise EnvironmentProblem(f"cannot start {spec.name}: {what}") from None
         except OSError as problem:
             raise EnvironmentProblem(f"cannot start {spec.name} ({spec.argv[0]}): {problem.strerror}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from urllib.parse import quote, urlsplit
 TIMEOUT_S = 5.0
 NEVER_HEARD = 404
 QUICK_TIMEOUT_S = 1.0  # asked on this host in a loop that must also see signals
+
+
+_HOST = re.compile(r"[A-Za-z0-9._:][A-Za-z0-9._:-]*")  # nothing that a shell or a command line takes for more
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,21 @@ class Answer:
     def words(self) -> str:
         detail = self.body.get("detail") if isinstance(self.body, dict) else self.body
         return f"HTTP {self.status}: {detail}" if self.status else str(detail)
+
+
+def is_host(text: str) -> bool:
+    """Whether this can be the name or the address of a host, and nothing else: who wrote it may be another user."""
+    return _HOST.fullmatch(text) is not None
+
+
+def address_of(url: str) -> tuple[str, int] | None:
+    """Host and port of a server's address; None for a text that is none."""
+    try:
+        parts = urlsplit(url)
+        host, number = parts.hostname or "", parts.port or 80
+    except ValueError:
+        return None
+    return (host, number) if url.isprintable() and " " not in url and is_host(host) else None
 
 
 @dataclass(frozen=True)

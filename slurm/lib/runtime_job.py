@@ -25,7 +25,7 @@ from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.lookout import answered
 from slurm.lib.notice import Ending
-from slurm.lib.notify import LEAST_S, MOST_S, Sending, ended_by, tell
+from slurm.lib.notify import Sending, ended_by, patience_s, tell
 from slurm.lib.podman_service import podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
@@ -62,6 +62,7 @@ from slurm.lib.watchers import RunWatch, TrainingWatcher
 
 START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
 ASK_S = 5.0  # whose a training is
+ASK_AT_END_S = 2.0  # how a training is, before this job has noted its own end
 LOOK_EVERY_S = 0.05  # at our children and signals
 
 
@@ -148,7 +149,7 @@ class RuntimeJob:
         ending = self.unsaid(outcome)
         told = tell(self.job, ending) if ending else Sending()
         note_ends(self.job.directory, own, *outcome.others, *self.withdrawn)
-        told.finish(MOST_S if self.notes.stopped_at is None else LEAST_S)
+        told.finish(patience_s(self.notes))
 
     def unsaid(self, outcome: Outcome) -> Ending | None:
         """The end that this job tells people of: its own where it has no training, else that of one that is gone.
@@ -163,7 +164,7 @@ class RuntimeJob:
             return Ending(job.job_id, self.how_alone(outcome), outcome.exit_code, outcome.reason)
         known = [end for end in (*outcome.others, *self.withdrawn) if end.kind == "training"]
         goes_on = is_followed(job.directory, training) or (outcome.as_planned and not known)
-        if goes_on or not (known or job.scheduler.status(training).state.is_final):
+        if goes_on or not (known or job.scheduler.status(training, ASK_AT_END_S).state.is_final):
             return None
         end = known[0] if known else End("training", training, outcome.exit_code, outcome.reason, "runtime")
         return ended_by(job.directory, end.job_id, end.exit_code, end.reason)

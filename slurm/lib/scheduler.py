@@ -159,7 +159,7 @@ class AccountedUse:
 class Scheduler(Protocol):
     """What a job body asks of whoever runs the jobs."""
 
-    def status(self, job_id: str) -> JobStatus: ...
+    def status(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobStatus: ...
 
     def cancel(self, job_ids: Sequence[str]) -> str | None: ...
 
@@ -721,7 +721,7 @@ class LocalJobs:
         found = re.search(rf"^{re.escape(job_id)} (\d+) (\d+)$", text, re.MULTILINE | re.ASCII)  # others say nothing
         return (int(found[1]), int(found[2])) if found else None
 
-    def status(self, job_id: str) -> JobStatus:
+    def status(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> JobStatus:
         process = self._process(job_id)
         if process is None:
             return JobStatus(JobState.UNKNOWN, "not started yet")

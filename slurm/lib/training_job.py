@@ -52,7 +52,7 @@ from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout, answered
 from slurm.lib.node_environment import TrainerEnvironment, for_trainer, job_folder
 from slurm.lib.notice import Ending
-from slurm.lib.notify import Sending, tell
+from slurm.lib.notify import Sending, patience_s, tell
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
@@ -146,7 +146,7 @@ def attempt(session: TrainingSession) -> int:
         session.chain.conclude(outcome.ended, session.left_s())
         told = session.tell(outcome)
         session.note_ends(outcome)
-        told.finish(session.left_s())
+        told.finish(patience_s(session.notes))
     return outcome.exit_code
 
 

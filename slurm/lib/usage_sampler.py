@@ -36,7 +36,8 @@ STEP = ROOM // 8  # after each of these the distance doubles: a day's samples, a
 class Background:
     """Does ``work`` in a thread: at once, every so many seconds, and for a last time once it is closed.
 
-    ``work`` is told whether it is the last time. What it raises is said once. It ends with the process, if not before.
+    ``work`` is told whether it is the last time. What it raises is said once, and so is a thread that cannot be had.
+    It ends with the process, if not before.
     """
 
     def __init__(self, name: str, work: Callable[[bool], None], every_s: Callable[[], float]) -> None:
@@ -45,7 +46,10 @@ class Background:
         self._said = False
 
     def __enter__(self) -> Background:
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except RuntimeError as problem:  # there are as many as this user, or this job, may have
+            log.warning("%s: %s", self._name, problem)
         return self
 
     def __exit__(self, *_exc: object) -> None:

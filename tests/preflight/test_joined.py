@@ -14,7 +14,8 @@ import pytest
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.plan import Request
 from slurm.lib.preflight.finding import Finding, Level
-from slurm.lib.preflight.joined import ask_server, look_at_folder, server_findings
+from slurm.lib.preflight.joined import JoinedServer, ask_server, look_at_folder, server_findings
+from slurm.lib.runtime_client import Answer
 from tests.preflight.world import World, join, of
 
 ERROR, WARNING, ESTIMATE = Level.ERROR, Level.WARNING, Level.ESTIMATE
@@ -130,3 +131,17 @@ def test_a_local_run_is_looked_up_here(world: World) -> None:
     ((level, sentence),) = only(world.check(request=request))
     assert (level, "its process 1 is gone" in sentence) == (ERROR, True)
     assert not world.slurm.of("squeue")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[fe80", "http://$(touch x):1", "http://-x:1", "http://h:1/\x1b[2J", "nonsense"]
+)
+def test_what_is_no_address_is_an_error_and_no_word_of_a_command(url: str) -> None:
+    (found,) = server_findings(ask_server(url, KEY))
+    assert found.level is Level.ERROR
+    assert found.sentence == f"the runtime's address is none: {url!r}"
+
+
+def test_the_command_that_is_advised_is_quoted() -> None:
+    (found,) = server_findings(JoinedServer("http://cpu-a:1/$(reboot)", Answer(0, "none")))
+    assert "try `curl 'http://cpu-a:1/$(reboot)/health'` on one" in str(found.fix)

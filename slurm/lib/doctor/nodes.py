@@ -97,7 +97,8 @@ def job_argv(wanted: Wanted, settings: Settings, command: Command, wait_s: float
         f"--output={str(log_file(command.folder, wanted.name)).replace('%', '%%')}",
         "--open-mode=truncate",
     )
-    line = f"PYTHONPATH={shlex.quote(str(command.checkout))} exec {shlex.join(command.words(wanted.name))}"
+    checkout = shlex.quote(str(command.checkout))  # where Python looks first, not where a person stands
+    line = f"cd {checkout} && PYTHONPATH={checkout} exec {shlex.join(command.words(wanted.name))}"
     return (*SBATCH, *options, *ours, f"--wrap={line}")
 
 
@@ -131,7 +132,14 @@ class OwnHost:
     def start(self, wanted: Wanted) -> str:
         with log_file(self._command.folder, wanted.name).open("wb") as out:
             words = self._command.words(wanted.name)
-            spec = ChildSpec(words, self._environment, "the look at this host", stdout=out, stderr=subprocess.STDOUT)
+            spec = ChildSpec(
+                words,
+                self._environment,
+                "the look at this host",
+                cwd=self._command.checkout,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
             child = Child(spec)
         self._children[str(child.pid)] = child
         return str(child.pid)

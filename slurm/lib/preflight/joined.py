@@ -6,6 +6,7 @@ reach, so that a server that does not answer here is only a warning; its answer,
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from slurm.lib.coordination import CoordinationDir, Flag, FlagReader
 from slurm.lib.plan import LaunchPlan
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
 from slurm.lib.run_record import record_paths
-from slurm.lib.runtime_client import Answer, RuntimeClient
+from slurm.lib.runtime_client import Answer, RuntimeClient, address_of
 from slurm.lib.scheduler import JobState, JobStatus, LocalJobs, Slurm
 from slurm.lib.settings import Settings
 from slurm.lib.trainer import KEY_NAME
@@ -106,9 +107,12 @@ def job_findings(job_id: str, status: JobStatus) -> Iterator[Finding]:
 
 def server_findings(server: JoinedServer) -> Iterator[Finding]:
     """Whether it answers from here, and takes the key."""
-    if not server.health.ok:
+    if address_of(server.url) is None:
+        yield error(CHECK, f"the runtime's address is none: {server.url[:100]!r}", ANOTHER)
+    elif not server.health.ok:
         sentence = f"the runtime at {server.url} does not answer here ({server.health.words})"
-        fix = f"fine if only GPU nodes reach it: try `curl {server.url}/health` on one; the job looks again"
+        quoted = shlex.quote(f"{server.url}/health")
+        fix = f"fine if only GPU nodes reach it: try `curl {quoted}` on one; the job looks again"
         yield warning(CHECK, sentence, fix)
     elif server.key is not None and server.key.status in REFUSED:
         fix = "give its own, the runtime_api_key.txt of its run: --api-key-file FILE"

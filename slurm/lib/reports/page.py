@@ -15,7 +15,7 @@ from slurm.lib.observe.steps import PARTS, part_shares, rewards, step_times
 from slurm.lib.observe.timeline import QUEUE
 from slurm.lib.reports import MARK
 from slurm.lib.reports.plots import Plot, plots
-from slurm.lib.verbs.report_words import (
+from slurm.lib.reports.report_words import (
     PART_WORDS,
     heading,
     latency_words,
@@ -32,7 +32,7 @@ from slurm.lib.verbs.report_words import (
     use_lines,
     whole,
 )
-from slurm.lib.verbs.run_words import attempt_words, exit_code, lead_of, phase_words
+from slurm.lib.reports.run_words import attempt_words, exit_code, lead_of, phase_words
 
 STYLE = Path(__file__).with_name("page.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -21,7 +21,7 @@ from slurm.lib.observe.run_report import AttemptReport, JobReport, RunReport
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import done_again, rewards, step_times
 from slurm.lib.reports import series
-from slurm.lib.verbs.report_words import (
+from slurm.lib.reports.report_words import (
     PART_WORDS,
     all_starts_words,
     latency_words,

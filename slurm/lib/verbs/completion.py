@@ -8,6 +8,7 @@ folder is not started by a TAB, only its ``config`` folder is read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import shlex
@@ -127,15 +128,13 @@ def verb_parser(name: str) -> argparse.ArgumentParser:
 
 def with_completers(parser: argparse.ArgumentParser, program: str) -> argparse.ArgumentParser:
     """The parser, each of whose arguments knows what it can be, by its name in the help."""
-    from argcomplete.completers import DirectoriesCompleter, FilesCompleter
-
     known: Mapping[str, object] = {
         "RUN": run_names,
         "NAME|PATH": lambda prefix, **_more: config_names(prefix, program),
         "KEY=VALUE": keys,
         "SANDBOX": sandbox_names,
-        "FILE": FilesCompleter(),
-        "DIR": DirectoriesCompleter(),
+        "FILE": lambda prefix, **_more: paths(prefix),
+        "DIR": lambda prefix, **_more: paths(prefix, only_folders=True),
     }
     for action in parser._actions:
         if isinstance(action.metavar, str) and action.metavar in known:
@@ -146,20 +145,34 @@ def with_completers(parser: argparse.ArgumentParser, program: str) -> argparse.A
 def config_names(prefix: str, program: str) -> Iterable[str]:
     """The names in the ``config`` folder of the launch.py that is being typed, else of ours; or files."""
     if "/" in prefix or prefix.startswith((".", "~")):
-        from argcomplete.completers import FilesCompleter
-
-        return list(FilesCompleter(allowednames=(".conf",))(prefix))
+        return paths(prefix, ".conf")
     typed = Path(program).expanduser().parent / "config"
     folder = typed if typed.is_dir() else SCRIPT.parent / "config"
     return sorted(path.stem for path in folder.glob("*.conf"))
 
 
+def paths(prefix: str, suffix: str = "", *, only_folders: bool = False) -> list[str]:
+    """What there is that begins so: folders, and files that end in ``suffix``.
+
+    Not by argcomplete's completers, which ask a shell: it reads a name that it may not understand, such as ``$(…)``.
+    """
+    typed, slash, beginning = prefix.rpartition("/")
+    folder = os.path.expanduser(typed + slash) or "."  # noqa: PTH111  Path.expanduser raises for an unknown user
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        found = [
+            typed + slash + entry.name + ("/" if entry.is_dir() else "")
+            for entry in entries
+            if entry.name.startswith(beginning) and (beginning or not entry.name.startswith("."))
+            if entry.is_dir() or (entry.name.endswith(suffix) and not only_folders)
+        ]
+        return sorted(found)
+    return []
+
+
 def run_names(prefix: str, **_more: object) -> Iterable[str]:
     """``latest``, and this user's runs below SKYRL_JOBS_BASE, the newest first; or directories."""
     if "/" in prefix or prefix.startswith((".", "~")):
-        from argcomplete.completers import DirectoriesCompleter
-
-        return list(DirectoriesCompleter()(prefix))
+        return paths(prefix, only_folders=True)
     from slurm.lib.coordination import jobs_base
     from slurm.lib.verbs.named import runs_below
 

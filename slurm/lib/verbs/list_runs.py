@@ -13,10 +13,10 @@ from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK
 from slurm.lib.logs import log
 from slurm.lib.observe.run_view import RunView
 from slurm.lib.observe.survey import Survey
+from slurm.lib.reports.run_words import PAINT, SCHEMA, attempt_words, clock, exit_code, lead_of, phase_words, run_dict
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.named import runs_below, warn_of_silence
-from slurm.lib.verbs.run_words import PAINT, SCHEMA, attempt_words, clock, exit_code, lead_of, phase_words, run_dict
 from slurm.lib.verbs.table import Column, lines_of, printed, terminal_width
 
 NEWEST = 20

@@ -99,7 +99,7 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
 
 def explain_absence(survey: Survey, run: FoundRun, kinds: Sequence[str]) -> None:
     """Say why there is no log: the job is in the queue, or never began."""
-    from slurm.lib.verbs.run_words import job_words
+    from slurm.lib.reports.run_words import job_words
 
     (view,) = survey.look([run], servers=False)
     jobs = [job for job in view.pair.jobs if job.kind in kinds] if view.pair else []

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import getpass
 import json
+import shlex
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from slurm.lib.command_line import Parser, say
 from slurm.lib.coordination import CoordinationDir, host_name
@@ -22,14 +22,14 @@ from slurm.lib.observe.run_files import key_of, read_small
 from slurm.lib.observe.run_view import RunView, is_ready
 from slurm.lib.observe.survey import Survey
 from slurm.lib.observe.unknown import Unknown
+from slurm.lib.reports.run_words import SCHEMA, job_words
 from slurm.lib.runs import FoundRun
-from slurm.lib.runtime_client import RuntimeClient
+from slurm.lib.runtime_client import RuntimeClient, address_of, is_host
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import port
 from slurm.lib.signals import SignalNotes
 from slurm.lib.tunnel import LOOPBACK, free_port, tunnel
 from slurm.lib.verbs.named import HELP, named
-from slurm.lib.verbs.run_words import SCHEMA, job_words
 
 ANSWER_S = 3.0
 LOOK_EVERY_S = 10.0  # whether the run still serves, while a tunnel is open: its files; Slurm each time costs one squeue
@@ -104,17 +104,17 @@ def page_of(view: RunView) -> Page:
 
 def located(run: str, url: str, launched_from: str, directory: CoordinationDir) -> Page:
     """The page at an address; one of a loopback address is on the host that the run was launched from."""
-    parts = urlsplit(url)
-    try:
-        host, number = parts.hostname or "", parts.port or 80
-    except ValueError:
-        host, number = "", 0
-    if not host:
+    address = address_of(url)
+    if address is None:
         raise NotRunning(f"{directory.runtime_url} holds no address: {url[:100]!r}")
+    host, number = address
     is_elsewhere = host in LOCAL_NAMES and launched_from not in {"", host_name()}
+    if is_elsewhere and not is_host(launched_from):
+        raise NotRunning(f"{directory.run_record} names no host that {run} was launched from: {launched_from[:100]!r}")
     node = launched_from if is_elsewhere else host
     reachable = not is_elsewhere and answers(url)
-    return Page(run, node, f"{host}:{number}", reachable, directory.runtime_api_key)
+    target = f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+    return Page(run, node, target, reachable, directory.runtime_api_key)
 
 
 def answers(url: str) -> bool:
@@ -153,7 +153,7 @@ def as_text(page: Page, wanted: int | None, tunnel_port: int | None = None) -> s
     here = f"http://{LOOPBACK}:{tunnel_port}/" if tunnel_port else here
     lines = [
         ("from this host", here),
-        ("on your laptop", " ".join(laptop_argv(page, wanted, tunnel_port))),
+        ("on your laptop", shlex.join(laptop_argv(page, wanted, tunnel_port))),
         ("and there", f"http://localhost:{local}/"),
         ("user name", "any"),
         ("password", f"the key in {page.key_file}"),

@@ -8,7 +8,7 @@ from slurm.lib.observe.run_report import AttemptReport, JobReport, RunReport, fi
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import Step, done_again, part_shares, rewards, step_times
 from slurm.lib.observe.unknown import Unknown
-from slurm.lib.verbs.run_words import run_dict
+from slurm.lib.reports.run_words import run_dict
 
 SCHEMA = 1
 

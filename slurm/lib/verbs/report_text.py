@@ -11,7 +11,7 @@ from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import done_again, part_shares, rewards, step_times
 from slurm.lib.observe.timeline import QUEUE
 from slurm.lib.observe.unknown import Unknown
-from slurm.lib.verbs.report_words import (
+from slurm.lib.reports.report_words import (
     heading,
     latency_words,
     moment,
@@ -30,7 +30,7 @@ from slurm.lib.verbs.report_words import (
     troubled,
     use_lines,
 )
-from slurm.lib.verbs.run_words import attempt_words, exit_code, lead_of, phase_words
+from slurm.lib.reports.run_words import attempt_words, exit_code, lead_of, phase_words
 
 LABEL, TIME, SPARK = 11, 14, 40
 NARROW = 30  # below that lines are not broken any more: words would be

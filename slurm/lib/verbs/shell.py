@@ -21,11 +21,11 @@ from slurm.lib.logs import log
 from slurm.lib.observe.run_view import JobView, RunView, Stage
 from slurm.lib.observe.survey import Survey
 from slurm.lib.processes import attached
+from slurm.lib.reports.run_words import job_words
 from slurm.lib.runs import RunJob
 from slurm.lib.scheduler import Slurm, shell_argv
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.named import HELP, named
-from slurm.lib.verbs.run_words import job_words
 
 GROUPS = {"training": 0, "runtime": 1}  # of a heterogeneous job's components
 # What srun says of each step that ends with another code than 0; the code says it too.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from slurm.lib.coordination import jobs_base
 from slurm.lib.observe.run_view import JobView, PairView, RunState, RunView, Stage
-from slurm.lib.verbs.run_words import (
+from slurm.lib.reports.run_words import (
     SCHEMA,
     attempt_words,
     failed_start_words,
@@ -20,8 +20,9 @@ from slurm.lib.verbs.run_words import (
     phase_words,
     run_dict,
     sandbox_words,
+    shortened,
 )
-from slurm.lib.verbs.table import shortened, terminal_width
+from slurm.lib.verbs.table import terminal_width
 
 LABEL = 10
 GOING_ON = "docs/restarts.md: by hand from the newest checkpoint, or by itself with RESTARTS=N"

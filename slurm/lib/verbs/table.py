@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slurm.lib.logs import wants_colour
+from slurm.lib.reports.run_words import shortened
 
 GAP = "  "
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
@@ -29,11 +30,6 @@ class Column:
 def terminal_width() -> int | None:
     """The width of the terminal that stdout is; None where it is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def shortened(text: str, width: int) -> str:
-    """The text in so many characters."""
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
 
 
 def lines_of(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[list[str]]:

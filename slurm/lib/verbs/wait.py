@@ -21,11 +21,11 @@ from slurm.lib.logs import log
 from slurm.lib.observe.record import RunRecord
 from slurm.lib.observe.run_view import RunState, RunView
 from slurm.lib.observe.survey import Survey, record_of
+from slurm.lib.reports.run_words import SCHEMA, lead_of, phase_words, run_dict
 from slurm.lib.runs import FoundRun, find
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.named import FIND_S, HELP, named
-from slurm.lib.verbs.run_words import SCHEMA, lead_of, phase_words, run_dict
 
 LOOK_EVERY_S = 1.0  # at the run's files
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0  # between two questions to Slurm while nothing changes

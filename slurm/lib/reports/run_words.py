@@ -39,6 +39,11 @@ _REASONS = {
 _COMPLETE = re.compile(r"^(training job \S+) is complete: .*")  # what comes then is said of the training itself
 
 
+def shortened(text: str, width: int) -> str:
+    """The text in so many characters."""
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
 def clock(seconds: float | None) -> str:
     """A length of time as Slurm writes it, ``1-02:03:04`` or ``3:04``; empty where it is not known."""
     if seconds is None:

@@ -13,8 +13,7 @@ from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import Rewards, Step, StepTimes
 from slurm.lib.observe.timeline import Span
 from slurm.lib.observe.usage import Usage
-from slurm.lib.verbs.run_words import clock, is_worth_a_line, job_words, lead_of
-from slurm.lib.verbs.table import shortened
+from slurm.lib.reports.run_words import clock, is_worth_a_line, job_words, lead_of, shortened
 
 # VERL's names of a step's parts, in words; what is not here is called as VERL calls it.
 PART_WORDS = {
