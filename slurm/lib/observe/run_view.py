@@ -68,7 +68,8 @@ class JobView:
 
     ``word`` and ``reason`` are Slurm's for its state; ``starts_at`` in epoch seconds of the controller's clock; what is
     None or empty is not known, or does not apply. ``ended`` is a word of ``restarts.Ended``; ``why_unknown`` says why
-    the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong.
+    the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong. ``is_presumed``: it
+    counts as ended only since Slurm knows no such job, which may be one of another cluster.
     """
 
     kind: str
@@ -88,6 +89,7 @@ class JobView:
     why_unknown: str = ""
     has_log: bool = False
     error: str = ""
+    is_presumed: bool = False
 
     @property
     def lives(self) -> bool:
@@ -171,6 +173,7 @@ def job_view(job: RecordedJob, word: Word) -> JobView:
         end_time=end.time,
         ended=end.ended or view.ended,
         why_unknown="",
+        is_presumed=False,
     )
 
 
@@ -192,7 +195,8 @@ def _by_slurm(job: RecordedJob, word: Word) -> JobView:
     if isinstance(word, Unknown):
         return replace(view, why_unknown=word.why)
     if word is None:
-        return replace(view, stage=Stage.ENDED, end_reason="how it ended is not known: Slurm does not know it any more")
+        why = "how it ended is not known: Slurm does not know it any more"
+        return replace(view, stage=Stage.ENDED, end_reason=why, is_presumed=True)
     limit = word.limit_s if word.limit_s is None or math.isfinite(word.limit_s) else None
     view = replace(
         view,

@@ -1,4 +1,4 @@
-"""``launch.py clean``: remove the directories of old runs, never of one that may live, and never a checkpoint."""
+"""``launch.py clean``: remove the directories of old runs, never of one that may live, and none of a trainer's files."""
 
 from __future__ import annotations
 
