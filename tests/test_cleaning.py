@@ -382,6 +382,24 @@ def test_a_local_run_needs_no_slurm(slurm: FakeSlurm) -> None:
     assert not folder.exists()
 
 
+def test_copies_of_conf_files_and_of_skyrl_agent_go_as_the_record_names_them(slurm: FakeSlurm) -> None:
+    def furnished(number: int, **record: object) -> Path:
+        folder = run_in(slurm.jobs, number, SNAPSHOT="true")
+        (folder / "agent" / "checkpoints").mkdir(parents=True)
+        (folder / "agent" / "checkpoints" / "utils.py").write_text("pass\n")
+        (folder / "mine.2.conf").write_text("A=1\n")
+        said = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**said, **record}))
+        return aged(folder, 8)
+
+    # aged() changes them now, so a launch that is recorded a minute from now has taken the copy
+    launched = datetime.fromtimestamp(time.time() + 60, timezone.utc).isoformat(timespec="seconds")
+    gone = furnished(11, created=launched, config_files=["/home/me/mine.conf"])
+    other = furnished(21, created=launched, config_files=["/home/me/dev.conf"])
+    late = furnished(31, created="2026-01-01T00:00:00+00:00", config_files=["/home/me/mine.conf"])
+    assert told(clean(slurm, "--yes", "--json")) == ({gone.name}, {other.name: "files", late.name: "checkpoint"})
+
+
 def test_a_job_that_was_queued_again_lives(slurm: FakeSlurm) -> None:
     requeued, other, odd, over = (run_in(slurm.jobs, number) for number in (11, 21, 31, 41))
     lines = "12|PENDING|BeginTime||test|me|N/A|0:00|1:00|x\n32|A_NEW_STATE|||test|me|N/A|0:00|1:00|x\n"
