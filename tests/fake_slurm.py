@@ -34,7 +34,12 @@ if argv[-1] == "%i|%A":  # the components of a heterogeneous job; their numbers 
 answer = {"stdout": said, **dict(enumerate(answers)).get(before, {})}
 watched = os.path.join(home, "jobs")
 found = [os.path.join(root, entry) for root, folders, files in os.walk(watched) for entry in folders + files]
-modes = {os.path.relpath(path, watched): os.lstat(path).st_mode & 0o777 for path in found}
+modes = {}
+for path in found:
+    try:
+        modes[os.path.relpath(path, watched)] = os.lstat(path).st_mode & 0o777
+    except FileNotFoundError:  # somebody removes it
+        pass
 call = {"name": name, "argv": argv, "environment": dict(os.environ), "modes": modes}
 with record:
     record.seek(0, os.SEEK_END)

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,11 +25,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slurm.lib import cleaning, leftovers
+from slurm.lib import cleaning, leftovers, mounts
 from slurm.lib.cleaning import GOES, Candidate, Stay, by_age, by_files, by_users, candidates, removed
-from slurm.lib.observe.remains import Remains, is_of_checkpoint, remains_of
+from slurm.lib.coordination import CoordinationDir
+from slurm.lib.observe.remains import Known, Remains, is_of_checkpoint, is_ours, remains_of
 from slurm.lib.observe.survey import Survey
+from slurm.lib.reports import MARK
 from slurm.lib.scheduler import Slurm
+from slurm.lib.signals import Interrupted
 from slurm.lib.verbs.clean import size_words
 from slurm.lib.verbs.spans import UNITS, seconds_in, words_of
 from tests.fake_slurm import FakeSlurm
@@ -138,14 +142,117 @@ def test_a_checkpoint_is_known_by_its_folders_and_its_name(folders: list[str], n
     assert by_files(Remains(checkpoint=path)).stay is Stay.CHECKPOINT
 
 
+FOREIGN = [
+    "final_model.bin",
+    "out/adapter_model.bin",
+    "weights.npz",
+    "state.pkl",
+    "model.h5",
+    "policy.zip",
+    "ckpt-1.index",
+    "ckpt-1.data-00000-of-00001",
+    "model.gguf",
+    "params.msgpack",
+    "training_final.out",
+    "run_best.json",
+    "my.html",
+    "agent/policy.bin",
+    "wandb/offline-run-1/run.wandb",
+    "other.conf",
+]
+
+
+@pytest.mark.parametrize("path", FOREIGN)
+def test_what_is_none_of_ours_keeps_a_directory(tmp_path: Path, path: str) -> None:
+    folder = run_in(tmp_path, 11)
+    assert by_files(remains_of(folder)) == GOES
+    for name in (path, "zz/more", "zz/even more"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("w")
+    verdict = by_files(remains_of(folder))
+    assert verdict.stay is Stay.FILES
+    assert verdict.why.startswith("files of the trainer's own: ")
+    assert verdict.why.endswith(" and 2 more")
+
+
+def test_all_that_the_suite_writes_is_ours() -> None:
+    directory = CoordinationDir(Path("/run"))
+    named = [getattr(directory, name) for name, what in vars(CoordinationDir).items() if isinstance(what, property)]
+    folders = {directory.code, directory.agent, directory.checkpoints, directory.rollouts}
+    for job_id in ("12", "local12.0"):
+        for kind in ("runtime", "training"):
+            named += [directory.log(kind, job_id, "out"), directory.log(kind, job_id, "err")]
+            named += [directory.usage(kind, job_id), directory.heartbeat(kind, job_id)]
+        named += [directory.ray_log(job_id, "gpu-1.site"), directory.ray_head(job_id), directory.notified(job_id)]
+        named += [directory.sandbox_statistics(job_id), directory.path / f"run_{job_id}.json", directory.attempt(3)]
+    for path in set(named) - folders:
+        assert is_ours(path.name), path.name
+        assert is_ours(f".{path.name}.host.site.4711"), "written half"
+    seen = [path.name for path in (ROOT / "tests" / "observed").glob("*/*/*")]
+    assert len(seen) > 50
+    assert [name for name in seen if not is_ours(name)] == []
+    assert all(is_ours(name, ["my.conf"]) for name in ("my.conf", "my.2.conf", "code/a/b", "rollouts/1.json"))
+    assert not any(is_ours(name, ["my.conf"]) for name in ("my.x.conf", "code", "a/my.conf"))
+
+
+def test_a_page_is_ours_by_its_mark(tmp_path: Path) -> None:
+    folder = run_in(tmp_path, 11)
+    (folder / "report.html").write_text(f"<!doctype html><html><head>{MARK}")
+    assert by_files(remains_of(folder)) == GOES
+    (folder / "report.html").write_text("<!doctype html><html><head>")
+    assert by_files(remains_of(folder)).stay is Stay.FILES
+
+
+def test_a_snapshot_is_no_checkpoint_but_what_a_trainer_saves_in_it_is(tmp_path: Path) -> None:
+    folder = run_in(tmp_path, 11)
+    for name in ("checkpoints/utils.py", "tests/tiny.pt", "x.py", "outputs/a/b/.hydra/c.yaml", "a/__pycache__/x.pyc"):
+        (folder / "agent" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "agent" / name).write_text("x")
+    assert by_files(remains_of(folder)).stay is Stay.CHECKPOINT, "without SNAPSHOT=1"
+    assert by_files(remains_of(folder, Known(snapshot_at=time.time() + 1))) == GOES
+    early = Known(snapshot_at=time.time() - 1)
+    assert by_files(remains_of(folder, early)).stay is Stay.CHECKPOINT
+    shutil.rmtree(folder / "agent" / "checkpoints")
+    (folder / "agent" / "tests" / "tiny.pt").unlink()
+    assert remains_of(folder, early).foreign == "agent/x.py"
+    (folder / "agent" / "x.py").unlink()
+    assert by_files(remains_of(folder, early)) == GOES
+
+
 @pytest.mark.parametrize(
     ("used", "stays"),
-    [("/base/run/checkpoints", True), ("/base/run", True), ("/base/run2/x", False), ("/base", False)],
+    [
+        ("/base/20260101_000000_9/checkpoints", True),
+        ("/base/20260101_000000_9", True),
+        ("/base/20260101_000000_91/x", False),
+        ("/base", False),
+        ("exec train --from ~/.skyrl_jobs/20260101_000000_9/rollouts --lr 1", True),
+        ("data.files=['/base/20260101_000000_9/a.json','/b']", True),
+        ('cat "$BASE"/120260101_000000_9/x', False),
+    ],
 )
-def test_a_folder_that_a_living_run_names_keeps_what_it_is_in(used: str, stays: bool) -> None:
-    verdict = by_users(Path("/base/run"), {used: "20260101_000000_9"}, is_submitted_to=False)
+def test_a_directory_that_a_living_run_names_stays(used: str, stays: bool) -> None:
+    folder = Path("/base/20260101_000000_9")
+    verdict = by_users(folder, {used: "20260101_000000_11"}, is_submitted_to=False)
     assert (verdict.stay is Stay.USED) is stays
-    assert by_users(Path("/base/run"), {}, is_submitted_to=True).stay is Stay.USED
+    assert by_users(folder, {}, is_submitted_to=True).stay is Stay.USED
+
+
+def test_a_living_run_uses_a_directory_by_a_command_a_link_or_below_another_base(
+    slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    names = {run_in(slurm.jobs, number).name: number for number in (11, 21, 31, 41)}
+    first, second, third, free = sorted(names)
+    link = tmp_path / "link"
+    link.symlink_to(slurm.jobs / second)
+    run_in(slurm.jobs, 51, said=False, TRAINING_COMMAND=f"eval ~/jobs/{first}/rollouts", CHECKPOINT_DIR=f"{link}/more")
+    other = run_in(tmp_path / "other", 61, VERL_OVERRIDES=f"data.train_files={slurm.jobs / third}/x.parquet")
+    slurm.answer("squeue", *[{"stdout": "51|RUNNING|None|n1|test|me|N/A|0:09|1:00|x\n"}] * 4)
+    slurm.answer("squeue --user", *[{"stdout": "51\n61\n"}] * 2)
+    slurm.answer("scontrol", *[{"stdout": f"JobId=61 JobName=skyrl-train\n   StdOut={other}/training_61.out\n"}] * 2)
+    gone, kept = told(clean(slurm, "--yes", "--json"))
+    assert gone == {free}
+    assert [kept[name] for name in (first, second, third)] == ["used"] * 3
 
 
 @settings(deadline=None)
@@ -260,8 +367,65 @@ def test_a_silent_slurm_keeps_what_only_it_knows(slurm: FakeSlurm) -> None:
     shutil.rmtree(paths[0])
     slurm.forget()
     done = clean(slurm, "--yes")
-    assert done.returncode == 0, "a run whose jobs have said that they ended needs no Slurm"
-    assert not paths[1].exists()
+    assert done.returncode == 75
+    assert "whether its job 22 was queued again is not known: Slurm does not answer" in done.stdout
+    assert paths[1].is_dir()
+
+
+def test_a_local_run_needs_no_slurm(slurm: FakeSlurm) -> None:
+    folder = run_in(slurm.jobs, 11, SKYRL_BACKEND="local")
+    record = (folder / "run.json").read_text().replace('"11"', '"local11.0"').replace('"12"', '"local12.0"')
+    (folder / "run.json").write_text(record)
+    aged(folder, 8)
+    slurm.answer("squeue", *[SILENT] * 4)
+    assert clean(slurm, "--yes").returncode == 0
+    assert not folder.exists()
+
+
+def test_copies_of_conf_files_and_of_skyrl_agent_go_as_the_record_names_them(slurm: FakeSlurm) -> None:
+    def furnished(number: int, **record: object) -> Path:
+        folder = run_in(slurm.jobs, number, SNAPSHOT="true")
+        (folder / "agent" / "checkpoints").mkdir(parents=True)
+        (folder / "agent" / "checkpoints" / "utils.py").write_text("pass\n")
+        (folder / "mine.2.conf").write_text("A=1\n")
+        said = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**said, **record}))
+        return aged(folder, 8)
+
+    # aged() changes them now, so a launch that is recorded a minute from now has taken the copy
+    launched = datetime.fromtimestamp(time.time() + 60, timezone.utc).isoformat(timespec="seconds")
+    gone = furnished(11, created=launched, config_files=["/home/me/mine.conf"])
+    other = furnished(21, created=launched, config_files=["/home/me/dev.conf"])
+    late = furnished(31, created="2026-01-01T00:00:00+00:00", config_files=["/home/me/mine.conf"])
+    assert told(clean(slurm, "--yes", "--json")) == ({gone.name}, {other.name: "files", late.name: "checkpoint"})
+
+
+def test_a_job_that_was_queued_again_lives(slurm: FakeSlurm) -> None:
+    requeued, other, odd, over = (run_in(slurm.jobs, number) for number in (11, 21, 31, 41))
+    lines = "12|PENDING|BeginTime||test|me|N/A|0:00|1:00|x\n32|A_NEW_STATE|||test|me|N/A|0:00|1:00|x\n"
+    lines += "42|COMPLETED|None|n1|test|me|N/A|0:09|1:00|x\n"
+    slurm.answer("squeue", *[{"stdout": lines}] * 2)
+    done = clean(slurm, "--yes", "--json")
+    gone, kept = told(done)
+    assert gone == {other.name, over.name}
+    assert kept == {requeued.name: "lives", odd.name: "unknown"}
+    assert "its job 12, which said that it ended, is PENDING in Slurm: was it queued again?" in done.stdout
+    first = next(call.argv[call.argv.index("-j") + 1] for call in slurm.of("squeue"))
+    assert sorted(first.split(",")) == ["11", "12", "21", "22", "31", "32", "41", "42"], "one question for all"
+
+
+def test_a_job_that_this_slurm_never_knew_may_be_another_clusters(slurm: FakeSlurm) -> None:
+    pending, begun, old = (
+        run_in(slurm.jobs, number, days=days, said=False) for number, days in ((11, 8), (21, 0), (31, 8))
+    )
+    for folder, days in ((begun, 0.0), (old, 8.0)):
+        (folder / f"runtime_{folder.name[-2:]}.out").write_text("it began\n")
+        aged(folder, days)
+    time.sleep(0.01)
+    done = clean(slurm, "--yes", "--older-than", "0s", "--json")
+    assert told(done) == ({old.name}, {pending.name: "unknown", begun.name: "unknown"})
+    assert "its runtime job 11 was never seen to begin, and this Slurm does not know it" in done.stdout
+    assert "this Slurm does not know its training job 22, which never said that it ended" in done.stdout
 
 
 @pytest.mark.parametrize("words", [["7"], ["a week"], ["-1d"], ["7 days"], ["nand"], ["1e3d"], ["999999999w"], [""]])
@@ -316,7 +480,7 @@ def test_a_person_is_asked(slurm: FakeSlurm, typed: bytes, code: int, goes: bool
 def test_one_that_is_killed_is_finished_by_the_next(slurm: FakeSlurm) -> None:
     folder = run_in(slurm.jobs, 11)
     killed = "from slurm.lib import leftovers, cli; import os; "
-    killed += "leftovers.remove_run_dir = lambda path: ((path / 'run.json').unlink(), os.kill(os.getpid(), 9)); "
+    killed += "leftovers.remove_run_dir = lambda path, _: ((path / 'run.json').unlink(), os.kill(os.getpid(), 9)); "
     killed += "cli.main(['clean', '--yes'])"
     environment = {"PATH": slurm.path, "HOME": str(slurm.folder), "SKYRL_JOBS_BASE": str(slurm.jobs)}
     done = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, env=environment, capture_output=True, check=False)
@@ -348,7 +512,7 @@ def test_what_is_joined_while_a_person_thinks_stays(slurm: FakeSlurm) -> None:
     (found,) = candidates(slurm.jobs, 7 * DAY, survey, time.time())
     assert found.goes
     (folder / "run_13.json").write_text(json.dumps({"jobs": {"training": {"id": "13"}}}))
-    slurm.answer("squeue", {"stdout": "13|PENDING|Priority||test|me|N/A|0:00|1:00|skyrl-train\n"})
+    slurm.answer("squeue", {}, {"stdout": "13|PENDING|Priority||test|me|N/A|0:00|1:00|skyrl-train\n"})
     (found,) = candidates(slurm.jobs, 7 * DAY, survey, time.time(), only={folder})
     assert found.verdict.stay is Stay.LIVES
     assert removed([found]) == [found]
@@ -371,18 +535,86 @@ def test_a_share_that_cannot_be_written(slurm: FakeSlurm, monkeypatch: pytest.Mo
 
 def test_what_cannot_be_removed_is_named(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_in(slurm.jobs, 11)
-    real = Path.unlink
+    real = os.unlink
 
-    def busy(path: Path, missing_ok: bool = False) -> None:
-        if path.name == "run.json":
+    def busy(path: str, *, dir_fd: int | None = None) -> None:
+        if path == "run.json":
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        real(path, missing_ok)
+        real(path, dir_fd=dir_fd)
 
-    monkeypatch.setattr(leftovers, "remove_run_dir", lambda path: None)
-    monkeypatch.setattr(Path, "unlink", busy)
+    monkeypatch.setattr(os, "unlink", busy)
     (found,) = removed([Candidate(folder)])
     assert found.verdict.stay is Stay.FAILED
     assert "run.json: Device or resource busy" in found.verdict.why
+
+
+def test_a_signal_ends_it_between_files_and_the_record_is_the_last_to_go(slurm: FakeSlurm) -> None:
+    folder = run_in(slurm.jobs, 11)
+    (folder / "rollouts").mkdir()
+    for number in range(20):
+        (folder / "rollouts" / f"{number}.json").write_text("x")
+    calls: list[None] = []
+
+    def stop() -> None:
+        calls.append(None)
+        if len(calls) == 10:
+            raise Interrupted(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        removed([Candidate(folder)], stop)
+    (rest,) = slurm.jobs.iterdir()
+    assert (rest / "run.json").is_file()
+    assert 0 < len([path for path in rest.rglob("*") if path.is_file()]) < 23
+    leftovers.clear(Slurm({"PATH": slurm.path}), slurm.jobs)
+    assert (rest / "run.json").is_file(), "a launch does not take the time"
+    (rest / "run.json").unlink()
+    leftovers.clear(Slurm({"PATH": slurm.path}), slurm.jobs)
+    assert not rest.exists(), "what a launch has left is small"
+
+
+# --- other file systems -----------------------------------------------------------------------------------------------
+
+BIND, TMPFS = "mount --bind {outside} {place}", "mount -t tmpfs none {place}; touch {place}/x.txt"
+LINE = "36 35 98:0 / {} rw,noatime master:1 - ext3 /dev/root rw\n"
+
+
+def test_where_something_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(mounts.mount_points(LINE.format("/a\\040b\\134c") + "half a line\n")) == ["/a b\\c"]
+    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
+    assert mounts.mount_in(tmp_path) == "", "it cannot be read"
+    for place, found in ((tmp_path / "run" / "x", True), (tmp_path / "run", True), (tmp_path / "run2", False)):
+        (tmp_path / "mountinfo").write_text(LINE.format("/") + LINE.format(place))
+        assert mounts.mount_in(tmp_path / "run") == (str(place) if found else "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+@pytest.mark.parametrize(("mount", "seen"), [(BIND, True), (TMPFS, True), (TMPFS, False)])
+def test_what_is_mounted_in_a_directory_is_not_gone_into(
+    slurm: FakeSlurm, tmp_path: Path, mount: str, seen: bool
+) -> None:
+    """Also where only its device tells of it, as it does of another file system."""
+    folder, half = run_in(slurm.jobs, 11), slurm.jobs / f"{leftovers.DISCARDED}20260101_000000_21"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x.txt").write_text("mine")
+    program = "import sys; from pathlib import Path; from slurm.lib import mounts, cli, leftovers; "
+    program += f"mounts.MOUNTINFO = mounts.MOUNTINFO if {seen} else Path('/nowhere'); "
+    program += f"print(leftovers.remove_run_dir(Path({str(tmp_path / 'run')!r}))); "
+    program += "sys.exit(cli.main(['clean', '--yes']))"
+    lines = []
+    for place in (folder / "data", half / "data", tmp_path / "run" / "data"):
+        place.mkdir(parents=True)
+        lines.append(mount.format(outside=outside, place=place))
+    lines.append(f"{sys.executable} -c {shlex.quote(program)}")
+    lines.append(f"cat {folder}/data/x.txt {half}/data/x.txt {tmp_path}/run/data/x.txt {folder}/run.json")
+    environment = {"PATH": slurm.path, "HOME": str(slurm.folder), "SKYRL_JOBS_BASE": str(slurm.jobs)}
+    aged(folder, 8)
+    argv = ["unshare", "--mount", "sh", "-euc", "\n".join(lines)]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "removed 0 of 2 run directories" in done.stdout
+    assert done.stdout.count(f"another file system is mounted at {folder}/data") == 1
+    assert done.stdout.count(f"another file system is mounted at {half}/data") == 1
 
 
 def test_the_time_of_a_share_that_cannot_be_written_is_this_hosts(tmp_path: Path) -> None:

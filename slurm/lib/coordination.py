@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,27 @@ STAMP_FORMAT = "%Y%m%d_%H%M%S"
 PRESENCE_PATIENCE_S = 10.0
 # For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
 LATE_S = 60.0
+_ID = r"(\d+|local\d+\.\d+)"
+# The files at the top of a run's directory that launchers, jobs and the commands that look write there: regular
+# expressions of their names. Copies of .conf files bear those' names. Whatever else lies there is somebody's own.
+OWN_FILES = (
+    rf"run(_{_ID})?(\.json|_(suite|agent)\.diff)",
+    rf"(runtime|training)_{_ID}\.(out|err)",
+    r"runtime_(ready|failed)\.flag",
+    r"training_complete\.flag",
+    r"runtime_(url|api_key)\.txt",
+    rf"secrets(_{_ID})?\.json",
+    r"training\.env",
+    r"task\.yaml",
+    r"attempt_\d+\.json",
+    rf"notified_{_ID}\.json",
+    rf"heartbeat_(runtime|training)_{_ID}\.txt",
+    rf"ray_{_ID}_([^/]+\.log|head\.json)",
+    rf"usage_(runtime|training)_{_ID}\.jsonl",
+    rf"sandbox_statistics_{_ID}\.json",
+    r"submission_[^/]+\.json",
+    r"local_jobs\.txt",
+)
 
 
 def host_name() -> str:
@@ -447,8 +467,3 @@ def is_run_dir(path: Path) -> bool:
         return bool(job_id) and path.is_dir() and not path.is_symlink() and any(mark.exists() for mark in marks)
     except OSError:  # another user's
         return False
-
-
-def remove_run_dir(path: Path) -> None:
-    """Remove a run directory with everything in it."""
-    shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ import enum
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,13 +26,13 @@ from slurm.lib.coordination import (
     CoordinationDir,
     parse_object,
     read_if_there,
-    remove_run_dir,
     write_atomically,
 )
 from slurm.lib.launch_mark import Launcher, host_of, launcher_of, own_launcher, state_of
 from slurm.lib.logs import log
+from slurm.lib.mounts import mount_in
 from slurm.lib.run_record import secrets_of
-from slurm.lib.runs import run_folders, stamp_of
+from slurm.lib.runs import is_own, run_folders, stamp_of
 from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 
 SCHEMA = 1
@@ -83,10 +83,10 @@ def _marker(path: Path) -> Marker | None:
     return Marker(path, launcher, ids, data.get("made") is True) if all(map(str.isdigit, ids)) else None
 
 
-def discard(folder: Path) -> str:
+def discard(folder: Path, between: Callable[[], None] = lambda: None) -> str:
     """Remove a run's directory, or the rest of one, in a way that can be gone on with; returns why it is still there.
 
-    Empty where it is gone, also where somebody else removes it.
+    Empty where it is gone, also where somebody else removes it. ``between`` is called before each file.
     """
     doomed = folder if folder.name.startswith(DISCARDED) else folder.with_name(f"{DISCARDED}{folder.name}")
     try:
@@ -96,27 +96,47 @@ def discard(folder: Path) -> str:
         return ""
     except OSError as problem:
         return f"{folder}: {problem.strerror}"
-    remove_run_dir(doomed)
-    return _obstacle(doomed)
+    return remove_run_dir(doomed, between)
 
 
-def _obstacle(folder: Path) -> str:
-    """What of a folder cannot be removed, and why; removes what can be, from below."""
-    for root, folders, files in os.walk(folder, topdown=False):
-        for path in [Path(root, name) for name in (*files, *folders)]:
-            if complaint := _removal(path):
-                return complaint
-    return _removal(folder)
+def rests(base: Path) -> list[Path]:
+    """What is left of this user's run directories that were being removed."""
+    found = (path for path in base.glob(f"{DISCARDED}*") if stamp_of(path.name.removeprefix(DISCARDED)))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink() and is_own(path))
 
 
-def _removal(path: Path) -> str:
-    """Why it cannot be removed; empty where it is gone."""
+def remove_run_dir(folder: Path, between: Callable[[], None] = lambda: None) -> str:
+    """Remove a folder with everything in it, the files at its top last: so its record tells until then whose it was.
+
+    Returns why it is still there. What is mounted in it is not gone into, and nothing goes where that is known before.
+    """
+    if mounted := mount_in(folder):
+        return f"another file system is mounted at {mounted}"
+    complaints = []
+    with contextlib.suppress(FileNotFoundError):  # somebody else removes it as well
+        device = folder.lstat().st_dev
+        for root, folders, files, descriptor in os.fwalk(folder, topdown=False):
+            if os.fstat(descriptor).st_dev != device:
+                continue
+            for name in (*files, *folders):
+                between()
+                complaints.append(_removal(root, name, descriptor))
+    complaints.append(_removal(str(folder.parent), folder.name, None))
+    return next(filter(None, complaints), "")
+
+
+def _removal(root: str, name: str, descriptor: int | None) -> str:
+    """Remove an entry of a folder, below the open one if there is one; returns why it is still there."""
+    path = name if descriptor is not None else f"{root}/{name}"
     try:
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            os.rmdir(path, dir_fd=descriptor)
+        except NotADirectoryError:
+            os.unlink(path, dir_fd=descriptor)
     except FileNotFoundError:
         return ""
     except OSError as problem:
-        return f"{path}: {problem.strerror}"
+        return f"{root}/{name}: {problem.strerror}"
     return ""
 
 
@@ -149,8 +169,9 @@ def clear(slurm: Slurm, base: Path) -> None:
         log.debug("Slurm does not answer; what killed launchers left, if anything, stays")
         return
     with _readable(base):
-        for doomed in base.glob(f"{DISCARDED}*"):
-            remove_run_dir(doomed)
+        for doomed in rests(base):
+            if not CoordinationDir(doomed).run_record.exists():  # the rest of a launch; a run's may take clean minutes
+                remove_run_dir(doomed)
     for folder in _recent(base):
         with _readable(folder):
             for marker in markers(folder):

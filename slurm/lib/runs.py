@@ -90,6 +90,14 @@ def run_folders(base: Path) -> list[Path]:
     return sorted(found, key=lambda path: (stamp_of(path.name), len(path.name), path.name), reverse=True)
 
 
+def is_own(path: Path) -> bool:
+    """Whether a folder, or the link to one, is this user's; not where that cannot be seen."""
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
 def stamp_of(name: str) -> str:
     """The time in a run directory's name, as it stands there; empty for any other name."""
     match = _NAME.fullmatch(name)  # datetime.strptime, for STAMP_FORMAT, would be felt in the start-up

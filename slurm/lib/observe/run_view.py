@@ -70,6 +70,7 @@ class JobView:
     None or empty is not known, or does not apply. ``ended`` is a word of ``restarts.Ended``; ``why_unknown`` says why
     the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong. ``failed_starts`` are
     the sandboxes of a runtime job that did not start, by reason, and ``failed_start`` is its word about the last one.
+    ``is_presumed``: it counts as ended only since Slurm knows no such job, which may be one of another cluster.
     """
 
     kind: str
@@ -92,6 +93,7 @@ class JobView:
     failed_starts: Mapping[str, int] = field(default_factory=dict)
     asked_starts: int = 0
     failed_start: str = ""
+    is_presumed: bool = False
 
     @property
     def lives(self) -> bool:
@@ -175,6 +177,7 @@ def job_view(job: RecordedJob, word: Word) -> JobView:
         end_time=end.time,
         ended=end.ended or view.ended,
         why_unknown="",
+        is_presumed=False,
     )
 
 
@@ -196,7 +199,8 @@ def _by_slurm(job: RecordedJob, word: Word) -> JobView:
     if isinstance(word, Unknown):
         return replace(view, why_unknown=word.why)
     if word is None:
-        return replace(view, stage=Stage.ENDED, end_reason="how it ended is not known: Slurm does not know it any more")
+        why = "how it ended is not known: Slurm does not know it any more"
+        return replace(view, stage=Stage.ENDED, end_reason=why, is_presumed=True)
     limit = word.limit_s if word.limit_s is None or math.isfinite(word.limit_s) else None
     view = replace(
         view,

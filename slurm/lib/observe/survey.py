@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # imported while Slurm is asked, which takes about as long
 SILENT = Unknown("Slurm does not answer")
 ABSENT = Unknown("this host has no Slurm commands (squeue)")
 ACCOUNTING_EVERY_S = 60.0
+AT_ONCE = 5000  # ids of jobs in one question: an argument of a command has 128 KiB
 EARLIER = timedelta(days=1)  # than the record, by which clock ever: accounting is asked about jobs since then
 
 
@@ -67,6 +68,18 @@ class Survey:
         views = select([without_logs(record, words) for record in records])
         views = [with_logs(view) for view in views] if logs else views
         return [asked.told(view) for view in views] if asked else views
+
+    def asked_anew(self, job_ids: Sequence[str]) -> dict[str, ShownJob] | None:
+        """What Slurm knows of jobs, whatever has been said of their ends; None where it does not answer."""
+        shown: dict[str, ShownJob] = {}
+        for at in range(0, len(job_ids), AT_ONCE):
+            part = job_ids[at : at + AT_ONCE]
+            known = inquiry(lambda part=part: self.slurm.known(part, self.ask_s), self.notes)()  # type: ignore[misc]
+            self.heard = self.heard and known is not None
+            if known is None:
+                return None
+            shown |= known
+        return shown
 
     def _words(self, records: Sequence[RunRecord]) -> dict[str, Word]:
         """What is known from outside of each job whose end the records do not tell in its own words."""

@@ -115,8 +115,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
     cells = [values[at * len(values) // count : max(1, (at + 1) * len(values) // count)] for at in range(count)]
     means = [sum(cell) / len(cell) for cell in cells if cell]
     low, high = min(means), max(means)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+    shares = [(mean - low) / (high - low) if high > low else 0.0 for mean in means]  # 0 to 1, however small the range
+    return "".join(_BARS[round(share * (len(_BARS) - 1))] for share in shares)
 
 
 def reasons(counts: Mapping[str, int], most: int = 5) -> str:

@@ -19,14 +19,14 @@ from slurm.lib.errors import (
     EXIT_SIGNAL_BASE,
     EXIT_TIMEOUT,
     EnvironmentProblem,
-    UsageError,
 )
 from slurm.lib.logs import log
 from slurm.lib.processes import own_age_s
-from slurm.lib.runs import FoundRun, find, refuse_unknown_jobs
+from slurm.lib.runs import FoundRun, refuse_unknown_jobs
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.verbs.agreement import is_agreed
+from slurm.lib.verbs.named import named
 from slurm.lib.verbs.spans import seconds_in
 
 if TYPE_CHECKING:  # imported by the form that needs it: Python's start is a part of the 15 s
@@ -92,22 +92,11 @@ def _refuse_options(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _named(names: Sequence[str], slurm: Slurm, until: float) -> list[FoundRun]:
-    """The runs, each once; all names that mean none are reported together."""
-    found: dict[object, FoundRun] = {}
-    problems = []
-    for name in names:
-        try:
-            run = find(name, jobs_base(os.environ), slurm, max(0.2, until - time.monotonic()))
-            refuse_unknown_jobs(run)
-        except UsageError as problem:
-            problems.append(str(problem))
-            continue
-        found.setdefault(run.directory or run.alone, run)
-    if problems:
-        raise UsageError("\n".join([*problems, *(["nothing was cancelled"] if found else [])]))
-    for run in found.values():
+    """The runs to cancel, each once; ``EnvironmentProblem`` for one whose processes are another host's."""
+    found = named(names, slurm, until, refuse=refuse_unknown_jobs, otherwise="nothing was cancelled")
+    for run in found:
         _refuse_elsewhere(run)
-    return list(found.values())
+    return found
 
 
 def _refuse_elsewhere(run: FoundRun) -> None:

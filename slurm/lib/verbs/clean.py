@@ -1,4 +1,4 @@
-"""``launch.py clean``: remove the directories of old runs, never of one that may live, and never a checkpoint."""
+"""``launch.py clean``: remove the directories of old runs: none of one that may live, and no file of a trainer."""
 
 from __future__ import annotations
 
