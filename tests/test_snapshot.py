@@ -12,23 +12,27 @@ from pathlib import Path
 
 import pytest
 
+from slurm.lib import local
 from slurm.lib.config import load_config
 from slurm.lib.coordination import AGENT_COPIES, CoordinationDir
-from slurm.lib.errors import EnvironmentProblem, SubmissionError
+from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.git import GitState
+from slurm.lib.job_context import JobContext
 from slurm.lib.leftovers import Marker, _remove_files
 from slurm.lib.plan import AGENT_COPY, LaunchPlan, Request, Restart, make_plan, shown
 from slurm.lib.preflight import snapshot as findings
 from slurm.lib.preflight.finding import Level
 from slurm.lib.preflight.snapshot import Tree, look_at_tree, snapshot_findings
-from slurm.lib.run_record import Provenance
+from slurm.lib.run_record import Provenance, copy_code
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
 from slurm.lib.snapshot import take_snapshot
 from slurm.lib.submission import submit
 from slurm.lib.trainer import dot_env_file, snapshot_variables, task_file, trainer_of
+from slurm.lib.training_job import snapshot_of
 from tests.fake_slurm import FakeSlurm
 from tests.test_git import git, repository
+from tests.test_partner import FakeScheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 3, 4, 5, 6, 7)
@@ -277,6 +281,64 @@ def test_a_training_that_joins_leaves_the_copy_of_the_living_one(slurm: FakeSlur
     assert "<training job id>" in shown(joins).split("# the trainer, in ")[1].splitlines()[0]
     again = plan_for(slurm, root, *words, request=Request(attach_dir=directory.path, restart=Restart(2, "102")))
     assert all(AGENT_COPY not in job.environment for job in again.jobs), "a further attempt is of the launch's code"
+
+
+@pytest.mark.parametrize("fault", ["no copy", "no record"])
+def test_a_join_that_fails_leaves_no_secret_and_no_copy(
+    slurm: FakeSlurm, root: Path, agent: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    first = submit(plan_for(slurm, root, "TASK_YAML=./x.yaml"), SignalNotes(), lambda: GIT, ROOT)
+    directory = first.directory
+    before = {path.name for path in directory.path.iterdir()}
+    request = Request(runtime=False, attach_dir=directory.path, attach_id=first.jobs["runtime"])
+    joins = replace(plan_for(slurm, root, "TASK_YAML=./x.yaml", request=request), secrets={"WANDB_API_KEY": "wandb-1"})
+    if fault == "no copy":
+        (agent / ".git").rename(agent / ".no-git")
+    else:  # after the last that furnish writes
+        monkeypatch.setattr("slurm.lib.submission._publish_foreign_runtime", lambda *_: 1 / 0)
+    with pytest.raises((SubmissionError, ZeroDivisionError)):
+        submit(joins, SignalNotes(), lambda: GIT, ROOT)
+    assert {path.name for path in directory.path.iterdir()} == before
+
+
+def test_a_local_run_that_cannot_begin_leaves_no_directory(tmp_path: Path, slurm: FakeSlurm) -> None:
+    plan = plan_for(slurm, tmp_path, "TASK_YAML=./x.yaml", "SKYRL_BACKEND=local")
+    with pytest.raises(EnvironmentProblem, match="git tracks no files in"):
+        local.run(replace(plan, secrets={"WANDB_API_KEY": "wandb-1"}), SignalNotes(), ROOT)
+    assert not list(slurm.jobs.iterdir())
+
+
+def test_a_code_that_is_copied_in_part_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next launch into this directory would take it for the whole."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("slurm.lib.run_record.shutil.copy2", fail)
+        with pytest.raises(EnvironmentProblem, match="cannot copy the code"):
+            copy_code(ROOT, tmp_path / "code")
+    assert not (tmp_path / "code").exists()
+    assert copy_code(ROOT, tmp_path / "code")
+    assert not copy_code(ROOT, tmp_path / "code"), "it stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        ({}, r"launch.py takes the copy, and this job was given to sbatch directly; use launch.py"),
+        ({"SKYRL_CODE_DIR": "/x"}, r"agent_8, is not to be seen on .*; launch again"),
+    ],
+)
+def test_a_training_without_its_copy_says_why(tmp_path: Path, environment: dict[str, str], complaint: str) -> None:
+    directory = CoordinationDir(tmp_path, "agent_8")
+    settings = Settings(snapshot=True, training_command="true")
+    job = JobContext("8", directory, settings, environment, FakeScheduler(), ROOT, own_dir=True)
+    with pytest.raises(SuiteError, match=complaint):
+        snapshot_of(job)
+    assert snapshot_of(replace(job, settings=replace(settings, snapshot=False))) is None
+    directory.agent.mkdir()
+    assert snapshot_of(replace(job, environment={"SKYRL_CODE_DIR": "/x"})) == tmp_path / "agent_8"
 
 
 def test_what_a_killed_launch_copied_into_a_run_goes_with_its_secrets(tmp_path: Path) -> None:
