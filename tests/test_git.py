@@ -69,15 +69,71 @@ def test_a_git_that_hangs_is_not_waited_for(tree: Path, tmp_path: Path, monkeypa
 
 
 def test_nothing_of_the_repository_is_run_or_written(tree: Path, tmp_path: Path) -> None:
-    """A monitor of the file system and an external diff are programs that a repository may name."""
-    for key in ("core.fsmonitor", "diff.external"):
-        git(tree, "config", key, f"touch {tmp_path}/was-run; false")
-    (tree / "a.py").write_text("two\n")
+    """A monitor of the file system and programs for diffs are what a repository may name; its submodules may, too."""
+    part = with_submodule(tree, tmp_path)
+    for folder in (tree, part):
+        (folder / "b.txt").write_text("b\n")
+        (folder / ".gitattributes").write_text("*.txt diff=mine\n")
+        git(folder, "add", ".gitattributes", "b.txt")
+        for key in ("core.fsmonitor", "diff.external", "diff.mine.command", "diff.mine.textconv"):
+            git(folder, "config", key, f"touch {tmp_path}/was-run; false")
+        (folder / "a.py").write_text("two\n")
+        (folder / "b.txt").write_text("c\n")
     before = (tree / ".git" / "index").stat().st_mtime_ns
     assert b"+two" in (git_state(tree).diff or b"")
-    assert tracked_files(tree) == ["a.py"]
+    assert tracked_files(tree) is not None
     assert not (tmp_path / "was-run").exists()
     assert (tree / ".git" / "index").stat().st_mtime_ns == before
+
+
+def test_a_filter_is_asked_what_has_changed(tree: Path) -> None:
+    """As git-lfs is: without it every file of its would be a change."""
+    git(tree, "config", "filter.mine.clean", "tr a-z A-Z")
+    (tree / ".gitattributes").write_text("*.txt filter=mine\n")
+    (tree / "b.txt").write_text("b\n")
+    git(tree, "add", ".")
+    git(tree, "commit", "-qm", "b")
+    (tree / "b.txt").write_text("c\n")
+    assert b"-B\n+C\n" in (git_state(tree).diff or b"")
+
+
+def with_submodule(tree: Path, tmp_path: Path) -> Path:
+    git(tree, "submodule", "--quiet", "add", str(repository(tmp_path / "part")), "lib/part")
+    git(tree, "commit", "-qm", "with a part")
+    return tree / "lib" / "part"
+
+
+def test_what_has_changed_in_submodules_can_be_applied_too(tree: Path, tmp_path: Path) -> None:
+    """Committed there or not, and seen from a folder within the repository."""
+    part = with_submodule(tree, tmp_path)
+    git(tmp_path, "clone", "-q", "--recurse-submodules", str(tree), str(tmp_path / "again"))
+    (part / "a.py").write_text("two\n")
+    git(part, "commit", "-qam", "there alone")
+    (part / "a.py").write_text("three\n")
+    (tree / "sub").mkdir()
+    diff = git_state(tree / "sub").diff or b""
+    assert b"there alone" in diff
+    (tmp_path / "diff").write_bytes(diff)
+    git(tmp_path / "again", "apply", str(tmp_path / "diff"))
+    assert (tmp_path / "again" / "lib" / "part" / "a.py").read_text() == "three\n"
+
+
+def test_a_new_submodule_is_compared_with_its_own_commit(tree: Path, tmp_path: Path) -> None:
+    git(tree, "submodule", "--quiet", "add", str(repository(tmp_path / "part")), "lib/part")
+    (tree / "lib" / "part" / "a.py").write_text("two\n")
+    assert b"+two" in (git_state(tree).diff or b"")
+
+
+def test_submodules_for_which_no_time_is_left_are_not_asked(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (with_submodule(tree, tmp_path) / "a.py").write_text("two\n")
+    (tree / "a.py").write_text("two\n")
+    clock = iter([0.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock, 1000.0))
+    state = git_state(tree)
+    assert state.is_cut
+    assert (state.diff or b"").count(b"+two") == 1
 
 
 def test_a_shell_within_a_hook_of_git_names_another_repository(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

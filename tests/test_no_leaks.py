@@ -80,7 +80,7 @@ class Sampler:
             return
 
     def showing(self, *secrets: str) -> list[bytes]:
-        return [words for words in self.seen if shows(words, *secrets)]
+        return [words for words in self.seen.copy() if shows(words, *secrets)]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from slurm.lib.endings import End
 from slurm.lib.errors import ConfigError
 from slurm.lib.job_context import JobContext
 from slurm.lib.notice import NOTICE_FIELDS, Ending, Notice, elapsed_s
-from slurm.lib.notify import MOST_S, Sending, ended_by, send_mail, tell
+from slurm.lib.notify import MOST_S, Sending, ended_by, send_mail, tell, warn_of_mail
 from slurm.lib.plan import Request, make_plan, shown
 from slurm.lib.preflight.finding import Level
 from slurm.lib.preflight.recipients import recipient_findings, unknown_hosts
@@ -31,6 +31,7 @@ from slurm.lib.settings import KEYS, Settings, recipients, said
 from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import NoteEnd, Outcome
 from slurm.lib.webhook import post
+from tests.fake_slurm import FakeSlurm
 from tests.receiver import Receiver, receiver
 from tests.test_partner import FakeScheduler
 
@@ -52,6 +53,43 @@ def a_job(tmp_path: Path, job_id: str = "8", **settings: object) -> JobContext:
     made = replace(Settings(), **settings)  # type: ignore[arg-type]
     environment = {"ALLHANDS_API_KEY": "sk-secret-of-the-run"}
     return JobContext(job_id, directory, made, environment, FakeScheduler(), ROOT, own_dir=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown", "warned"),
+    [
+        ({}, "JobId=8 JobName=skyrl-train\n   JobState=RUNNING\n", True),
+        ({}, "JobId=8 JobName=skyrl-train\n   MailUser=(null) MailType=NONE\n", True),
+        ({}, "JobId=8 JobName=skyrl-train\n   MailUser=me@lab.example MailType=END,FAIL\n", False),
+        ({}, "", False),
+        ({"SKYRL_CODE_DIR": "/x"}, "JobId=8 JobName=skyrl-train\n", False),
+    ],
+)
+def test_a_job_given_to_sbatch_says_that_no_mail_comes(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    shown: str,
+    warned: bool,
+) -> None:
+    """Unless Slurm was asked for it, or does not say."""
+    slurm = FakeSlurm(tmp_path / "fake")
+    monkeypatch.setenv("PATH", slurm.path)
+    slurm.answer("scontrol", {"stdout": shown} if shown else {"code": 1})
+    job = a_job(tmp_path, notify=("me@lab.example", HOOK))
+    warn_of_mail(replace(job, environment=environment, scheduler=Slurm()))
+    said = [record.getMessage() for record in caplog.records]
+    assert [TOKEN in line for line in said] == [False] * warned
+    for line in said:
+        assert "no mail goes to me@lab.example" in line
+        assert "give sbatch --mail-type=END,FAIL --mail-user=me@lab.example" in line
+
+
+def test_a_job_without_mail_addresses_asks_nobody(tmp_path: Path) -> None:
+    slurm = FakeSlurm(tmp_path / "fake")
+    warn_of_mail(replace(a_job(tmp_path, notify=(HOOK,)), environment={}, scheduler=Slurm({"PATH": slurm.path})))
+    assert not slurm.calls
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------

@@ -60,11 +60,18 @@ def agent(user: OrdinaryUser, jobs_base: Path) -> Path:
     return folder
 
 
-def begin(user: OrdinaryUser, checkout: Path, base: Path, *settings: str, options: tuple[str, ...] = ()) -> Run:
+def begin(
+    user: OrdinaryUser,
+    checkout: Path,
+    base: Path,
+    *settings: str,
+    options: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+) -> Run:
     root = f"SKYRL_PROJECT_ROOT={base / 'root'}"
     data = f"TRAIN_DATA={base / 'root/SkyRL/skyrl-agent/train.parquet'}"
     argv = launch_argv(checkout, f"SKYRL_JOBS_BASE={base}", root, data, *SMALL, *settings, options=options)
-    done = user.run(argv, {"PATH": f"{base}/bin:{user.environment['PATH']}"}, timeout=60)
+    done = user.run(argv, {"PATH": f"{base}/bin:{user.environment['PATH']}", **(env or {})}, timeout=60)
     assert done.returncode == 0, done.stderr
     return parse_report(user, done.stdout)
 
@@ -107,6 +114,49 @@ def test_another_trainer_finds_the_copy_too(user: OrdinaryUser, checkout: Path, 
     run.start_now("training")
     run.wait_over(seconds=120)
     assert "launched is what ran" in run.log("training")
+
+
+def test_a_training_that_joins_has_the_code_of_its_own_launch(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, agent: Path
+) -> None:
+    """And leaves the copy alone that the first training is using."""
+    code = 'cat "$SKYRL_AGENT_DIR/skyrl_agent/words.py"; echo " is what ran in $SKYRL_AGENT_DIR"'
+    waits = f"TRAINING_COMMAND=echo trainer started; until [ -e go ]; do sleep 0.1; done; {code}"
+    first = begin(user, checkout, jobs_base, waits, "GPUS_PER_NODE=0")
+    first.wait_for_text("training", "trainer started", 90)
+    edit(user, agent)
+    told = {"SKYRL_COORD_DIR": str(first.directory)}
+    stays = f"TRAINING_COMMAND={code}; exec sleep 300"
+    joined = begin(user, checkout, jobs_base, stays, "GPUS_PER_NODE=0", options=("--skip-runtime",), env=told)
+    own = first.directory / f"agent_{joined.jobs['training']}"
+    joined.wait_for_text("training", f"edited is what ran in {own}\n", 90)
+    assert user.run(["touch", str(first.directory / "go")]).returncode == 0
+    first.wait_over(seconds=120)
+    joined.wait_over("training", seconds=60)
+    assert f"launched is what ran in {first.directory}/agent\n" in first.log("training"), first.log("training", "err")
+    assert first.exit_code("training") == "0"
+
+
+def test_a_job_given_to_sbatch_says_what_only_a_launch_can_do(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, agent: Path
+) -> None:
+    """Take the copy, and ask Slurm for mails."""
+    script = checkout / "slurm" / "jobs" / "verl_training.py"
+    words = [f"--set=SKYRL_JOBS_BASE={jobs_base}", f"--set=SKYRL_PROJECT_ROOT={jobs_base / 'root'}"]
+    words += ["--set=TRAINING_COMMAND=true", "--set=NOTIFY=me@lab.example", "--set=SNAPSHOT=1"]
+    logs = [f"--output={jobs_base}/%x.out", f"--error={jobs_base}/%x.err"]
+
+    def said(name: str, *options: str) -> str:
+        argv = ["sbatch", "--wait", "-p", "gpu_test", f"--job-name={name}", *logs, *options, str(script), *words]
+        done = user.run(argv, cwd=jobs_base, timeout=120)
+        assert done.returncode == 2, done.stderr
+        return (jobs_base / f"{name}.err").read_text()
+
+    text = said("plain")
+    assert "SNAPSHOT=1: launch.py takes the copy, and this job was given to sbatch directly; use launch.py" in text
+    assert text.count("no mail goes to me@lab.example") == 1
+    assert "sbatch --mail-type=END,FAIL --mail-user=me@lab.example" in text
+    assert "no mail goes" not in said("mails", "--mail-type=END,FAIL", "--mail-user=me@lab.example")
 
 
 def test_outside_of_git_nothing_is_queued(user: OrdinaryUser, checkout: Path, jobs_base: Path, agent: Path) -> None:

@@ -7,26 +7,32 @@ import stat
 import sys
 from dataclasses import replace
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from slurm.lib import local
 from slurm.lib.config import load_config
-from slurm.lib.coordination import CoordinationDir
-from slurm.lib.errors import EnvironmentProblem, SubmissionError
+from slurm.lib.coordination import AGENT_COPIES, CoordinationDir
+from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.git import GitState
-from slurm.lib.plan import LaunchPlan, Request, Restart, make_plan, shown
+from slurm.lib.job_context import JobContext
+from slurm.lib.leftovers import Marker, _remove_files
+from slurm.lib.plan import AGENT_COPY, LaunchPlan, Request, Restart, make_plan, shown
 from slurm.lib.preflight import snapshot as findings
 from slurm.lib.preflight.finding import Level
 from slurm.lib.preflight.snapshot import Tree, look_at_tree, snapshot_findings
-from slurm.lib.run_record import Provenance
+from slurm.lib.run_record import Provenance, copy_code
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
 from slurm.lib.snapshot import take_snapshot
 from slurm.lib.submission import submit
 from slurm.lib.trainer import dot_env_file, snapshot_variables, task_file, trainer_of
+from slurm.lib.training_job import snapshot_of
 from tests.fake_slurm import FakeSlurm
 from tests.test_git import git, repository
+from tests.test_partner import FakeScheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 3, 4, 5, 6, 7)
@@ -55,7 +61,8 @@ def files(folder: Path) -> set[str]:
 
 
 def test_tracked_files_as_they_are_now_and_no_others(agent: Path, tmp_path: Path) -> None:
-    for name in ("staged.py", "gone.py", ".env"):
+    (agent / "sub").mkdir()
+    for name in ("staged.py", "gone.py", ".env", "sub/.env", ".envrc", ".env.local", ".env.example"):
         (agent / name).write_text("KEY=1\n")
     (agent / "run me.sh").write_text("#!/bin/sh\n")
     (agent / "run me.sh").chmod(0o750)
@@ -65,7 +72,7 @@ def test_tracked_files_as_they_are_now_and_no_others(agent: Path, tmp_path: Path
     (agent / "untracked.py").touch()
     copy = tmp_path / "copy"
     take_snapshot(agent, copy)
-    assert files(copy) == {"a.py", "staged.py", "run me.sh"}, "a .env is read where it is, even one that is tracked"
+    assert files(copy) == {"a.py", "staged.py", "run me.sh", ".env.example"}, "no .env, even one that is tracked"
     assert (copy / "a.py").read_text() == "changed, not committed\n"
     assert os.access(copy / "run me.sh", os.X_OK)
     assert stat.S_IMODE(copy.stat().st_mode) == 0o700
@@ -96,12 +103,27 @@ def test_links_lead_where_they_did(agent: Path, tmp_path: Path) -> None:
     assert str((copy / "dangling").readlink()) == "/nowhere/at/all"
 
 
-def test_a_second_copy_stands_in_for_the_first_whole(agent: Path, tmp_path: Path) -> None:
+def test_what_is_there_already_stays(agent: Path, tmp_path: Path) -> None:
+    """Another training may run in it, or a TRAINING_COMMAND have made it."""
     copy = tmp_path / "copy"
-    take_snapshot(agent, copy)
-    (copy / "old.py").touch()
-    take_snapshot(agent, copy)
-    assert files(copy) == {"a.py"}
+    copy.mkdir()
+    (copy / "mine.py").touch()
+    with pytest.raises(EnvironmentProblem, match="is there already, and a run may be using it"):
+        take_snapshot(agent, copy)
+    assert files(copy) == {"mine.py"}
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_copy_that_fails_leaves_nothing(
+    agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise fault
+
+    monkeypatch.setattr("slurm.lib.snapshot.shutil.copy2", fail)
+    with pytest.raises((EnvironmentProblem, KeyboardInterrupt)):
+        take_snapshot(agent, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_outside_of_git_there_is_no_copy(tmp_path: Path) -> None:
@@ -132,6 +154,18 @@ def test_untracked_files_are_counted_and_named(agent: Path) -> None:
     assert [level for level, _ in found] == [Level.WARNING, Level.ESTIMATE]
     assert f"leaves out 7 untracked files of {agent}: new0.py, new1.py, new2.py, new3.py, new4.py, …" in found[0][1]
     assert "1 file of" in found[1][1]
+
+
+def test_tracked_files_with_keys_are_named(agent: Path) -> None:
+    """But for the one that the trainer gets from the original."""
+    (agent / "examples").mkdir()
+    for name in (".env", "examples/.env"):
+        (agent / name).touch()
+    git(agent, "add", "-f", ".")
+    for command, named in (("", "examples/.env"), ("true", ".env, examples/.env")):
+        found = said(Settings(training_command=command, task_yaml="/else"), look_at_tree(agent))
+        warned = [sentence for level, sentence in found if level is Level.WARNING]
+        assert f"SNAPSHOT=1 leaves out {named} of {agent}, which may hold keys" in warned[0]
 
 
 def test_names_of_any_bytes_stay_on_their_line(agent: Path) -> None:
@@ -213,9 +247,108 @@ def test_a_runtime_alone_has_no_copy_and_a_training_that_joins_brings_its_own(
     )
     with pytest.raises(SubmissionError):
         submit(joins, SignalNotes(), lambda: GIT, ROOT)
-    assert not directory.agent.exists(), "taken back with the rest"
-    submit(joins, SignalNotes(), lambda: GIT, ROOT)
-    assert files(directory.agent) == {"a.py"}
+    assert not list(directory.path.glob("agent*")), "taken back with the rest"
+    done = submit(joins, SignalNotes(), lambda: GIT, ROOT)
+    assert files(directory.path / f"agent_{done.jobs['training']}") == {"a.py"}
+
+
+def test_a_training_that_joins_leaves_the_copy_of_the_living_one(slurm: FakeSlurm, root: Path, agent: Path) -> None:
+    """Taken back or not; each finds its own by what its job is told."""
+    slurm.answer("scontrol", {}, {}, {"code": 1, "stderr": "no"}, {})
+    words = ("TASK_YAML=./x.yaml", "RESTARTS=1")
+    first = submit(plan_for(slurm, root, *words), SignalNotes(), lambda: GIT, ROOT)
+    directory, living = first.directory, (first.directory.agent.stat().st_ino, "one\n")
+    (agent / "a.py").write_text("new\n")
+
+    def of_the_first() -> tuple[int, str]:
+        return directory.agent.stat().st_ino, (directory.agent / "a.py").read_text()
+
+    joins = plan_for(
+        slurm, root, *words, request=Request(runtime=False, attach_dir=directory.path, attach_id=first.jobs["runtime"])
+    )
+    with pytest.raises(SubmissionError):
+        submit(joins, SignalNotes(), lambda: GIT, ROOT)
+    assert of_the_first() == living
+    assert [path.name for path in directory.path.glob("agent*")] == ["agent"]
+
+    done = submit(joins, SignalNotes(), lambda: GIT, ROOT)
+    own = f"agent_{done.jobs['training']}"
+    assert of_the_first() == living
+    assert (directory.path / own / "a.py").read_text() == "new\n"
+    told = slurm.of("sbatch")[-1].environment
+    assert told[AGENT_COPY].replace("%j", done.jobs["training"]) == own
+    assert any(fnmatch(own, pattern) for pattern in AGENT_COPIES)
+    assert "<training job id>" in shown(joins).split("# the trainer, in ")[1].splitlines()[0]
+    again = plan_for(slurm, root, *words, request=Request(attach_dir=directory.path, restart=Restart(2, "102")))
+    assert all(AGENT_COPY not in job.environment for job in again.jobs), "a further attempt is of the launch's code"
+
+
+@pytest.mark.parametrize("fault", ["no copy", "no record"])
+def test_a_join_that_fails_leaves_no_secret_and_no_copy(
+    slurm: FakeSlurm, root: Path, agent: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    first = submit(plan_for(slurm, root, "TASK_YAML=./x.yaml"), SignalNotes(), lambda: GIT, ROOT)
+    directory = first.directory
+    before = {path.name for path in directory.path.iterdir()}
+    request = Request(runtime=False, attach_dir=directory.path, attach_id=first.jobs["runtime"])
+    joins = replace(plan_for(slurm, root, "TASK_YAML=./x.yaml", request=request), secrets={"WANDB_API_KEY": "wandb-1"})
+    if fault == "no copy":
+        (agent / ".git").rename(agent / ".no-git")
+    else:  # after the last that furnish writes
+        monkeypatch.setattr("slurm.lib.submission._publish_foreign_runtime", lambda *_: 1 / 0)
+    with pytest.raises((SubmissionError, ZeroDivisionError)):
+        submit(joins, SignalNotes(), lambda: GIT, ROOT)
+    assert {path.name for path in directory.path.iterdir()} == before
+
+
+def test_a_local_run_that_cannot_begin_leaves_no_directory(tmp_path: Path, slurm: FakeSlurm) -> None:
+    plan = plan_for(slurm, tmp_path, "TASK_YAML=./x.yaml", "SKYRL_BACKEND=local")
+    with pytest.raises(EnvironmentProblem, match="git tracks no files in"):
+        local.run(replace(plan, secrets={"WANDB_API_KEY": "wandb-1"}), SignalNotes(), ROOT)
+    assert not list(slurm.jobs.iterdir())
+
+
+def test_a_code_that_is_copied_in_part_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next launch into this directory would take it for the whole."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("slurm.lib.run_record.shutil.copy2", fail)
+        with pytest.raises(EnvironmentProblem, match="cannot copy the code"):
+            copy_code(ROOT, tmp_path / "code")
+    assert not (tmp_path / "code").exists()
+    assert copy_code(ROOT, tmp_path / "code")
+    assert not copy_code(ROOT, tmp_path / "code"), "it stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        ({}, r"launch.py takes the copy, and this job was given to sbatch directly; use launch.py"),
+        ({"SKYRL_CODE_DIR": "/x"}, r"agent_8, is not to be seen on .*; launch again"),
+    ],
+)
+def test_a_training_without_its_copy_says_why(tmp_path: Path, environment: dict[str, str], complaint: str) -> None:
+    directory = CoordinationDir(tmp_path, "agent_8")
+    settings = Settings(snapshot=True, training_command="true")
+    job = JobContext("8", directory, settings, environment, FakeScheduler(), ROOT, own_dir=True)
+    with pytest.raises(SuiteError, match=complaint):
+        snapshot_of(job)
+    assert snapshot_of(replace(job, settings=replace(settings, snapshot=False))) is None
+    directory.agent.mkdir()
+    assert snapshot_of(replace(job, environment={"SKYRL_CODE_DIR": "/x"})) == tmp_path / "agent_8"
+
+
+def test_what_a_killed_launch_copied_into_a_run_goes_with_its_secrets(tmp_path: Path) -> None:
+    """And nothing else of that run."""
+    run = tmp_path / "20260304_050607_1"
+    for name in ("agent", "agent_7", "agent_8"):
+        (run / name).mkdir(parents=True)
+    marker = Marker(run / "submission_x.json", "x", ("7",), made=False)
+    _remove_files(marker)
+    assert {path.name for path in run.iterdir()} == {"agent", "agent_8"}
 
 
 def test_without_a_repository_nothing_stays_queued(slurm: FakeSlurm, tmp_path: Path) -> None:

@@ -243,8 +243,17 @@ def test_what_had_changed_lies_beside_the_record_without_secrets(slurm: FakeSlur
         path = directory.path / name
         assert path.read_text() == "+key = '***'\n" + more
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "left_out" not in record["git"]
     goes_on = recorded_git(directory)
     assert (goes_on.suite.branch, goes_on.agent) == ("main", GitState("decaf", True, "trying"))
+
+
+def test_a_change_of_keys_alone_is_named_and_not_kept(slurm: FakeSlurm) -> None:
+    changed = b"diff --git a/.env b/.env\n--- a/.env\n+++ b/.env\n@@ -1 +1 @@\n-A=1\n+A=unheard-of\n"
+    directory = carry_out(plan_for(slurm), git=lambda: Provenance(GitState("c0ffee", True, "main", changed))).directory
+    record = json.loads(directory.run_record.read_text())
+    assert (record["git"]["diff"], record["git"]["left_out"]) == (None, [".env"])
+    assert not list(directory.path.glob("*.diff"))
 
 
 def test_both_trees_are_asked_about(slurm: FakeSlurm, tmp_path: Path) -> None:

@@ -248,7 +248,8 @@ def test_it_is_there_at_launch(tmp_path: Path, training: bool) -> None:
     plan = make_plan(config, Request(training=training), environment, ROOT, "/python", now)
     directory = CoordinationDir(tmp_path / "run")
     directory.path.mkdir()
-    added = furnish(directory, plan, {"runtime": "1", "training": "2"}, ROOT)
+    added: list[Path] = []
+    furnish(directory, plan, {"runtime": "1", "training": "2"}, ROOT, added)
     assert directory.task_yaml.exists() == training == (directory.task_yaml in added)
     if training:
         assert read_task_yaml(directory.task_yaml).num_trajectories == config.settings.rollout_n

@@ -190,11 +190,20 @@ def parse_flag(text: str) -> Flag | None:
     return Flag(**known) if well_formed else None
 
 
+# The copies that SNAPSHOT=1 takes: the launch's own, and that of a training which joined, named after its job.
+AGENT, JOINED_AGENT = "agent", "agent_%j"
+AGENT_COPIES = (AGENT, "agent_[0-9]*")  # as patterns of file names: all that may be such a copy
+
+
 @dataclass(frozen=True)
 class CoordinationDir:
-    """The shared directory of one run; every file in it is a property."""
+    """The shared directory of one run; every file in it is a property.
+
+    ``agent_name`` is the folder in it that is the copy of skyrl-agent of the training that looks at it.
+    """
 
     path: Path
+    agent_name: str = AGENT
 
     @property
     def runtime_url(self) -> Path:
@@ -241,7 +250,7 @@ class CoordinationDir:
     @property
     def agent(self) -> Path:
         """The copy of skyrl-agent that SNAPSHOT=1 takes."""
-        return self.path / "agent"
+        return self.path / self.agent_name
 
     @property
     def checkpoints(self) -> Path:

@@ -1,4 +1,7 @@
-"""What skyrl-agent's ``.env`` says: read once, for the checks before a launch and for the trainer alike."""
+"""What skyrl-agent's ``.env`` says: read once, for the checks before a launch and for the trainer alike.
+
+And which files are like it: they may hold keys, so that no copy of a run has them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,14 @@ from pathlib import Path
 from slurm.lib.errors import EnvironmentProblem
 
 PLACEHOLDER = "<REPLACE>"  # the template's word for a value that the user has to fill in
+
+
+_TEMPLATES = (".example", ".sample", ".template", ".dist")  # .env.example: made to be shown, with no value in it
+
+
+def is_dot_env(name: str) -> bool:
+    """Whether a path names a ``.env`` file: ``sub/.env``, ``.env.local``, ``.envrc``; not ``.env.example``."""
+    return any(part.startswith(".env") for part in name.split("/")) and not name.endswith(_TEMPLATES)
 
 
 def dot_env_values(path: Path) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """What does git say of a folder: commit, branch, changes, and which files it tracks? Never for longer than seconds.
 
-Nothing of the user's repository is written, its index included, and no program that it configures is run.
+Nothing of the user's repository is written, its index included. Of the programs that it configures only filters are
+run (``filter.*``, as git-lfs is): without them git would take every file of theirs for changed. Its monitor of the file
+system, its programs for diffs, and those of its submodules are not run.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +19,9 @@ ASK_S = 10.0  # of a repository on slow shared storage
 MOST_DIFF = 10 * 1024**2  # bytes
 MOST_NAMES = 64 * 1024**2  # bytes
 QUIETLY = ("git", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false")
-DIFF = ("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=diff")
+# Submodules are asked one by one: for its own look into them (--submodule=diff) git starts their programs for diffs.
+DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=log")
+SUBMODULE = "160000"  # the mode of one in a tree or an index
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,9 @@ class GitState:
     diff: bytes | None = None
     is_cut: bool = False
 
-    def as_record(self, diff_file: str | None) -> dict[str, object]:
-        """The state as ``run.json`` has it."""
-        return {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "diff": diff_file}
+    def as_record(self) -> dict[str, object]:
+        """The state as ``run.json`` has it, its diff not yet kept."""
+        return {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "diff": None}
 
 
 def parse_git_status(text: str) -> GitState:
@@ -55,9 +60,50 @@ def git_state(folder: Path) -> GitState:
     if status is None:
         return GitState(None, None)
     state = parse_git_status(status.decode("utf-8", "replace"))
-    diff = ask(folder, *DIFF, most=MOST_DIFF + 1) if state.dirty and state.commit else None
-    is_cut = diff is not None and len(diff) > MOST_DIFF
-    return replace(state, diff=(diff or b"")[:MOST_DIFF] or None, is_cut=is_cut)
+    if not state.dirty or not state.commit:
+        return state
+    diff, is_cut = b"", False
+    for part in _diffs(folder, "HEAD", "", time.monotonic() + ASK_S):
+        diff += part or b""
+        is_cut = part is None or len(diff) > MOST_DIFF
+        if is_cut:
+            break
+    return replace(state, diff=diff[:MOST_DIFF] or None, is_cut=is_cut)
+
+
+def _diffs(folder: Path, commit: str, prefix: str, end: float) -> Iterator[bytes | None]:
+    """What has changed in a repository since a commit, then in its submodules since those that this commit names.
+
+    A submodule that lacks such a commit is compared with its own. None in place of what there is no time for.
+    """
+    words = (*DIFF, f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}")
+    changed = ask(folder, *words, commit, most=MOST_DIFF + 1)
+    yield changed if changed is not None else ask(folder, *words, "HEAD", most=MOST_DIFF + 1) or b""
+    for path, inside, recorded in _submodules(folder, commit):
+        if time.monotonic() > end:
+            yield None
+            return
+        yield from _diffs(path, recorded, f"{prefix}{inside}/", end)
+
+
+def _submodules(folder: Path, commit: str) -> list[tuple[Path, str, str]]:
+    """The submodules of a repository that are fetched: where, their path in it, and what a commit of it names."""
+    top = Path(os.fsdecode((ask(folder, "rev-parse", "--show-toplevel") or b"").rstrip(b"\n")) or folder)
+    if not (top / ".gitmodules").is_file():
+        return []
+    recorded = dict(_links(ask(top, "ls-tree", "-r", "-z", commit)))
+    staged = dict(_links(ask(top, "ls-files", "--stage", "-z")))
+    there = [name for name in staged if (top / name / ".git").exists()]
+    return [(top / name, name, recorded.get(name, "HEAD")) for name in there]
+
+
+def _links(listed: bytes | None) -> Iterator[tuple[str, str]]:
+    """The submodules in a listing of ``MODE … COMMIT …<tab>PATH``, by their paths."""
+    for entry in _names(listed) or []:
+        facts, _, name = entry.partition("\t")
+        words = facts.split()
+        if words[0] == SUBMODULE:  # a tree names its kind before the commit, an index the stage behind
+            yield name, next(word for word in words[1:] if len(word) >= 40)
 
 
 def ask(folder: Path, *words: str, most: int = MOST_NAMES) -> bytes | None:

@@ -9,17 +9,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from slurm.lib.config import Check, LoadedConfig, load_config
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
+from slurm.lib.coordination import AGENT, STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
 from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
 from slurm.lib.interpreter import MARK_NAME, changes, mark
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.logs import flush_or_give_up, log, setup_job_logging
-from slurm.lib.plan import SECRETS_FILE
+from slurm.lib.plan import AGENT_COPY, SECRETS_FILE
 from slurm.lib.run_record import await_secrets, join, read_jobs, read_secrets
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.secrets import is_secret_name
@@ -50,8 +50,18 @@ class JobContext:
         return {name: value for name, value in self.environment.items() if not is_secret_name(name)}
 
     @property
+    def was_launched(self) -> bool:
+        """Whether launch.py brought this job, and all that it makes; not so for one given to sbatch directly."""
+        return was_launched(self.environment)
+
+    @property
     def is_local(self) -> bool:
         return isinstance(self.scheduler, LocalJobs)
+
+
+def was_launched(environment: Mapping[str, str]) -> bool:
+    """Whether launch.py made this environment: it alone says where the run's copy of the code is."""
+    return bool(environment.get("SKYRL_CODE_DIR"))
 
 
 def own_job_id(environment: Mapping[str, str]) -> str:
@@ -84,7 +94,7 @@ def context(
 ) -> JobContext:
     """The context of the job that this process is the body of."""
     job_id = own_job_id(environment)
-    launched = bool(environment.get("SKYRL_CODE_DIR"))
+    launched = was_launched(environment)
     named = coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or None
     secrets = _secrets(CoordinationDir(Path(named)), job_id, environment, notes) if named else {}
     loaded = load_job_config(config, overrides, {**secrets, **environment})
@@ -93,6 +103,7 @@ def context(
     for warning in loaded.warnings:
         log.debug("%s", warning)
     directory = _existing(named) if named else _made(loaded.settings, job_id)
+    directory = replace(directory, agent_name=environment.get(AGENT_COPY, AGENT).replace("%j", job_id))
     scheduler = _scheduler(environment)
     # A launch recorded its jobs; one that joins does so late, and may have been killed.
     join(directory, kind, job_id, launched)

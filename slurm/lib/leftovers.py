@@ -15,6 +15,7 @@ import contextlib
 import enum
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from slurm.lib.coordination import (
 from slurm.lib.launch_mark import Launcher, host_of, launcher_of, own_launcher, state_of
 from slurm.lib.logs import log
 from slurm.lib.mounts import mount_in
-from slurm.lib.run_record import secrets_of
+from slurm.lib.run_record import agent_copy_of, secrets_of
 from slurm.lib.runs import is_own, run_folders, stamp_of
 from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 
@@ -303,6 +304,7 @@ def _remove_files(marker: Marker) -> None:
     for job_id in () if marker.made else marker.jobs:
         with contextlib.suppress(OSError):
             secrets_of(CoordinationDir(folder), job_id).unlink()
+        shutil.rmtree(agent_copy_of(CoordinationDir(folder), job_id), ignore_errors=True)
     _unlink(marker)
 
 

@@ -19,6 +19,7 @@ from typing import IO
 from slurm.lib.coordination import CoordinationDir, make_run_dir, write_atomically
 from slurm.lib.errors import EXIT_INTERNAL
 from slurm.lib.job_context import LOCAL_JOBS_NAME
+from slurm.lib.leftovers import discard
 from slurm.lib.logs import KIND_COLOURS, give_up, log, wants_colour
 from slurm.lib.plan import JobPlan, LaunchPlan, local_argv
 from slurm.lib.processes import Child, ChildSpec, start_ticks
@@ -77,8 +78,12 @@ def run(plan: LaunchPlan, notes: SignalNotes, checkout: Path) -> int:
     """Run both jobs to their end; the exit code is the trainer's (the runtime's in a launch of it alone)."""
     ids = plan.local_ids(os.getpid())
     directory = make_run_dir(Path(plan.jobs[0].with_local_ids(ids).directory))
-    furnish(directory, plan, ids, checkout)
-    write_record(directory, plan, ids, provenance(checkout, plan.settings))
+    try:
+        furnish(directory, plan, ids, checkout, [])
+        write_record(directory, plan, ids, provenance(checkout, plan.settings))
+    except BaseException:
+        discard(directory.path)
+        raise
     sys.stdout.write(f"coordination directory: {directory.path}\n")
     sys.stdout.flush()
     jobs: list[LocalJob] = []

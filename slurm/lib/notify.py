@@ -35,6 +35,7 @@ from slurm.lib.logs import log
 from slurm.lib.notice import Ending, Notice, elapsed_s
 from slurm.lib.processes import run
 from slurm.lib.restarts import Ended
+from slurm.lib.scheduler import Slurm
 from slurm.lib.secrets import mask_values, secret_values
 from slurm.lib.signals import SignalNotes
 from slurm.lib.trainer_words import steps_said
@@ -44,6 +45,7 @@ MOST_S = 5.0  # from the beginning of all messages to the end of the wait for th
 POST_S = 4.0  # for one of them
 LEAST_S = 1.0  # for a job whose time is up: most receivers answer in a fraction of it
 TAIL = 1 << 18  # bytes of the trainer's log in which its last step is looked for
+ASK_S = 5.0  # of a job that begins
 MAIL_PROGRAMS = ("sendmail", "mail", "mailx")
 MAIL_FOLDERS = "/usr/sbin:/usr/lib:/usr/bin:/bin"  # where sendmail is, which is on few people's PATH
 
@@ -125,6 +127,19 @@ def _begin_all(job: JobContext, ending: Ending, sending: Sending) -> None:
         sending.begin(f"the webhook at {host_of(url)}", partial(post, url, notice.body(), job.environment, POST_S))
     if mails:
         sending.begin(", ".join(mails), lambda: send_mail(notice.mail(), notice.title, mails, job.environment))
+
+
+def warn_of_mail(job: JobContext) -> None:
+    """Say of a job that was given to sbatch directly that nobody asked Slurm for the mails in NOTIFY."""
+    addresses = ",".join(job.settings.mail_addresses)
+    if not addresses or job.was_launched or not isinstance(job.scheduler, Slurm):
+        return
+    if job.scheduler.mails(job.job_id, ASK_S) is False:
+        log.warning(
+            "NOTIFY: no mail goes to %s, since Slurm sends it, and launch.py did not submit this job; "
+            "give sbatch --mail-type=END,FAIL --mail-user=%s (webhooks are told all the same)",
+            *(addresses, addresses),
+        )
 
 
 def _is_claimed(job: JobContext, ending: Ending) -> bool:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.lib.config import LoadedConfig
-from slurm.lib.coordination import STAMP_FORMAT, CoordinationDir
+from slurm.lib.coordination import AGENT, JOINED_AGENT, STAMP_FORMAT, CoordinationDir
 from slurm.lib.gpu_environment import planned
 from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_environment import without_slurm
@@ -31,8 +31,11 @@ ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that
 # The file in the run's directory that a job's secrets are in; absent where it has none, so that a job that sees no such
 # file knows whether it is still to come. (A name that ends in FILE is not taken for a secret's.)
 SECRETS_FILE = "SKYRL_SECRETS_FILE"
+AGENT_COPY = "SKYRL_AGENT_COPY"  # the folder in the run's directory with SNAPSHOT's copy, for a training that joins
 # Not for the jobs that a job of ours, or a process of a local run, submits.
-OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, "SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"})
+OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, AGENT_COPY}) | frozenset(
+    {"SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"}
+)
 LOCAL_PID = "<pid>"
 DEPENDENCY, BEGIN = ("dependency", "d"), ("begin", "b")  # options of sbatch, in long and short
 SIGNAL_EARLY_S, SLOWEST_START_S = 60.0, 60.0  # of a signal of Slurm's before its time; of a job body on a busy node
@@ -84,6 +87,11 @@ class Request:
     def goes_on(self) -> bool:
         """Whether the jobs find in ``attach_dir`` all that a launch would make."""
         return self.restart is not None or self.requeue is not None
+
+    @property
+    def agent_name(self) -> str:
+        """The folder of SNAPSHOT's copy: a training that joins leaves alone the one that others may be using."""
+        return JOINED_AGENT if self.attach_dir and not self.goes_on else AGENT
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,11 @@ class LaunchPlan:
     @property
     def jobs(self) -> tuple[JobPlan, ...]:
         return tuple(job for job in (self.runtime, self.training) if job)
+
+    @property
+    def planned_directory(self) -> CoordinationDir:
+        """The run's directory as far as it is known."""
+        return CoordinationDir(Path(self.directory), self.request.agent_name.replace(OWN_ID, TRAINING_ID))
 
     @property
     def submissions(self) -> tuple[JobPlan, ...]:
@@ -458,6 +471,8 @@ class _Builder:
         options += _logs("training", self.base, directory)
         partner = RUNTIME_ID if paired else self.request.attach_id
         environment = self.environment(directory) | ({"SKYRL_RUNTIME_JOB_ID": partner} if partner else {})
+        if self.settings.snapshot and self.request.agent_name != AGENT:
+            environment[AGENT_COPY] = self.request.agent_name
         argv = (*self.sbatch, *first, *options, str(script))
         return JobPlan("training", argv, script, f"{self.base}/{directory}", environment)
 
@@ -527,7 +542,7 @@ def _ray_lines(plan: LaunchPlan) -> list[str]:
     """The job step that brings Ray up on each node; what it is told besides is known only in the job."""
     if not plan.training or not wanted(plan.settings):
         return []
-    cwd = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)), plan.verl).cwd
+    cwd = trainer_of(plan.settings, plan.planned_directory, plan.verl).cwd
     python = plan.training.environment["SKYRL_PYTHON"]
     starts = shlex.join((*ray_python(plan.settings), *RAY))
     return [
@@ -541,7 +556,7 @@ def _ray_lines(plan: LaunchPlan) -> list[str]:
 def _trainer_lines(plan: LaunchPlan) -> list[str]:
     if not plan.training:
         return []
-    trainer = trainer_of(plan.settings, CoordinationDir(Path(plan.directory)), plan.verl)
+    trainer = trainer_of(plan.settings, plan.planned_directory, plan.verl)
     return [f"# the trainer, in {trainer.cwd}", _readable(trainer.argv), ""]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurm.lib.coordination import (
+    JOINED_AGENT,
     LATE_S,
     CoordinationDir,
     host_name,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, fe
     from slurm.lib.settings import Settings
 
 SCHEMA = 1
+KeptDiff = Mapping[str, object]  # what the record says of a tree's diff: the file's name, what was left out of it
 CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.toml")
 
 
@@ -48,9 +50,9 @@ def provenance(checkout: Path, settings: Settings) -> Provenance:
 
 
 def record(
-    plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance, python: str, diffs: Mapping[str, str]
+    plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance, python: str, diffs: Mapping[str, KeptDiff]
 ) -> dict[str, object]:
-    """The contents of ``run.json``; ``diffs`` names the files of what had changed, by tree."""
+    """The contents of ``run.json``; ``diffs`` says by tree where what had changed stands."""
     import getpass
 
     from slurm.lib.secrets import is_secret_name, masked
@@ -61,8 +63,8 @@ def record(
         "created": utc_now(),
         "user": getpass.getuser(),
         "host": host_name(),
-        "git": git.suite.as_record(diffs.get("suite")),
-        "agent_git": git.agent.as_record(diffs.get("agent")) if git.agent else None,
+        "git": {**git.suite.as_record(), **diffs.get("suite", {})},
+        "agent_git": {**git.agent.as_record(), **diffs.get("agent", {})} if git.agent else None,
         "interpreter": python,
         "config_files": [str(path) for path in plan.config.files],
         "settings": {name: value for name, value in settings.items() if not is_secret_name(name)},
@@ -77,7 +79,7 @@ _OTHER = {"runtime": "training", "training": "runtime"}
 
 
 def record_text(
-    plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance, python: str, diffs: Mapping[str, str]
+    plan: LaunchPlan, jobs: Mapping[str, str], git: Provenance, python: str, diffs: Mapping[str, KeptDiff]
 ) -> str:
     """``run.json`` as text, with every secret value masked wherever it stands."""
     from slurm.lib.secrets import mask_values
@@ -86,19 +88,26 @@ def record_text(
     return mask_values(text, plan.secret_values) + "\n"
 
 
-def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], checkout: Path) -> list[Path]:
-    """Fill the run's directory, all but its record: code, .conf copies, task file, secrets.
+def furnish(
+    directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str], checkout: Path, added: list[Path]
+) -> None:
+    """Fill the run's directory, all but its record: code, .conf copies, task file; secrets last.
 
-    Returns what a joining run added.
+    What is made goes into ``added`` at once: on a failure that has to be taken back from a run that was joined.
     """
     from slurm.lib.plan import OWN_ID, secrets_file
     from slurm.lib.snapshot import take_snapshot
     from slurm.lib.task_yaml import write_matching
     from slurm.lib.trainer import agent_folder, task_example
 
-    copy_code(checkout, directory.code)
-    added = copy_confs(directory, plan)
+    if copy_code(checkout, directory.code):
+        added.append(directory.code)
     goes_on = plan.request.goes_on  # its jobs find the rest where those before them did
+    if plan.settings.snapshot and plan.training and not goes_on:
+        copy = agent_copy(directory, plan, jobs["training"])
+        take_snapshot(agent_folder(plan.settings), copy)
+        added.append(copy)
+    copy_confs(directory, plan, added)
     example = task_example(plan.settings) if plan.training and not goes_on else None
     if example:
         added += [directory.task_yaml] if not directory.task_yaml.exists() else []
@@ -107,10 +116,18 @@ def furnish(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str, str
         path = directory.path / secrets_file(plan.request).replace(OWN_ID, next(iter(jobs.values())))
         added.append(path)
         write_atomically(path, json.dumps(dict(plan.secrets)), 0o600)
-    if plan.settings.snapshot and plan.training and not goes_on:
-        take_snapshot(agent_folder(plan.settings), directory.agent)
-        added.append(directory.agent)
-    return added
+
+
+def agent_copy(directory: CoordinationDir, plan: LaunchPlan, training: str) -> Path:
+    """The folder of the copy that SNAPSHOT=1 takes for the training job ``training``."""
+    from slurm.lib.plan import OWN_ID
+
+    return directory.path / plan.request.agent_name.replace(OWN_ID, training)
+
+
+def agent_copy_of(directory: CoordinationDir, job_id: str) -> Path:
+    """The copy of skyrl-agent of a training that joined the run in a directory."""
+    return directory.path / JOINED_AGENT.replace("%j", job_id)
 
 
 def ensure_task_yaml(settings: Settings, directory: CoordinationDir) -> None:
@@ -132,18 +149,21 @@ def write_record(directory: CoordinationDir, plan: LaunchPlan, jobs: Mapping[str
     return path
 
 
-def _write_diffs(record: Path, plan: LaunchPlan, git: Provenance) -> dict[str, str]:
-    """Write what had changed in each tree beside the record, secrets masked; returns the files' names by tree."""
-    from slurm.lib.secrets import mask_values
+def _write_diffs(record: Path, plan: LaunchPlan, git: Provenance) -> dict[str, KeptDiff]:
+    """Write what had changed in each tree beside the record, without secrets; returns what is to be said of it."""
+    from slurm.lib.diff_text import open_diff
 
-    written = {}
+    kept: dict[str, KeptDiff] = {}
     for tree, state in (("suite", git.suite), ("agent", git.agent)):
         if state and state.diff:
             path = record.with_name(f"{record.stem}_{tree}.diff")
             cut = f"\n# cut after {len(state.diff)} bytes: there was more\n" if state.is_cut else ""
-            write_atomically(path, mask_values(state.diff.decode("utf-8", "replace"), plan.secret_values) + cut, 0o600)
-            written[tree] = path.name
-    return written
+            text, left_out = open_diff(state.diff.decode("utf-8", "replace"), plan.secret_values)
+            if text or cut:
+                write_atomically(path, text + cut, 0o600)
+            named = {"diff": path.name if text or cut else None}
+            kept[tree] = {**named, "left_out": left_out} if left_out else named
+    return kept
 
 
 def secrets_of(directory: CoordinationDir, job_id: str) -> Path:
@@ -151,14 +171,22 @@ def secrets_of(directory: CoordinationDir, job_id: str) -> Path:
     return directory.path / f"secrets_{job_id}.json"
 
 
-def copy_code(checkout: Path, target: Path) -> None:
-    """Copy the suite's own code, so that an upgrade of the checkout does not change queued jobs."""
+def copy_code(checkout: Path, target: Path) -> bool:
+    """Copy the suite's own code, so that an upgrade of the checkout does not change queued jobs; False if it is there.
+
+    A copy that fails leaves nothing, which the next launch would take for the whole.
+    """
     if target.exists():
-        return
+        return False
     # A user's own .conf beside ours may hold a key; redacted copies of those in use lie in the run's directory.
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*.conf")
     try:
         target.mkdir(mode=0o700)
+    except FileExistsError:  # another launch was faster
+        return False
+    except OSError as problem:
+        raise EnvironmentProblem(f"cannot make {target}: {problem.strerror}") from None
+    try:
         for name in CODE_PARTS:
             source = checkout / name
             if source.is_dir():
@@ -166,14 +194,15 @@ def copy_code(checkout: Path, target: Path) -> None:
             elif source.is_file():
                 shutil.copy2(source, target / name)
     except (OSError, shutil.Error) as problem:
+        shutil.rmtree(target, ignore_errors=True)
         raise EnvironmentProblem(f"cannot copy the code into {target}: {problem}") from None
+    return True
 
 
-def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> list[Path]:
-    """Copies of the .conf files beside the record, secrets left out; equal names get a number. Returns the copies."""
+def copy_confs(directory: CoordinationDir, plan: LaunchPlan, added: list[Path]) -> None:
+    """Copies of the .conf files beside the record, secrets left out; equal names get a number. Adds the copies."""
     from slurm.lib.secrets import redact_conf
 
-    copies = []
     for path in plan.config.files:
         target = directory.path / path.name
         number = 1
@@ -182,8 +211,7 @@ def copy_confs(directory: CoordinationDir, plan: LaunchPlan) -> list[Path]:
             target = directory.path / f"{path.stem}.{number}{path.suffix}"
         text = path.read_text(encoding="utf-8", errors="replace")
         write_atomically(target, redact_conf(text, plan.secret_values))
-        copies.append(target)
-    return copies
+        added.append(target)
 
 
 def read_secrets(directory: CoordinationDir, job_id: str) -> dict[str, str]:

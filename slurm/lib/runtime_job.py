@@ -25,7 +25,7 @@ from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.lookout import answered
 from slurm.lib.notice import Ending
-from slurm.lib.notify import Sending, ended_by, patience_s, tell
+from slurm.lib.notify import Sending, ended_by, patience_s, tell, warn_of_mail
 from slurm.lib.podman_service import podman_service
 from slurm.lib.podman_storage import podman_storage, readable_stores
 from slurm.lib.preflight.node import ready_runtime_node
@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
 def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    warn_of_mail(job)
     refusal = refused(job, "runtime", notes)
     return RuntimeJob(job, notes).run() if refusal is None else refusal
 

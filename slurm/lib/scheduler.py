@@ -387,6 +387,11 @@ def parse_name(shown: str) -> str | None:
     return match.group(1).strip() if match else None
 
 
+def parse_mails(shown: str) -> bool:
+    """Whether Slurm was asked for mails about the job that this output is about."""
+    return re.search(r"^\s*MailUser=.*\bMailType=(?!NONE|\s)", shown, re.MULTILINE) is not None
+
+
 def parse_components(text: str) -> list[str]:
     """The ids of a heterogeneous job's components, in order, from ``squeue -h -o '%i|%A'``: a line ``1+0|1`` each."""
     found = re.findall(r"^\s*\d+\+(\d+)\|(\d+)\s*$", text, re.MULTILINE)
@@ -672,6 +677,11 @@ class Slurm:
     def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
         """The name of a job that Slurm knows."""
         return parse_name(self.shown(job_id, timeout_s) or "")
+
+    def mails(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> bool | None:
+        """Whether Slurm sends mails about a job; None where it does not know the job, or is silent."""
+        shown = self.shown(job_id, timeout_s)
+        return parse_mails(shown) if shown else None
 
     def would_take(self, argv: Sequence[str]) -> Completed:
         """What Slurm says to ``sbatch --test-only``: nothing is queued."""

@@ -51,6 +51,11 @@ def secret_values(mapping: Mapping[str, str]) -> frozenset[str]:
     return frozenset([*by_name, *in_urls])
 
 
+def without_url_passwords(text: str) -> str:
+    """``text`` with the passwords in its URLs masked."""
+    return _URL_PASSWORD.sub(lambda found: found[0].removesuffix(f"{found[1]}@") + f"{MASK}@", text)
+
+
 def _secrets_in(name: str, value: str) -> list[str]:
     """What is secret in the value of a secret name: all of it, but for the mail addresses in NOTIFY."""
     return [word for word in re.split(r"[\s,]+", value) if "://" in word] if name == _RECIPIENTS else [value]

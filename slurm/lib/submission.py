@@ -128,8 +128,7 @@ def submit(
         directory = _directory(plan, jobs, undo)
         if is_marked:
             undo.marker = write_marker(directory, undo.job_ids, made=not joining)
-        added = furnish(directory, plan, jobs, checkout)
-        undo.added += added if joining else []
+        furnish(directory, plan, jobs, checkout, undo.added if joining else [])
         _publish_foreign_runtime(directory, plan)
         late = joining and is_marked
         if not late:

@@ -52,7 +52,7 @@ from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout, answered
 from slurm.lib.node_environment import TrainerEnvironment, for_trainer, job_folder
 from slurm.lib.notice import Ending
-from slurm.lib.notify import Sending, patience_s, tell
+from slurm.lib.notify import Sending, patience_s, tell, warn_of_mail
 from slurm.lib.partner import PartnerWatch
 from slurm.lib.preflight.node import check_training_node
 from slurm.lib.processes import Child, ChildSpec, adopt_orphans, kill_descendants, write_through
@@ -121,6 +121,7 @@ def main(argv: Sequence[str]) -> int:
 def run(job: JobContext, notes: SignalNotes) -> int:
     """Train, and leave the completion flag behind on every path."""
     log.info("training job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
+    warn_of_mail(job)
     refusal = refused(job, "training", notes)
     if refusal is not None:
         return refusal
@@ -225,8 +226,7 @@ class TrainingSession:
     def train(self) -> Outcome:
         """The steps of the job."""
         self.refuse_ended()
-        copy = self.job.directory.agent if self.job.settings.snapshot else None
-        check_training_node(self.job.settings, self.job.environment, copy)
+        check_training_node(self.job.settings, self.job.environment, snapshot_of(self.job))
         endpoint = self.find_endpoint()
         self.runtime_job_id = endpoint.runtime_job_id
         self.verify(endpoint)
@@ -611,6 +611,25 @@ class TrainingSession:
         flag = self.failed.read()
         said = flag.ended == Ended.CANCELLED if flag else self.step.ended() is None and "CANCELLED" in why
         return Ended.CANCELLED if said or self.by_hand.read() else Ended.INTERRUPTED
+
+
+def snapshot_of(job: JobContext) -> Path | None:
+    """The run's copy of skyrl-agent; None where it uses the original."""
+    copy = job.directory.agent
+    if not job.settings.snapshot:
+        return None
+    if not job.was_launched:
+        raise UsageError(
+            "SNAPSHOT=1: launch.py takes the copy, and this job was given to sbatch directly; use launch.py "
+            "(to join a runtime: SKYRL_COORD_DIR=DIR launch.py --skip-runtime), or leave SNAPSHOT unset and train with "
+            "the original"
+        )
+    if not is_listed(copy):
+        raise EnvironmentProblem(
+            f"SNAPSHOT=1: the run's copy of skyrl-agent, {copy}, is not to be seen on {socket.gethostname()}: it was "
+            "removed, or its storage is not well; launch again"
+        )
+    return copy
 
 
 def ended(code: int) -> str:

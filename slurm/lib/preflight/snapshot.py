@@ -24,24 +24,29 @@ _BESIDE = re.compile(r'\{ (?:editable|directory|virtual) = "(\.\./[^"]*)" \}')
 
 @dataclass(frozen=True)
 class Tree:
-    """skyrl-agent as git sees it: the files that are copied (None: git knows none), their size, and what is not."""
+    """skyrl-agent as git sees it: the files that are copied (None: git knows none), their size, and what is not.
+
+    ``dot_envs`` are tracked, and left out all the same.
+    """
 
     folder: Path
     copied: Sequence[str] | None
     bytes: int = 0
     untracked: Sequence[str] = ()
+    dot_envs: Sequence[str] = ()
     beside: Sequence[str] = ()
 
 
 def look_at_tree(folder: Path) -> Tree:
     """Ask git about skyrl-agent, and measure what is copied."""
-    copied = copied_files(folder) if folder.is_dir() else None
-    if copied is None:
+    files = copied_files(folder) if folder.is_dir() else None
+    if files is None:
         return Tree(folder, None)
+    copied, dot_envs = files
     total = sum(_size(folder / name) for name in copied)
     lock = folder / "uv.lock"
     locked = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
-    return Tree(folder, copied, total, untracked_files(folder), sorted(set(_BESIDE.findall(locked))))
+    return Tree(folder, copied, total, untracked_files(folder), dot_envs, sorted(set(_BESIDE.findall(locked))))
 
 
 def _size(path: Path) -> int:
@@ -61,7 +66,7 @@ def snapshot_findings(settings: Settings, tree: Tree) -> list[Finding]:
     if tree.bytes > MOST:
         sentence = f"SNAPSHOT=1 would copy {size(tree.bytes)} of {tree.folder}, more than {size(MOST)}"
         return [*found, error("snapshot", sentence, "take large files out of git (git rm --cached), or SNAPSHOT=0")]
-    return [*found, *_left_out(tree), _amount(tree)]
+    return [*found, *_left_out(settings, tree), _amount(tree)]
 
 
 def _needs(settings: Settings, tree: Tree) -> list[tuple[str, str]]:
@@ -79,17 +84,26 @@ def _untracked_need(tree: Tree, name: str, why: str) -> Finding:
     return error("snapshot", sentence, f"git -C {tree.folder} add {name}")
 
 
-def _left_out(tree: Tree) -> list[Finding]:
+def _left_out(settings: Settings, tree: Tree) -> list[Finding]:
     found = []
+    own = set() if settings.training_command else {".env"}  # which the trainer gets all the same, from the original
+    if missed := [name for name in tree.dot_envs if name not in own]:
+        sentence = f"SNAPSHOT=1 leaves out {_named(missed)} of {tree.folder}, which may hold keys"
+        place = "this shell" if settings.training_command else f"{tree.folder / '.env'}"
+        fix = f"put what the run needs of it into {place}, or into a file of another name"
+        found.append(warning("snapshot", sentence, fix))
     if tree.untracked:
-        more = ", …" if len(tree.untracked) > SHOWN else ""
-        names = ", ".join(map(_printable, tree.untracked[:SHOWN])) + more
+        names = _named(tree.untracked)
         sentence = f"SNAPSHOT=1 leaves out {number_of(len(tree.untracked), 'untracked file')} of {tree.folder}: {names}"
         found.append(warning("snapshot", sentence, "git add what the run needs; list the rest in .gitignore"))
     if tree.beside:
         sentence = f"outside of the copy of SNAPSHOT=1 are the packages {', '.join(tree.beside)} beside {tree.folder}"
         found.append(warning("snapshot", sentence, "the jobs use them as they are then: leave them as they are"))
     return found
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(map(_printable, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
 
 
 def _printable(name: str) -> str:
