@@ -46,7 +46,7 @@ trap 'code=$?; printf "%s: exit code %s of: %s\\n" "$HERE" "$code" "$BASH_COMMAN
 newest() { ls -d ~/.skyrl_jobs/[0-9]*_* | sort -V | tail -n "${1:-1}" | head -n 1; }
 newest_id() { local run; run="$(newest "$@")"; printf '%s' "${run##*_}"; }
 run_of() { ls -d ~/.skyrl_jobs/[0-9]*_"$1"; }
-soon() { local end=$((SECONDS + 60)); until "$@" 2>/dev/null; do ((SECONDS < end)) || "$@" || return; sleep 0.2; done; }
+soon() { local end=$((SECONDS + 180)); until "$@" 2>/dev/null; do ((SECONDS < end)) || "$@" || return; sleep 1; done; }
 """
 
 

@@ -17,7 +17,7 @@ SINFO = "".join(f"{name}|up|infinite|4|gpu:8\n" for name in ("test", "gpu_test",
 
 # Answers the nth call of a command with the nth entry of answers.json; by default as Slurm does when all is well.
 PROGRAM = """
-import fcntl, json, os, sys, time
+import contextlib, fcntl, json, os, sys, time
 home, name, argv, sinfo = sys.argv[1], sys.argv[2], sys.argv[4:], sys.argv[3]
 name += " --test-only" if "--test-only" in argv else " show config" if argv[:2] == ["show", "config"] else ""
 name += " --user" if any(word.startswith("--user=") for word in argv) else ""
@@ -36,10 +36,8 @@ watched = os.path.join(home, "jobs")
 found = [os.path.join(root, entry) for root, folders, files in os.walk(watched) for entry in folders + files]
 modes = {}
 for path in found:
-    try:
+    with contextlib.suppress(FileNotFoundError):  # another command removes it meanwhile
         modes[os.path.relpath(path, watched)] = os.lstat(path).st_mode & 0o777
-    except FileNotFoundError:  # somebody removes it
-        pass
 call = {"name": name, "argv": argv, "environment": dict(os.environ), "modes": modes}
 with record:
     record.seek(0, os.SEEK_END)

@@ -32,8 +32,8 @@ class Receiver:
 
 
 @contextmanager
-def receiver(host: str = "127.0.0.1") -> Iterator[Receiver]:
-    """A receiver at a free port of ``host``."""
+def receiver(host: str = "127.0.0.1", port: int = 0) -> Iterator[Receiver]:
+    """A receiver at a port of ``host``, by default a free one."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -53,7 +53,7 @@ def receiver(host: str = "127.0.0.1") -> Iterator[Receiver]:
         def log_message(self, *_said: object) -> None:
             pass
 
-    with ThreadingHTTPServer((host, 0), Handler) as server:
+    with ThreadingHTTPServer((host, port), Handler) as server:
         server.daemon_threads = True
         made = Receiver(f"http://{host}:{server.server_port}")
         threading.Thread(target=server.serve_forever, daemon=True).start()

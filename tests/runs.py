@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,18 @@ def until(what: str, condition: Callable[[], object], seconds: float, every_s: f
         assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
         time.sleep(every_s)
     return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def killed_after(process: subprocess.Popen[str], seconds: float = 120) -> Iterator[None]:
+    """The process is killed where the block takes longer: then a read of what it prints comes to its end."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 @contextlib.contextmanager

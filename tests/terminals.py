@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,27 @@ def terminal(user: OrdinaryUser, command: str, cwd: Path, environment: Mapping[s
         start_new_session=True,
     )
     os.close(inside)
+    with _closed(process, screen) as shown:
+        yield shown
+
+
+@contextlib.contextmanager
+def own_terminal(argv: list[str], environment: Mapping[str, str]) -> Iterator[Terminal]:
+    """A command of ours in a terminal that is its own, so that Ctrl-C reaches it; closed at the end."""
+    screen, inside = pty.openpty()
+    setsid = shutil.which("setsid")
+    assert setsid
+    process = subprocess.Popen(
+        [setsid, "--ctty", *argv], stdin=inside, stdout=inside, stderr=inside, env=dict(environment)
+    )
+    os.close(inside)
+    with _closed(process, screen) as shown:
+        yield shown
+
+
+@contextlib.contextmanager
+def _closed(process: subprocess.Popen[bytes], screen: int) -> Iterator[Terminal]:
+    """The terminal of a command, until the end of the block."""
     with process:
         try:
             yield Terminal(process, screen)

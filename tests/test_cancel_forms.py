@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from slurm.lib.runs import FoundRun
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
 from tests.fake_slurm import FakeSlurm
+from tests.terminals import INTERRUPT, own_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 VERL = {"SKYRL_BACKEND": "slurm", "SAVE_FREQ": "5", "WANDB_EXPERIMENT": "exp"}
@@ -300,25 +299,16 @@ def test_all_without_slurms_commands_means_local_runs(slurm: FakeSlurm, local: s
     assert "20260101_000000_11" not in done.stdout
 
 
-@pytest.mark.parametrize(("typed", "code", "ends"), [(b"y\n", 0, True), (b"no\n", 0, False), (b"\x03", 130, False)])
+@pytest.mark.parametrize(("typed", "code", "ends"), [("y\n", 0, True), ("no\n", 0, False), (INTERRUPT, 130, False)])
 def test_a_person_is_asked_about_all(
-    slurm: FakeSlurm, local: subprocess.Popen[bytes], typed: bytes, code: int, ends: bool
+    slurm: FakeSlurm, local: subprocess.Popen[bytes], typed: str, code: int, ends: bool
 ) -> None:
-    pid, terminal = pty.fork()
-    if pid == 0:
-        argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "cancel", "--all"]
-        os.execve(argv[0], argv, environment(slurm))
-    seen = b""
-    while b"[y/N]" not in seen:
-        seen += os.read(terminal, 1024)
-    assert b"20260101_000000_local5.0" in seen
-    os.write(terminal, typed)
-    until = time.monotonic() + 30
-    while (status := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status[1]) == code
+    argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "cancel", "--all"]
+    with own_terminal(argv, environment(slurm)) as screen:
+        screen.awaits(r"\[y/N\]")
+        assert "20260101_000000_local5.0" in screen.text
+        screen.type(typed)
+        assert screen.process.wait(60) == code
     if ends:
         assert local.wait(5) == -signal.SIGTERM
     else:

@@ -9,7 +9,6 @@ import argparse
 import errno
 import json
 import os
-import pty
 import shlex
 import shutil
 import signal
@@ -36,6 +35,7 @@ from slurm.lib.signals import Interrupted
 from slurm.lib.verbs.clean import size_words
 from slurm.lib.verbs.spans import UNITS, seconds_in, words_of
 from tests.fake_slurm import FakeSlurm
+from tests.terminals import INTERRUPT, own_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 DAY = 86400.0
@@ -455,22 +455,15 @@ def test_nobody_is_there_to_ask(slurm: FakeSlurm) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "code", "goes"),
-    [(b"y\n", 0, True), (b"n\n", 0, False), (b"\n", 0, False), (b"\x04", 0, False), (b"\x03", 130, False)],
+    [("y\n", 0, True), ("n\n", 0, False), ("\n", 0, False), ("\x04", 0, False), (INTERRUPT, 130, False)],
 )
-def test_a_person_is_asked(slurm: FakeSlurm, typed: bytes, code: int, goes: bool) -> None:
+def test_a_person_is_asked(slurm: FakeSlurm, typed: str, code: int, goes: bool) -> None:
     folder = run_in(slurm.jobs, 11)
     environment = {"PATH": slurm.path, "HOME": str(slurm.folder), "SKYRL_JOBS_BASE": str(slurm.jobs)}
-    pid, terminal = pty.fork()
-    if pid == 0:
-        argv = [sys.executable, str(ROOT / "slurm" / "launch.py"), "clean"]
-        os.execve(argv[0], argv, environment)
-    seen = b""
-    while b"[y/N]" not in seen:
-        seen += os.read(terminal, 1024)
-    os.write(terminal, typed)
-    _, status = os.waitpid(pid, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == code
+    with own_terminal([sys.executable, str(ROOT / "slurm" / "launch.py"), "clean"], environment) as screen:
+        screen.awaits(r"\[y/N\]")
+        screen.type(typed)
+        assert screen.process.wait(60) == code
     assert folder.exists() is not goes
 
 

@@ -163,8 +163,10 @@ def server(home: Path) -> Iterator[None]:
 
 
 def test_the_sandboxes_of_a_run(home: Path, server: None) -> None:
-    assert offered("bash", home, "launch.py shell latest ") == ["task-1", "task-2"]
-    assert offered("bash", home, f"launch.py shell {RUN} task-2") == ["task-2"]
+    for line, wanted in (("latest ", ["task-1", "task-2"]), (f"{RUN} task-2", ["task-2"])):
+        # A server that a busy machine lets answer late is not waited for.
+        tries = (offered("bash", home, f"launch.py shell {line}") for _ in range(3))
+        assert any(found == wanted for found in tries), line
     assert offered("bash", home, "launch.py shell nonesuch ") == [""]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -311,9 +313,21 @@ def test_a_redirect_is_not_followed(hook: Receiver, code: int) -> None:
     assert [path for path, _ in hook.posts] == ["/a"]
 
 
-def test_a_receiver_that_starts_late_is_tried_again(hook: Receiver) -> None:
-    complaint = post("http://127.0.0.1:1/x", "{}", {}, 1.5)
-    assert complaint == "Connection refused"
+def test_a_receiver_that_is_not_there() -> None:
+    assert post("http://127.0.0.1:1/x", "{}", {}, 1.5) == "Connection refused"
+
+
+def test_a_receiver_that_starts_late_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts between the first attempt and the second."""
+    monkeypatch.setattr("slurm.lib.webhook.PAUSE_S", 2.0)  # longer than a busy machine needs to start it
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor() as pool:
+        complaint = pool.submit(post, f"http://127.0.0.1:{port}/x", '{"run": "r"}', {}, 30.0)
+        time.sleep(0.3)
+        with receiver(port=port) as late:
+            assert complaint.result(60) is None
+    assert [path for path, _ in late.posts] == ["/x"]
 
 
 def test_the_proxy_of_the_environment_is_used(hook: Receiver) -> None:

@@ -258,7 +258,7 @@ class TestTestCommand:
         first, *others = copy.calls("-m pytest")
         assert first == "-m pytest -m not slurm"
         ends = sorted(line.partition(" -m slurm ")[2] for line in others)
-        assert ends == ["and faults", "and not faults"]
+        assert ends == ["and (faults or verbs)", "and not (faults or verbs)"]
         assert done.stdout.count("== 1 failed, 2 passed in 0.10s ==") == 3, "all three are shown"
 
     def test_in_ci_shows_the_logs_of_slurm_when_it_fails_and_last_what_did(self, copy: Copy) -> None:

@@ -208,7 +208,7 @@ def test_a_launch_and_all_that_watches_it(login: Login) -> None:
         assert {runtime, training} <= set(login.does(question).split()), question
     directory = run.directory
     for kind in run.jobs:
-        tail = login.does(f"timeout 2 tail -f {directory}/{kind}_*.out || test $? = 124").splitlines()
+        tail = login.does(f"timeout 6 tail -f {directory}/{kind}_*.out || test $? = 124").splitlines()
         assert len(tail) >= 10 and set(tail[:-1]) <= set(run.log(kind).splitlines()), kind  # the last may be cut off
     assert directory.name in login.does("ls -lt ~/.skyrl_jobs/ | head")
     assert login.does(f"cat {directory}/runtime_*.err") == run.log("runtime", "err")

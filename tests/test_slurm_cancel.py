@@ -19,7 +19,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests.conftest import NothingLeft, OrdinaryUser, fresh_folder
 from tests.local_runs import Place
-from tests.runs import SMALL, Run, launch
+from tests.runs import SMALL, Run, killed_after, launch
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -93,10 +93,11 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
     """Its log up to the line with these words."""
     assert process.stderr
     lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if words in line:
-            return "".join(lines)
+    with killed_after(process):
+        for line in process.stderr:
+            lines.append(line)
+            if words in line:
+                return "".join(lines)
     raise AssertionError(f"no {words!r} in {lines}")
 
 
@@ -121,7 +122,7 @@ def test_all_that_live_and_nothing_else(desk: Desk, user: OrdinaryUser, other_us
     try:
         with Place(desk.checkout, base, user, user.environment).lent() as here:
             local = here.start(TRAIN_LONG)
-            local.wait_for("training | trainer started")
+            local.wait_for("training | trainer started", STARTED_S)
             (desk.base / local.directory.name).symlink_to(local.directory)  # its base is another one
 
             refused = desk.cancel("--all")
@@ -139,7 +140,7 @@ def test_all_that_live_and_nothing_else(desk: Desk, user: OrdinaryUser, other_us
             assert runs.keys() == {*directories, *links, direct}, runs.keys()
             jobs = [job for run in runs.values() for job in run["jobs"]]
             assert all(job["ended"] and job["done"] for job in jobs), jobs
-            assert local.wait(10) == 143
+            assert local.wait(60) == 143
         for run in (running, pending, elsewhere):
             assert run.completion["ended"] == "cancelled"
         for job_id in (own_other, named_alike):
@@ -234,12 +235,12 @@ def test_the_rl_loop_is_cancelled_after_its_checkpoint(desk: Desk, user: Ordinar
     loop = 'TRAINING_COMMAND="$SKYRL_PYTHON" -m shell_rl.train --steps 100000'
     with Place(desk.checkout, base, user, user.environment).lent() as here:
         run = here.start(loop)
-        run.wait_for("Step 1/")
+        run.wait_for("Step 1/", 120)
         begin = time.monotonic()
         done = desk.cancel("--after-checkpoint", run.directory, timeout=300)
         assert done.returncode == 0, done.stderr
         assert "  has saved after " in done.stdout
-        assert run.wait(30) == 143
+        assert run.wait(60) == 143
         step = json.loads((run.directory / "checkpoints" / "checkpoint.json").read_text())["step"]
         assert step > 0
         assert time.monotonic() - begin < 300

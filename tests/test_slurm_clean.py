@@ -16,7 +16,7 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import NothingLeft, OrdinaryUser
-from tests.runs import Run, launch, until
+from tests.runs import Run, killed_after, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -51,7 +51,9 @@ class Desk:
         with self.user.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
             try:
                 assert launcher.stdout
-                yield Path(launcher.stdout.readline().rpartition(": ")[2].strip()), launcher
+                with killed_after(launcher):
+                    line = launcher.stdout.readline()
+                yield Path(line.rpartition(": ")[2].strip()), launcher
             finally:
                 launcher.terminate()
 
@@ -94,14 +96,19 @@ def test_among_runs_that_live_and_runs_that_have_ended(
             until(f"the end of {run.directory}", lambda run=run: desk.is_settled(run), ENDED_S)  # type: ignore[misc]
 
         young = desk.clean("--yes", age="7d")
-        assert {one.get("kept_as") for one in young.values()} == {"young", "lives"}
+        lives = {str(path) for path in (pending.directory, running.directory, local)}
+        ended = {str(path) for path in (over.directory, saved.directory, withdrawn.directory, local_over)}
+        assert {directory: one.get("kept_as") for directory, one in young.items()} == {
+            **dict.fromkeys(lives, "lives"),
+            **dict.fromkeys(ended, "young"),
+        }
         dry = desk.clean("--dry-run")
         done = desk.clean("--yes")
         assert dry.keys() == done.keys()
         kept = {directory: one.get("kept_as") for directory, one in done.items()}
         assert kept == {
             **{str(path): None for path in (over.directory, withdrawn.directory, local_over)},
-            **{str(path): "lives" for path in (pending.directory, running.directory, local)},
+            **dict.fromkeys(lives, "lives"),
             str(saved.directory): "checkpoint",
         }
         there = {path for path in jobs_base.iterdir() if path.name.startswith("2")}
@@ -112,7 +119,7 @@ def test_among_runs_that_live_and_runs_that_have_ended(
 
         assert running.state("training") == "RUNNING"
         assert desk.call("cancel", running.directory, pending.directory, local).returncode == 0
-        assert launcher.wait(30) == 143
+        assert launcher.wait(60) == 143
     until("their end", lambda: all(desk.is_settled(run) for run in (running, pending)), ENDED_S)
     assert desk.call("clean", "--older-than", "0s", "--yes").returncode == 0
     assert {path for path in jobs_base.iterdir() if path.name.startswith("2")} == {saved.directory, of_another}

@@ -22,10 +22,10 @@ from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
 from tests.receiver import Receiver, receiver
 from tests.runs import Run, body_pid, launch_argv, parse_report, until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.podman]
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.verbs]
 
 MAIL = "researcher@lab.example"
-LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 300"
+LONG = "TRAINING_COMMAND=echo trainer started; exec sleep 900"
 # Saves a count when the time limit is near, and has done its work two seconds after it went on from it.
 COUNTS = """TRAINING_COMMAND=file="$CHECKPOINT_DIR/count"; trap 'echo 1 > "$file.part"; mv "$file.part" "$file"' USR1
 echo trainer started
@@ -81,6 +81,8 @@ def happen(story: Story) -> None:
     """Everything that happens to the runs."""
     story.begin("limit", COUNTS, *TWO_MINUTES)
     story.begin("no progress", NEVER_SAVES, *TWO_MINUTES)
+    for name in ("limit", "no progress"):  # before its lead is reached, on a machine that is not yet busy
+        story.runs[name].wait_for_text("training", "trainer started", 75)
     story.begin("completed", "TRAINING_COMMAND=echo step 3 of 5")
     story.begin("failed", "TRAINING_COMMAND=exit 7")
     story.begin("one heterogeneous job", "TRAINING_COMMAND=exit 5", "PAIRING=het")
@@ -94,9 +96,15 @@ def happen(story: Story) -> None:
     story.slow_hook.hangs.clear()
     for name in ("training killed", "runtime killed", "cancelled"):
         story.runs[name].wait_for_text("training", "trainer started", 90)
+    for name in ("failed", "one heterogeneous job"):
+        story.runs[name].wait_over(seconds=120)
+    # One after the other: what is cancelled has a few seconds for its message.
     story.signal("training killed", "training", signal.SIGKILL)
+    story.runs["training killed"].wait_over(seconds=120)
     story.signal("runtime killed", "runtime", signal.SIGKILL)
+    story.runs["runtime killed"].wait_over(seconds=120)
     story.scancel("cancelled", "training")
+    story.runs["cancelled"].wait_over(seconds=120)
     until("ready", lambda: story.runs["withdrawn"].text("runtime_ready.flag"), 60)
     story.scancel("withdrawn", "training")
     until("ready", lambda: story.runs["runtime alone"].text("runtime_ready.flag"), 60)

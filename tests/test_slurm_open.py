@@ -25,9 +25,9 @@ import pytest
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
 from tests.local_runs import Local, Place
-from tests.runs import STARTS_SANDBOXES, launch, until, with_sandboxes
+from tests.runs import STARTS_SANDBOXES, killed_after, launch, until, with_sandboxes
 
-pytestmark = [pytest.mark.slurm, pytest.mark.podman]
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.verbs]
 
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
 NODE = "cpu-b"  # stands for another login node
@@ -179,10 +179,11 @@ def told(process: subprocess.Popen[str]) -> str:
     """What it tells, up to the line about the key."""
     assert process.stdout and process.stderr
     lines: list[str] = []
-    while not lines or "password" not in lines[-1]:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        lines.append(line)
+    with killed_after(process):
+        while not lines or "password" not in lines[-1]:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            lines.append(line)
     return "".join(lines)
 
 

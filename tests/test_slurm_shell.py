@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
 from tests.runs import WITH_SANDBOXES, Run, launch, until, with_sandboxes
 
-pytestmark = [pytest.mark.slurm, pytest.mark.podman]
+pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.verbs]
 
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
 STEP_S = 60.0  # for a step to begin, on a busy machine

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slurm.lib.observe.sandbox_statistics import Seconds, Starts, read_statistics
@@ -119,6 +119,7 @@ OURS = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=9).map(lambda one
 
 
 @given(st.lists(OURS | st.text(max_size=99), max_size=5).map("\n".join))
+@settings(deadline=None)
 def test_whatever_stands_there_is_no_error(text: str) -> None:
     usage = efficiency(read_usage(text))
     assert usage.cpu_share is None or 0 <= usage.cpu_share <= 1

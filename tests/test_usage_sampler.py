@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slurm.lib.coordination import CoordinationDir
@@ -195,6 +195,7 @@ LOOKS = st.lists(
 
 
 @given(LOOKS)
+@settings(deadline=None)
 def test_the_total_never_shrinks_and_is_no_less_than_what_lives(looks: list[list[Process]]) -> None:
     ledger = Ledger()
     for living in looks:
@@ -204,6 +205,7 @@ def test_the_total_never_shrinks_and_is_no_less_than_what_lives(looks: list[list
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_a_stat_that_is_none(text: str) -> None:
     assert parse_stat(1, text) is None or ")" in text
 
@@ -385,20 +387,26 @@ def test_short_jobs_have_a_first_and_a_last_sample(job: JobContext) -> None:
     assert found.cpu_share * 6 * found.span_s >= 0.25
 
 
+def samplers() -> set[threading.Thread]:
+    """The threads that note what a job uses."""
+    return {thread for thread in threading.enumerate() if thread.name == "what this job uses is not noted"}
+
+
 def test_a_job_that_a_signal_ends_has_no_last_sample(job: JobContext) -> None:
     path, notes = job.directory.usage("training", "7"), SignalNotes()
-    before = threading.active_count()
+    before = samplers()
     with sampled(job, "training", notes):
         until(lambda: path.exists() and path.read_text().endswith("\n"))
+        assert samplers() - before
         notes.stop_signal = signal.SIGTERM
-    until(lambda: threading.active_count() == before)
+    until(lambda: not samplers() - before)
     assert len(path.read_text().splitlines()) == 1
 
 
 def test_no_samples_where_none_are_wanted(job: JobContext) -> None:
-    before = threading.active_count()
+    before = samplers()
     with sampled(replace(job, settings=Settings(usage_samples=False)), "training", SignalNotes()) as usage:
-        assert threading.active_count() == before
+        assert not samplers() - before
         usage.close()
     assert not job.directory.usage("training", "7").exists()
 
