@@ -209,8 +209,8 @@ def test_a_snapshot_is_no_checkpoint_but_what_a_trainer_saves_in_it_is(tmp_path:
         (folder / "agent" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "agent" / name).write_text("x")
     assert by_files(remains_of(folder)).stay is Stay.CHECKPOINT, "without SNAPSHOT=1"
-    assert by_files(remains_of(folder, Known(snapshot_at=time.time() + 1))) == GOES
-    early = Known(snapshot_at=time.time() - 1)
+    assert by_files(remains_of(folder, Known(copies={"agent": time.time() + 1}))) == GOES
+    early = Known(copies={"agent": time.time() - 1})
     assert by_files(remains_of(folder, early)).stay is Stay.CHECKPOINT
     shutil.rmtree(folder / "agent" / "checkpoints")
     (folder / "agent" / "tests" / "tiny.pt").unlink()
@@ -396,8 +396,17 @@ def test_copies_of_conf_files_and_of_skyrl_agent_go_as_the_record_names_them(slu
     launched = datetime.fromtimestamp(time.time() + 60, timezone.utc).isoformat(timespec="seconds")
     gone = furnished(11, created=launched, config_files=["/home/me/mine.conf"])
     other = furnished(21, created=launched, config_files=["/home/me/dev.conf"])
+    joined = furnished(41, created=launched, config_files=["/home/me/mine.conf"])
+    (joined / "agent").rename(joined / "agent_46")
+    own = json.loads((joined / "run.json").read_text())
+    training = {**own["jobs"]["training"], "id": "46"}
+    (joined / "run_46.json").write_text(json.dumps({**own, "jobs": {"training": training}}))
+    aged(joined, 8)
     late = furnished(31, created="2026-01-01T00:00:00+00:00", config_files=["/home/me/mine.conf"])
-    assert told(clean(slurm, "--yes", "--json")) == ({gone.name}, {other.name: "files", late.name: "checkpoint"})
+    assert told(clean(slurm, "--yes", "--json")) == (
+        {gone.name, joined.name},
+        {other.name: "files", late.name: "checkpoint"},
+    )
 
 
 def test_a_job_that_was_queued_again_lives(slurm: FakeSlurm) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import math
 import os
 import re
 import time
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, is_run_dir
+from slurm.lib.coordination import AGENT, JOINED_AGENT, CoordinationDir, is_run_dir
 from slurm.lib.leftovers import discard, rests
 from slurm.lib.observe.remains import Known, Remains, remains_of
 from slurm.lib.observe.run_view import JobView, RunView, Stage, believed
@@ -301,21 +300,22 @@ def _known(path: Path) -> Known:
     places = [one.place for one in saving if isinstance(one, Saving)]
     inside = [str(place.relative_to(path)) for place in places if path in place.parents]
     confs = [Path(conf).name for data in records for conf in _texts(data.get("config_files"))]
-    return Known(tuple(inside), tuple(confs), _snapshot_at(records))
+    return Known(tuple(inside), tuple(confs), _copies(records))
 
 
 def _texts(data: object) -> list[str]:
     return [item for item in data if isinstance(item, str) and item] if isinstance(data, list) else []
 
 
-def _snapshot_at(records: Iterable[Mapping[str, object]]) -> float:
-    """When the first launch with SNAPSHOT=1 was recorded, after its copy was taken; minus infinity without one."""
-    taken = []
-    for data in records:
-        settings = data.get("settings")
+def _copies(records: Iterable[Mapping[str, object]]) -> dict[str, float]:
+    """The copies of launches with SNAPSHOT=1: when each was recorded, after its copy was taken."""
+    copies: dict[str, float] = {}
+    for number, data in enumerate(records):
+        settings, training = data.get("settings"), job_ids(data.get("jobs")).get("training", "")
         if isinstance(settings, dict) and settings.get("SNAPSHOT") in {"1", "true"}:
-            taken.append(_epoch(str(data.get("created"))) + SKEW_S)
-    return min(taken, default=-math.inf)
+            name = JOINED_AGENT.replace("%j", training) if number else AGENT
+            copies[name] = _epoch(str(data.get("created"))) + SKEW_S
+    return copies
 
 
 def _rests(base: Path) -> Iterator[Candidate]:

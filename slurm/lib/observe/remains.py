@@ -9,8 +9,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm.lib.checkpoints import TRACKER
@@ -19,7 +19,7 @@ from slurm.lib.mounts import mount_in
 from slurm.lib.reports import MARK
 
 BLOCK = 512  # bytes of st_blocks (stat(2)), whatever the file system's are
-CODE, AGENT, ROLLOUTS = "code", "agent", "rollouts"  # by CoordinationDir; code names its files as it likes
+CODE, ROLLOUTS = "code", "rollouts"  # by CoordinationDir; code names its files as it likes
 # A folder in which trainers keep checkpoints, and a file of one: VERL's, PyTorch's, Hugging Face's, and the RL loop's.
 _FOLDER = re.compile(r"global_step_\d+|(checkpoints?|ckpts?)([-_.]\w*)?", re.IGNORECASE)
 _FILE = re.compile(
@@ -40,12 +40,13 @@ class Known:
     """What a run's records say of the files in its directory.
 
     ``checkpoints``: the folders in there that it saves in; ``confs``: the names of the ``.conf`` files of which copies
-    lie there; ``snapshot_at``: until when files of ``agent/`` are those of SNAPSHOT=1, by the file server's clock.
+    lie there; ``copies``: the folders of SNAPSHOT=1, and until when files in each are of the copy, by the file server's
+    clock.
     """
 
     checkpoints: tuple[str, ...] = ()
     confs: tuple[str, ...] = ()
-    snapshot_at: float = -math.inf
+    copies: Mapping[str, float] = field(default_factory=dict)
 
 
 NOTHING = Known()
@@ -120,12 +121,12 @@ def _with_file(found: Remains, folder: Path, path: str, status: os.stat_result, 
 
 def _is_of_snapshot(path: str, status: os.stat_result, known: Known) -> bool:
     """Whether a file was copied by SNAPSHOT=1, and not changed since; a trainer that runs in there may save there."""
-    return path.startswith(f"{AGENT}/") and status.st_ctime <= known.snapshot_at
+    return status.st_ctime <= known.copies.get(path.partition("/")[0], -math.inf)
 
 
 def _is_byproduct(path: str, known: Known) -> bool:
     first, _, below = path.partition("/")
-    return first == AGENT and known.snapshot_at > -math.inf and bool(_BYPRODUCT.fullmatch(below))
+    return first in known.copies and bool(_BYPRODUCT.fullmatch(below))
 
 
 def _is_report(folder: Path, path: str) -> bool:
