@@ -31,6 +31,7 @@ from slurm.lib.usage_gpus import COMMAND, Gpus, parse
 from slurm.lib.usage_processes import Ledger, Process, all_processes, below, of_job, parse_stat
 from slurm.lib.usage_sampler import ROOM, SAMPLE_S, STEP, Background, SampleFile, Sampler, sampled
 
+ROOT = Path(__file__).resolve().parent.parent
 BURN = "import sys, time\nwhile time.process_time() < float(sys.argv[1]): pass"
 
 
@@ -465,3 +466,33 @@ def test_where_no_thread_can_be_had_the_job_goes_on(
     with sampled(job, "training", SignalNotes()):
         pass
     assert "what this job uses is not noted: can't start new thread" in caplog.text
+
+
+LOOKS = """
+import os, subprocess, sys
+from slurm.lib.usage_processes import Ledger, of_job
+
+def look(ledger):
+    children = [subprocess.Popen(["sleep", "600"]) for _ in range(20)]
+    ledger = ledger.after(of_job("999999999", tuple))
+    for child in children:
+        child.kill()
+        child.wait()
+    return ledger
+
+def resident_kib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+ledger = Ledger()
+for number in range(100):
+    ledger = look(ledger)
+    if number == 30:
+        before = resident_kib()
+print(resident_kib() - before)
+"""
+
+
+def test_looks_at_processes_that_come_and_go_do_not_add_up() -> None:
+    done = subprocess.run([sys.executable, "-c", LOOKS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2048  # KiB, in 70 looks
