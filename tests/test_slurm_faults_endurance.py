@@ -38,8 +38,8 @@ SERVER, SERVICE = "slurm_runtime.api_server", "podman system service"
 CRASHES = (SERVER, SERVICE)
 SERVES = "mkdir -p /w; echo ok > /w/health; exec httpd -f -p 60000 -h /w"
 GROWTH = 1.1
-# The body looks at all processes of the node every half minute, and keeps the memory that most of them took once: 3 to 4
-# MB here. That looks do not add up is tested by itself (test_usage_sampler.py); without them it grows by 0.03 MB.
+# The body looks at all processes of the node every half minute, and keeps the memory that most of them took once: 3 to
+# 4 MB here. That looks do not add up is tested by itself (test_usage_sampler.py); without them it grows by 0.03 MB.
 LOOKS_KIB = 6144
 CUT_FILES = 2  # of a start that was cut off: a volume, the name of a network (for minutes), Podman's temporary files
 
