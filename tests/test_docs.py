@@ -606,9 +606,11 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_row_of_a_table_comes_twice(path: Path) -> None:
+def test_no_heading_and_no_row_of_a_table_comes_twice(path: Path) -> None:
     """As where two additions were joined."""
     tables = re.findall(r"(?m)(?:^\|.*\n)+", prose(path))
+    headings = re.findall(r"(?m)^#+ .*$", prose(path))
+    assert [one for one, count in Counter(headings).items() if count > 1 and path != CHANGELOG] == []
     twice = [[line for line, count in Counter(table.splitlines()).items() if count > 1] for table in tables]
     assert list(filter(None, twice)) == []
 
