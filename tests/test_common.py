@@ -248,7 +248,9 @@ def aged(path: Path, *ids: str) -> Path:
     path.mkdir(parents=True)
     (path / "runtime_url.txt").touch()
     for number, job_id in enumerate(ids):
-        record = {"schema": 1, "jobs": {"training" if number else "runtime": {"id": job_id, "name": "x"}}}
+        kind = "training" if number else "runtime"
+        record = {"schema": 1, "jobs": {kind: {"id": job_id, "name": "x"}}}
+        (path / f"{kind}_{job_id}.out").touch()
         (path / (f"run_{number}.json" if number else "run.json")).write_text(json.dumps(record))
     for entry in (*path.iterdir(), path):
         os.utime(entry, (0, 0))
@@ -261,15 +263,18 @@ def test_directories_of_jobs_that_live_stay(shell: Shell, tmp_path: Path) -> Non
     known = {"1": "PENDING|Priority", "3": "RUNNING|None", "6": "COMPLETED|None"}
     lines = [f"{job_id}|{words}||test|me|N/A|0:00|1:00|x\n" for job_id, words in known.items()]
     slurm.answer("squeue", {"stdout": "".join(lines)})
-    ids = {"1": ("1",), "2": ("2", "3", "4"), "5": ("5",), "6": ("6",), "pid7": ()}
+    ids = {"1": ("1",), "2": ("2", "3", "4"), "5": ("5",), "6": ("6",), "pid7": (), "8": ("8",)}
     paths = {name: aged(shell.base / f"20200101_000000_{name}", *given) for name, given in ids.items()}
+    (paths["8"] / "runtime_8.out").unlink()  # it has not begun, on another cluster perhaps
+    os.utime(paths["8"], (0, 0))
     done = shell("cleanup-old-coordination-dirs", "0", PATH=slurm.path)
     assert done.returncode == 0, done.stderr
-    assert {name for name, path in paths.items() if path.exists()} == {"1", "2"}
+    assert {name for name, path in paths.items() if path.exists()} == {"1", "2", "8"}
     (call,) = slurm.of("squeue")
-    assert set(call.argv[call.argv.index("-j") + 1].split(",")) == set("123456"), "all by one question"
+    assert set(call.argv[call.argv.index("-j") + 1].split(",")) == set("1234568"), "all by one question"
     assert f"keeping {paths['1']}: its runtime job 1 is pending" in done.stderr
     assert f"keeping {paths['2']}: its training job 3 is running" in done.stderr
+    assert f"keeping {paths['8']}: " in done.stderr
 
 
 def test_a_silent_slurm_lets_nothing_be_removed(shell: Shell, tmp_path: Path) -> None:

@@ -468,7 +468,7 @@ def test_where_no_thread_can_be_had_the_job_goes_on(
     assert "what this job uses is not noted: can't start new thread" in caplog.text
 
 
-LOOKS = """
+LOOKING = """
 import os, subprocess, sys
 from slurm.lib.usage_processes import Ledger, of_job
 
@@ -494,5 +494,5 @@ print(resident_kib() - before)
 
 
 def test_looks_at_processes_that_come_and_go_do_not_add_up() -> None:
-    done = subprocess.run([sys.executable, "-c", LOOKS], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", LOOKING], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2048  # KiB, in 70 looks
