@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -26,7 +27,7 @@ from slurm.lib.preflight.cluster import submissions_asked
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import Provenance, partner_of, read_jobs
-from slurm.lib.runtime_step import RuntimeStep, as_a_job_alone, component_of, step_argv, step_environment
+from slurm.lib.runtime_step import SIGNAL_SOON_S, RuntimeStep, as_a_job_alone, component_of, step_argv, step_environment
 from slurm.lib.scheduler import JobFacts, JobState, Slurm, parse_components, parse_facts, parse_status
 from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
@@ -304,6 +305,9 @@ def test_the_end_of_a_step_in_words(step: Starter, tmp_path: Path) -> None:
     assert refusal.ended() == expected
     (tmp_path / "runtime_102.err").write_text("a\nb\nc\nd\n")
     assert refusal.ended() == f"{expected}; the end of {tmp_path}/runtime_102.err: b | c | d"
+    assert refusal.ended_by_itself() is None, "the signal of a job that was cancelled may still come"
+    refusal._seen_at = time.monotonic() - SIGNAL_SOON_S
+    assert refusal.ended_by_itself() == refusal.ended()
 
 
 def test_a_step_that_ends_by_the_flag_is_not_asked(step: Starter, slurm: FakeSlurm) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ GROUP = 1  # the runtime's place in the job, counted from 0
 FIRST_COMPONENT, COMPONENT_NAME = "SLURM_JOB_ID_HET_GROUP_0", f"SLURM_JOB_ID_HET_GROUP_{GROUP}"
 CPUS_NAME = f"SLURM_CPUS_PER_TASK_HET_GROUP_{GROUP}"
 SHOWN_LOG_LINES = 3
+SIGNAL_SOON_S = 1.0  # from the end of a cancelled job's step to the signal that its batch script gets
 # From the flag by which the runtime's body ends to the end of srun, beyond what the body itself takes (KillWait).
 STEP_END_S = 2.0
 # Its logs are opened on its own node: srun, which would write them, is the training's.
@@ -84,6 +86,7 @@ class RuntimeStep:
     child: Child | None = None
     directory: CoordinationDir = field(default_factory=lambda: CoordinationDir(Path()))
     said: str = ""
+    _seen_at: float | None = None
 
     @property
     def pids(self) -> set[int]:
@@ -101,6 +104,13 @@ class RuntimeStep:
             return None
         said = f" ({self.said})" if self.said else ""
         return f"the runtime job {self.job_id} has ended: exit code {code} of its step{said}{self.last_words()}"
+
+    def ended_by_itself(self) -> str | None:
+        """The same once that is sure: of a job that is cancelled the step may go before this body gets its signal."""
+        why = self.ended()
+        if why is not None and self._seen_at is None:
+            self._seen_at = time.monotonic()
+        return why if self._seen_at is not None and time.monotonic() - self._seen_at >= SIGNAL_SOON_S else None
 
     def last_words(self) -> str:
         """The end of the runtime's log."""

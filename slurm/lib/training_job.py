@@ -360,7 +360,7 @@ class TrainingSession:
 
     def runtime_ended(self) -> str | None:
         """Why the runtime has ended, in its own words, else by the end of its step; None where neither is known."""
-        seen = self.step.ended()  # first, since its flag is its last act
+        seen = self.step.ended_by_itself()  # first, since its flag is its last act
         flag = self.failed.read()
         if flag and flag.by_hand:
             return "runtime_failed.flag was set by hand"
