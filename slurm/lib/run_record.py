@@ -22,9 +22,9 @@ from slurm.lib.coordination import (
     write_atomically,
 )
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
-from slurm.lib.git import GitState, git_state
 
 if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, felt in commands that only read one
+    from slurm.lib.git import GitState
     from slurm.lib.plan import LaunchPlan
     from slurm.lib.settings import Settings
 
@@ -43,6 +43,7 @@ class Provenance:
 
 def provenance(checkout: Path, settings: Settings) -> Provenance:
     """Ask git about both trees."""
+    from slurm.lib.git import git_state
     from slurm.lib.trainer import agent_folder
 
     agent = agent_folder(settings)
@@ -324,12 +325,16 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def recorded_git(directory: CoordinationDir) -> Provenance:
     """What the run was launched from, as its record has it, for a record of jobs that go on with it."""
+    from slurm.lib.git import GitState
+
     recorded = read_record(directory.run_record)
     suite, agent = (_recorded_state(recorded.get(name)) for name in ("git", "agent_git"))
     return Provenance(suite or GitState(None, None), agent)
 
 
 def _recorded_state(said: object) -> GitState | None:
+    from slurm.lib.git import GitState
+
     return GitState(said.get("commit"), said.get("dirty"), said.get("branch")) if isinstance(said, dict) else None
 
 

@@ -202,11 +202,13 @@ def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairV
 
 def _with_starts(job: JobView, directory: CoordinationDir, err: LogEnds | Unknown) -> JobView:
     """The same with the sandboxes that did not start, as its API server has counted them."""
+    text = read_small(directory.sandbox_statistics(job.job_id))
+    if isinstance(text, Unknown):
+        return job
     from slurm.lib.observe.phase import last_failed_start
     from slurm.lib.observe.sandbox_statistics import read_statistics
 
-    text = read_small(directory.sandbox_statistics(job.job_id))
-    found = None if isinstance(text, Unknown) else read_statistics(text)
+    found = read_statistics(text)
     if found is None or not found.starts.failed:
         return job
     word = "" if isinstance(err, Unknown) else last_failed_start(err)
