@@ -19,7 +19,15 @@ from pathlib import Path
 
 from slurm.lib.checkpoints import Checkpoints
 from slurm.lib.config import LoadedConfig
-from slurm.lib.coordination import CoordinationDir, Flag, FlagReader, parse_object, read_if_there, write_atomically
+from slurm.lib.coordination import (
+    CoordinationDir,
+    Flag,
+    FlagReader,
+    parse_object,
+    read_if_there,
+    tail_if_there,
+    write_atomically,
+)
 from slurm.lib.errors import EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, WaitTimeout
 from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_context import JobContext
@@ -290,14 +298,5 @@ def why_ended(job: JobContext, kind: str, known_end: float | None) -> Cause:
     ``known_end`` is its time limit as it was known before, in epoch seconds of this host's clock.
     """
     facts = job.scheduler.facts(job.job_id, ASK_AT_END_S)
-    stderr = _tail(job.directory.log(kind, job.job_id, "err"))
+    stderr = tail_if_there(job.directory.log(kind, job.job_id, "err"), STDERR_TAIL)
     return cause_of(facts, known_end, stderr, job.job_id, time.time())
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - STDERR_TAIL))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""

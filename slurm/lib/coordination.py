@@ -124,6 +124,16 @@ def read_if_there(path: Path) -> str | None:
         return None
 
 
+def tail_if_there(path: Path, most: int) -> str:
+    """The last ``most`` bytes of a file as text; empty if there is none, or it cannot be read right now."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
 def parse_object(text: str | None) -> dict[str, Any]:
     """The JSON object that a text holds; empty for anything else: half-written, a list, nested beyond measure."""
     try:

@@ -8,12 +8,13 @@ system, its programs for diffs, and those of its submodules are not run.
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from slurm.lib.processes import first_bytes
 
 ASK_S = 10.0  # of a repository on slow shared storage
 MOST_DIFF = 10 * 1024**2  # bytes
@@ -119,30 +120,9 @@ def ask(folder: Path, *words: str, most: int = MOST_NAMES) -> bytes | None:
 
 
 def _answer(folder: Path, words: Sequence[str], most: int) -> bytes | None:
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    try:
-        process = subprocess.Popen(
-            [*QUIETLY, *words],
-            cwd=folder,
-            env={name: value for name, value in environment.items() if name not in _ELSEWHERE},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError:
-        return None
-    assert process.stdout
-    late = threading.Timer(ASK_S, process.kill)
-    late.start()
-    try:
-        text = process.stdout.read(most)
-        is_whole = len(text) < most
-        if not is_whole:
-            process.kill()
-        return text if process.wait() == 0 or not is_whole else None
-    finally:
-        late.cancel()
-        process.stdout.close()
+    said = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    environment = {name: value for name, value in said.items() if name not in _ELSEWHERE}
+    return first_bytes([*QUIETLY, *words], most, timeout_s=ASK_S, environment=environment, cwd=folder)
 
 
 # By these git would look at another repository than the folder's, as within a hook of git's.

@@ -26,6 +26,7 @@ from slurm.lib.coordination import (
     parse_flag,
     parse_object,
     read_if_there,
+    tail_if_there,
     utc_now,
     write_if_absent,
 )
@@ -155,20 +156,12 @@ def _is_claimed(job: JobContext, ending: Ending) -> bool:
 def notice_of(job: JobContext, ending: Ending) -> Notice:
     """The message about an end, without a secret in it."""
     directory = job.directory
-    step, steps = steps_said(_tail(directory.log("training", ending.job_id, "out")))
+    trainer_said = tail_if_there(directory.log("training", ending.job_id, "out"), TAIL)
+    step, steps = steps_said(trainer_said.replace("\r", "\n").splitlines())
     masked = mask_values(ending.reason, secret_values(job.environment))
     elapsed = elapsed_s(parse_object(read_if_there(directory.run_record)), datetime.now(timezone.utc))
     shown = Ending(ending.job_id, ending.ended, ending.exit_code, masked)
     return Notice(directory.path.name, str(directory.path), shown, step, steps, elapsed)
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            return file.read().decode("utf-8", "replace").replace("\r", "\n").splitlines()
-    except OSError:
-        return []
 
 
 def ended_by(directory: CoordinationDir, job_id: str, exit_code: int | None, reason: str) -> Ending:

@@ -95,6 +95,34 @@ def run(
     return Completed(tuple(argv), process.returncode, out, err)
 
 
+def first_bytes(
+    argv: Sequence[str], most: int, *, timeout_s: float, environment: Mapping[str, str], cwd: Path
+) -> bytes | None:
+    """The first ``most`` bytes that a command prints; None where it cannot be started, fails, or takes too long.
+
+    It is killed once that much is there, and after ``timeout_s`` seconds.
+    """
+    nothing = subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(
+            list(argv), cwd=cwd, env=dict(environment), stdin=nothing, stdout=subprocess.PIPE, stderr=nothing
+        )
+    except OSError:
+        return None
+    assert process.stdout
+    late = threading.Timer(timeout_s, process.kill)
+    late.start()
+    try:
+        text = process.stdout.read(most)
+        is_whole = len(text) < most
+        if not is_whole:
+            process.kill()
+        return text if process.wait() == 0 or not is_whole else None
+    finally:
+        late.cancel()
+        process.stdout.close()
+
+
 def _communicate(
     process: subprocess.Popen[str], timeout_s: float, check: Callable[[], None] | None, said: str | None
 ) -> tuple[str, str]:

@@ -146,7 +146,7 @@ def to_text(value: object) -> str:
 def from_text(kind: type[T], text: str) -> T:
     """The dataclass in a text; ``EnvironmentProblem`` where it is not whole or another release's."""
     try:
-        return _built(kind, json.loads(text))  # type: ignore[no-any-return]
+        return _built(kind, json.loads(text))  # type: ignore[no-any-return]  # of the kind, or it has raised
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise EnvironmentProblem(f"not a {kind.__name__.lower()} of this release: {problem}") from None
 
