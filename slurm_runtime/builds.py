@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm_runtime.context_check import check_context
+from slurm_runtime.deadlines import within
 from slurm_runtime.logs import log
 from slurm_runtime.page import Progress
 from slurm_runtime.podman import EngineError
@@ -141,7 +142,7 @@ class Builds:
         try:
             async with self._turn:
                 self._change(build_id, status="BUILDING")
-                await asyncio.wait_for(self._build_all(build_id, upload), self._build_s)
+                await within(self._build_s, self._build_all(build_id, upload))
             self._change(build_id, status="SUCCESS")
         except asyncio.TimeoutError:
             self._change(build_id, status="TIMEOUT", error=f"not built within {self._build_s:g} s")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from slurm_runtime.background import Background
 from slurm_runtime.config import ServerConfig
+from slurm_runtime.deadlines import within
 from slurm_runtime.logs import log
 from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
 
@@ -73,7 +74,7 @@ class Connection:
         if self._closing:
             return False
         try:
-            await asyncio.wait_for(self.ready(), self.config.outage_s)
+            await within(self.config.outage_s, self.ready())
         except (EngineError, asyncio.TimeoutError):
             return False
         return True

@@ -12,6 +12,7 @@ from slurm_runtime.admission import Admission
 from slurm_runtime.background import Background
 from slurm_runtime.connection import Connection
 from slurm_runtime.control import ControlError
+from slurm_runtime.deadlines import within
 from slurm_runtime.deaths import Deaths
 from slurm_runtime.diagnostics import PODMAN_SILENT, Diagnosis, diagnose, judged, killed_for_memory, never
 from slurm_runtime.entries import Entry, uninterrupted
@@ -140,7 +141,7 @@ class Endings:
     async def _server_ended(self, entry: Entry) -> None:
         """The warden that forked it knows its exit code; one that was started later does not."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(entry.knows_server_exit.wait(), SERVER_EXIT_S)
+            await within(SERVER_EXIT_S, entry.knows_server_exit.wait())
         entry.server_ended = True
         if entry.sandbox.state in SERVING:
             await self.bury(entry)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from slurm_runtime.deadlines import within
 from slurm_runtime.ports import Reservation
 from slurm_runtime.sandbox import Sandbox, Specification
 from slurm_runtime.slots import Lease
@@ -121,7 +122,7 @@ class Entry:
             if left <= 0:
                 return False
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
+                await within(left, self._changed.wait())
         return True
 
 

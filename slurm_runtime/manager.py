@@ -21,6 +21,7 @@ from slurm_runtime.background import Background
 from slurm_runtime.companions import Companions, MakeControl
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.connection import Connection
+from slurm_runtime.deadlines import within
 from slurm_runtime.diagnostics import (
     HUNG_UP,
     NEVER_FITS,
@@ -116,7 +117,7 @@ class Manager:
         False if that takes longer than ``adoption_patience_s``: Podman does not answer.
         """
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.supervisor.swept.wait(), self.config.adoption_patience_s)
+            await within(self.config.adoption_patience_s, self.supervisor.swept.wait())
         return self.supervisor.swept.is_set() or self._closing
 
     async def _connected(self, facts: EngineFacts) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 
 from slurm_runtime.background import Background
+from slurm_runtime.deadlines import within
 
 LOOKUP_TIMEOUT_S = 3.0  # a resolver that does not answer must not hold up the first sandbox
 
@@ -41,7 +42,7 @@ async def public_name() -> str:
     # Not one of the loop's own threads: it would wait for them at its end, as long as the resolver likes.
     threading.Thread(target=look_up, daemon=True).start()
     try:
-        return await asyncio.wait_for(found, LOOKUP_TIMEOUT_S)
+        return await within(LOOKUP_TIMEOUT_S, found)
     except asyncio.TimeoutError:  # another class on Python 3.10
         return socket.gethostname()
 

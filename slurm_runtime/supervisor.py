@@ -11,6 +11,7 @@ from slurm_runtime.adoption import Adoption
 from slurm_runtime.background import Background
 from slurm_runtime.connection import Connection
 from slurm_runtime.control import ControlError, Event
+from slurm_runtime.deadlines import within
 from slurm_runtime.diagnostics import IDLE, Diagnosis
 from slurm_runtime.endings import SERVING, Endings
 from slurm_runtime.entries import Entry
@@ -120,7 +121,7 @@ class Supervisor:
         if self.swept.is_set():
             return
         with contextlib.suppress(asyncio.TimeoutError, EngineError):
-            await asyncio.wait_for(self.sweep(), timeout_s)
+            await within(timeout_s, self.sweep())
         self.swept.set()
 
     async def _remove_orphans(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.control import ControlError, ForkRefused, OnEvent
+from slurm_runtime.deadlines import within
 from slurm_runtime.warden.proc import namespace_of
 
 PROGRAM = Path(__file__).with_name("process.py")
@@ -57,7 +58,7 @@ class Warden:
         self._started = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep())
         try:
-            await asyncio.wait_for(asyncio.shield(self._started), READY_DEADLINE_S)
+            await within(READY_DEADLINE_S, asyncio.shield(self._started))
         except asyncio.TimeoutError:
             await self.close()
             raise ControlError(f"the warden did not start within {READY_DEADLINE_S:g} s") from None
@@ -150,7 +151,7 @@ class Warden:
             self._writer.close()
         if self._process and self._process.returncode is None:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._process.wait(), END_S)
+                await within(END_S, self._process.wait())
             if self._process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
@@ -173,7 +174,7 @@ class Warden:
         self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._writer.write(json.dumps({"id": number, **request}).encode() + b"\n")
-            answer = await asyncio.wait_for(self._waiting[number], deadline_s)
+            answer = await within(deadline_s, self._waiting[number])
         except asyncio.TimeoutError:
             raise ControlError(f"the warden did not answer '{request['do']}' within {deadline_s:g} s") from None
         finally:
@@ -198,7 +199,7 @@ class Warden:
             self.on_event({"event": "fork_server", "state": "died", "reason": reason})
             self._moved.clear()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                await within(RETRY_S[min(attempt, len(RETRY_S) - 1)], self._moved.wait())
 
     async def _live(self) -> str:
         """The life of one process; why it ended."""

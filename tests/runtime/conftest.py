@@ -122,7 +122,8 @@ def serving(
         await prober.close()
         await engine.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(live()))
+    # A daemon: one that does not end fails its test, and must not keep pytest from ending after all others.
+    thread = threading.Thread(target=lambda: asyncio.run(live()), daemon=True)
     thread.start()
     started.wait(10)
     with httpx.Client(
@@ -136,7 +137,7 @@ def serving(
         finally:
             box["loop"].call_soon_threadsafe(box["stop"].set)
             thread.join(30)
-    assert not thread.is_alive()
+    assert not thread.is_alive(), "\n".join(str(task) for task in asyncio.all_tasks(box["loop"]))
     assert box["left"] == []
 
 
