@@ -122,6 +122,7 @@ VALUES = {
     "network_word": "private, deny",
     "optional_memory": "memory",
     "pairing_word": "jobs, het",
+    "runtime_mode_word": "array, allocation",
     "path": "path",
     "pinning_word": "docker_cpuset, taskset, none",
     "port": "port",

@@ -304,6 +304,13 @@ def ray_word(raw: str) -> str:
     return _one_of(raw, "auto", "on", "off")
 
 
+def runtime_mode_word(raw: str) -> str:
+    """How Slurm hands out the runtime's nodes."""
+    if raw.strip() not in {"array", "allocation"}:
+        raise ValueError("must be array or allocation")
+    return raw.strip()
+
+
 def pairing_word(raw: str) -> str:
     """jobs or het."""
     return _one_of(raw, "jobs", "het")
@@ -569,6 +576,34 @@ class Settings:
         "CPUs of one sandbox; may be a fraction. Where a step of VERL starts more than fit, they share the CPUs.",
     )
     memory_per_worker: str = setting("MEMORY_PER_WORKER", memory, "16G", "Memory of one sandbox.", unit="K, M, G, T")
+    runtime_nodes: int = setting(
+        "RUNTIME_NODES",
+        positive_int,
+        1,
+        "Nodes that sandboxes run on; with more than one see [many-nodes.md](many-nodes.md).",
+    )
+    runtime_mode: str = setting(
+        "RUNTIME_MODE",
+        runtime_mode_word,
+        "array",
+        "With RUNTIME_NODES: array, each further node a job of its own that joins when Slurm starts it; or allocation, "
+        "one job of all nodes.",
+    )
+    runtime_min_slots: int | None = setting(
+        "RUNTIME_MIN_SLOTS",
+        optional(positive_int),
+        None,
+        "With RUNTIME_NODES: sandboxes that the nodes which have joined must have room for before the training begins.",
+        default_text="as many as a step of VERL starts",
+    )
+    runtime_drain_lead: int = setting(
+        "RUNTIME_DRAIN_LEAD",
+        non_negative_int,
+        1800,
+        "With RUNTIME_NODES: how long before its own time limit a node takes no new sandboxes: longer than a "
+        "trajectory takes.",
+        unit="s",
+    )
     max_parallel_agents: int | None = setting(
         "MAX_PARALLEL_AGENTS",
         optional(positive_int),
