@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from slurm.lib.errors import EnvironmentProblem, UsageError
 from slurm.lib.logs import PLAINLY, give_up, log
 
+SOME_WIDTH = 80
+
 
 class Parser(argparse.ArgumentParser):
     """Raises ``UsageError`` for a wrong command line, in place of ending the process."""
+
+    def __init__(self, *, formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter, **options: Any):
+        # argparse makes a formatter for each argument as it is added, to no end that has a width; to look that up it
+        # imports shutil, which is felt in the start-up.
+        super().__init__(formatter_class=partial(formatter_class, width=SOME_WIDTH), **options)
+        self._shown_by = formatter_class
+
+    def format_help(self) -> str:
+        self.formatter_class = self._shown_by
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self.formatter_class = self._shown_by
+        return super().format_usage()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help lists the options")

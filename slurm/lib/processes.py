@@ -7,7 +7,6 @@ asked, waited for, killed with its whole process group, reaped.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
@@ -26,7 +26,14 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 CHECK_EVERY_S = 0.2
 ATTACHED_GRACE_S = 2.0  # for a command on our own terminal, from being asked to being killed
-_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@cache
+def _libc() -> Any:
+    """The C library. To be had before a fork, after which nothing may be imported; 1 ms, felt in commands that look."""
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def own_age_s() -> float:
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none leaves this process's tree."""
-    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _libc().prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def descendants(roots: set[int]) -> set[int]:
@@ -232,6 +239,7 @@ class Child:
         self.spec = spec
         self.stop_grace_s = stop_grace_s
         self._copiers: list[threading.Thread] = []
+        _libc()  # before the fork
         try:
             self.process = subprocess.Popen(
                 list(spec.argv),
@@ -252,7 +260,7 @@ class Child:
             raise EnvironmentProblem(f"cannot start {spec.name} ({spec.argv[0]}): {problem.strerror}") from None
 
     def _before_exec(self) -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, self.spec.death_signal, 0, 0, 0)
+        _libc().prctl(PR_SET_PDEATHSIG, self.spec.death_signal, 0, 0, 0)
         if self.spec.ignores_stops:
             ignore_stops()
 
@@ -326,13 +334,14 @@ def attached(
     ``leaves_interrupts`` SIGINT is the command's alone: a terminal gives it to both. ``on_stderr`` reads its stderr to
     the end, in a thread; else that is ours.
     """
+    libc = _libc()
     before = signal.signal(signal.SIGINT, lambda *_: None) if leaves_interrupts else None  # not SIG_IGN: inherited
     try:
         process = subprocess.Popen(
             list(argv),
             env=dict(environment),
             stderr=subprocess.PIPE if on_stderr else None,
-            preexec_fn=lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
         )
     except OSError as problem:
         raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}; is it on PATH?") from None

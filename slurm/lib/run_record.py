@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +176,8 @@ def copy_code(checkout: Path, target: Path) -> bool:
 
     A copy that fails leaves nothing, which the next launch would take for the whole.
     """
+    import shutil  # 1 ms, felt in commands that only read a record
+
     if target.exists():
         return False
     # A user's own .conf beside ours may hold a key; redacted copies of those in use lie in the run's directory.

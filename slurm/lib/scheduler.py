@@ -12,7 +12,6 @@ import enum
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -465,6 +464,8 @@ class Slurm:
     @property
     def is_here(self) -> bool:
         """Whether this host has Slurm's commands."""
+        import shutil  # 1 ms, felt in commands that look
+
         return shutil.which("squeue", path=self.environment.get("PATH", os.defpath)) is not None
 
     def _ask(self, *argv: str, timeout_s: float = ASK_TIMEOUT_S) -> Completed:

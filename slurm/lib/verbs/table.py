@@ -6,7 +6,6 @@ Where there is no terminal every value is whole.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +28,11 @@ class Column:
 
 def terminal_width() -> int | None:
     """The width of the terminal that stdout is; None where it is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if not sys.stdout.isatty():
+        return None
+    import shutil  # 1 ms, felt where there is no terminal
+
+    return shutil.get_terminal_size().columns
 
 
 def lines_of(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[list[str]]:
