@@ -113,7 +113,8 @@ def test_36_the_sdks_workspace_in_other_ways(
     assert_nothing_left(api)
 
 
-@pytest.mark.parametrize(("start", "count"), [("exec", 16), ("fork", 64)])
+# One that is not forked imports for five seconds of CPU time.
+@pytest.mark.parametrize(("start", "count"), [("exec", 6), ("fork", 64)])
 def test_38_workspaces_in_parallel_leave_nothing_twice(
     clients: Clients,
     agents: MakeApi,
