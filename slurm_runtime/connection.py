@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 TRIES = 3  # of one piece of work under which Podman's service goes away: it may be the work that ends it
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5  # between attempts
+SAID_AFTER_S = 1.0  # of silence: at a job's end its Podman may end a moment before this server is told to stop
 
 
 class Connection:
@@ -43,6 +44,7 @@ class Connection:
         self.notes: list[str] = []
         self._connecting: asyncio.Task[EngineFacts] | None = None
         self._lost = False
+        self._is_said = False
         self._closing = False
 
     @property
@@ -109,17 +111,23 @@ class Connection:
                 pause_s = min(LONGEST_PAUSE_S, pause_s * 1.3)
 
     def answers(self) -> None:
-        """Note that Podman answers, and say so if it did not before."""
-        if self.word == "unreachable":
+        """Note that Podman answers, and say so if it was said that it does not."""
+        if self._is_said:
             log.info("Podman answers again")
-        self.word = "connected"
+        self.word, self._is_said = "connected", False
 
     def fails(self, problem: EngineError) -> None:
-        """Note that Podman does not answer, and say why when that begins."""
+        """Note that Podman does not answer; if that lasts, say why."""
         if self.word != "unreachable":
-            log.error("%s", problem)
+            self.background.start(self._say(problem))
         self.word = "unreachable"
         self._lost = self._lost or isinstance(problem, EngineUnreachable)
+
+    async def _say(self, problem: EngineError) -> None:
+        await asyncio.sleep(SAID_AFTER_S)
+        if self.word == "unreachable" and not self._closing and not self._is_said:
+            self._is_said = True
+            log.error("%s", problem)
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

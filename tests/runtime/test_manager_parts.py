@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -208,6 +209,30 @@ def test_another_error_than_an_outage_is_no_reason_to_try_again() -> None:
 
     asyncio.run(live())
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize(("what", "is_said"), [("lasts", True), ("is short", False), ("is the end", False)])
+def test_an_outage_is_an_error_if_it_lasts(
+    what: str, is_said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a job's end its Podman service may end a moment before the server is told to stop."""
+    monkeypatch.setattr("slurm_runtime.connection.SAID_AFTER_S", 0.02)
+    caplog.set_level(logging.INFO)
+
+    async def live() -> None:
+        connection = connection_to(SlowPodman([None]), [])
+        await connection.ready()
+        connection.fails(EngineUnreachable("nobody listens"))
+        if what == "is short":
+            connection.answers()
+        if what == "is the end":
+            connection.close()
+        await asyncio.sleep(0.1)
+        connection.answers()
+
+    asyncio.run(live())
+    assert ("nobody listens" in caplog.text) == is_said
+    assert ("Podman answers again" in caplog.text) == is_said
 
 
 def test_work_in_the_background_ends_with_it_and_its_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
