@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.lib.attempts import Chain, checkpoint_at_start, checkpoints_of, refused
+from slurm.lib.attempts import STDERR_TAIL, Chain, checkpoint_at_start, checkpoints_of, refused, why_ended
 from slurm.lib.checkpoints import TRACKER
 from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir, Flag
@@ -21,7 +21,7 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.plan import Request, make_plan
-from slurm.lib.restarts import Ended
+from slurm.lib.restarts import Cause, Ended
 from slurm.lib.run_record import Provenance, partner_of, read_jobs
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
@@ -82,6 +82,20 @@ def save(directory: CoordinationDir, step: int) -> None:
     path = directory.checkpoints / "skyrl" / TRACKER
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(str(step))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "cause"),
+    [(5 * STDERR_TAIL, 0, Cause.TIME_LIMIT), (0, 5 * STDERR_TAIL, Cause.PERSON)],
+)
+def test_slurms_last_words_are_read_at_the_end_of_a_long_stderr(
+    slurm: FakeSlurm, before: int, after: int, cause: Cause
+) -> None:
+    """The trainer may have written gigabytes there, all of which a job about to be killed has no time to read."""
+    job = first(slurm, launched(slurm))
+    words = "slurmstepd: error: *** JOB 102 ON gpu-1 CANCELLED AT 2026-03-04T05:06:07 DUE TO TIME LIMIT ***\n"
+    job.directory.log("training", "102", "err").write_text("x" * before + "\n" + words + "x" * after)
+    assert why_ended(job, "training", None) is cause
 
 
 def test_the_next_pair_is_queued_like_the_first_one(slurm: FakeSlurm) -> None:
