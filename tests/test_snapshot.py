@@ -315,7 +315,7 @@ def test_a_code_that_is_copied_in_part_is_none(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr("slurm.lib.run_record.shutil.copy2", fail)
+        full.setattr("shutil.copy2", fail)
         with pytest.raises(EnvironmentProblem, match="cannot copy the code"):
             copy_code(ROOT, tmp_path / "code")
     assert not (tmp_path / "code").exists()
