@@ -439,6 +439,13 @@ def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[s
     return ("srun", *options, *command)
 
 
+def node_step_argv(node: str, *, cpus: int, name: str, cwd: Path, command: Sequence[str]) -> tuple[str, ...]:
+    """The same for a step without GPUs, whose streams are this process's."""
+    options = ("--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", f"--cpus-per-task={cpus}")
+    rest = ("--gres=none", "--mem=0", "--export=ALL", f"--chdir={cwd}", "--unbuffered", f"--job-name={name}")
+    return ("srun", *options, *rest, *command)
+
+
 def shell_argv(
     job_id: str, group: int | None, *, node: str, cwd: Path, terminal: bool, command: Sequence[str]
 ) -> tuple[str, ...]:
