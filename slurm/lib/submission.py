@@ -1,9 +1,10 @@
 """Carries out a plan on Slurm, all or nothing.
 
-Both jobs are submitted held, and the training job depends on the runtime job (with PAIRING=het both are one job).
-When the run's directory is complete the training job is released, which still waits for the other, and then the runtime
-job: this is the commit. Until then a failure cancels what was submitted, and a launcher that is killed leaves nothing
-that can start; ``submission_<launcher>.json`` tells the next launch that it was never finished (leftovers.py).
+Both jobs are submitted held, and the training job depends on the runtime job (with PAIRING=het both are one job), as do
+the arrays of the runtime's further nodes. When the run's directory is complete the training job is released, which
+still waits for the others, then the arrays, and last the runtime job: this is the commit. Until then a failure cancels
+what was submitted, and a launcher that is killed leaves nothing that can start; ``submission_<launcher>.json`` tells
+the next launch that it was never finished (leftovers.py).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def submit(
         for job in plan.submissions:
             notes.check()
             mark = new_mark()
-            planned = job.with_runtime_id(jobs.get("runtime", "")).with_mark(mark)
+            planned = job.with_ids(jobs).with_mark(mark)
             jobs[job.kind] = _submitted(_slurm_for(plan, planned), planned.argv, mark, undo)
         if plan.combined:
             jobs["runtime"] = _runtime_component(slurm, jobs["training"])
