@@ -117,7 +117,7 @@ class ShownJob:
 
     ``word`` is Slurm's for its state, such as ``PENDING``; ``starts_at`` when it started, or is expected to, by the
     controller's clock, in epoch seconds; ``limit_s`` infinite where it has none. None is what Slurm does not say.
-    ``exit_code`` is 128+N for a job that signal N ended. ``number`` is Slurm's own for a task of an array, which begins.
+    ``exit_code`` is 128+N for a job that signal N ended. ``number`` is Slurm's own for a task that has begun.
     """
 
     job_id: str
@@ -228,7 +228,7 @@ def parse_status(answer: Completed, job_id: str = "") -> JobStatus:
 
 
 def parse_statuses(answer: Completed, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-    """The status of each of several jobs, or tasks, in an answer of ``squeue -h -r -t all -o '%A %i|%T|%r|%N'``."""
+    """The status of each of several jobs, or tasks, in an answer of ``squeue -r -t all -o '%A %i|%T|%r|%N'``."""
     if not answer.ok and "Invalid job id" not in answer.stderr:
         return dict.fromkeys(job_ids, JobStatus(JobState.UNKNOWN, answer.complaint))
     found: dict[str, JobStatus] = {}
@@ -411,6 +411,12 @@ def parse_name(shown: str) -> str | None:
     """The name of a job in the same output."""
     match = re.search(r"^\s*JobId=\d+ .*?\bJobName=(.*)$", shown, re.MULTILINE)
     return match.group(1).strip() if match else None
+
+
+def parse_array(shown: str) -> str | None:
+    """The id of the array that a task belongs to, in the same output; None for a job that is none."""
+    match = re.search(r"^\s*JobId=\d+ ArrayJobId=(\d+) ", shown, re.MULTILINE)
+    return match.group(1) if match else None
 
 
 def parse_mails(shown: str) -> bool:
@@ -698,10 +704,6 @@ class Slurm:
         own = next((record for record in records if record.startswith(f"JobId={job_id} ")), "")
         match = re.search(r"\bExitCode=(\S+)", own)
         return parse_exit_code(match.group(1)) if match else None
-
-    def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
-        """The name of a job that Slurm knows."""
-        return parse_name(self.shown(job_id, timeout_s) or "")
 
     def mails(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> bool | None:
         """Whether Slurm sends mails about a job; None where it does not know the job, or is silent."""
