@@ -28,14 +28,12 @@ PRESENCE_PATIENCE_S = 10.0
 # For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
 LATE_S = 60.0
 _ID = r"(\d+|local\d+\.\d+)"
-_WORKER_ID = r"\d+(_\d+)?"  # of a task of an array, or a step
+_BODY = rf"((runtime|training)_{_ID}|worker_\d+_\d+)"  # a job with its id; a worker's is that of a task of an array
 # The files at the top of a run's directory that launchers, jobs and the commands that look write there: regular
 # expressions of their names. Copies of .conf files bear those' names. Whatever else lies there is somebody's own.
 OWN_FILES = (
-    rf"run(_{_ID})?(\.json|_(suite|agent)\.diff)",
-    rf"(runtime|training)_{_ID}\.(out|err)",
-    rf"worker_{_WORKER_ID}\.(out|err)",
-    rf"run_{_WORKER_ID}\.json",
+    rf"run(_{_ID}|_\d+_\d+)?(\.json|_(suite|agent)\.diff)",
+    rf"{_BODY}\.(out|err)",
     r"runtime_(head|ready|failed)\.flag",
     r"training_complete\.flag",
     r"runtime_(url|api_key)\.txt",
@@ -44,12 +42,10 @@ OWN_FILES = (
     r"task\.yaml",
     r"attempt_\d+\.json",
     rf"notified_{_ID}\.json",
-    rf"heartbeat_(runtime|training)_{_ID}\.txt",
+    rf"heartbeat_{_BODY}\.txt",
     rf"ray_{_ID}_([^/]+\.log|head\.json)",
-    rf"usage_(runtime|training)_{_ID}\.jsonl",
-    rf"sandbox_statistics_{_ID}\.json",
-    rf"usage_worker_{_WORKER_ID}\.jsonl",
-    rf"sandbox_statistics_{_WORKER_ID}\.json",
+    rf"usage_{_BODY}\.jsonl",
+    rf"sandbox_statistics_({_ID}|\d+_\d+)\.json",
     r"submission_[^/]+\.json",
     r"local_jobs\.txt",
 )
@@ -297,7 +293,7 @@ class CoordinationDir:
         return self.path / f"usage_{job}_{job_id}.jsonl"
 
     def sandbox_statistics(self, job_id: str) -> Path:
-        """What the API server of the runtime job ``job_id`` has counted."""
+        """What the API server of the runtime job ``job_id``, or of the worker of that id, has counted."""
         return self.path / f"sandbox_statistics_{job_id}.json"
 
     def attempt(self, number: int) -> Path:

@@ -17,6 +17,7 @@ from slurm.lib.config import Check, LoadedConfig, load_config
 from slurm.lib.coordination import AGENT, STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
 from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.interpreter import MARK_NAME, changes, mark
+from slurm.lib.job_arrays import is_task
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.logs import flush_or_give_up, log, setup_job_logging
 from slurm.lib.plan import AGENT_COPY, SECRETS_FILE, WORKER_STEP
@@ -112,6 +113,8 @@ def context(
         log.debug("%s", warning)
     if kind == "worker" and not named:
         raise UsageError("a worker joins a run: set SKYRL_COORD_DIR to the directory of one with RUNTIME_NODES")
+    if kind == "worker" and not is_task(job_id):
+        raise UsageError("a worker is a task of a job array: submit it with sbatch --array=1-N")
     directory = _existing(named) if named else _made(loaded.settings, job_id)
     directory = replace(directory, agent_name=environment.get(AGENT_COPY, AGENT).replace("%j", job_id))
     scheduler = _scheduler(environment)

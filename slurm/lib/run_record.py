@@ -365,7 +365,7 @@ def recorded_settings(directory: CoordinationDir) -> dict[str, str]:
 def join_worker(directory: CoordinationDir, job_id: str, launched: bool) -> None:
     """Record a worker that a person gave to sbatch; those of a launch are recorded, and a step is its job's."""
     array, _, task = job_id.partition("_")
-    if launched or not task.isdigit():
+    if launched:
         return
     worker = {WORKERS: {"id": array, "name": WORKER_NAME, "tasks": [int(task)]}}
     data = {"schema": SCHEMA, "created": utc_now(), "jobs": worker}

@@ -233,8 +233,7 @@ class WorkerJob(ServingBody):
 
 def number_of(job: JobContext) -> int:
     """Which node of the runtime this is: the number of the task, or step, in its id; 0 is the runtime job's own."""
-    number = job.job_id.rpartition("_")[2]
-    return int(number) if number.isdigit() and "_" in job.job_id else 1
+    return int(job.job_id.rpartition("_")[2])
 
 
 def node_name(job: JobContext) -> str:
