@@ -723,8 +723,8 @@ class Slurm:
         return asking._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
 
     def partitions(self) -> Completed:
-        """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""
-        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G", timeout_s=QUESTION_TIMEOUT_S)
+        """A line ``partition|up or not|time limit|nodes|GRES|least-most nodes of a job`` for each group of nodes."""
+        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G|%s", timeout_s=QUESTION_TIMEOUT_S)
 
     def version(self) -> Completed:
         """``slurm 22.05.8``, without asking the controller."""
