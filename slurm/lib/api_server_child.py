@@ -63,11 +63,11 @@ def available_cpus(settings: Settings) -> int:
     return settings.cpus_for_runtime
 
 
-def common_flags(settings: Settings) -> tuple[str, ...]:
-    """The flags that ``slurm-remote-runtime`` takes too."""
+def common_flags(settings: Settings, node: int = 0) -> tuple[str, ...]:
+    """The flags that ``slurm-remote-runtime`` takes too; ``node`` is the node's number in the run."""
     flags = [
         ("--container-image", settings.container_image),
-        ("--cpus-per-worker", f"{sandbox_room(settings, available_cpus(settings)).cpus_each:.10g}"),
+        ("--cpus-per-worker", f"{sandbox_room(settings, available_cpus(settings), node).cpus_each:.10g}"),
         ("--memory-per-worker", settings.memory_per_worker),
         ("--worker-startup-timeout", "600"),
     ]
@@ -100,8 +100,10 @@ class Membership:
         return ("--head", self.head_url, "--node-name", self.node, *ends, "--drain-lead", str(self.drain_lead_s))
 
 
-def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage: PodmanStorage) -> tuple[str, ...]:
-    """The flags of our server."""
+def own_flags(
+    job: JobContext, listener: socket.socket, key_file: Path, storage: PodmanStorage, node: int = 0
+) -> tuple[str, ...]:
+    """The flags of our server; ``node`` is the node's number in the run."""
     settings = job.settings
     archives = archives_folder(settings)
     flags = [
@@ -114,7 +116,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage:
         ("--label", f"job={job.job_id}"),
     ]
     if settings.max_parallel_agents:
-        flags.append(("--max-sandboxes", str(sandbox_room(settings, available_cpus(settings)).slots)))
+        flags.append(("--max-sandboxes", str(sandbox_room(settings, available_cpus(settings), node).slots)))
     if settings.sandbox_port_range:
         ports = settings.sandbox_port_range
         flags.append(("--sandbox-port-range", f"{ports.start}-{ports.stop - 1}"))
@@ -133,7 +135,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage:
     ]
     # Legacy clients build what their images lack.
     switches = ("--enable-image-build", *(("--verbose",) if settings.skyrl_debug else ()))
-    return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *switches)
+    return (*common_flags(settings, node), *(word for flag in flags for word in flag), "--stop-with-stdin", *switches)
 
 
 @dataclass
@@ -276,7 +278,7 @@ def _own_spec(
         sys.executable,
         "-m",
         "slurm_runtime.api_server",
-        *own_flags(job, listener, key_file, storage),
+        *own_flags(job, listener, key_file, storage, membership.number if membership else 0),
         *(membership.flags if membership else ()),
         "--stop-timeout",
         f"{0.8 * stop_s:g}",

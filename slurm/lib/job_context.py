@@ -119,11 +119,12 @@ def context(
     directory = replace(directory, agent_name=environment.get(AGENT_COPY, AGENT).replace("%j", job_id))
     scheduler = _scheduler(environment)
     # A launch recorded its jobs; one that joins does so late, and may have been killed.
-    if kind == "worker":
+    is_step = WORKER_STEP in environment  # of a job that is recorded, and has opened its log
+    if kind == "worker" and not is_step:
         join_worker(directory, job_id, launched)
-    else:
+    elif kind != "worker":
         join(directory, kind, job_id, launched)
-    if not launched:
+    if not (launched or is_step):
         _link_logs(kind, job_id, directory, scheduler)
     return JobContext(
         job_id=job_id,
