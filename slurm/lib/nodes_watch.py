@@ -55,7 +55,7 @@ def _joined_node(row: Mapping[str, object]) -> JoinedNode:
 
 @dataclass(frozen=True)
 class Hope:
-    """What may still join: workers that are pending, and those that run and have not joined, by their ids.
+    """What may still join: workers that are pending, and those that run, by their ids; steps by their nodes.
 
     ``is_known``: whether anything is known of them; nothing is of workers that a person submits by hand.
     """
@@ -66,8 +66,9 @@ class Hope:
 
     def beside(self, nodes: tuple[JoinedNode, ...]) -> Hope:
         """The same without those that have joined."""
-        there = {node.job for node in nodes if node.state == TAKES_SANDBOXES or node.state in IS_OVER}
-        running = tuple(one for one in self.running if one not in there)
+        there = [node for node in nodes if node.state == TAKES_SANDBOXES or node.state in IS_OVER]
+        known = {name for node in there for name in (node.job, node.name)}
+        running = tuple(one for one in self.running if one not in known)
         return Hope(self.pending, running, self.is_known)
 
 

@@ -65,8 +65,8 @@ class WorkerSteps:
         return [step.node for step in self.steps]
 
     def living(self) -> tuple[str, ...]:
-        """The ids of the workers whose steps run."""
-        return tuple(step.worker for step in self.steps if step.child.exit_code is None)
+        """The nodes whose steps run."""
+        return tuple(step.node for step in self.steps if step.child.exit_code is None)
 
     @contextlib.contextmanager
     def watched(self, head: ApiServer) -> Iterator[None]:
