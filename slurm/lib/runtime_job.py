@@ -34,7 +34,6 @@ from slurm.lib.serving import Ground, ServingBody, Watch, await_health
 from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import (
     Action,
-    Admit,
     NoteEnd,
     Outcome,
     Part,
@@ -110,6 +109,7 @@ class RuntimeJob(ServingBody):
             self.watch.head = head
             self.restarts[Part.HEAD] = head.restart
             await_health(head, self)
+            admit(job, head)
             until = answered(lambda: own_end(job.job_id, job.environment, job.scheduler), self.notes)
             with self.joining(head, steps):
                 yield key, Membership(head.local_url, node_name(job), until, job.settings.runtime_drain_lead)
@@ -122,10 +122,7 @@ class RuntimeJob(ServingBody):
             yield
 
     def do_own(self, action: Action) -> None:
-        if isinstance(action, Admit):
-            assert self.watch.head is not None
-            admit(self.job, self.watch.head)
-        elif isinstance(action, Publish):
+        if isinstance(action, Publish):
             face = self.watch.head or self.watch.server
             assert face is not None
             self.watch.serves(face)
