@@ -25,7 +25,7 @@ class Connection:
 
     ``word`` is connecting, connected or unreachable; ``facts`` and ``notes`` (which limits do not bite) are there once
     it has answered. ``on_connected`` is awaited then, before anybody gets the facts; again when another service answers
-    after the first one went away.
+    after the first one went away. ``on_word`` hears of each change of ``word``.
     """
 
     def __init__(
@@ -34,11 +34,13 @@ class Connection:
         engine: Engine,
         background: Background,
         on_connected: Callable[[EngineFacts], Awaitable[None]],
+        on_word: Callable[[], object] = lambda: None,
     ) -> None:
         self.config = config
         self.engine = engine
         self.background = background
         self.on_connected = on_connected
+        self.on_word = on_word
         self.word = "connecting"
         self.facts: EngineFacts | None = None
         self.notes: list[str] = []
@@ -114,13 +116,14 @@ class Connection:
         """Note that Podman answers, and say so if it was said that it does not."""
         if self._is_said:
             log.info("Podman answers again")
-        self.word, self._is_said = "connected", False
+        self._is_said = False
+        self._be("connected")
 
     def fails(self, problem: EngineError) -> None:
         """Note that Podman does not answer; if that lasts, say why."""
         if self.word != "unreachable":
             self.background.start(self._say(problem))
-        self.word = "unreachable"
+        self._be("unreachable")
         self._lost = self._lost or isinstance(problem, EngineUnreachable)
 
     async def _say(self, problem: EngineError) -> None:
@@ -128,6 +131,11 @@ class Connection:
         if self.word == "unreachable" and not self._closing and not self._is_said:
             self._is_said = True
             log.error("%s", problem)
+
+    def _be(self, word: str) -> None:
+        changed, self.word = word != self.word, word
+        if changed:
+            self.on_word()
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

@@ -284,7 +284,7 @@ def test_all_without_a_terminal_needs_a_yes(slurm: FakeSlurm, local: subprocess.
     assert done.returncode == 0, done.stderr
     assert local.wait(5) == -signal.SIGTERM
     call = next(call for call in slurm.questions if call.name == "squeue --user")
-    assert {f"--user={os.getuid()}", "--name=skyrl-runtime,skyrl-train"} <= set(call.argv)
+    assert {f"--user={os.getuid()}", "--name=skyrl-runtime,skyrl-train,skyrl-worker"} <= set(call.argv)
     again = cancel(slurm, "--all", "--json")
     assert again.returncode == 0
     assert json.loads(again.stdout) == {"schema": 1, "runs": []}

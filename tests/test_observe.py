@@ -227,7 +227,7 @@ def test_a_job_that_a_restarted_controller_does_not_know_yet(slurm: FakeSlurm) -
 
 
 def test_accounting_tells_of_jobs_that_the_queue_has_forgotten(slurm: FakeSlurm) -> None:
-    line = "207|NODE_FAIL|gpu-a|gpu_test|user|1795890000|00:01:00|00:20:00|0:0|skyrl-train\n"
+    line = "207|207|NODE_FAIL|gpu-a|gpu_test|user|1795890000|00:01:00|00:20:00|0:0|skyrl-train\n"
     slurm.answer("sacct", {"stdout": line})
     (view,) = Survey(Slurm({"PATH": slurm.path})).look(found("body_killed"))
     assert view.state is RunState.INTERRUPTED
@@ -298,8 +298,8 @@ def test_lines_of_squeue() -> None:
 
 def test_lines_of_sacct() -> None:
     shown = parse_accounted(
-        "9|CANCELLED by 1000|None assigned|gpu|ann|Unknown|00:00:00|00:20:00|0:15|skyrl-train\n"
-        "9.batch|CANCELLED||||||||batch\n"
+        "9|9|CANCELLED by 1000|None assigned|gpu|ann|Unknown|00:00:00|00:20:00|0:15|skyrl-train\n"
+        "9.batch|9.batch|CANCELLED||||||||batch\n"
     )
     assert shown["9"].word == "CANCELLED"
     assert (shown["9"].node, shown["9"].starts_at, shown["9"].exit_code) == ("", None, 143)
@@ -322,7 +322,8 @@ def test_no_text_of_slurms_is_an_error(text: str) -> None:
     parse_exit_code(text)
     parse_config_time(f"Configuration data as of {text}")
     parse_shown("|".join([text] * 10))
-    parse_accounted("|".join(["1", *[text] * 9]))
+    parse_accounted("|".join(["1", *[text] * 10]))
+    parse_shown("|".join([f"1 {text}", *[text] * 9]))
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

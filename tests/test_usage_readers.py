@@ -177,11 +177,11 @@ def test_statistics_of_wrong_types_are_unknown() -> None:
 # --- accounting -------------------------------------------------------------------------------------------------------
 
 SACCT = """\
-12|100|03:20.500|4|1||8G|billing=4,cpu=4,gres/gpu=2,mem=8G,node=1|
-12.batch|100|03:20.500|4|1|3145728K||cpu=4,gres/gpu=2,mem=8G,node=1|cpu=00:01:00,gres/gpumem=512M,gres/gpuutil=88,mem=3G
-12.extern|100|00:00:00|4|1|0||billing=4|
-13|10|1-02:03:04|2|2||4Gc||
-13.0|10|00:01.250|1|1||4Gc||
+12|12|100|03:20.500|4|1||8G|billing=4,cpu=4,gres/gpu=2,mem=8G,node=1|
+12.batch|12.batch|100|03:20.500|4|1|3145728K||cpu=4,gres/gpu=2,mem=8G,node=1|cpu=00:01:00,gres/gpumem=512M,gres/gpuutil=88,mem=3G
+12.extern|12.extern|100|00:00:00|4|1|0||billing=4|
+13|13|10|1-02:03:04|2|2||4Gc||
+13.0|13.0|10|00:01.250|1|1||4Gc||
 """
 
 
@@ -207,7 +207,7 @@ def test_what_accounting_says() -> None:
 
 
 def test_of_two_jobs_with_one_id_the_later_counts() -> None:
-    rows = parse_use("7|5|00:01|1|1||1G||\n7.batch|5|00:01|1|1|5K|||\n7|9|00:02|1|1||1G||\n")
+    rows = parse_use("7|7|5|00:01|1|1||1G||\n7.batch|7.batch|5|00:01|1|1|5K|||\n7|7|9|00:02|1|1||1G||\n")
     assert [row.elapsed_s for row in rows["7"]] == [9.0]
 
 

@@ -4,6 +4,10 @@ A job body that is told alone (``scancel --batch``) ends its job in order: the t
 why. So bodies are told first, and those that are left after 8 s are killed, whereupon Slurm and their guardians end the
 rest. They are not cancelled before: Slurm would give them KillWait, 30 s by default, and takes no signal for a job that
 it is ending. Which step is due is decided by ``due``, from what Slurm says.
+
+Workers are tasks of arrays, each ended by itself: Slurm tries for ten seconds to signal what is in the queue yet, and
+signals what starts meanwhile. Only what waits is taken out by the array, of all tasks at once, before others are told:
+a node that gets free would be the next one's.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import enum
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -98,10 +102,10 @@ class Watched:
         """Whether it lives, and may be another run's."""
         return self.stranger is None and self.now is not None and self.now.state in LIVING
 
-    def ask_whose(self, question: Callable[[], str | None]) -> None:
-        """Ask in the background whose it is, again while Slurm is not heard."""
-        if self.whose is None:
-            self.whose = Lookout(question, FIRST_PAUSE_S).__enter__()
+    @property
+    def owner(self) -> str:
+        """The job that is asked about whose it is: of a task its array."""
+        return self.job.leader if self.job.kind == "worker" and self.job.leader else self.job.job_id
 
     def hear_whose(self, wait_s: float) -> None:
         """Note the answer, which counts for a job that lives."""
@@ -129,15 +133,20 @@ class Watched:
     def sentence(self) -> str:
         """What became of it, in a line."""
         assert self.was and self.now
-        what = f"{self.job.kind} job {self.job.job_id}"
+        return f"{self.job.kind} job {self.job.job_id}: {self.fate}"
+
+    @property
+    def fate(self) -> str:
+        """The same without its name, which several workers may have in common."""
+        assert self.was and self.now
         acts = ", ".join(dict.fromkeys(act.value for act in self.done))
         if self.stranger:
-            return f"{what}: {self.stranger}; {acts + ' before Slurm said so' if acts else 'left alone'}"
+            return f"{self.stranger}; {acts + ' before Slurm said so' if acts else 'left alone'}"
         if self.is_over and not self.done and self.was.state.is_final:
-            return f"{what}: had ended ({self.was.words})"
+            return f"had ended ({self.was.words})"
         end = f"ended after {self.seconds:.1f} s" if self.is_over else f"has not ended ({self.now.words})"
         more = f"; {self.complaint}" if self.complaint and not self.is_over else ""
-        return f"{what}: was {self.was.words}; {acts or 'nothing done'}; {end}{more}"
+        return f"was {self.was.words}; {acts or 'nothing done'}; {end}{more}"
 
     @property
     def as_dict(self) -> dict[str, object]:
@@ -175,19 +184,27 @@ class SlurmHand:
         return self.slurm.statuses([one.job.job_id for one in jobs], timeout_s)
 
     def stranger(self, one: Watched, timeout_s: float) -> str | None:
-        return stranger(one.job.job_id, one.run.directory, self.slurm, timeout_s) if one.run.directory else ""
+        return stranger(one.owner, one.run.directory, self.slurm, timeout_s) if one.run.directory else ""
 
     def do(self, act: Act, jobs: Sequence[Watched], timeout_s: float) -> str | None:
-        ids = list(dict.fromkeys(one.job.leader or one.job.job_id for one in jobs))
+        ids = list(dict.fromkeys(one.job.job_id if one.job.kind == "worker" else _acting(one) for one in jobs))
         if act in SIGNALS:
             return self.slurm.signal_bodies(ids, SIGNALS[act], timeout_s)
-        if act is Act.CANCEL or not all(one.now and one.now.words.startswith("PENDING") for one in jobs):
+        if act is Act.CANCEL:
+            return self.slurm.cancel(list(dict.fromkeys(map(_acting, jobs))), timeout_s)
+        if not all(one.now and one.now.words.startswith("PENDING") for one in jobs):
             return self.slurm.cancel(ids, timeout_s)
-        # A training before its runtime, whose end would let it start; what starts meanwhile is told.
+        # A training before its runtime and the workers, whose end would let it start; what starts meanwhile is told.
         first = [one.job.job_id for one in jobs if one.job.kind == "training"]
-        groups = [first, [job_id for job_id in ids if job_id not in first]]
+        acting = list(dict.fromkeys(map(_acting, jobs)))
+        groups = [first, [job_id for job_id in acting if job_id not in first]]
         complaints = [self.slurm.cancel_pending(*group, timeout_s=timeout_s / 2) for group in groups if group]
         return "; ".join(filter(None, complaints)) or None
+
+
+def _acting(one: Watched) -> str:
+    """The job by which it is ended: itself, the first part of a heterogeneous job, or the whole array."""
+    return one.job.leader or one.job.job_id
 
 
 @dataclass(frozen=True)
@@ -227,6 +244,7 @@ class Cancellation:
     begin: float
     end_s: float = END_S
     watched: dict[str, Watched] = field(default_factory=dict)
+    _whose: dict[str, Lookout[str]] = field(default_factory=dict)
 
     @property
     def elapsed_s(self) -> float:
@@ -254,7 +272,7 @@ class Cancellation:
                 self.watched.setdefault(job.job_id, Watched(run, job))
         for local, hand in self.hands.items():
             asked = [one for one in self.watched.values() if one.job.is_local is local and one.is_left]
-            if len(asked) <= ASKED_AHEAD:
+            if len({one.owner for one in asked}) <= ASKED_AHEAD:
                 self._ask_whose(hand, asked)
             seen = hand.statuses(asked, self._left_s()) if asked else {}
             for one in asked:
@@ -264,10 +282,13 @@ class Cancellation:
         for one in self.watched.values():
             one.hear_whose(0.0 if one.may_be_ended(self.elapsed_s) else max(0.0, until - self.elapsed_s))
 
-    @staticmethod
-    def _ask_whose(hand: Hand, jobs: Iterable[Watched]) -> None:
+    def _ask_whose(self, hand: Hand, jobs: Iterable[Watched]) -> None:
+        """Ask in the background whose they are, of an array once; again while Slurm is not heard."""
         for one in jobs:
-            one.ask_whose(partial(hand.stranger, one, COMMAND_S))
+            if one.whose is None and one.owner not in self._whose:
+                question = partial(hand.stranger, one, COMMAND_S)
+                self._whose[one.owner] = Lookout(question, FIRST_PAUSE_S).__enter__()
+            one.whose = one.whose or self._whose[one.owner]
 
     def _do(self, act: Act, jobs: Iterable[Watched]) -> None:
         jobs = list(jobs)
@@ -285,7 +306,7 @@ class Cancellation:
 def conclude(watched: Sequence[Watched]) -> None:
     """Say in a run's directory how those jobs ended that never began, or were killed: nobody else can."""
     for one in watched:
-        if not one.reason or one.run.directory is None:
+        if not one.reason or one.run.directory is None or one.job.kind == "worker":
             continue
         directory, job_id = one.run.directory, one.job.job_id
         note_ends(directory, End(one.job.kind, job_id, None, one.reason, "launcher"))

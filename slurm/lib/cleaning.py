@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from slurm.lib.coordination import AGENT, JOINED_AGENT, CoordinationDir, is_run_dir
+from slurm.lib.job_arrays import arrays_of, is_task
 from slurm.lib.leftovers import discard, rests
 from slurm.lib.observe.remains import Known, Remains, remains_of
 from slurm.lib.observe.run_view import JobView, RunView, Stage, believed
@@ -107,8 +108,15 @@ def _jobs(view: RunView) -> list[JobView]:
     return [job for pair in view.pairs for job in pair.jobs]
 
 
+def _workers(view: RunView) -> list[JobView]:
+    return [worker for pair in view.pairs for worker in pair.workers]
+
+
 def _presumed(view: RunView) -> list[JobView]:
-    """Slurm's jobs that count as ended only since it does not know them."""
+    """Slurm's jobs that count as ended only since it does not know them.
+
+    Workers are none: they never outlive their runtime job by more than it takes to leave.
+    """
     return [job for job in _jobs(view) if job.is_presumed and job.job_id.isdigit()]
 
 
@@ -126,6 +134,7 @@ def by_word_of_end(view: RunView, shown: Mapping[str, ShownJob] | None) -> Verdi
     for job_id, word in living:
         known = word.state in {JobState.PENDING, JobState.RUNNING}
         why = f"its job {job_id}, which said that it ended, is {word.word} in Slurm: was it queued again?"
+        why = f"its worker {job_id} is {word.word} in Slurm" if is_task(job_id) else why
         return Verdict(Stay.LIVES if known else Stay.UNKNOWN, why)
     return GOES
 
@@ -133,6 +142,7 @@ def by_word_of_end(view: RunView, shown: Mapping[str, ShownJob] | None) -> Verdi
 def _of_their_word(view: RunView) -> list[str]:
     """The ids of Slurm's jobs that have ended by somebody's word, of which Slurm need not have been asked."""
     ids = [job.job_id for job in _jobs(view) if job.job_id.isdigit() and not job.is_presumed and not job.word]
+    ids += [worker.job_id for worker in _workers(view) if not worker.word]
     return list(dict.fromkeys(ids))
 
 
@@ -206,7 +216,8 @@ def candidates(
     jobs |= _still_ended(survey, {path: seen[path] for path, verdict in jobs.items() if verdict == GOES})
     used = _used_texts(path for path, verdict in jobs.items() if verdict.stay)
     if GOES in jobs.values():
-        used |= _used_elsewhere(survey, {job.job_id for view in views for job in _jobs(view)})
+        jobs_below = [job.job_id for view in views for job in (*_jobs(view), *_workers(view))]
+        used |= _used_elsewhere(survey, set(arrays_of(jobs_below)))
     look = Look(older_s, now, used)
     found = [look.at(path, seen[path], jobs[path]) for path in paths if only is None or path in only]
     return [*found, *(rest for rest in _rests(base) if only is None or rest.path in only)]

@@ -28,12 +28,13 @@ PRESENCE_PATIENCE_S = 10.0
 # For how long an NFS client may believe what it saw before (nfs(5): acdirmax), an absence too.
 LATE_S = 60.0
 _ID = r"(\d+|local\d+\.\d+)"
+_BODY = rf"((runtime|training)_{_ID}|worker_\d+_\d+)"  # a job with its id; a worker's is that of a task of an array
 # The files at the top of a run's directory that launchers, jobs and the commands that look write there: regular
 # expressions of their names. Copies of .conf files bear those' names. Whatever else lies there is somebody's own.
 OWN_FILES = (
-    rf"run(_{_ID})?(\.json|_(suite|agent)\.diff)",
-    rf"(runtime|training)_{_ID}\.(out|err)",
-    r"runtime_(ready|failed)\.flag",
+    rf"run(_{_ID}|_\d+_\d+)?(\.json|_(suite|agent)\.diff)",
+    rf"{_BODY}\.(out|err)",
+    r"runtime_(head|ready|failed)\.flag",
     r"training_complete\.flag",
     r"runtime_(url|api_key)\.txt",
     rf"secrets(_{_ID})?\.json",
@@ -41,10 +42,10 @@ OWN_FILES = (
     r"task\.yaml",
     r"attempt_\d+\.json",
     rf"notified_{_ID}\.json",
-    rf"heartbeat_(runtime|training)_{_ID}\.txt",
+    rf"heartbeat_{_BODY}\.txt",
     rf"ray_{_ID}_([^/]+\.log|head\.json)",
-    rf"usage_(runtime|training)_{_ID}\.jsonl",
-    rf"sandbox_statistics_{_ID}\.json",
+    rf"usage_{_BODY}\.jsonl",
+    rf"sandbox_statistics_({_ID}|\d+_\d+)\.json",
     r"submission_[^/]+\.json",
     r"local_jobs\.txt",
 )
@@ -224,6 +225,11 @@ class CoordinationDir:
         return self.path / "runtime_api_key.txt"
 
     @property
+    def runtime_head(self) -> Path:
+        """Where a runtime on several nodes has a head that its nodes may join; it may not be ready yet."""
+        return self.path / "runtime_head.flag"
+
+    @property
     def runtime_ready(self) -> Path:
         return self.path / "runtime_ready.flag"
 
@@ -271,7 +277,7 @@ class CoordinationDir:
         return self.path / "rollouts"
 
     def log(self, job: str, job_id: str, suffix: str) -> Path:
-        """The log of ``job`` ("runtime" or "training"), suffix "out" or "err"."""
+        """The log of ``job`` ("runtime", "worker" or "training"), suffix "out" or "err"."""
         return self.path / f"{job}_{job_id}.{suffix}"
 
     def ray_log(self, job_id: str, node: str) -> Path:
@@ -287,7 +293,7 @@ class CoordinationDir:
         return self.path / f"usage_{job}_{job_id}.jsonl"
 
     def sandbox_statistics(self, job_id: str) -> Path:
-        """What the API server of the runtime job ``job_id`` has counted."""
+        """What the API server of the runtime job ``job_id``, or of the worker of that id, has counted."""
         return self.path / f"sandbox_statistics_{job_id}.json"
 
     def attempt(self, number: int) -> Path:
@@ -313,6 +319,12 @@ class CoordinationDir:
             self.publish_key(key)
         self.publish_url(url)
         self.publish(self.runtime_ready, replace(flag, server=server_digest(url, key)))
+
+    def publish_head(self, url: str, key: str, flag: Flag) -> None:
+        """Key, address, and the flag by which the nodes of a runtime know that they are the head's."""
+        self.publish_key(key)
+        self.publish_url(url)
+        self.publish(self.runtime_head, replace(flag, server=server_digest(url, key)))
 
     def publish(self, path: Path, flag: Flag) -> None:
         write_atomically(path, flag.to_text())

@@ -1,8 +1,8 @@
 """What a launch will do, as a value: settings → ``LaunchPlan``; touches nothing.
 
-``--dry-run`` prints a plan, submitting carries out the same plan. The one thing that a plan cannot know, the runtime
-job's id, stands in it as ``<runtime job id>``; Slurm fills in ``%j`` by itself. The ids of a local run are made of its
-launcher's pid.
+``--dry-run`` prints a plan, submitting carries out the same plan. What a plan cannot know, the ids of the runtime job
+and of the workers' array, stands in it as ``<runtime job id>`` and ``<workers job id>``; Slurm fills in ``%j`` by
+itself. The ids of a local run are made of its launcher's pid.
 """
 
 from __future__ import annotations
@@ -20,26 +20,32 @@ from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
+from slurm.lib.run_record import WORKER_NAME, WORKERS
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings, gpu_gres, slurm_seconds
 from slurm.lib.trainer import snapshot_variables, trainer_of
 from slurm.lib.verl_versions import VerlVersion
+from slurm.lib.worker_plan import array_option, fleet, has_arrays, has_head, started
 
 RUNTIME_ID, TRAINING_ID = "<runtime job id>", "<training job id>"
+WORKERS_ID, MORE_WORKERS_ID = "<workers job id>", "<more_workers job id>"
+SHOWN_IDS = {"runtime": RUNTIME_ID, "workers": WORKERS_ID, "more_workers": MORE_WORKERS_ID, "training": TRAINING_ID}
 MARK = "<mark>"  # which launcher submits it (launch_mark.py)
 ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that may be restarted, or is a restart
 # The file in the run's directory that a job's secrets are in; absent where it has none, so that a job that sees no such
 # file knows whether it is still to come. (A name that ends in FILE is not taken for a secret's.)
 SECRETS_FILE = "SKYRL_SECRETS_FILE"
 AGENT_COPY = "SKYRL_AGENT_COPY"  # the folder in the run's directory with SNAPSHOT's copy, for a training that joins
+WORKER_STEP = "SKYRL_WORKER_STEP"  # the id of the runtime job that a worker is a step of
 # Not for the jobs that a job of ours, or a process of a local run, submits.
-OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, AGENT_COPY}) | frozenset(
+OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, AGENT_COPY, WORKER_STEP}) | frozenset(
     {"SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"}
 )
 LOCAL_PID = "<pid>"
 DEPENDENCY, BEGIN = ("dependency", "d"), ("begin", "b")  # options of sbatch, in long and short
 SIGNAL_EARLY_S, SLOWEST_START_S = 60.0, 60.0  # of a signal of Slurm's before its time; of a job body on a busy node
 OWN_ID = "%j"  # Slurm's name for the id of the job that it belongs to; the job bodies know it too
+ARRAY_TASK_ID = "%A_%a"  # the same of a task of an array
 
 
 @dataclass(frozen=True)
@@ -96,21 +102,31 @@ class Request:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """One job: what Slurm is told, and the environment that goes with it (over the launch's common one)."""
+    """One job: what Slurm is told, and the environment that goes with it (over the launch's common one).
+
+    ``tasks``: the numbers of its tasks, where it is an array.
+    """
 
     kind: str
     argv: tuple[str, ...]
     script: Path
     directory: str
     environment: Mapping[str, str]
+    tasks: tuple[int, ...] = ()
 
-    def with_runtime_id(self, job_id: str) -> JobPlan:
-        """The same job with the runtime job's id filled in."""
+    def with_ids(self, jobs: Mapping[str, str]) -> JobPlan:
+        """The same job with the ids filled in of the jobs, by kind, that were submitted before it."""
+
+        def filled(text: str) -> str:
+            for kind in ("runtime", WORKERS):
+                text = text.replace(SHOWN_IDS[kind], jobs.get(kind, ""))
+            return text
+
         return replace(
             self,
-            argv=tuple(word.replace(RUNTIME_ID, job_id) for word in self.argv),
-            directory=self.directory.replace(RUNTIME_ID, job_id),
-            environment={name: value.replace(RUNTIME_ID, job_id) for name, value in self.environment.items()},
+            argv=tuple(map(filled, self.argv)),
+            directory=filled(self.directory),
+            environment={name: filled(value) for name, value in self.environment.items()},
         )
 
     def with_mark(self, mark: str) -> JobPlan:
@@ -119,7 +135,7 @@ class JobPlan:
 
     def with_local_ids(self, ids: Mapping[str, str]) -> JobPlan:
         """The same job as a process of this machine, where nobody fills in ``%j``."""
-        job = self.with_runtime_id(ids.get("runtime", ""))
+        job = self.with_ids(ids)
         own = ids[self.kind]
         environment = {name: value.replace(OWN_ID, own) for name, value in job.environment.items()}
         return replace(job, directory=job.directory.replace(OWN_ID, own), environment=environment)
@@ -133,6 +149,7 @@ class LaunchPlan:
     ``directory`` is the run's directory, with the id of its first job still open. ``verl`` is the VERL that skyrl-agent
     has, where it is known. ``combined`` is the one heterogeneous job of a launch with PAIRING=het, whose components
     are ``training`` and ``runtime`` (then as they would be submitted one by one, for questions about either).
+    ``workers`` are the arrays of the runtime's further nodes, by kind ``workers`` and ``more_workers``.
     """
 
     config: LoadedConfig
@@ -146,6 +163,7 @@ class LaunchPlan:
     secrets: Mapping[str, str]
     verl: VerlVersion | None = None
     combined: JobPlan | None = None
+    workers: tuple[JobPlan, ...] = ()
 
     @property
     def settings(self) -> Settings:
@@ -162,6 +180,7 @@ class LaunchPlan:
 
     @property
     def jobs(self) -> tuple[JobPlan, ...]:
+        """The pair that a run is, or the one of it that is launched; without workers."""
         return tuple(job for job in (self.runtime, self.training) if job)
 
     @property
@@ -172,7 +191,8 @@ class LaunchPlan:
     @property
     def submissions(self) -> tuple[JobPlan, ...]:
         """What sbatch is asked to take, in this order, held; the release of the first lets them start."""
-        return (self.combined,) if self.combined else self.jobs
+        pair = self.jobs
+        return (self.combined,) if self.combined else (*pair[:1], *self.workers, *pair[1:])
 
     @property
     def pairing(self) -> str:
@@ -212,25 +232,49 @@ def _is_signalled(settings: Settings) -> bool:
     return bool(settings.restarts) and left_before > SIGNAL_EARLY_S + SLOWEST_START_S
 
 
-def _logs(kind: str, base: Path, directory: str) -> tuple[str, ...]:
+def _logs(kind: str, base: Path, directory: str, job_id: str = OWN_ID) -> tuple[str, ...]:
     """Log paths below the run's directory, which need not exist before the job starts."""
     folder = f"{_literal(str(base))}/{directory}"
     return _options(
-        [(stream, f"{folder}/{kind}_%j.{suffix}") for stream, suffix in (("output", "out"), ("error", "err"))]
+        [(stream, f"{folder}/{kind}_{job_id}.{suffix}") for stream, suffix in (("output", "out"), ("error", "err"))]
     )
 
 
 def runtime_options(settings: Settings) -> tuple[str, ...]:
-    """The resources of the runtime job."""
+    """The resources of the runtime job: of one node, or of all with RUNTIME_MODE=allocation.
+
+    Then the end of a node is not the job's: without ``--no-kill`` Slurm would end all.
+    """
+    whole = has_head(settings) and settings.runtime_mode == "allocation"
+    return (
+        _node_options(settings, "skyrl-runtime", settings.runtime_nodes if whole else 1)
+        + (("--no-kill",) if whole else ())
+        + _site_options(settings)
+        + settings.cpu_sbatch_args
+    )
+
+
+def worker_options(settings: Settings) -> tuple[str, ...]:
+    """The resources of each task of a worker array: those of the runtime job.
+
+    Without what that one has waited for, and without the signal by which a training saves.
+    """
+    site = [word for word in _site_options(settings) if not word.startswith("--signal=")]
+    options = (*_node_options(settings, WORKER_NAME, 1), *site, *settings.cpu_sbatch_args)
+    return parted(parted(options, *DEPENDENCY)[0], *BEGIN)[0]
+
+
+def _node_options(settings: Settings, name: str, nodes: int) -> tuple[str, ...]:
     pairs = [
-        ("job-name", "skyrl-runtime"),
+        ("job-name", name),
         ("partition", settings.cpu_partition),
-        ("nodes", 1),
-        ("ntasks", 1),
+        ("nodes", nodes),
+        ("ntasks", nodes),
+        ("ntasks-per-node", 1 if nodes > 1 else None),
         ("cpus-per-task", settings.cpus_for_runtime),
         ("mem", settings.runtime_memory),
     ]
-    return _options(pairs) + _site_options(settings) + settings.cpu_sbatch_args
+    return _options(pairs)
 
 
 def training_options(settings: Settings) -> tuple[str, ...]:
@@ -334,6 +378,7 @@ def make_plan(
         secrets=secrets,
         verl=verl,
         combined=builder.combined() if builder.is_het else None,
+        workers=builder.workers(),
     )
 
 
@@ -452,8 +497,25 @@ class _Builder:
             environment,
         )
 
+    def workers(self) -> tuple[JobPlan, ...]:
+        """The arrays of the runtime's further nodes; each task starts once the runtime job has, whose head it joins."""
+        if not self.request.runtime or not has_arrays(self.settings):
+            return ()
+        return tuple(self._array(kind, tasks) for kind, tasks in fleet(self.settings).by_kind.items())
+
+    def _array(self, kind: str, tasks: tuple[int, ...]) -> JobPlan:
+        directory = self.directory_of(RUNTIME_ID)
+        script = self.script("runtime_worker.py")
+        first = (f"--dependency=after:{RUNTIME_ID}", "--kill-on-invalid-dep=yes", array_option(tasks))
+        options = worker_options(self.settings) + _logs("worker", self.base, directory, ARRAY_TASK_ID)
+        environment = self.environment(directory) | {"SKYRL_RUNTIME_JOB_ID": RUNTIME_ID}
+        argv = (*self.sbatch, *first, *options, str(script))
+        return JobPlan(kind, argv, script, f"{self.base}/{directory}", environment, tasks)
+
     def training(self) -> JobPlan:
         """With a runtime job of its own it waits for that one's start, so that it never holds GPUs before.
+
+        It waits for the start of the workers too without which there is not enough room for its sandboxes.
 
         It is held too: the end of a runtime job that is taken back would let it start.
         """
@@ -462,7 +524,8 @@ class _Builder:
         script = self.script("verl_training.py")
         restart = self.request.restart
         # A restart's runtime job may be cancelled while it is queued, which fulfils `after` (Slurm 22.05).
-        both = f"after:{RUNTIME_ID},afterany:{restart.after}" if restart else f"after:{RUNTIME_ID}"
+        runs = started(RUNTIME_ID, WORKERS_ID, fleet(self.settings).needed)
+        both = f"{runs},afterany:{restart.after}" if restart else runs
         options, theirs = self.options_of("training"), list[str]()
         if paired:
             options, theirs = parted(options, *DEPENDENCY)
@@ -512,13 +575,28 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
             lines += [f"# {job.kind} job, {what}", _readable(local_argv(job)), ""]
         return lines
     for job in plan.submissions:
-        title = "both jobs, as one heterogeneous job" if plan.combined else f"{job.kind} job"
-        lines += [f"# {title}", _readable(job.argv), ""]
-    ids = {"runtime": RUNTIME_ID, "training": TRAINING_ID}
-    titles = ["# then, with the run directory complete", "# and last, which lets both start"]
-    for title, job in zip(titles, reversed(plan.submissions), strict=False):
-        lines += [title, f"scontrol release {shlex.quote(ids[job.kind])}", ""]
+        lines += [f"# {_title(plan, job)}", _readable(job.argv), ""]
+    first, *others = plan.submissions
+    titles = [*(["# then, with the run directory complete"] if others else []), *[""] * len(others[1:])]
+    last = (
+        "# and last, which lets all start"
+        if plan.workers
+        else "# and last, which lets both start"
+        if others
+        else "# then, with the run directory complete"
+    )
+    for title, job in zip([*titles, last], [*others, first], strict=True):
+        lines += [*filter(None, [title]), f"scontrol release {shlex.quote(SHOWN_IDS[job.kind])}", ""]
     return lines
+
+
+def _title(plan: LaunchPlan, job: JobPlan) -> str:
+    if plan.combined:
+        return "both jobs, as one heterogeneous job"
+    if not job.tasks:
+        return f"{job.kind} job"
+    awaited = "whose start the training waits for" if job.kind == WORKERS else "which join when Slurm starts them"
+    return f"{job.kind}: further nodes of the runtime, {awaited}"
 
 
 def _readable(argv: tuple[str, ...]) -> str:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # what writes a record imports it where it is used: 40 ms, fe
     from slurm.lib.settings import Settings
 
 SCHEMA = 1
+WORKERS, MORE_WORKERS = "workers", "more_workers"  # the kinds of worker arrays, in a plan and in a record
+WORKER_KINDS = (WORKERS, MORE_WORKERS)
+WORKER_NAME = "skyrl-worker"
 KeptDiff = Mapping[str, object]  # what the record says of a tree's diff: the file's name, what was left out of it
 CODE_PARTS = ("slurm", "slurm_runtime", "shell_rl", "local_verl", "pyproject.toml")
 
@@ -69,12 +72,19 @@ def record(
         "config_files": [str(path) for path in plan.config.files],
         "settings": {name: value for name, value in settings.items() if not is_secret_name(name)},
         "sources": dict(plan.config.sources),
-        "jobs": {kind: {"id": job_id, "name": _NAMES[kind]} for kind, job_id in jobs.items()},
+        "jobs": _recorded(plan, jobs),
         "pairing": plan.pairing,
     }
 
 
+def _recorded(plan: LaunchPlan, jobs: Mapping[str, str]) -> dict[str, dict[str, object]]:
+    """The jobs by kind: id, name, and of an array the numbers of its tasks."""
+    tasks = {job.kind: {"tasks": list(job.tasks)} for job in plan.workers}
+    return {kind: {"id": job_id, "name": _ALL_NAMES[kind], **tasks.get(kind, {})} for kind, job_id in jobs.items()}
+
+
 _NAMES = {"runtime": "skyrl-runtime", "training": "skyrl-train"}
+_ALL_NAMES = {**_NAMES, **dict.fromkeys(WORKER_KINDS, WORKER_NAME)}
 _OTHER = {"runtime": "training", "training": "runtime"}
 
 
@@ -314,6 +324,59 @@ def job_ids(jobs: object) -> dict[str, str]:
     ids = {kind: job.get("id") if isinstance(job, Mapping) else job for kind, job in named}
     texts = {kind: str(job_id) for kind, job_id in ids.items() if type(job_id) in {str, int}}
     return {kind: job_id for kind, job_id in texts.items() if kind in _NAMES and _JOB_ID.fullmatch(job_id)}
+
+
+@dataclass(frozen=True)
+class WorkerArray:
+    """A job array of a runtime's further nodes: its kind, ``workers`` or ``more_workers``, id, and tasks' numbers."""
+
+    kind: str
+    job_id: str
+    tasks: tuple[int, ...]
+
+    @property
+    def task_ids(self) -> tuple[str, ...]:
+        """The ids of its tasks, ``124_1``, which are those of the workers."""
+        return tuple(f"{self.job_id}_{task}" for task in self.tasks)
+
+
+def worker_arrays(jobs: object) -> tuple[WorkerArray, ...]:
+    """The worker arrays in what a record says of jobs; without what is none of ours."""
+    named = jobs if isinstance(jobs, Mapping) else {}
+    found = (_worker_array(kind, named.get(kind)) for kind in WORKER_KINDS)
+    return tuple(array for array in found if array)
+
+
+def _worker_array(kind: str, said: object) -> WorkerArray | None:
+    job_id, tasks = (said.get("id"), said.get("tasks")) if isinstance(said, Mapping) else (None, None)
+    if not isinstance(job_id, str) or not re.fullmatch(r"\d+", job_id, re.ASCII) or not isinstance(tasks, list):
+        return None
+    numbers = tuple(task for task in tasks if type(task) is int and task >= 0)
+    return WorkerArray(kind, job_id, numbers) if numbers else None
+
+
+def recorded_settings(directory: CoordinationDir) -> dict[str, str]:
+    """The settings of a run by its record, without secrets; empty where there is none."""
+    said = read_record(directory.run_record).get("settings")
+    return (
+        {str(name): value for name, value in said.items() if isinstance(value, str)} if isinstance(said, dict) else {}
+    )
+
+
+def join_worker(directory: CoordinationDir, job_id: str, launched: bool) -> None:
+    """Record a worker that a person gave to sbatch; those of a launch are recorded, and a step is its job's."""
+    array, _, task = job_id.partition("_")
+    if launched:
+        return
+    worker = {WORKERS: {"id": array, "name": WORKER_NAME, "tasks": [int(task)]}}
+    data = {"schema": SCHEMA, "created": utc_now(), "jobs": worker}
+    write_atomically(directory.path / f"run_{job_id}.json", json.dumps(data, indent=2) + "\n")
+
+
+def workers_of(directory: CoordinationDir, runtime_job_id: str) -> tuple[WorkerArray, ...]:
+    """The worker arrays that were launched together with a runtime job; those of other attempts are other runtimes'."""
+    records = (read_record(path).get("jobs") for path in record_paths(directory))
+    return next((worker_arrays(jobs) for jobs in records if job_ids(jobs).get("runtime") == runtime_job_id), ())
 
 
 def read_record(path: Path) -> dict[str, Any]:

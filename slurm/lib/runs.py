@@ -2,6 +2,7 @@
 
 It is named by its directory, a unique prefix of that one's name, the id of any of its jobs, or ``latest``. A number
 alone is a job's id and never a prefix: a wrong id would otherwise mean some run of this year, which may be cancelled.
+A worker is a task of an array, ``124_1``, and its run is meant by that, or by ``124``.
 
 A run is a directory: all its attempts, and jobs that joined it, are its jobs. What is known of them stands in its
 records, and Slurm knows the directory of a job by its log. A job that has not recorded itself yet (submitted with
@@ -20,11 +21,12 @@ from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import UsageError
-from slurm.lib.run_record import job_ids, read_record, record_paths
-from slurm.lib.scheduler import Slurm, parse_log, parse_name
+from slurm.lib.job_arrays import is_slurms, is_task
+from slurm.lib.run_record import WORKER_NAME, job_ids, read_record, record_paths, worker_arrays
+from slurm.lib.scheduler import Slurm, parse_array, parse_log, parse_name
 
 LATEST = "latest"
-KINDS = {"skyrl-runtime": "runtime", "skyrl-train": "training"}  # by the names of our jobs
+KINDS = {"skyrl-runtime": "runtime", "skyrl-train": "training", WORKER_NAME: "worker"}  # by the names of our jobs
 SHOWN = 5  # names of runs in a message
 _NAME = re.compile(r"((\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d))_[^_]+", re.ASCII)
 _LOCAL_ID = re.compile(r"local\d+\.\d+")
@@ -32,7 +34,10 @@ _LOCAL_ID = re.compile(r"local\d+\.\d+")
 
 @dataclass(frozen=True)
 class RunJob:
-    """One job of a run; ``leader`` is the job that acts for it, where it is the second part of a heterogeneous job."""
+    """One job of a run; ``leader`` is the job that acts for it: the first part of a heterogeneous job, or the array.
+
+    A worker is a task of an array.
+    """
 
     kind: str
     job_id: str
@@ -53,11 +58,11 @@ class FoundRun:
     alone: RunJob | None = None
 
     def jobs(self) -> list[RunJob]:
-        """Its jobs as its records have them at this moment, a training job before its runtime job."""
+        """Its jobs as its records have them at this moment, a training job before its runtime job; workers last."""
         if self.directory is None:
             return [self.alone] if self.alone else []
         found = {job.job_id: job for jobs, het in _pairs(self.directory) for job in _as_jobs(jobs, het)}
-        return list(found.values())
+        return list((found | {job.job_id: job for job in _workers(self.directory)}).values())
 
     @property
     def host(self) -> str:
@@ -68,6 +73,23 @@ class FoundRun:
 def _as_jobs(jobs: Mapping[str, str], het: bool) -> Iterator[RunJob]:
     for kind in sorted(jobs, reverse=True):
         yield RunJob(kind, jobs[kind], jobs["training"] if het and kind == "runtime" and len(jobs) == 2 else "")
+
+
+def _workers(directory: CoordinationDir) -> Iterator[RunJob]:
+    """The tasks of the worker arrays in each record, and of those that an attempt has queued after itself."""
+    said = [read_record(path).get("jobs") for path in record_paths(directory)]
+    said += [read_record(path).get("successor") for path in sorted(directory.path.glob("attempt_*.json"))]
+    for jobs in said:
+        for array in worker_arrays(jobs):
+            for task_id in array.task_ids:
+                yield RunJob("worker", task_id, array.job_id)
+
+
+def _has_job(directory: CoordinationDir, job_id: str) -> bool:
+    """Whether a record names a job: also an array, or a task of one."""
+    if any(job_id in jobs.values() for jobs, _het in _pairs(directory)):
+        return True
+    return any(job_id in {worker.job_id, worker.leader} for worker in _workers(directory))
 
 
 def _pairs(directory: CoordinationDir) -> Iterator[tuple[dict[str, str], bool]]:
@@ -111,13 +133,20 @@ def find(name: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     """The run that a person means; ``UsageError`` with what there is instead. Slurm has ``ask_s`` seconds to answer."""
     if name == LATEST:
         found = next((path for path in run_folders(base) if record_paths(CoordinationDir(path))), None)
-    elif name.isdigit() or _LOCAL_ID.fullmatch(name):
+    elif _is_id(name, base):
         return _by_id(name, base, slurm, ask_s)
     else:
         found = _folder(name, base) or _by_prefix(name, base)
     if found is None:
         raise UsageError(f"there is no run {name!r}{_what_there_is(base)}")
     return FoundRun(name, CoordinationDir(found))
+
+
+def _is_id(name: str, base: Path) -> bool:
+    """Whether a job is meant; by ``20261128_18``, which could be a task of an array, a run whose name begins so."""
+    if is_task(name):
+        return not any(path.name.startswith(name) for path in run_folders(base))
+    return is_slurms(name) or bool(_LOCAL_ID.fullmatch(name))
 
 
 def refuse_unknown_jobs(run: FoundRun) -> None:
@@ -142,7 +171,7 @@ def stranger(job_id: str, directory: CoordinationDir, slurm: Slurm, ask_s: float
     log, name = parse_log(shown, job_id), parse_name(shown)
     if log is None or _is_same(log.parent, directory.path):
         return ""
-    if any(job_id in jobs.values() for jobs, _het in _pairs(CoordinationDir(log.parent))):
+    if _has_job(CoordinationDir(log.parent), job_id):
         return f"is of the run {log.parent}"
     if not name or name in KINDS or any(_links(directory.log(kind, job_id, "out"), log) for kind in KINDS.values()):
         return ""
@@ -211,12 +240,16 @@ def _by_id(job_id: str, base: Path, slurm: Slurm, ask_s: float) -> FoundRun:
     """By the directory's name, by Slurm's word about the job's log, by all records; else the job alone."""
     folders = run_folders(base)
     likely = [path for path in folders if path.name.endswith(f"_{job_id}")]
-    log = slurm.log_path(job_id, timeout_s=ask_s) if job_id.isdigit() else None
+    shown = (slurm.shown(job_id, ask_s) or "") if is_slurms(job_id) else ""
+    log = parse_log(shown, job_id)
     for path in [*likely, *([log.parent] if log else []), *folders]:
         directory = CoordinationDir(path)
-        if any(job_id in jobs.values() for jobs, _het in _pairs(directory)):
+        if _has_job(directory, job_id):
             return FoundRun(job_id, directory)
-    kind = KINDS.get(slurm.job_name(job_id, ask_s) or "") if log else None
+    array = parse_array(shown)
+    if array and array != job_id and not is_task(job_id):  # Slurm's own number of a task
+        return _by_id(array, base, slurm, ask_s)
+    kind = KINDS.get(parse_name(shown) or "") if log else None
     if kind is None:
         hint = " (a number alone is a job's id)" if any(path.name.startswith(job_id) for path in folders) else ""
         raise UsageError(f"there is no run with a job {job_id}{hint}{_what_there_is(base)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from slurm.lib.errors import EnvironmentProblem, SubmissionError, WaitTimeout
+from slurm.lib.job_arrays import array_of, arrays_of, is_task, shown_ids, with_arrays
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.processes import Completed, run, start_ticks
 
@@ -29,10 +30,10 @@ QUESTION_TIMEOUT_S = 8.0  # before a submission; a person is waiting, and the la
 SUBMIT_TIMEOUT_S = 60.0  # sbatch itself retries while the controller is busy
 # A person's defaults for these commands, such as SQUEUE_PARTITION, would hide living jobs from us.
 FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SACCT_")
-SHOWN = "%A|%T|%r|%N|%P|%u|%S|%M|%l|%j"
-ACCOUNTED = "JobIDRaw,State,NodeList,Partition,User,Start,Elapsed,Timelimit,ExitCode,JobName"
+SHOWN = "%A %i|%T|%r|%N|%P|%u|%S|%M|%l|%j"
+ACCOUNTED = "JobIDRaw,JobID,State,NodeList,Partition,User,Start,Elapsed,Timelimit,ExitCode,JobName"
 STEP_WITHIN_S = 30  # a step beside others begins within a second or two
-ACCOUNTED_USE = "JobIDRaw,ElapsedRaw,TotalCPU,AllocCPUS,AllocNodes,MaxRSS,ReqMem,AllocTRES,TRESUsageInMax"
+ACCOUNTED_USE = "JobIDRaw,JobID,ElapsedRaw,TotalCPU,AllocCPUS,AllocNodes,MaxRSS,ReqMem,AllocTRES,TRESUsageInMax"
 DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 # What Slurm's commands print where the controller was not reached, or its answer was not (slurm_errno.c, 20.11-24.05).
 SILENCE = re.compile(
@@ -115,7 +116,7 @@ class ShownJob:
 
     ``word`` is Slurm's for its state, such as ``PENDING``; ``starts_at`` when it started, or is expected to, by the
     controller's clock, in epoch seconds; ``limit_s`` infinite where it has none. None is what Slurm does not say.
-    ``exit_code`` is 128+N for a job that signal N ended.
+    ``exit_code`` is 128+N for a job that signal N ended. ``number`` is Slurm's own for a task that has begun.
     """
 
     job_id: str
@@ -129,6 +130,7 @@ class ShownJob:
     elapsed_s: float | None = None
     limit_s: float | None = None
     exit_code: int | None = None
+    number: str = ""
 
     @property
     def state(self) -> JobState:
@@ -225,42 +227,64 @@ def parse_status(answer: Completed, job_id: str = "") -> JobStatus:
 
 
 def parse_statuses(answer: Completed, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-    """The status of each of several jobs in an answer of ``squeue -h -t all -o '%A|%T|%r|%N'``."""
+    """The status of each of several jobs, or tasks, in an answer of ``squeue -r -t all -o '%A %i|%T|%r|%N'``."""
     if not answer.ok and "Invalid job id" not in answer.stderr:
         return dict.fromkeys(job_ids, JobStatus(JobState.UNKNOWN, answer.complaint))
-    found = {}
+    found: dict[str, JobStatus] = {}
     for line in answer.stdout.split("\n"):
-        job_id, word, reason, node = [*line.strip().split("|"), "", "", ""][:4]
+        name, word, reason, node = [*line.strip().split("|"), "", "", ""][:4]
         details = [word, *([reason] if reason not in {"", "None"} else []), *([f"on {node}"] if node else [])]
-        found[job_id] = JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), node=node)
+        status = JobStatus(SLURM_STATES.get(word, JobState.UNKNOWN), ", ".join(details), node=node)
+        found |= dict.fromkeys(_ids(name), status)
     gone = JobStatus(JobState.PURGED, "not in the queue any more")
-    return {job_id: found.get(job_id, gone) for job_id in job_ids}
+    return dict.fromkeys(job_ids, gone) | with_arrays(found, job_ids, _rank)
+
+
+def _ids(name: str) -> list[str]:
+    """The ids of the jobs that a line of ``squeue`` is about, by its ``%A %i``."""
+    number, _, shown = name.partition(" ")
+    return shown_ids(number, shown)
+
+
+def _rank(job: JobStatus | ShownJob) -> int:
+    """An array is as that of its tasks which lives most."""
+    order = [JobState.RUNNING, JobState.PENDING, JobState.UNKNOWN]
+    return order.index(job.state) if job.state in order else len(order)
 
 
 def parse_shown(text: str) -> dict[str, ShownJob]:
-    """The jobs by id in an answer of ``squeue -h -t all`` with ``SHOWN``."""
+    """The jobs, and tasks of arrays, by id in an answer of ``squeue -h -t all`` with ``SHOWN``."""
     found = {}
     for line in text.split("\n"):
         fields = line.strip().split("|", 9)
-        if len(fields) == 10 and re.fullmatch(r"\d+", fields[0], re.ASCII):
-            job_id, word, reason, node, partition, user, start, elapsed, limit, name = fields
+        if len(fields) == 10 and (match := re.fullmatch(r"(\d+)( \S+)?", fields[0], re.ASCII)):
+            shown, word, reason, node, partition, user, start, elapsed, limit, name = fields
             reason = "" if reason == "None" else reason
-            times = (_epoch(start), clock_s(elapsed), clock_s(limit))
-            found[job_id] = ShownJob(job_id, name, word, reason, node, partition, user, *times)
+            told = (name, word, reason, node, partition, user, _epoch(start), clock_s(elapsed), clock_s(limit))
+            for job_id in _ids(shown):
+                number = match[1] if is_task(job_id) and node else ""
+                found[job_id] = ShownJob(job_id, *told, number=number)
     return found
+
+
+def _by_ids(found: Mapping[str, ShownJob], job_ids: Sequence[str]) -> dict[str, ShownJob]:
+    """What was found of these jobs, under the ids that they were asked by."""
+    told = with_arrays(found, job_ids, _rank)
+    return {job_id: replace(job, job_id=job_id) for job_id, job in told.items()}
 
 
 def parse_accounted(text: str) -> dict[str, ShownJob]:
     """The jobs by id in an answer of ``sacct -n -P`` with ``ACCOUNTED``; of several with one id the last one counts."""
     found = {}
     for line in text.split("\n"):
-        fields = line.strip().split("|", 9)
-        if len(fields) == 10 and re.fullmatch(r"\d+", fields[0], re.ASCII):
-            job_id, state, node, partition, user, start, elapsed, limit, code, name = fields
+        fields = line.strip().split("|", 10)
+        if len(fields) == 11 and re.fullmatch(r"\d+", fields[0], re.ASCII):
+            number, shown, state, node, partition, user, start, elapsed, limit, code, name = fields
             word = state.partition(" ")[0]  # CANCELLED by 1000
             node = "" if node == "None assigned" else node
             times = (_epoch(start), clock_s(elapsed), clock_s(limit))
-            found[job_id] = ShownJob(job_id, name, word, "", node, partition, user, *times, parse_exit_code(code))
+            for job_id in shown_ids(number, shown):
+                found[job_id] = ShownJob(job_id, name, word, "", node, partition, user, *times, parse_exit_code(code))
     return found
 
 
@@ -270,12 +294,14 @@ def parse_use(text: str) -> dict[str, list[AccountedUse]]:
     for line in text.split("\n"):
         fields = line.strip().split("|")
         name = re.fullmatch(r"(\d+)(?:\.(\S+))?", fields[0], re.ASCII)
-        if len(fields) == 9 and name:
-            job_id, step = name[1], name[2] or ""
-            rows = found.setdefault(job_id, [])
-            if not step:
-                rows.clear()  # an older job with this id
-            rows.append(_use(job_id, step, fields[1:]))
+        if len(fields) == 10 and name:
+            step = name[2] or ""
+            shown = fields[1].removesuffix(f".{step}")
+            for job_id in shown_ids(name[1], shown):
+                rows = found.setdefault(job_id, [])
+                if not step:
+                    rows.clear()  # an older job with this id
+                rows.append(_use(job_id, step, fields[2:]))
     return found
 
 
@@ -386,6 +412,12 @@ def parse_name(shown: str) -> str | None:
     return match.group(1).strip() if match else None
 
 
+def parse_array(shown: str) -> str | None:
+    """The id of the array that a task belongs to, in the same output; None for a job that is none."""
+    match = re.search(r"^\s*JobId=\d+ ArrayJobId=(\d+) ", shown, re.MULTILINE)
+    return match.group(1) if match else None
+
+
 def parse_mails(shown: str) -> bool:
     """Whether Slurm was asked for mails about the job that this output is about."""
     return re.search(r"^\s*MailUser=.*\bMailType=(?!NONE|\s)", shown, re.MULTILINE) is not None
@@ -436,6 +468,13 @@ def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[s
         "--job-name=skyrl-ray",
     )
     return ("srun", *options, *command)
+
+
+def node_step_argv(node: str, *, cpus: int, name: str, cwd: Path, command: Sequence[str]) -> tuple[str, ...]:
+    """The same for a step without GPUs, whose streams are this process's."""
+    options = ("--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", f"--cpus-per-task={cpus}")
+    rest = ("--gres=none", "--mem=0", "--export=ALL", f"--chdir={cwd}", "--unbuffered", f"--job-name={name}")
+    return ("srun", *options, *rest, *command)
 
 
 def shell_argv(
@@ -501,10 +540,14 @@ class Slurm:
         return parse_queue(answer.stdout) if answer.ok else None
 
     def own_named(self, names: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> list[str] | None:
-        """The ids of this user's jobs with these names that are queued or run; None while Slurm is silent."""
-        question = ("squeue", "-h", "--all", f"--user={os.getuid()}", f"--name={','.join(names)}", "-o", "%A")
+        """The ids of this user's jobs with these names that are queued or run, of tasks that of their array.
+
+        None while Slurm is silent.
+        """
+        question = ("squeue", "-h", "--all", f"--user={os.getuid()}", f"--name={','.join(names)}", "-o", "%A %i")
         answer = self._ask(*question, timeout_s=timeout_s)
-        return sorted(filter(str.isdigit, set(answer.stdout.split())), key=int) if answer.ok else None
+        listed = {array_of(job_id) for line in answer.stdout.split("\n") for job_id in _ids(line.strip())}
+        return sorted(filter(str.isdigit, listed), key=int) if answer.ok else None
 
     def clock(self) -> float | None:
         """The controller's time in epoch seconds, to compare with what it says of jobs; None while it is silent."""
@@ -532,41 +575,36 @@ class Slurm:
         return replace(status, starts_at=self._here(status.starts_at, timeout_s))
 
     def statuses(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, JobStatus]:
-        """The status of each of several jobs, by one question."""
-        question = ("squeue", "-h", "--all", "-t", "all", "-j", ",".join(job_ids), "-o", "%A|%T|%r|%N")
+        """The status of each of several jobs, or tasks of arrays, by one question."""
+        asked = ",".join(arrays_of(job_ids))
+        question = ("squeue", "-h", "-r", "--all", "-t", "all", "-j", asked, "-o", "%A %i|%T|%r|%N")
         return parse_statuses(self._ask(*question, timeout_s=timeout_s), job_ids)
 
     def known(self, job_ids: Sequence[str], timeout_s: float = ASK_TIMEOUT_S) -> dict[str, ShownJob] | None:
-        """Those of several jobs that Slurm still knows, by one question; None while it is silent."""
-        question = (
-            "squeue",
-            "-h",
-            "--all",
-            "-t",
-            "all",
-            "-j",
-            ",".join(job_ids),
-            "-o",
-            "%A|%T|%r|%N|%P|%u|%S|%M|%l|%j",
-        )
+        """Those of several jobs, or tasks, that Slurm still knows, by one question; None while it is silent."""
+        asked = ",".join(arrays_of(job_ids))
+        question = ("squeue", "-h", "-r", "--all", "-t", "all", "-j", asked, "-o", SHOWN)
         answer = self._with_epochs()._ask(*question, timeout_s=timeout_s) if job_ids else None
-        unheard = answer is not None and not answer.ok and "Invalid job id" not in answer.stderr
-        return None if unheard else parse_shown(answer.stdout if answer else "")
+        if answer is not None and not answer.ok and "Invalid job id" not in answer.stderr:
+            return None
+        return _by_ids(parse_shown(answer.stdout if answer else ""), job_ids)
 
     def accounted(self, job_ids: Sequence[str], since: str, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, ShownJob]:
         """What accounting knows of jobs that began after ``since`` (``YYYY-MM-DDTHH:MM:SS``); empty without one.
 
-        An older job may have had the same id.
+        An older job may have had the same id. Of tasks it is asked by their array: it lists those that never began
+        as one.
         """
-        words = ("--allocations", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", f"--starttime={since}")
+        asked = ",".join(arrays_of(job_ids))
+        words = ("--allocations", "--noheader", "--parsable2", f"--jobs={asked}", f"--starttime={since}")
         answer = self._with_epochs()._ask("sacct", *words, f"--format={ACCOUNTED}", timeout_s=timeout_s)
-        return parse_accounted(answer.stdout) if answer.ok else {}
+        return _by_ids(parse_accounted(answer.stdout), job_ids) if answer.ok else {}
 
     def use(
         self, job_ids: Sequence[str], since: str, timeout_s: float = ASK_TIMEOUT_S
     ) -> dict[str, list[AccountedUse]]:
         """What accounting knows of the use of jobs that began after ``since``, and of their steps."""
-        words = ("--noheader", "--parsable2", f"--jobs={','.join(job_ids)}", f"--starttime={since}")
+        words = ("--noheader", "--parsable2", f"--jobs={','.join(arrays_of(job_ids))}", f"--starttime={since}")
         answer = self._with_epochs()._ask("sacct", *words, f"--format={ACCOUNTED_USE}", timeout_s=timeout_s)
         return parse_use(answer.stdout) if answer.ok else {}
 
@@ -675,10 +713,6 @@ class Slurm:
         match = re.search(r"\bExitCode=(\S+)", own)
         return parse_exit_code(match.group(1)) if match else None
 
-    def job_name(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> str | None:
-        """The name of a job that Slurm knows."""
-        return parse_name(self.shown(job_id, timeout_s) or "")
-
     def mails(self, job_id: str, timeout_s: float = ASK_TIMEOUT_S) -> bool | None:
         """Whether Slurm sends mails about a job; None where it does not know the job, or is silent."""
         shown = self.shown(job_id, timeout_s)
@@ -690,8 +724,8 @@ class Slurm:
         return asking._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
 
     def partitions(self) -> Completed:
-        """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""
-        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G", timeout_s=QUESTION_TIMEOUT_S)
+        """A line ``partition|up or not|time limit|nodes|GRES|least-most nodes of a job`` for each group of nodes."""
+        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G|%s", timeout_s=QUESTION_TIMEOUT_S)
 
     def version(self) -> Completed:
         """``slurm 22.05.8``, without asking the controller."""

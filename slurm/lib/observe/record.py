@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.observe.run_files import names_in, printable, read_flag, read_object
 from slurm.lib.observe.unknown import Unknown
+from slurm.lib.run_record import WORKER_KINDS, WORKERS, worker_arrays
 
 KINDS = ("training", "runtime")
 _LOG_NAME = re.compile(r"(runtime|training)_(\d{1,12}|local\d+\.\d+)\.out", re.ASCII)
@@ -33,21 +34,40 @@ class End:
 
 @dataclass(frozen=True)
 class RecordedJob:
-    """A job of a run, how it ended where the directory says so, and whether it has begun to write its log."""
+    """A job of a run, how it ended where the directory says so, and whether it has begun to write its log.
+
+    ``array`` is the array of a worker, and ``is_needed`` whether the training waits for that one's start.
+    """
 
     kind: str
     job_id: str
     end: End | None = None
     has_log: bool = False
+    array: str = ""
+    is_needed: bool = False
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The jobs that make one attempt, a training job first; ``attempt`` counts from 1."""
+    """The jobs that make one attempt, a training job first; ``attempt`` counts from 1.
+
+    ``workers`` are those of its runtime, whose end is no end of the run.
+    """
 
     jobs: tuple[RecordedJob, ...]
     attempt: int = 1
     created: str = ""
+    workers: tuple[RecordedJob, ...] = ()
+
+    @property
+    def everybody(self) -> tuple[RecordedJob, ...]:
+        return (*self.jobs, *self.workers)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its runtime job has said that it ended: it takes its workers with it."""
+        runtime = self.job("runtime")
+        return runtime is not None and runtime.end is not None and runtime.end.is_own
 
     def job(self, kind: str) -> RecordedJob | None:
         return next((job for job in self.jobs if job.kind == kind), None)
@@ -57,7 +77,8 @@ class Pair:
 class RunRecord:
     """All that a run's directory says, but for its logs.
 
-    ``pairs`` in the order in which they were submitted; ``attempts`` at most, by RESTARTS; the flags as they lie there;
+    ``pairs`` in the order in which they were submitted; ``attempts`` at most, by RESTARTS; ``nodes`` that its runtime
+    is to have, by RUNTIME_NODES; the flags as they lie there;
     ``problems`` are sentences about what could not be read. A run that has no directory yet has one job.
     """
 
@@ -70,6 +91,7 @@ class RunRecord:
     backend: str = "slurm"
     config: str = ""
     attempts: int = 1
+    nodes: int = 1
     completion: Flag | None = None
     failure: Flag | None = None
     ready: Flag | None = None
@@ -114,7 +136,7 @@ def make_record(
     found = [_pair(data) for _name, data in sorted(read.items(), key=lambda item: _order(item[0]))]
     pairs = _numbered(_joined(_with_unrecorded(found, whole) or _by_logs(names)), whole)
     ends = _told(completion, failure)
-    pairs = [replace(pair, jobs=tuple(_known(job, ends, names) for job in pair.jobs)) for pair in pairs]
+    pairs = [_with_ends(pair, ends, names) for pair in pairs]
     first = read.get("run.json", {})
     settings = _mapping(first.get("settings"))
     config = _texts(first.get("config_files"))
@@ -128,6 +150,7 @@ def make_record(
         backend=_text(settings.get("SKYRL_BACKEND")) or ("local" if "local_jobs.txt" in names else "slurm"),
         config=config[-1].rpartition("/")[2].removesuffix(".conf") if config else "",
         attempts=_number(settings.get("RESTARTS")) + 1,
+        nodes=max(1, _number(settings.get("RUNTIME_NODES"))),
         completion=completion,
         failure=failure,
         ready=ready,
@@ -143,7 +166,15 @@ def _order(name: str) -> tuple[int, str]:
 def _pair(data: Mapping[str, object]) -> Pair:
     jobs = _mapping(data.get("jobs"))
     found = [_job(kind, jobs[kind]) for kind in KINDS if kind in jobs]
-    return Pair(tuple(job for job in found if job.job_id), created=_text(data.get("created")))
+    return Pair(tuple(job for job in found if job.job_id), created=_text(data.get("created")), workers=_workers(jobs))
+
+
+def _workers(jobs: Mapping[str, object]) -> tuple[RecordedJob, ...]:
+    return tuple(
+        RecordedJob("worker", task_id, array=array.job_id, is_needed=array.kind == WORKERS)
+        for array in worker_arrays(jobs)
+        for task_id in array.task_ids
+    )
 
 
 def _job(kind: str, data: object) -> RecordedJob:
@@ -163,7 +194,8 @@ def _with_unrecorded(pairs: list[Pair], attempts: Mapping[int, Mapping[str, obje
     known = {job.job_id for pair in found for job in pair.jobs}
     for _number, data in sorted(attempts.items()):
         for named in (_mapping(data.get("jobs")), _mapping(data.get("successor"))):
-            pair = _pair({"jobs": {kind: {"id": named[kind]} for kind in KINDS if kind in named}})
+            pair_ids = {kind: {"id": named[kind]} for kind in KINDS if kind in named}
+            pair = _pair({"jobs": {**pair_ids, **{kind: named[kind] for kind in WORKER_KINDS if kind in named}}})
             found += [pair] if pair.jobs and known.isdisjoint(job.job_id for job in pair.jobs) else []
             known |= {job.job_id for job in pair.jobs}
     return found
@@ -180,14 +212,14 @@ def _by_logs(names: frozenset[str]) -> list[Pair]:
 def _joined(pairs: list[Pair]) -> list[Pair]:
     """A training job that was launched alone goes with the runtime job that was before it."""
     found: list[Pair] = []
-    alone: RecordedJob | None = None
+    alone: Pair | None = None
     for pair in pairs:
         runtime, training = pair.job("runtime"), pair.job("training")
         if runtime and not training:
-            alone = runtime
+            alone = pair
         if training and not runtime and alone:
-            found = [other for other in found if other.jobs != (alone,)]
-            pair = replace(pair, jobs=(training, alone))
+            found = [other for other in found if other.jobs != alone.jobs]
+            pair = replace(pair, jobs=(training, *alone.jobs), workers=alone.workers)
         found.append(pair)
     return found
 
@@ -210,6 +242,11 @@ def _told(*flags: Flag | None) -> dict[str, End]:
     """What flags say of the ends of jobs."""
     told = [flag for flag in flags if flag and flag.job_id and not flag.by_hand]
     return {flag.job_id: End(flag.exit_code, _text(flag.reason), _text(flag.time), True, flag.ended) for flag in told}
+
+
+def _with_ends(pair: Pair, told: Mapping[str, End], names: frozenset[str]) -> Pair:
+    jobs, workers = ([_known(job, told, names) for job in some] for some in (pair.jobs, pair.workers))
+    return replace(pair, jobs=tuple(jobs), workers=tuple(workers))
 
 
 def _known(job: RecordedJob, told: Mapping[str, End], names: frozenset[str]) -> RecordedJob:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from slurm.lib.observe.nodes import Nodes
 from slurm.lib.observe.phase import Phase
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord
 from slurm.lib.observe.sandboxes import Sandboxes
@@ -71,6 +72,8 @@ class JobView:
     the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong. ``failed_starts`` are
     the sandboxes of a runtime job that did not start, by reason, and ``failed_start`` is its word about the last one.
     ``is_presumed``: it counts as ended only since Slurm knows no such job, which may be one of another cluster.
+    Of a worker ``array`` is the array, ``number`` Slurm's own for it, and ``is_needed`` whether the training waits for
+    its start.
     """
 
     kind: str
@@ -94,6 +97,9 @@ class JobView:
     asked_starts: int = 0
     failed_start: str = ""
     is_presumed: bool = False
+    array: str = ""
+    number: str = ""
+    is_needed: bool = False
 
     @property
     def lives(self) -> bool:
@@ -106,10 +112,15 @@ class JobView:
 
 @dataclass(frozen=True)
 class PairView:
-    """The jobs of one attempt as they are now, a training job first."""
+    """The jobs of one attempt as they are now, a training job first; and the workers of its runtime."""
 
     jobs: tuple[JobView, ...]
     attempt: int
+    workers: tuple[JobView, ...] = ()
+
+    @property
+    def everybody(self) -> tuple[JobView, ...]:
+        return (*self.jobs, *self.workers)
 
     def job(self, kind: str) -> JobView | None:
         return next((job for job in self.jobs if job.kind == kind), None)
@@ -120,6 +131,7 @@ class PairView:
         return self.jobs[0]
 
 
+LEFT = "its runtime job has ended, and Slurm does not know it any more"
 NO_PHASE = Unknown("nothing is known of its jobs")
 
 
@@ -128,7 +140,8 @@ class RunView:
     """A run as it is now: its record, the attempt that counts, the one that waits for its end, and how far it is.
 
     ``pairs`` are all its attempts, and jobs that joined it, in the order in which they were submitted.
-    ``sandboxes`` is None where no server runs, ``gpus`` where they were not asked for.
+    ``sandboxes`` is None where no server runs, ``nodes`` where the runtime has one, ``gpus`` where they were not asked
+    for.
     """
 
     record: RunRecord
@@ -137,6 +150,7 @@ class RunView:
     pairs: tuple[PairView, ...] = ()
     phase: Phase | Unknown = NO_PHASE
     sandboxes: Sandboxes | Unknown | None = None
+    nodes: Nodes | Unknown | None = None
     gpus: tuple[Gpu, ...] | Unknown | None = None
 
     @property
@@ -145,14 +159,14 @@ class RunView:
 
     @property
     def lives(self) -> bool:
-        """Whether a job of it is in the queue or runs; also where that is not known."""
+        """Whether a job of it, or a worker, is in the queue or runs; also where that is not known."""
         pairs = [pair for pair in (self.pair, self.following) if pair]
-        return any(job.lives or job.stage is Stage.UNKNOWN for pair in pairs for job in pair.jobs)
+        return any(job.lives or job.stage is Stage.UNKNOWN for pair in pairs for job in pair.everybody)
 
     @property
     def unended(self) -> list[JobView]:
-        """The jobs of whatever attempt that live, and those of which that is not known, each once."""
-        jobs = {job.job_id: job for pair in self.pairs for job in pair.jobs}
+        """The jobs and workers of whatever attempt that live, and those of which that is not known, each once."""
+        jobs = {job.job_id: job for pair in self.pairs for job in pair.everybody}
         return [job for job in jobs.values() if job.stage is not Stage.ENDED]
 
 
@@ -195,7 +209,7 @@ _ENDED_WORDS = {  # Slurm's words as restarts.Ended has them
 
 
 def _by_slurm(job: RecordedJob, word: Word) -> JobView:
-    view = JobView(job.kind, job.job_id, Stage.UNKNOWN, has_log=job.has_log)
+    view = JobView(job.kind, job.job_id, Stage.UNKNOWN, has_log=job.has_log, array=job.array, is_needed=job.is_needed)
     if isinstance(word, Unknown):
         return replace(view, why_unknown=word.why)
     if word is None:
@@ -211,6 +225,7 @@ def _by_slurm(job: RecordedJob, word: Word) -> JobView:
         starts_at=word.starts_at,
         elapsed_s=word.elapsed_s,
         limit_s=limit,
+        number=word.number,
     )
     if word.state is JobState.PENDING or word.state is JobState.RUNNING:
         return replace(view, stage=Stage[word.state.name])
@@ -224,8 +239,16 @@ def _by_slurm(job: RecordedJob, word: Word) -> JobView:
 
 def pair_view(record: RunRecord, pair: Pair, words: Mapping[str, Word]) -> PairView:
     """The pair with what Slurm says of each job, by id."""
-    jobs = (job_view(job, believed(record, words.get(job.job_id))) for job in pair.jobs)
-    return PairView(tuple(jobs), pair.attempt)
+    jobs, workers = (
+        tuple(job_view(job, believed(record, words.get(job.job_id))) for job in some)
+        for some in (pair.jobs, pair.workers)
+    )
+    return PairView(jobs, pair.attempt, tuple(_left(worker) for worker in workers) if pair.is_left else workers)
+
+
+def _left(worker: JobView) -> JobView:
+    """A worker of a runtime that has ended, which takes its workers with it: it need not be known to Slurm."""
+    return replace(worker, end_reason=LEFT, is_presumed=False) if worker.is_presumed else worker
 
 
 def current(pairs: Sequence[PairView], record: RunRecord) -> int:

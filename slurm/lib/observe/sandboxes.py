@@ -41,7 +41,7 @@ def parse_metrics(text: str) -> Sandboxes | None:
 
 def ask(url: str, key: str | None, timeout_s: float) -> Sandboxes | Unknown:
     """What the server at ``url`` says."""
-    status, text = _get(url, key, timeout_s)
+    status, text = answer_to("/metrics", url, key, timeout_s)
     if not status:
         return Unknown("its API server is not reachable from here")
     if status in {401, 403}:
@@ -50,8 +50,8 @@ def ask(url: str, key: str | None, timeout_s: float) -> Sandboxes | Unknown:
     return found or Unknown("its API server does not tell (GET /metrics)")
 
 
-def _get(url: str, key: str | None, timeout_s: float) -> tuple[int, str]:
-    """Status and body of GET /metrics; status 0 where there is no answer.
+def answer_to(path: str, url: str, key: str | None, timeout_s: float) -> tuple[int, str]:
+    """Status and body of a GET; status 0 where there is no answer.
 
     Written out, since http.client would double the time that a look at runs takes to start.
     """
@@ -59,12 +59,12 @@ def _get(url: str, key: str | None, timeout_s: float) -> tuple[int, str]:
     if where is None or not _IN_A_HEADER.fullmatch(key or ""):
         from slurm.lib.runtime_client import RuntimeClient
 
-        answer = RuntimeClient(url, key).page("/metrics", timeout_s)
+        answer = RuntimeClient(url, key).page(path, timeout_s)
         return answer.status, str(answer.body)
     import socket  # most runs have ended, and no server is asked
 
     host, port, prefix = where.groups()
-    wants = f"GET {prefix.rstrip('/')}/metrics HTTP/1.0\r\nHost: {host}:{port}\r\n"
+    wants = f"GET {prefix.rstrip('/')}{path} HTTP/1.0\r\nHost: {host}:{port}\r\n"
     wants += f"X-API-Key: {key}\r\n" if key else ""
     try:
         with socket.create_connection((host, int(port)), timeout_s) as connection:

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from slurm.lib.coordination import CoordinationDir, host_name
+from slurm.lib.job_arrays import is_slurms
 from slurm.lib.lookout import inquiry
 from slurm.lib.observe.record import Pair, RecordedJob, RunRecord, read_record
 from slurm.lib.observe.run_files import LogEnds, key_of, log_ends, read_small
@@ -24,6 +25,7 @@ from slurm.lib.scheduler import ASK_TIMEOUT_S, JobState, JobStatus, LocalJobs, S
 from slurm.lib.signals import SignalNotes
 
 if TYPE_CHECKING:  # imported while Slurm is asked, which takes about as long
+    from slurm.lib.observe.nodes import Nodes
     from slurm.lib.observe.phase import Phase
     from slurm.lib.observe.run_view import JobView, PairView, RunView, Word
     from slurm.lib.observe.sandboxes import Sandboxes
@@ -33,6 +35,9 @@ ABSENT = Unknown("this host has no Slurm commands (squeue)")
 ACCOUNTING_EVERY_S = 60.0
 AT_ONCE = 5000  # ids of jobs in one question: an argument of a command has 128 KiB
 EARLIER = timedelta(days=1)  # than the record, by which clock ever: accounting is asked about jobs since then
+# A worker leaves within half a minute of its runtime job, by the clock of whichever node; later nothing is asked about
+# it: of old runs there are many.
+LEAVING_S = 3600.0
 
 
 @dataclass
@@ -86,10 +91,10 @@ class Survey:
         words: dict[str, Word] = {}
         asked: list[str] = []
         for record in records:
-            jobs = [job for pair in record.pairs for job in pair.jobs if not (job.end and job.end.is_own)]
-            local = [job for job in jobs if not job.job_id.isdigit()]
+            jobs = [job for job in _in_question(record) if not (job.end and job.end.is_own)]
+            local = [job for job in jobs if not is_slurms(job.job_id)]
             words |= _local_words(record, local) if local else {}
-            asked += [job.job_id for job in jobs if job.job_id.isdigit() and job.job_id not in self._gone]
+            asked += [job.job_id for job in jobs if is_slurms(job.job_id) and job.job_id not in self._gone]
         return words | self._of_slurm(records, list(dict.fromkeys(asked)))
 
     def _of_slurm(self, records: Sequence[RunRecord], asked: Sequence[str]) -> dict[str, Word]:
@@ -107,6 +112,7 @@ class Survey:
     def _ask_accounting(self, records: Sequence[RunRecord], gone: Sequence[str]) -> None:
         """Ask about jobs that the queue does not know any more, and whose end nobody has told; each once a minute."""
         told = {job.job_id for record in records for job in _jobs(record) if job.end is not None}
+        told |= {job.job_id for record in records for pair in record.pairs if pair.is_left for job in pair.workers}
         now = time.monotonic()
         asked = [
             job_id
@@ -129,7 +135,23 @@ def record_of(run: FoundRun) -> RunRecord:
 
 
 def _jobs(record: RunRecord) -> list[RecordedJob]:
-    return [job for pair in record.pairs for job in pair.jobs]
+    return [job for pair in record.pairs for job in pair.everybody]
+
+
+def _in_question(record: RunRecord) -> list[RecordedJob]:
+    """The jobs that may live, by what the record says of time: workers follow their runtime job."""
+    return [job for pair in record.pairs for job in (pair.jobs if _is_long_over(pair) else pair.everybody)]
+
+
+def _is_long_over(pair: Pair) -> bool:
+    """Whether so long has passed since its runtime job said that it ended."""
+    runtime = pair.job("runtime")
+    if runtime is None or runtime.end is None or not pair.is_left:
+        return False
+    try:
+        return time.time() - datetime.fromisoformat(runtime.end.time).timestamp() > LEAVING_S
+    except (ValueError, OverflowError):
+        return False
 
 
 def _since(records: Iterable[RunRecord], job_ids: Sequence[str]) -> str:
@@ -185,9 +207,10 @@ def with_logs(view: RunView) -> RunView:
 
 
 def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairView, dict[str, Phase | Unknown]]:
-    """The pair with the last error of each job, and the phase of each that has begun."""
+    """The pair with the last error of each job, and the phase of each that has begun; workers with their starts."""
     from slurm.lib.observe.phase import last_error, phase_of
 
+    workers = tuple(_read_worker(worker, directory) for worker in pair.workers)
     jobs, phases = [], {}
     for job in pair.jobs:
         if directory is not None and job.has_log:
@@ -197,7 +220,17 @@ def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairV
             job = replace(job, error="" if isinstance(err, Unknown) else last_error(err))
             job = _with_starts(job, directory, err) if job.kind == "runtime" else job
         jobs.append(job)
-    return replace(pair, jobs=tuple(jobs)), phases
+    return replace(pair, jobs=tuple(jobs), workers=workers), phases
+
+
+def _read_worker(worker: JobView, directory: CoordinationDir | None) -> JobView:
+    if directory is None or not worker.has_log:
+        return worker
+    from slurm.lib.observe.phase import last_error
+
+    err = log_ends(directory.log(worker.kind, worker.job_id, "err"))
+    worker = replace(worker, error="" if isinstance(err, Unknown) else last_error(err))
+    return _with_starts(worker, directory, err)
 
 
 def _with_starts(job: JobView, directory: CoordinationDir, err: LogEnds | Unknown) -> JobView:
@@ -226,6 +259,7 @@ class Servers:
     """The API servers of runs, asked side by side, while Slurm says which of them can live."""
 
     answers: dict[str, Sandboxes | Unknown] = field(default_factory=dict)
+    nodes: dict[str, Nodes | Unknown] = field(default_factory=dict)
     threads: dict[str, threading.Thread] = field(default_factory=dict)
     until: float = field(default_factory=lambda: time.monotonic() + SERVER_S + 1.0)  # the deadline is for one read
 
@@ -244,13 +278,20 @@ class Servers:
         if isinstance(url, Unknown):
             self.answers[job_id] = url
             return
-        self.threads[job_id] = threading.Thread(target=self._ask, args=(job_id, url.strip(), key), daemon=True)
+        has_nodes = record.nodes > 1
+        args = (job_id, url.strip(), key, has_nodes)
+        self.threads[job_id] = threading.Thread(target=self._ask, args=args, daemon=True)
         self.threads[job_id].start()
 
-    def _ask(self, job_id: str, url: str, key: str | None) -> None:
+    def _ask(self, job_id: str, url: str, key: str | None, has_nodes: bool) -> None:
         from slurm.lib.observe import sandboxes
 
+        begin = time.monotonic()
         self.answers[job_id] = sandboxes.ask(url, key, SERVER_S)
+        if has_nodes and not isinstance(self.answers[job_id], Unknown):
+            from slurm.lib.observe import nodes
+
+            self.nodes[job_id] = nodes.ask(url, key, max(0.2, SERVER_S - (time.monotonic() - begin)))
 
     def told(self, view: RunView) -> RunView:
         """The run with what its server said, if one can live."""
@@ -259,7 +300,9 @@ class Servers:
             return view
         if runtime.job_id in self.threads:
             self.threads[runtime.job_id].join(max(0.0, self.until - time.monotonic()))
-        return replace(view, sandboxes=self.answers.get(runtime.job_id, LATE))
+        nodes = self.nodes.get(runtime.job_id, LATE) if view.record.nodes > 1 else None
+        answer = self.answers.get(runtime.job_id, LATE)
+        return replace(view, sandboxes=answer, nodes=answer if isinstance(answer, Unknown) and nodes else nodes)
 
 
 def _ready_jobs(record: RunRecord) -> Iterator[str]:

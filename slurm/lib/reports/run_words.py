@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from slurm.lib.observe.nodes import Nodes
 from slurm.lib.observe.phase import Phase
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
 from slurm.lib.observe.sandboxes import Sandboxes
@@ -171,9 +172,11 @@ def run_dict(view: RunView) -> dict[str, object]:
         "phase": _phase_dict(view.phase),
         "attempt": view.pair.attempt if view.pair else None,
         "attempts": record.attempts,
-        "jobs": [_job_dict(job) for job in view.pair.jobs] if view.pair else [],
+        "jobs": [job_dict(job) for job in view.pair.jobs] if view.pair else [],
+        "workers": [_worker_dict(worker) for worker in view.pair.workers] if view.pair else [],
         "next_attempt": _next_dict(view.following),
         "sandboxes": _known(view.sandboxes),
+        "nodes": _known(view.nodes),
         "gpus": _gpus_dict(view.gpus),
         "exit_code": exit_code(view),
         "reason": lead.end_reason if over and lead else None,
@@ -187,7 +190,7 @@ def run_dict(view: RunView) -> dict[str, object]:
     }
 
 
-def _known(value: Sandboxes | Unknown | None) -> object:
+def _known(value: Sandboxes | Nodes | Unknown | None) -> object:
     if isinstance(value, Unknown):
         return {"unknown": value.why}
     return None if value is None else asdict(value)
@@ -204,10 +207,15 @@ def _phase_dict(phase: Phase | Unknown) -> dict[str, object]:
 
 
 def _next_dict(pair: PairView | None) -> dict[str, object] | None:
-    return {"attempt": pair.attempt, "jobs": [_job_dict(job) for job in pair.jobs]} if pair else None
+    return {"attempt": pair.attempt, "jobs": [job_dict(job) for job in pair.jobs]} if pair else None
 
 
-def _job_dict(job: JobView) -> dict[str, object]:
+def _worker_dict(worker: JobView) -> dict[str, object]:
+    """A task of a worker array for scripts; ``needed`` where the training waits for its start."""
+    return {**job_dict(worker), "array": worker.array, "needed": worker.is_needed}
+
+
+def job_dict(job: JobView) -> dict[str, object]:
     """A job for scripts; ``stage`` is ours, ``slurm_state`` and ``slurm_reason`` are Slurm's words."""
     starts = None if job.starts_at is None else datetime.fromtimestamp(job.starts_at, timezone.utc).isoformat()
     return {

@@ -20,6 +20,7 @@ from slurm.lib.errors import (
     EXIT_TIMEOUT,
     EnvironmentProblem,
 )
+from slurm.lib.job_arrays import folded
 from slurm.lib.logs import log
 from slurm.lib.processes import own_age_s
 from slurm.lib.runs import FoundRun, refuse_unknown_jobs
@@ -122,7 +123,9 @@ def _living(work: Work, yes: bool) -> list[FoundRun]:
 
 
 def _title(run: FoundRun) -> str:
-    jobs = ", ".join(f"{job.kind} {job.job_id}" for job in run.jobs())
+    jobs = ", ".join(f"{job.kind} {job.job_id}" for job in run.jobs() if job.kind != "worker")
+    workers = folded([job.job_id for job in run.jobs() if job.kind == "worker"])
+    jobs += f", workers {workers}" if workers else ""
     return f"{run.directory.path if run.directory else 'given to sbatch directly, not begun'}  ({jobs})"
 
 
@@ -186,12 +189,12 @@ class Work:
     def conclude(self) -> int:
         """Tell what was done; returns the exit code."""
         said = say(as_json(self.done) if self.as_json else as_text(self.done))
-        for one in self._watched():
-            if one.stranger:
-                log.warning("a record of %s names the job %s, which %s", one.run.name, one.job.job_id, one.stranger)
+        strangers = {(one.run.name, one.owner): one.stranger for one in self._watched() if one.stranger}
+        for (run, job_id), whose in strangers.items():
+            log.warning("a record of %s names the job %s, which %s", run, job_id, whose)
         left = [one.job.job_id for one in self._watched() if one.is_left]
         if left:
-            log.error("not ended within 15 s: %s; look with squeue, and try again", ", ".join(left))
+            log.error("not ended within 15 s: %s; look with squeue, and try again", folded(left))
         return EXIT_TIMEOUT if left else EXIT_OK if said else EXIT_ENVIRONMENT
 
     def _watched(self) -> Iterator[Watched]:
@@ -219,8 +222,16 @@ def as_text(done: Sequence[Done]) -> str:
     for one in done:
         lines.append(f"run {one.run.directory.path if one.run.directory else one.run.name}")
         lines += [f"  {_due_words(one.due)}"] if one.due else []
-        lines += [f"  {job.sentence}" for job in one.jobs]
+        lines += [f"  {job.sentence}" for job in one.jobs if job.job.kind != "worker"]
+        lines += [f"  {line}" for line in _worker_lines([job for job in one.jobs if job.job.kind == "worker"])]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _worker_lines(workers: Sequence[Watched]) -> list[str]:
+    """A line for all workers of which the same became."""
+    fates = dict.fromkeys(worker.fate for worker in workers)
+    alike = {fate: [worker.job.job_id for worker in workers if worker.fate == fate] for fate in fates}
+    return [f"{'workers' if ids[1:] else 'worker'} {folded(ids)}: {fate}" for fate, ids in alike.items()]
 
 
 def as_json(done: Sequence[Done]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slurm.lib.coordination import host_name
 from slurm.lib.errors import UsageError, WaitTimeout
+from slurm.lib.job_arrays import arrays_of, is_slurms
 from slurm.lib.logs import log
 from slurm.lib.observe.run_view import RunView
 from slurm.lib.observe.survey import Survey
@@ -46,7 +47,7 @@ def living_runs(base: Path, survey: Survey) -> Living:
     until = time.monotonic() + FIND_S
     elsewhere = [view.record.name for view in views if _is_elsewhere(view) and view.unended]
     found = [run for run, view in zip(below, views, strict=True) if _lives(view, survey.slurm, until)]
-    known = {job.job_id for run in found for job in run.jobs()}
+    known = set(arrays_of(job.job_id for run in found for job in run.jobs()))
     others = _found([job_id for job_id in queued if job_id not in known], base, survey.slurm, until)
     return Living(tuple({run.directory or run.alone: run for run in [*found, *others]}.values()), tuple(elsewhere))
 
@@ -60,9 +61,9 @@ def _lives(view: RunView, slurm: Slurm, until: float) -> bool:
     directory = view.record.directory
     if directory is None:
         return False
-    if any(job.lives and not job.job_id.isdigit() for job in view.unended):
+    if any(job.lives and not is_slurms(job.job_id) for job in view.unended):
         return True
-    queued = [job.job_id for job in view.unended if job.job_id.isdigit() and slurm.is_here]
+    queued = arrays_of(job.job_id for job in view.unended if is_slurms(job.job_id) and slurm.is_here)
     return any(not stranger(job_id, directory, slurm, _left_s(until)) for job_id in queued)
 
 
@@ -70,7 +71,7 @@ def _found(job_ids: Iterable[str], base: Path, slurm: Slurm, until: float) -> li
     """The runs of jobs that no run below the jobs base tells of."""
     found: list[FoundRun] = []
     for job_id in job_ids:
-        if any(job_id == job.job_id for run in found for job in run.jobs()):
+        if job_id in arrays_of(job.job_id for run in found for job in run.jobs()):
             continue
         try:
             found.append(find(job_id, base, slurm, _left_s(until)))

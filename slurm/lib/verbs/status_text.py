@@ -22,6 +22,7 @@ from slurm.lib.reports.run_words import (
     sandbox_words,
     shortened,
 )
+from slurm.lib.reports.worker_words import array_lines, node_lines
 from slurm.lib.verbs.table import terminal_width
 
 LABEL = 10
@@ -30,7 +31,7 @@ GOING_ON = "docs/restarts.md: by hand from the newest checkpoint, or by itself w
 
 def told(view: RunView) -> object:
     """What of a run is worth a line once it is another."""
-    jobs = [(job.job_id, job.stage, job.word, job.reason) for job in view.pair.jobs] if view.pair else []
+    jobs = [(job.job_id, job.stage, job.word, job.reason) for job in view.pair.everybody] if view.pair else []
     return view.state, view.phase, jobs
 
 
@@ -68,16 +69,23 @@ def _body(view: RunView, now: float) -> list[str]:
     lines = [] if view.state.is_over and not phase_words(view) else [("phase", phase_words(view))]
     for job in view.pair.jobs if view.pair else ():
         lines.append((job.kind, f"job {job.job_id}: {job_words(job, now)}"))
+    lines += [("workers", words) for words in array_lines(view.pair.workers, now)] if view.pair else []
     lines += [("next", _next(view.following, now))] if view.following else []
     lines += [("sandboxes", sandbox_words(view.sandboxes))] if view.sandboxes else []
-    failed = filter(None, map(failed_start_words, view.pair.jobs if view.pair else ()))
+    failed = filter(None, map(failed_start_words, view.pair.everybody if view.pair else ()))
     lines += [("sandboxes", words) for words in failed]
+    lines += [("nodes", line) for line in node_lines(view.nodes, now)] if view.nodes else []
     lines += [("gpus", words) for words in gpu_words(view.gpus)] if view.gpus else []
-    lines += [(f"{job.kind} says", job.error) for job in _troubled(view)]
+    lines += [(_speaker(job), job.error) for job in _troubled(view)]
     lines += [("to go on", GOING_ON)] if view.state is RunState.INTERRUPTED else []
     lines += [("not known", problem) for problem in view.record.problems]
     lines += [("directory", str(view.record.directory.path))] if view.record.directory else []
     return [f"  {label:<{LABEL}} {words}" for label, words in lines]
+
+
+def _speaker(job: JobView) -> str:
+    """Whose last error it is; of workers there are several."""
+    return f"{job.job_id} says" if job.kind == "worker" else f"{job.kind} says"
 
 
 def _next(pair: PairView, now: float) -> str:
@@ -87,7 +95,7 @@ def _next(pair: PairView, now: float) -> str:
 
 def _troubled(view: RunView) -> list[JobView]:
     """The jobs whose last error is worth a line; none of a run that went well."""
-    jobs = view.pair.jobs if view.pair else ()
+    jobs = view.pair.everybody if view.pair else ()
     well = view.pair is not None and view.pair.lead.exit_code == 0 and view.pair.lead.stage is Stage.ENDED
     return [] if well else list(filter(is_worth_a_line, jobs))
 
