@@ -35,7 +35,7 @@ class Hot:
         self._changing = {path: (Served(path), handler) for path, handler in changing.items()}
         self._reading = {path.partition("{")[0]: (Served(path), read) for path, read in reading.items()}
         self._more = more
-        self._known = (*(kind for kind, _ in (*STATUS_CODES, *more)), HTTPException)
+        self._known: tuple[type[Exception], ...] = (*(kind for kind, _ in (*STATUS_CODES, *more)), HTTPException)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope.get("method")
