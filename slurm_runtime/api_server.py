@@ -594,7 +594,7 @@ async def serve(
         with StatisticsFile(config.statistics_file, manager.counted) as statistics:
             manager.background.start(statistics.keep())
             if membership:
-                manager.background.start(membership.run())
+                membership.begin()
             return await _serve_until(wish.event, server, listening, manager, args.stop_timeout, membership)
     finally:
         await app.state.builds.close()
