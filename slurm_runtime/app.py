@@ -71,7 +71,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app = FastAPI(
         title="SkyRL sandbox API server", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    builds, traffic = Builds(lambda *build: manager.engine.build(*build)), Traffic()
+    builds, traffic = Builds(lambda *build: manager.engine.build(*build), manager.images.offer), Traffic()
 
     def heard(scope: Scope, status: int, seconds: float) -> None:
         traffic.note(scope, status, seconds)

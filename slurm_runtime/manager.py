@@ -47,6 +47,7 @@ from slurm_runtime.ports import Ports
 from slurm_runtime.register import Register
 from slurm_runtime.remains import Remains
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
+from slurm_runtime.shared_images import SharedImages
 from slurm_runtime.slots import Slots, units_for
 from slurm_runtime.starts import Probe, Starts
 from slurm_runtime.statistics import kept
@@ -79,7 +80,8 @@ class Manager:
         self.config = config
         self.engine = engine
         self.admission = Admission(slots)
-        self.images = Images(engine, config.image_archives)
+        shared = SharedImages(config.share_images, engine, socket.gethostname()) if config.share_images else None
+        self.images = Images(engine, config.image_archives, shared=shared)
         self.agent = agent or AgentSupport(wants_fork=False)
         self.launcher = Launcher(config, engine, self.images, ports, self.agent, labels)
         self.register = Register()
