@@ -35,6 +35,7 @@ from slurm.lib.run_record import partner_of
 from slurm.lib.runs import stranger
 from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
 from slurm.lib.scheduler import JobState, Slurm
+from slurm.lib.shared_images import removed_with_the_run
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.supervisor import (
     Action,
@@ -79,8 +80,9 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
     warn_of_mail(job)
-    refusal = refused(job, "runtime", notes)
-    return RuntimeJob(job, notes).run() if refusal is None else refusal
+    with removed_with_the_run(job):
+        refusal = refused(job, "runtime", notes)
+        return RuntimeJob(job, notes).run() if refusal is None else refusal
 
 
 @dataclass
