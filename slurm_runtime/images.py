@@ -127,7 +127,7 @@ class Images:
 
     async def offer(self, image: str) -> None:
         """Let other nodes have an image that was built here."""
-        self.forget(image)  # it may be another one of the same name
+        self._facts.pop(image, None)  # those of an older one of the same name
         if self.shared is not None:
             await self.shared.offer(image)
 
