@@ -49,9 +49,8 @@ def test_images_are_left_for_other_nodes_as_long_as_the_run_lasts(
     user: OrdinaryUser, checkout: Path, jobs_base: Path, served: Registry, nothing_left: Callable[[], None]
 ) -> None:
     mirror = f"REGISTRY_MIRRORS={UPSTREAM}=http://{served.name}"
-    run = launch(
-        user, checkout, jobs_base, "TRAINING_COMMAND=sleep 300", "RUNTIME_NODES=2", "CPUS_FOR_RUNTIME=4", mirror
-    )
+    nodes = ("RUNTIME_NODES=2", "RUNTIME_DRAIN_LEAD=9", "CPUS_FOR_RUNTIME=4")
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=sleep 300", *nodes, mirror)
     until("ready", lambda: run.text("runtime_ready.flag"), 60)
     start(run, "one")
     left = run.directory / "images"
