@@ -31,7 +31,7 @@ from slurm.lib.runs import FoundRun
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.moment import WAYS, moment
-from slurm.lib.verbs.named import HELP, named
+from slurm.lib.verbs.named import HELP, named, worker_name
 
 SCHEMA = 1
 KINDS = ("runtime", "worker", "training")
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     which.add_argument("--runtime", action="store_true", help="the runtime jobs' logs alone")
     which.add_argument("--training", action="store_true", help="the training jobs' logs alone")
     which.add_argument("--workers", action="store_true", dest="worker", help="the logs of the runtime's workers alone")
-    which.add_argument("--worker", metavar="N", type=_worker, dest="one", help="worker N's log alone")
+    which.add_argument("--worker", metavar="N", type=worker_name, dest="one", help="worker N's log alone")
     parser.add_argument("--since", metavar="TIME", type=_since, default=-math.inf, help=f"lines since then: {WAYS}")
     parser.add_argument("-n", "--lines", metavar="N", type=_count, help="begin with the last N lines of each job")
     parser.add_argument("--grep", metavar="REGEX", type=_pattern, help="lines that match, as Python's re.search")
@@ -72,12 +72,6 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of lines")
     return int(text)
-
-
-def _worker(text: str) -> str:
-    if not re.fullmatch(r"\d{1,7}|\d{1,12}_\d{1,7}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no worker's number, such as 1, and no id, such as 124_1")
-    return text
 
 
 def _pattern(text: str) -> re.Pattern[str]:
