@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+NODE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # fit for a URL's path
 MEMORY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
 
@@ -26,6 +27,9 @@ class ServerConfig:
     that comes before that is done waits up to ``adoption_patience_s``. Which had failed is read from ``failures_file``,
     where every server that has one writes it. So are the counts of the job in ``statistics_file``.
 
+    ``node_name`` is this server's name as a node (empty: the host's), ``until`` when it ends (epoch seconds),
+    ``drain_lead_s`` how long before that it takes no new sandboxes.
+
     ``pinning`` is ``docker_cpuset``, ``taskset`` or ``none``; ``agent_start`` is ``fork`` or ``exec``; ``network`` is
     ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox.
     """
@@ -34,6 +38,9 @@ class ServerConfig:
     adopt: bool = False
     failures_file: Path | None = None
     statistics_file: Path | None = None
+    node_name: str = ""
+    until: float | None = None
+    drain_lead_s: float = 0.0
     default_image: str | None = None
     public_host: str | None = None
     cpus_per_worker: float = 1.0
@@ -75,6 +82,10 @@ class ServerConfig:
 
 def is_loopback(host: str) -> bool:
     return LOOPBACK.fullmatch(host) is not None
+
+
+def is_node_name(name: str) -> bool:
+    return len(name) <= 256 and re.fullmatch(NODE_NAME, name) is not None
 
 
 def parse_memory(text: str) -> int:

@@ -54,17 +54,19 @@ def exposition(snapshot: Callable[[], Snapshot], traffic: Traffic, steps: StepTi
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
-            yield from _gauges(snapshot())
-            yield from _traffic(traffic)
+            now = snapshot()
+            yield from _gauges(now)
+            yield from _node(now)
+            yield from traffic_metrics(traffic)
             yield _steps(steps)
 
     registry = CollectorRegistry(auto_describe=False)
     ProcessCollector(registry=registry)
-    registry.register(_Described(Collector().collect))
+    registry.register(Described(Collector().collect))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
-class _Described:
+class Described:
     """A collector that is not asked for values when it is registered."""
 
     def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
@@ -94,7 +96,25 @@ def _gauges(snapshot: Snapshot) -> Iterator[Metric]:
         yield GaugeMetricFamily(name, words, value=float(value))
 
 
-def _traffic(traffic: Traffic) -> Iterator[Metric]:
+def _node(snapshot: Snapshot) -> Iterator[Metric]:
+    """What only makes sense for a node is there only for one."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    draining = bool(snapshot.drain_reason)
+    yield GaugeMetricFamily("skyrl_draining", "1 where no new sandboxes are taken", value=float(draining))
+    if snapshot.until is not None:
+        words = "When this node ends, in seconds since the epoch"
+        yield GaugeMetricFamily("skyrl_until_timestamp_seconds", words, value=snapshot.until)
+    if snapshot.head is not None:
+        words = "1 where the last registration with the head went well"
+        yield GaugeMetricFamily("skyrl_registered", words, value=float(snapshot.head.registered))
+        if snapshot.head.heard_s_ago is not None:
+            words = "Seconds since the head last answered this node"
+            yield GaugeMetricFamily("skyrl_head_heard_seconds", words, value=snapshot.head.heard_s_ago)
+
+
+def traffic_metrics(traffic: Traffic) -> Iterator[Metric]:
+    """What was answered, and how long that took."""
     from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
     answers = CounterMetricFamily(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from html import escape
 from urllib.parse import urlsplit
 
@@ -39,12 +40,22 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class HeadRow:
+    """The head of this node: whether this node is registered there, and seconds since that last went well."""
+
+    url: str
+    registered: bool
+    heard_s_ago: float | None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A server at one moment.
 
     ``waiting`` counts the starts that wait for a slot. ``failures`` are the last ones, newest first. ``notes`` are
     sentences that an operator should know, such as limits that do not bite. ``agent`` tells version and way of start
-    of the agent server, ``podman`` its version or that it does not answer.
+    of the agent server, ``podman`` its version or that it does not answer. ``drain_reason`` is why the node takes no
+    new sandboxes, empty where it does; ``until`` when it ends (epoch seconds).
     """
 
     sandboxes: tuple[SandboxRow, ...] = ()
@@ -59,6 +70,9 @@ class Snapshot:
     podman: str = ""
     node: str = ""
     version: str = ""
+    drain_reason: str = ""
+    until: float | None = None
+    head: HeadRow | None = None
 
 
 STYLE = """
@@ -96,7 +110,7 @@ def render(snapshot: Snapshot) -> str:
     return document(
         "Sandboxes",
         f'<meta http-equiv="refresh" content="{REFRESH_S}">',
-        _head(snapshot) + _tiles(snapshot) + _notes(snapshot.notes) + _tables(snapshot),
+        _head(snapshot) + _tiles(snapshot) + _notes([*_node_notes(snapshot), *snapshot.notes]) + _tables(snapshot),
     )
 
 
@@ -126,10 +140,28 @@ def age(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def moment(epoch: float) -> str:
+    """``14:05 UTC``."""
+    return f"{datetime.fromtimestamp(epoch, timezone.utc):%H:%M} UTC"
+
+
 def _head(snapshot: Snapshot) -> str:
-    facts = [snapshot.node, snapshot.podman, snapshot.agent, snapshot.version and f"server {snapshot.version}"]
+    head = snapshot.head and f"head {snapshot.head.url}"
+    version = snapshot.version and f"server {snapshot.version}"
+    end = None if snapshot.until is None else f"ends at {moment(snapshot.until)}"
+    facts = [snapshot.node, end, head, snapshot.podman, snapshot.agent, version]
     line = " · ".join(text(fact) for fact in facts if fact)
     return f'<h1>Sandboxes</h1><p class="faint">{line}</p>'
+
+
+def _node_notes(snapshot: Snapshot) -> Iterable[str]:
+    """What an operator should know of this server as a node."""
+    if snapshot.drain_reason:
+        yield f"draining, no new sandboxes are taken: {snapshot.drain_reason}"
+    head = snapshot.head
+    if head is not None and not head.registered:
+        heard = "it has never answered" if head.heard_s_ago is None else f"it last answered {age(head.heard_s_ago)} ago"
+        yield f"not registered with the head at {head.url}: {heard}"
 
 
 def _tiles(snapshot: Snapshot) -> str:
@@ -137,15 +169,16 @@ def _tiles(snapshot: Snapshot) -> str:
     ready = sum(row.sandbox.state.name == "READY" for row in snapshot.sandboxes)
     meter = f'<meter min="0" max="{max(1, total)}" value="{used}" aria-label="slots in use"></meter>'
     return (
-        f'<div class="tiles">{_tile(f"{used} / {total}", "slots in use", meter)}'
-        f"{_tile(str(len(snapshot.sandboxes)), f'sandboxes, {ready} ready')}"
-        f"{_tile(str(snapshot.waiting), 'starts in the queue')}"
-        f"{_tile(str(len(snapshot.pulls) + len(snapshot.builds)), 'images under way')}"
-        f"{_tile(str(len(snapshot.failures)), 'last failures')}</div>"
+        f'<div class="tiles">{tile(f"{used} / {total}", "slots in use", meter)}'
+        f"{tile(str(len(snapshot.sandboxes)), f'sandboxes, {ready} ready')}"
+        f"{tile(str(snapshot.waiting), 'starts in the queue')}"
+        f"{tile(str(len(snapshot.pulls) + len(snapshot.builds)), 'images under way')}"
+        f"{tile(str(len(snapshot.failures)), 'last failures')}</div>"
     )
 
 
-def _tile(number: str, words: str, more: str = "") -> str:
+def tile(number: str, words: str, more: str = "") -> str:
+    """A number with what it counts; ``more`` is markup."""
     return f'<div class="tile"><b>{text(number)}</b><span>{text(words)}</span>{more}</div>'
 
 
@@ -162,14 +195,15 @@ def _tables(snapshot: Snapshot) -> str:
     more = f'<p class="faint">and {left_out} more, which GET /list tells</p>' if left_out else ""
     headings = ("State", "Session", "Image", "Age", "Reason", "URL")
     return (
-        _section("Sandboxes", headings, map(_sandbox_row, shown), "No sandbox lives.", more)
-        + _section("Images being pulled", ("Image", "Progress"), map(_progress_row, snapshot.pulls))
-        + _section("Images being built", ("Image", "Progress"), map(_progress_row, snapshot.builds))
-        + _section("Last failures", ("Session", "Image", "Ago", "Why, and its last lines"), _failures(snapshot))
+        section("Sandboxes", headings, map(_sandbox_row, shown), "No sandbox lives.", more)
+        + section("Images being pulled", ("Image", "Progress"), map(_progress_row, snapshot.pulls))
+        + section("Images being built", ("Image", "Progress"), map(_progress_row, snapshot.builds))
+        + section("Last failures", ("Session", "Image", "Ago", "Why, and its last lines"), _failures(snapshot))
     )
 
 
-def _section(title: str, headings: Sequence[str], rows: Iterable[str], empty: str = "", more: str = "") -> str:
+def section(title: str, headings: Sequence[str], rows: Iterable[str], empty: str = "", more: str = "") -> str:
+    """A table below its title; nothing where it has no rows and there is no word for that."""
     body = "".join(rows)
     if not body:
         return f'<h2>{title}</h2><div class="table"><div class="empty">{empty}</div></div>' if empty else ""
@@ -185,11 +219,11 @@ def _sandbox_row(row: SandboxRow) -> str:
     state = sandbox.state.name.lower()
     return (
         f'<tr><td class="state {state}">{state}</td><td>{text(wish.session_id)}</td><td>{text(wish.image)}</td>'
-        f'<td class="number">{age(row.age_s)}</td><td>{text(sandbox.reason)}</td><td>{_link(sandbox.url)}</td></tr>'
+        f'<td class="number">{age(row.age_s)}</td><td>{text(sandbox.reason)}</td><td>{link(sandbox.url)}</td></tr>'
     )
 
 
-def _link(url: str | None) -> str:
+def link(url: str | None) -> str:
     """A link, only for what is plainly a web address."""
     if not url:
         return NOTHING

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser
 from tests.runs import launch, launch_argv, until
 
@@ -48,14 +49,32 @@ def test_slurm_says_when_the_jobs_would_start(user: OrdinaryUser, checkout: Path
         ("CPUS_FOR_RUNTIME=500", "Slurm would not take the runtime job: "),
         ("TRAINING_MEMORY=9T", "Slurm would not take the training job: "),
         ("RESERVATION=nowhere", "Slurm would not take the training job: "),
+        ("RUNTIME_NODES=3 RUNTIME_MODE=allocation", "the runtime job wants 3 nodes, CPU_PARTITION=test has 2 of them"),
+        ("RUNTIME_NODES=1002", "numbers up to 1000 (MaxArraySize=1001)"),
     ],
 )
 def test_what_slurm_would_not_do(user: OrdinaryUser, checkout: Path, jobs_base: Path, setting: str, said: str) -> None:
-    code, found = check(user, checkout, jobs_base, setting)
+    code, found = check(user, checkout, jobs_base, *setting.split())
     assert code == 2
     errors = [finding for finding in found if finding["level"] == "error"]
     assert any(said in finding["sentence"] for finding in errors), found
     assert all(finding["check"] == "slurm" and finding["fix"] for finding in errors)
+
+
+def test_a_partition_that_gives_a_job_fewer_nodes(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    """With jobs of one node each that is no hindrance."""
+    words = ("RUNTIME_NODES=2", "RUNTIME_MODE=allocation")
+    with test_cluster.most_nodes("test", 1):
+        found = [one for one in check(user, checkout, jobs_base, *words)[1] if one["level"] == "error"]
+        assert any("CPU_PARTITION=test gives a job at most 1 (MaxNodes)" in one["sentence"] for one in found), found
+        assert check(user, checkout, jobs_base, words[0])[0] == 0
+
+
+def test_more_nodes_than_the_partition_has_are_a_warning(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
+    code, found = check(user, checkout, jobs_base, "RUNTIME_NODES=3")
+    assert code == 0
+    said = [one["sentence"] for one in found if one["level"] == "warning"]
+    assert any("RUNTIME_NODES=3, and CPU_PARTITION=test has 2 nodes" in sentence for sentence in said), found
 
 
 def test_an_account_is_nobodys_worry_where_there_is_no_accounting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slurm.lib.runtime_job import StopBudget
+from slurm.lib.serving import StopBudget
 
 
 @pytest.mark.parametrize("kill_wait_s", [0, 1, 2, 3, 5, 10, 30, 300])

@@ -1,4 +1,4 @@
-"""The sandbox API server as the runtime job's child: ours, or the user's own ``slurm-remote-runtime``.
+"""The sandbox API server as a job's child: ours, or the user's own ``slurm-remote-runtime``.
 
 Ours inherits a listening socket, so that no other process can take the port between choice and use; it ignores the
 signals that ``scancel`` sends to every process of the job and stops when the job body closes its stdin.
@@ -63,11 +63,11 @@ def available_cpus(settings: Settings) -> int:
     return settings.cpus_for_runtime
 
 
-def common_flags(settings: Settings) -> tuple[str, ...]:
-    """The flags that ``slurm-remote-runtime`` takes too."""
+def common_flags(settings: Settings, node: int = 0) -> tuple[str, ...]:
+    """The flags that ``slurm-remote-runtime`` takes too; ``node`` is the node's number in the run."""
     flags = [
         ("--container-image", settings.container_image),
-        ("--cpus-per-worker", f"{sandbox_room(settings, available_cpus(settings)).cpus_each:.10g}"),
+        ("--cpus-per-worker", f"{sandbox_room(settings, available_cpus(settings), node).cpus_each:.10g}"),
         ("--memory-per-worker", settings.memory_per_worker),
         ("--worker-startup-timeout", "600"),
     ]
@@ -79,8 +79,31 @@ def statistics_file(storage: PodmanStorage) -> Path:
     return storage.root / "statistics.json"
 
 
-def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage: PodmanStorage) -> tuple[str, ...]:
-    """The flags of our server."""
+@dataclass(frozen=True)
+class Membership:
+    """How an API server belongs to a head, at ``head_url``: the name of its node, and until when that is there.
+
+    ``until`` is the job's time limit in epoch seconds, None where there is none; ``number`` is the node's among the
+    run's, which may share MAX_PARALLEL_AGENTS out among them.
+    """
+
+    head_url: str
+    node: str
+    until: float | None
+    drain_lead_s: int
+    number: int = 0
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The same as flags of the server."""
+        ends = () if self.until is None else ("--until", f"{self.until:.0f}")
+        return ("--head", self.head_url, "--node-name", self.node, *ends, "--drain-lead", str(self.drain_lead_s))
+
+
+def own_flags(
+    job: JobContext, listener: socket.socket, key_file: Path, storage: PodmanStorage, node: int = 0
+) -> tuple[str, ...]:
+    """The flags of our server; ``node`` is the node's number in the run."""
     settings = job.settings
     archives = archives_folder(settings)
     flags = [
@@ -93,7 +116,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage:
         ("--label", f"job={job.job_id}"),
     ]
     if settings.max_parallel_agents:
-        flags.append(("--max-sandboxes", str(sandbox_room(settings, available_cpus(settings)).slots)))
+        flags.append(("--max-sandboxes", str(sandbox_room(settings, available_cpus(settings), node).slots)))
     if settings.sandbox_port_range:
         ports = settings.sandbox_port_range
         flags.append(("--sandbox-port-range", f"{ports.start}-{ports.stop - 1}"))
@@ -112,7 +135,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage:
     ]
     # Legacy clients build what their images lack.
     switches = ("--enable-image-build", *(("--verbose",) if settings.skyrl_debug else ()))
-    return (*common_flags(settings), *(word for flag in flags for word in flag), "--stop-with-stdin", *switches)
+    return (*common_flags(settings, node), *(word for flag in flags for word in flag), "--stop-with-stdin", *switches)
 
 
 @dataclass
@@ -134,7 +157,8 @@ class AlarmFilter:
 class ApiServer:
     """The running server. ``url`` is what other nodes use, ``local_url`` what this job uses.
 
-    ``own_session`` is told the session of each process that serves, the first and those of restarts.
+    ``own_session`` is told the session of each process that serves, the first and those of restarts, which get the
+    flags ``again`` too.
     """
 
     def __init__(
@@ -147,8 +171,10 @@ class ApiServer:
         is_ours: bool,
         stop_s: float,
         own_session: Callable[[int], None],
+        again: tuple[str, ...] = ("--adopt",),
     ) -> None:
         self._spec = spec
+        self._again = again
         self._stop_s = stop_s
         self._own_session = own_session
         self.key = key
@@ -163,6 +189,11 @@ class ApiServer:
         self._own_session(self._child.pid)
         copy_log(self._child, self._last_words)
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._spec.name
+
     def __enter__(self) -> ApiServer:
         return self
 
@@ -176,14 +207,16 @@ class ApiServer:
         """
         assert self.is_ours, "only our own server takes sandboxes over"
         self._child.stop()
-        self._start(replace(self._spec, argv=(*self._spec.argv, "--adopt")))
+        self._start(replace(self._spec, argv=(*self._spec.argv, *self._again)))
 
     def check_alive(self) -> None:
         """``EnvironmentProblem`` with the server's last words if it has ended."""
         code = self._child.exit_code
         if code is not None:
             words = b" | ".join(line.strip() for line in self._last_words).decode("utf-8", "replace")
-            raise EnvironmentProblem(f"the API server on {socket.gethostname()} ended with {how_it_ended(code, words)}")
+            raise EnvironmentProblem(
+                f"{self._spec.name} on {socket.gethostname()} ended with {how_it_ended(code, words)}"
+            )
 
     def stop(self) -> None:
         """Have it remove its sandboxes and end; killed when its share of the budget is over."""
@@ -202,19 +235,27 @@ def users_own_runtime(settings: Settings) -> Path | None:
 
 @contextlib.contextmanager
 def api_server(
-    job: JobContext, storage: PodmanStorage, key: str, stop_s: float, own_session: Callable[[int], None]
+    job: JobContext,
+    storage: PodmanStorage,
+    key: str,
+    stop_s: float,
+    own_session: Callable[[int], None],
+    membership: Membership | None = None,
 ) -> Iterator[ApiServer]:
-    """The server, started (not yet answering); stopped within ``stop_s`` seconds at the end of the block."""
+    """The server, started (not yet answering); stopped within ``stop_s`` seconds at the end of the block.
+
+    With a ``membership`` it is a node of that head, which has RUNTIME_PORT, where it is this job's.
+    """
     python = users_own_runtime(job.settings)
     listener = listening_socket(
         "127.0.0.1" if job.is_local else "0.0.0.0",  # the sandbox URLs must reach other nodes; the key guards them
-        job.settings.runtime_port,
+        None if membership else job.settings.runtime_port,
         job.settings.runtime_port_range,
     )
     with listener:
         port = listener.getsockname()[1]
         if python is None:
-            spec = _own_spec(job, storage, listener, key, stop_s)
+            spec = _own_spec(job, storage, listener, key, stop_s, membership)
         else:
             spec = _foreign_spec(job, storage, port, key)
             listener.close()
@@ -223,14 +264,22 @@ def api_server(
             yield server
 
 
-def _own_spec(job: JobContext, storage: PodmanStorage, listener: socket.socket, key: str, stop_s: float) -> ChildSpec:
+def _own_spec(
+    job: JobContext,
+    storage: PodmanStorage,
+    listener: socket.socket,
+    key: str,
+    stop_s: float,
+    membership: Membership | None = None,
+) -> ChildSpec:
     key_file = storage.root / "api_key"
     write_atomically(key_file, key + "\n", 0o600)
     argv = (
         sys.executable,
         "-m",
         "slurm_runtime.api_server",
-        *own_flags(job, listener, key_file, storage),
+        *own_flags(job, listener, key_file, storage, membership.number if membership else 0),
+        *(membership.flags if membership else ()),
         "--stop-timeout",
         f"{0.8 * stop_s:g}",
     )

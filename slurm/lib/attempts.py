@@ -36,7 +36,7 @@ from slurm.lib.lookout import NOTE_EVERY_S, Lookout
 from slurm.lib.notify import ended_by, tell
 from slurm.lib.plan import AFTER, ATTEMPT, LaunchPlan, Request, Restart, make_plan
 from slurm.lib.restarts import Cause, Ended, Verdict, cause_of, verdict
-from slurm.lib.run_record import partner_of, recorded_git
+from slurm.lib.run_record import WORKER_KINDS, partner_of, recorded_git
 from slurm.lib.scheduler import JobState, JobStatus
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -273,9 +273,12 @@ class Chain:
         return bool(self.successor)
 
     def _waiting(self) -> list[str]:
-        """What is cancelled of the next attempt: both jobs, or the one heterogeneous job, by its first component."""
-        kinds = ("training",) if self.job.settings.pairing == "het" else ("training", "runtime")
-        return [self.successor[kind] for kind in kinds]
+        """What is cancelled of the next attempt: both jobs, or the one heterogeneous job, by its first component.
+
+        The last of them is the runtime job, for whose start or end its workers wait.
+        """
+        kinds = ("training",) if self.job.settings.pairing == "het" else ("training", *WORKER_KINDS, "runtime")
+        return [self.successor[kind] for kind in kinds if kind in self.successor]
 
     def conclude(self, ended: Ended, left_s: float = math.inf) -> None:
         """At the end of this attempt, within ``left_s`` seconds: leave the next one in the queue, or take it out."""

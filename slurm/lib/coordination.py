@@ -32,9 +32,9 @@ _BODY = rf"((runtime|training)_{_ID}|worker_\d+_\d+)"  # a job with its id; a wo
 # The files at the top of a run's directory that launchers, jobs and the commands that look write there: regular
 # expressions of their names. Copies of .conf files bear those' names. Whatever else lies there is somebody's own.
 OWN_FILES = (
-    rf"run(_{_ID})?(\.json|_(suite|agent)\.diff)",
+    rf"run(_{_ID}|_\d+_\d+)?(\.json|_(suite|agent)\.diff)",
     rf"{_BODY}\.(out|err)",
-    r"runtime_(ready|failed)\.flag",
+    r"runtime_(head|ready|failed)\.flag",
     r"training_complete\.flag",
     r"runtime_(url|api_key)\.txt",
     rf"secrets(_{_ID})?\.json",
@@ -225,6 +225,11 @@ class CoordinationDir:
         return self.path / "runtime_api_key.txt"
 
     @property
+    def runtime_head(self) -> Path:
+        """Where a runtime on several nodes has a head that its nodes may join; it may not be ready yet."""
+        return self.path / "runtime_head.flag"
+
+    @property
     def runtime_ready(self) -> Path:
         return self.path / "runtime_ready.flag"
 
@@ -314,6 +319,12 @@ class CoordinationDir:
             self.publish_key(key)
         self.publish_url(url)
         self.publish(self.runtime_ready, replace(flag, server=server_digest(url, key)))
+
+    def publish_head(self, url: str, key: str, flag: Flag) -> None:
+        """Key, address, and the flag by which the nodes of a runtime know that they are the head's."""
+        self.publish_key(key)
+        self.publish_url(url)
+        self.publish(self.runtime_head, replace(flag, server=server_digest(url, key)))
 
     def publish(self, path: Path, flag: Flag) -> None:
         write_atomically(path, flag.to_text())

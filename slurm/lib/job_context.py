@@ -15,12 +15,13 @@ from pathlib import Path
 
 from slurm.lib.config import Check, LoadedConfig, load_config
 from slurm.lib.coordination import AGENT, STAMP_FORMAT, CoordinationDir, Flag, make_run_dir
-from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError
+from slurm.lib.errors import EXIT_INTERNAL, EXIT_SIGNAL_BASE, EnvironmentProblem, SuiteError, UsageError
 from slurm.lib.interpreter import MARK_NAME, changes, mark
+from slurm.lib.job_arrays import is_task
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.logs import flush_or_give_up, log, setup_job_logging
-from slurm.lib.plan import AGENT_COPY, SECRETS_FILE
-from slurm.lib.run_record import await_secrets, join, read_jobs, read_secrets
+from slurm.lib.plan import AGENT_COPY, SECRETS_FILE, WORKER_STEP
+from slurm.lib.run_record import await_secrets, join, join_worker, read_jobs, read_secrets, recorded_settings
 from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.secrets import is_secret_name
 from slurm.lib.settings import Settings, contradictions
@@ -64,8 +65,14 @@ def was_launched(environment: Mapping[str, str]) -> bool:
     return bool(environment.get("SKYRL_CODE_DIR"))
 
 
-def own_job_id(environment: Mapping[str, str]) -> str:
-    """Slurm's id of this job; for a process that Slurm did not start, one made of host and pid."""
+def own_job_id(environment: Mapping[str, str], kind: str = "") -> str:
+    """Slurm's id of this job; for a process that Slurm did not start, one made of host and pid.
+
+    A worker in an array is called ``124_1``, by which people, and the runtime job, know it.
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    if kind == "worker" and array and task and not environment.get(WORKER_STEP):
+        return f"{array}_{task}"
     return environment.get("SKYRL_JOB_ID") or environment.get("SLURM_JOB_ID") or f"pid{os.getpid()}"
 
 
@@ -93,21 +100,31 @@ def context(
     notes: SignalNotes,
 ) -> JobContext:
     """The context of the job that this process is the body of."""
-    job_id = own_job_id(environment)
+    job_id = own_job_id(environment, kind)
     launched = was_launched(environment)
     named = coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or None
     secrets = _secrets(CoordinationDir(Path(named)), job_id, environment, notes) if named else {}
+    if kind == "worker" and named:  # one that was given to sbatch knows nothing else of the run
+        environment = {**recorded_settings(CoordinationDir(Path(named))), **environment}
     loaded = load_job_config(config, overrides, {**secrets, **environment})
     if rebuilt := ", ".join(changes(environment.get(MARK_NAME, ""), mark())):
         log.warning("the environment of %s was rebuilt since this job was submitted: %s", sys.executable, rebuilt)
     for warning in loaded.warnings:
         log.debug("%s", warning)
+    if kind == "worker" and not named:
+        raise UsageError("a worker joins a run: set SKYRL_COORD_DIR to the directory of one with RUNTIME_NODES")
+    if kind == "worker" and not is_task(job_id):
+        raise UsageError("a worker is a task of a job array: submit it with sbatch --array=1-N")
     directory = _existing(named) if named else _made(loaded.settings, job_id)
     directory = replace(directory, agent_name=environment.get(AGENT_COPY, AGENT).replace("%j", job_id))
     scheduler = _scheduler(environment)
     # A launch recorded its jobs; one that joins does so late, and may have been killed.
-    join(directory, kind, job_id, launched)
-    if not launched:
+    is_step = WORKER_STEP in environment  # of a job that is recorded, and has opened its log
+    if kind == "worker" and not is_step:
+        join_worker(directory, job_id, launched)
+    elif kind != "worker":
+        join(directory, kind, job_id, launched)
+    if not (launched or is_step):
         _link_logs(kind, job_id, directory, scheduler)
     return JobContext(
         job_id=job_id,
@@ -208,7 +225,12 @@ def say_at_slurm(complaint: str, environment: Mapping[str, str]) -> None:
 
 
 def tell_partner(kind: str, coord_dir: str | None, environment: Mapping[str, str], reason: str, exit_code: int) -> None:
-    """Say in the coordination directory that this job could not begin, where that much is known."""
+    """Say in the coordination directory that this job could not begin, where that much is known.
+
+    Not of a worker, whose end is not the run's.
+    """
+    if kind == "worker":
+        return
     job_id = own_job_id(environment)
     path = Path(coord_dir or environment.get("SKYRL_COORD_DIR", "").replace("%j", job_id) or "/nonexistent")
     if not path.is_dir():

@@ -36,8 +36,9 @@ ATTEMPT, AFTER = "SKYRL_ATTEMPT", "SKYRL_AFTER_JOB_ID"  # of a pair of jobs that
 # file knows whether it is still to come. (A name that ends in FILE is not taken for a secret's.)
 SECRETS_FILE = "SKYRL_SECRETS_FILE"
 AGENT_COPY = "SKYRL_AGENT_COPY"  # the folder in the run's directory with SNAPSHOT's copy, for a training that joins
+WORKER_STEP = "SKYRL_WORKER_STEP"  # the id of the runtime job that a worker is a step of
 # Not for the jobs that a job of ours, or a process of a local run, submits.
-OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, AGENT_COPY}) | frozenset(
+OF_ONE_JOB = frozenset({ATTEMPT, AFTER, SECRETS_FILE, AGENT_COPY, WORKER_STEP}) | frozenset(
     {"SKYRL_RUNTIME_JOB_ID", "SKYRL_JOB_ID", "SKYRL_LOCAL_JOBS"}
 )
 LOCAL_PID = "<pid>"

@@ -354,6 +354,24 @@ def _worker_array(kind: str, said: object) -> WorkerArray | None:
     return WorkerArray(kind, job_id, numbers) if numbers else None
 
 
+def recorded_settings(directory: CoordinationDir) -> dict[str, str]:
+    """The settings of a run by its record, without secrets; empty where there is none."""
+    said = read_record(directory.run_record).get("settings")
+    return (
+        {str(name): value for name, value in said.items() if isinstance(value, str)} if isinstance(said, dict) else {}
+    )
+
+
+def join_worker(directory: CoordinationDir, job_id: str, launched: bool) -> None:
+    """Record a worker that a person gave to sbatch; those of a launch are recorded, and a step is its job's."""
+    array, _, task = job_id.partition("_")
+    if launched:
+        return
+    worker = {WORKERS: {"id": array, "name": WORKER_NAME, "tasks": [int(task)]}}
+    data = {"schema": SCHEMA, "created": utc_now(), "jobs": worker}
+    write_atomically(directory.path / f"run_{job_id}.json", json.dumps(data, indent=2) + "\n")
+
+
 def workers_of(directory: CoordinationDir, runtime_job_id: str) -> tuple[WorkerArray, ...]:
     """The worker arrays that were launched together with a runtime job; those of other attempts are other runtimes'."""
     records = (read_record(path).get("jobs") for path in record_paths(directory))

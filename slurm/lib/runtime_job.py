@@ -1,73 +1,56 @@
 """The runtime job: private Podman storage, Podman service, API server; its address is published once it answers.
 
-The nested ``with`` blocks of ``serve`` are the job, and its end: everything is stopped in reverse order, within Slurm's
-KillWait. ``watchers`` sees what happens, ``supervisor`` decides what it means, and here that is done.
+With RUNTIME_NODES it is the head and node 0 of a runtime on several nodes: then the head is what is published, once
+enough nodes have joined it. ``serving`` brings up what serves, ``watchers`` sees what happens, ``supervisor`` decides
+what it means, and here that is done.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from slurm.lib.api_server_child import ApiServer, api_server
+from slurm.lib.api_server_child import ApiServer, Membership
 from slurm.lib.attempts import refused, why_ended
 from slurm.lib.coordination import Flag
+from slurm.lib.deadlines import own_end
 from slurm.lib.endings import End, is_followed, note_ends
-from slurm.lib.errors import EXIT_SIGNAL_BASE, EXIT_UNAVAILABLE, EnvironmentProblem, SuiteError
-from slurm.lib.guardian import guarded
-from slurm.lib.images import load_images
+from slurm.lib.errors import EXIT_SIGNAL_BASE, EXIT_UNAVAILABLE, EnvironmentProblem
+from slurm.lib.head_child import head_of
 from slurm.lib.job_context import JobContext, run_body
 from slurm.lib.logs import log
 from slurm.lib.lookout import answered
+from slurm.lib.nodes_watch import JoinWatch
 from slurm.lib.notice import Ending
 from slurm.lib.notify import Sending, ended_by, patience_s, tell, warn_of_mail
-from slurm.lib.podman_service import podman_service
-from slurm.lib.podman_storage import podman_storage, readable_stores
-from slurm.lib.preflight.node import ready_runtime_node
-from slurm.lib.registries import registries_conf, site_conf
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import partner_of
 from slurm.lib.runs import stranger
-from slurm.lib.runtime_client import QUICK_TIMEOUT_S, RuntimeClient
 from slurm.lib.scheduler import JobState, Slurm
-from slurm.lib.signals import Interrupted, SignalNotes
+from slurm.lib.serving import Ground, ServingBody, Watch, await_health
+from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import (
     Action,
-    AllStopped,
-    Answers,
-    Event,
-    Failed,
+    Admit,
     NoteEnd,
     Outcome,
     Part,
     Publish,
-    Recovered,
-    Restart,
-    State,
     Stop,
-    StopSignal,
     Supervisor,
     TellTraining,
     Withdraw,
-    step,
 )
-from slurm.lib.usage_sampler import published_statistics, sampled
-from slurm.lib.waiting import wait_for
 from slurm.lib.watchers import RunWatch, TrainingWatcher
+from slurm.lib.worker_plan import has_arrays, has_head
+from slurm.lib.worker_recall import Recall
+from slurm.lib.worker_steps import WorkerSteps, worker_steps
 
-START_DEADLINE_S = 60.0  # as the bash suite: the API server has this long to answer /health
 ASK_S = 5.0  # whose a training is
 ASK_AT_END_S = 2.0  # how a training is, before this job has noted its own end
-LOOK_EVERY_S = 0.05  # at our children and signals
-
-
-class Stopping(Exception):
-    """The work ends; the supervisor knows why."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,67 +62,82 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
     warn_of_mail(job)
-    refusal = refused(job, "runtime", notes)
-    return RuntimeJob(job, notes).run() if refusal is None else refusal
+    with Recall(job) as recall:
+        refusal = refused(job, "runtime", notes)
+        if refusal is not None:
+            return refusal
+        say_what_to_submit(job)
+        return RuntimeJob(job, notes, Supervisor(has_head=has_head(job.settings)), recall=recall).run()
+
+
+def say_what_to_submit(job: JobContext) -> None:
+    """For a job given to sbatch directly, whose further nodes nobody has queued."""
+    if not has_arrays(job.settings) or job.was_launched:
+        return
+    last = job.settings.runtime_nodes - 1
+    log.info(
+        "this job submits no further nodes; do so with:  SKYRL_COORD_DIR=%s sbatch --array=1-%d %s, with this job's "
+        "sizes (--partition, --cpus-per-task, --mem, --time)",
+        *(job.directory.path, last, job.code / "slurm" / "jobs" / "runtime_worker.py"),
+    )
 
 
 @dataclass
-class RuntimeJob:
-    """The edge of the supervisor: hands it what happens, and does what it says."""
+class RuntimeJob(ServingBody):
+    """The runtime job's edge of the supervisor. ``recall`` ends its worker arrays."""
 
-    job: JobContext
-    notes: SignalNotes
-    supervisor: Supervisor = field(default_factory=Supervisor)
-    restarts: Mapping[Part, Callable[[], None]] = field(default_factory=dict)
     withdrawn: tuple[End, ...] = ()
+    recall: Recall | None = None
     watch: RunWatch = field(init=False)
+
+    kind = "runtime"
 
     def __post_init__(self) -> None:
         self.watch = RunWatch(self.job, self.notes, TrainingWatcher.of(self.job))
 
-    def run(self) -> int:
-        """From the start to the end with its reason; the exit code."""
-        with contextlib.suppress(Stopping), self.judged(), self.watch.asking():
-            serve(self)
-        self.take(AllStopped())
-        assert self.supervisor.outcome is not None
-        return self.supervisor.outcome.exit_code
+    @property
+    def watching(self) -> Watch:
+        return self.watch
 
     @contextlib.contextmanager
-    def judged(self) -> Iterator[None]:
-        """An error or a signal in the block is a reason to stop, which is told at once; then ``Stopping``."""
-        try:
+    def membership(self, ground: Ground) -> Iterator[tuple[str, Membership | None]]:
+        """The key of the run; and with several nodes the head, which is this job's too, and its further nodes."""
+        job, key = self.job, api_key(self.job)
+        if not has_head(job.settings):
+            yield key, None
+            return
+        with head_of(job, ground, key) as head, worker_steps(job) as steps:
+            self.watch.head = head
+            self.restarts[Part.HEAD] = head.restart
+            await_health(head, self)
+            until = answered(lambda: own_end(job.job_id, job.environment, job.scheduler), self.notes)
+            with self.joining(head, steps):
+                yield key, Membership(head.local_url, node_name(job), until, job.settings.runtime_drain_lead)
+
+    @contextlib.contextmanager
+    def joining(self, head: ApiServer, steps: WorkerSteps) -> Iterator[None]:
+        """What has joined the head is looked at in the background, and the steps that are this job's nodes."""
+        with JoinWatch(self.job, head, steps).asking() as joined, steps.watched(head):
+            self.watch.joined = joined
             yield
-        except Interrupted as stop:
-            self.take(StopSignal(stop.number))
-            raise Stopping from None
-        except SuiteError as problem:
-            self.take(Failed(problem.exit_code, str(problem)))
-            raise Stopping from None
 
-    def take(self, event: Event) -> None:
-        """Have the supervisor judge an event, and do what it says."""
-        self.supervisor, actions = step(self.supervisor, event, time.monotonic())
-        for action in actions:
-            self.do(action)
-
-    def do(self, action: Action) -> None:
-        if isinstance(action, Publish):
-            assert self.watch.server is not None
-            self.watch.serves(self.watch.server)
-            publish(self.job, self.watch.server)
-        elif isinstance(action, Restart):
-            log.warning("%s; starting it again, the sandboxes stay", action.why)
-            self.restarts[action.part]()
-        elif isinstance(action, Recovered):
-            log.info("the API server and the Podman service answer again, after %.1f s", action.seconds)
+    def do_own(self, action: Action) -> None:
+        if isinstance(action, Admit):
+            assert self.watch.head is not None
+            admit(self.job, self.watch.head)
+        elif isinstance(action, Publish):
+            face = self.watch.head or self.watch.server
+            assert face is not None
+            self.watch.serves(face)
+            publish(self.job, face)
         elif isinstance(action, Stop):
-            log.info("stopping everything: %s", action.outcome.reason)
+            if self.recall:
+                self.recall.begin(as_planned=action.outcome.as_planned)
         elif isinstance(action, TellTraining):
             tell_training(self.job, action.outcome)
         elif isinstance(action, Withdraw):
             self.withdrawn = withdraw_training(self.job, action.outcome, self.watch.training.launched_with)
-        else:
+        elif isinstance(action, NoteEnd):
             self.conclude(action)
 
     def conclude(self, action: NoteEnd) -> None:
@@ -175,24 +173,6 @@ class RuntimeJob:
         if outcome.exit_code > EXIT_SIGNAL_BASE:
             return why_ended(self.job, "runtime", None).ended
         return Ended.FAILED if outcome.exit_code else Ended.COMPLETED
-
-    def look(self) -> None:
-        """Look once for what has happened, and act on it."""
-        event = self.watch.look(self.supervisor.state)
-        if event is not None:
-            self.take(event)
-
-    def still_starting(self) -> None:
-        """Raise ``Stopping`` if going on with the start has become pointless."""
-        self.look()
-        if self.supervisor.state is State.STOPPING:
-            raise Stopping
-
-    def supervise(self) -> None:
-        """Serve until there is a reason to stop; what crashes is started again."""
-        while self.supervisor.state is not State.STOPPING:
-            self.notes.sleep(LOOK_EVERY_S)
-            self.look()
 
 
 def tell_training(job: JobContext, outcome: Outcome) -> None:
@@ -235,77 +215,20 @@ def withdraw_training(job: JobContext, outcome: Outcome, known: str | None) -> t
     return (End("training", training, flag.exit_code, reason, "runtime"),)
 
 
-@dataclass(frozen=True)
-class StopBudget:
-    """Seconds that each step of the end may take, so that all of them fit into Slurm's KillWait less a second.
-
-    What the server does not remove in its share dies with the storage, whose end does not grow with the number of
-    sandboxes.
-    """
-
-    server_s: float
-    service_s: float
-
-    @staticmethod
-    def within(kill_wait_s: float) -> StopBudget:
-        whole = max(2.0, kill_wait_s - 1.0)
-        return StopBudget(server_s=min(5.0, whole / 2), service_s=min(1.0, whole / 8))
-
-
-def serve(running: RuntimeJob) -> None:
-    """Bring everything up, publish, serve until there is a reason to end, and leave in reverse order."""
-    job, watch, check = running.job, running.watch, running.still_starting
-    check()
-    budget = StopBudget.within(answered(job.scheduler.kill_wait_s, running.notes))
-    scratch = ready_runtime_node(job.settings, job.environment, job.job_id)
-    registries = registries_conf(job.settings.registry_mirrors, site_conf(os.environ))
-    stores = readable_stores(os.environ)
-    with (
-        guarded(job.code) as guardian,
-        podman_storage(scratch, job.job_id, stores, registries) as storage,
-        sampled(job, "runtime", running.notes, storage) as usage,
-    ):
-        guardian.own_storage(storage.root)
-        with (
-            api_server(job, storage, api_key(job), budget.server_s, guardian.own_session) as server,
-            published_statistics(job, storage),
-        ):
-            watch.server = server
-            with podman_service(storage, job.open_environment, check, budget.service_s) as service, stopped(server):
-                watch.service = service
-                running.restarts = {Part.SERVER: server.restart, Part.SERVICE: service.restart}
-                with contextlib.closing(usage), running.judged():
-                    load_images(job, storage, check)
-                    await_health(server, running)
-                    running.take(Answers())
-                    running.supervise()
-
-
-@contextlib.contextmanager
-def stopped(server: ApiServer) -> Iterator[None]:
-    """Stop the server at the end of the block, while the Podman service that it needs for that is there."""
-    try:
-        yield
-    finally:
-        server.stop()
-
-
 def api_key(job: JobContext) -> str:
     """The key of this run's server: the configured one, else a new one."""
     return job.environment.get("ALLHANDS_API_KEY") or secrets.token_urlsafe(32)
 
 
-def await_health(server: ApiServer, running: RuntimeJob) -> None:
-    """Wait until the server answers; its death ends the wait at once."""
-    client = RuntimeClient(server.local_url, None)
-    wait_for(
-        "the API server to answer /health",
-        lambda: True if client.ask("GET", "/health", QUICK_TIMEOUT_S).ok else None,
-        START_DEADLINE_S,
-        still_possible=running.still_starting,
-        pause=lambda _elapsed: 0.02,
-        sleep=running.notes.sleep,
-    )
+def node_name(job: JobContext) -> str:
+    """How this job's own node is called among those of its head."""
+    return job.environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def admit(job: JobContext, head: ApiServer) -> None:
+    """Say where the head is, for the nodes that are to join it."""
+    job.directory.publish_head(head.url, head.key, Flag.of_this_host(job.job_id, job.job_id))
+    log.info("head answers at %s; its nodes may join", head.url)
 
 
 def publish(job: JobContext, server: ApiServer) -> None:

@@ -471,6 +471,13 @@ def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[s
     return ("srun", *options, *command)
 
 
+def node_step_argv(node: str, *, cpus: int, name: str, cwd: Path, command: Sequence[str]) -> tuple[str, ...]:
+    """The same for a step without GPUs, whose streams are this process's."""
+    options = ("--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", f"--cpus-per-task={cpus}")
+    rest = ("--gres=none", "--mem=0", "--export=ALL", f"--chdir={cwd}", "--unbuffered", f"--job-name={name}")
+    return ("srun", *options, *rest, *command)
+
+
 def shell_argv(
     job_id: str, group: int | None, *, node: str, cwd: Path, terminal: bool, command: Sequence[str]
 ) -> tuple[str, ...]:
@@ -716,8 +723,8 @@ class Slurm:
         return asking._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
 
     def partitions(self) -> Completed:
-        """A line ``partition|up or not|time limit|nodes|GRES`` for each group of equal nodes."""
-        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G", timeout_s=QUESTION_TIMEOUT_S)
+        """A line ``partition|up or not|time limit|nodes|GRES|least-most nodes of a job`` for each group of nodes."""
+        return self._ask("sinfo", "--noheader", "--all", "-o", "%R|%a|%l|%D|%G|%s", timeout_s=QUESTION_TIMEOUT_S)
 
     def version(self) -> Completed:
         """``slurm 22.05.8``, without asking the controller."""

@@ -1034,6 +1034,9 @@ def _queued_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, s
             "loses its age in the queue"
         )
         yield ("RUNTIME_IDLE_LIMIT",), sentence, f"give it {SHORT_WAIT_S} s or more, or set PAIRING=het"
+    if settings.runtime_min_slots and settings.runtime_nodes == 1:
+        sentence = f"RUNTIME_MIN_SLOTS={settings.runtime_min_slots} has no effect: the runtime has one node"
+        yield ("RUNTIME_MIN_SLOTS", "RUNTIME_NODES"), sentence, "set RUNTIME_NODES, or leave it unset"
     if settings.training_command_is_verl and not settings.training_command:
         sentence = "TRAINING_COMMAND_IS_VERL has no effect: there is no TRAINING_COMMAND"
         yield ("TRAINING_COMMAND_IS_VERL",), sentence, "leave it unset"
@@ -1075,6 +1078,7 @@ def contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]:
     return [
         *_gpu_contradictions(settings),
         *_runtime_contradictions(settings),
+        *_nodes_contradictions(settings),
         *_time_contradictions(settings),
         *_restart_contradictions(settings),
     ]
@@ -1128,6 +1132,40 @@ def _gpu_contradictions(settings: Settings) -> list[tuple[tuple[str, ...], str]]
         for name, size in (("TP_SIZE", settings.tp_size), ("SP_SIZE", settings.sp_size))
         if gpus % size
     ]
+
+
+def _nodes_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of a runtime on several nodes."""
+    if settings.runtime_nodes == 1:
+        return
+    nodes = f"RUNTIME_NODES={settings.runtime_nodes}"
+    if settings.skyrl_backend == "local":
+        yield ("RUNTIME_NODES", "SKYRL_BACKEND"), f"{nodes}: a local run has one machine; leave it unset"
+        return
+    if settings.pairing == "het":
+        sentence = f"{nodes} with PAIRING=het: a heterogeneous job has one node for the runtime"
+        yield ("PAIRING", "RUNTIME_NODES"), f"{sentence}; leave PAIRING unset"
+    if settings.slurm_runtime_dir is not None:
+        sentence = f"{nodes} with SLURM_RUNTIME_DIR: another's server joins no head"
+        yield ("SLURM_RUNTIME_DIR", "RUNTIME_NODES"), f"{sentence}; leave SLURM_RUNTIME_DIR unset"
+    limit, lead = slurm_seconds(settings.time_limit), settings.runtime_drain_lead
+    if lead >= limit:
+        sentence = f"RUNTIME_DRAIN_LEAD={lead} must be less than TIME_LIMIT={settings.time_limit} ({limit:g} s)"
+        yield ("RUNTIME_DRAIN_LEAD", "TIME_LIMIT"), f"{sentence}: no node would ever take a sandbox"
+    ports = settings.runtime_port_range
+    if ports and len(ports) == 1:
+        sentence = f"RUNTIME_PORT_RANGE={ports.start}-{ports.start}: the head and its node's server take a port each"
+        yield ("RUNTIME_PORT_RANGE", "RUNTIME_NODES"), sentence
+    yield from _slots_contradictions(settings)
+
+
+def _slots_contradictions(settings: Settings) -> Iterator[tuple[tuple[str, ...], str]]:
+    from slurm.lib.sandbox_room import sandbox_room  # which reads settings
+
+    slots = sandbox_room(settings).all_slots
+    if settings.runtime_min_slots and settings.runtime_min_slots > slots:
+        sentence = f"RUNTIME_MIN_SLOTS={settings.runtime_min_slots} is more than all nodes have, {slots} slots"
+        yield ("RUNTIME_MIN_SLOTS", "RUNTIME_NODES"), f"{sentence}: the training would never begin"
 
 
 def _runtime_contradictions(settings: Settings) -> Sequence[tuple[tuple[str, ...], str]]:

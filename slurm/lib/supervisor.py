@@ -1,8 +1,9 @@
 """Why does the runtime job end, and what is done about a server that ended by itself? Decided here, and only here.
 
 The job is STARTING, then SERVING; while its API server or its Podman service is being started again it is RECOVERING;
-then it is STOPPING, for the first reason that came, and ENDED. ``step`` is pure: ``runtime_job`` hands it what the
-watchers saw and does what it answers.
+then it is STOPPING, for the first reason that came, and ENDED. A job with a head is GATHERING before it serves: its
+nodes are to join. ``step`` is pure: ``serving_body`` hands it what the watchers saw and does what it answers. A worker,
+which is a further node of such a runtime, has the same life.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class State(enum.Enum):
     """Where the runtime job is in its life."""
 
     STARTING = "starting"
+    GATHERING = "waiting for its nodes"
     SERVING = "serving"
     RECOVERING = "recovering"
     STOPPING = "stopping"
@@ -34,9 +36,10 @@ class State(enum.Enum):
 
 
 NEXT_STATES: Mapping[State, frozenset[State]] = {
-    State.STARTING: frozenset({State.SERVING, State.STOPPING}),
+    State.STARTING: frozenset({State.SERVING, State.GATHERING, State.STOPPING}),
+    State.GATHERING: frozenset({State.SERVING, State.RECOVERING, State.STOPPING}),
     State.SERVING: frozenset({State.RECOVERING, State.STOPPING}),
-    State.RECOVERING: frozenset({State.SERVING, State.STOPPING}),
+    State.RECOVERING: frozenset({State.SERVING, State.GATHERING, State.STOPPING}),
     State.STOPPING: frozenset({State.ENDED}),
     State.ENDED: frozenset(),
 }
@@ -47,6 +50,7 @@ class Part(enum.Enum):
 
     SERVER = "the API server"
     SERVICE = "the Podman service"
+    HEAD = "the head"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Answers:
-    """The API server and the Podman service both answer."""
+    """All parts answer."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Nodes with room for enough sandboxes have joined the head."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,14 @@ class NotBegun:
 
 
 @dataclass(frozen=True)
+class RuntimeGone:
+    """The runtime that a worker belongs to has ended, ``as_planned`` or not; ``why`` is the sentence about it."""
+
+    why: str
+    as_planned: bool
+
+
+@dataclass(frozen=True)
 class Deadline:
     """The training was not complete within ``seconds`` of the publication."""
 
@@ -140,12 +157,14 @@ class AllStopped:
 
 Event = (
     Answers
+    | Joined
     | Silent
     | Crashed
     | StopSignal
     | TrainingComplete
     | TrainingGone
     | NotBegun
+    | RuntimeGone
     | Deadline
     | Failed
     | AllStopped
@@ -156,8 +175,13 @@ Event = (
 
 
 @dataclass(frozen=True)
+class Admit:
+    """Tell the nodes where the head is: it answers for the first time."""
+
+
+@dataclass(frozen=True)
 class Publish:
-    """Tell the training where the server is: it answers for the first time."""
+    """Tell the training where the server is: it answers for the first time, and has all the room that is needed."""
 
 
 @dataclass(frozen=True)
@@ -203,16 +227,31 @@ class NoteEnd:
     outcome: Outcome
 
 
-Action = Publish | Restart | Recovered | TellTraining | Stop | Withdraw | NoteEnd
+Action = Admit | Publish | Restart | Recovered | TellTraining | Stop | Withdraw | NoteEnd
 
 
 @dataclass(frozen=True)
 class Supervisor:
-    """The job's state; when its parts crashed, in seconds of one clock; and why it ends, once that is decided."""
+    """The job's state; when its parts crashed, in seconds of one clock; and why it ends, once that is decided.
+
+    ``has_head``: whether it waits for nodes that join its head, and ``is_complete`` whether enough of them have.
+    """
 
     state: State = State.STARTING
     crashes: tuple[float, ...] = ()
     outcome: Outcome | None = None
+    has_head: bool = False
+    is_complete: bool = False
+
+    @property
+    def state_when_well(self) -> State:
+        """The state once all parts answer."""
+        return State.GATHERING if self.has_head and not self.is_complete else State.SERVING
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What may crash, as messages name it."""
+        return ((Part.HEAD,) if self.has_head else ()) + (Part.SERVER, Part.SERVICE)
 
     def to(self, state: State) -> Supervisor:
         """The same in its next state; ``ValueError`` for a change that NEXT_STATES does not allow."""
@@ -235,6 +274,8 @@ def step(supervisor: Supervisor, event: Event, now: float) -> Step:
         return supervisor, ()
     if isinstance(event, Answers):
         return _answers(supervisor, now)
+    if isinstance(event, Joined):
+        return _joined(supervisor)
     if isinstance(event, Silent):
         return _silent(supervisor, now)
     if isinstance(event, Crashed):
@@ -250,17 +291,25 @@ def _all_stopped(supervisor: Supervisor) -> Step:
 
 
 def _answers(supervisor: Supervisor, now: float) -> Step:
+    well = supervisor.state_when_well
     if supervisor.state is State.STARTING:
-        return supervisor.to(State.SERVING), (Publish(),)
+        return supervisor.to(well), (Admit() if well is State.GATHERING else Publish(),)
     if supervisor.state is State.RECOVERING:
-        return supervisor.to(State.SERVING), (Recovered(now - supervisor.crashes[-1]),)
+        return supervisor.to(well), (Recovered(now - supervisor.crashes[-1]),)
     return supervisor, ()
+
+
+def _joined(supervisor: Supervisor) -> Step:
+    if supervisor.state is not State.GATHERING:
+        return supervisor, ()
+    return replace(supervisor, is_complete=True).to(State.SERVING), (Publish(),)
 
 
 def _silent(supervisor: Supervisor, now: float) -> Step:
     if supervisor.state is not State.RECOVERING or now - supervisor.crashes[-1] < RECOVERY_DEADLINE_S:
         return supervisor, ()
-    reason = f"waited {RECOVERY_DEADLINE_S:g} s for the API server and the Podman service to answer again, in vain"
+    names = " and ".join(part.value for part in supervisor.parts)
+    reason = f"waited {RECOVERY_DEADLINE_S:g} s for {names} to answer again, in vain"
     return _stops(supervisor, Outcome(EXIT_TIMEOUT, reason))
 
 
@@ -271,13 +320,13 @@ def _crashed(supervisor: Supervisor, event: Crashed, now: float) -> Step:
     recent = (*(at for at in supervisor.crashes if now - at < CRASH_WINDOW_S), now)
     counted = replace(supervisor, crashes=recent)
     if len(recent) >= MOST_CRASHES:
-        return _stops(counted, Outcome(EXIT_ENVIRONMENT, _too_often(event.words)))
+        return _stops(counted, Outcome(EXIT_ENVIRONMENT, _too_often(supervisor, event.words)))
     recovering = counted if supervisor.state is State.RECOVERING else counted.to(State.RECOVERING)
     return recovering, (Restart(event.part, event.words),)
 
 
-def _too_often(last_words: str) -> str:
-    names = " or ".join(part.value for part in Part)
+def _too_often(supervisor: Supervisor, last_words: str) -> str:
+    names = " or ".join(part.value for part in supervisor.parts)
     return f"{names} ended {MOST_CRASHES} times within {CRASH_WINDOW_S:g} s; the last time: {last_words}"
 
 
@@ -286,7 +335,9 @@ def _stops(supervisor: Supervisor, outcome: Outcome) -> Step:
     return replace(supervisor.to(State.STOPPING), outcome=outcome), (Stop(outcome), *tell)
 
 
-def outcome_of(event: StopSignal | TrainingComplete | TrainingGone | NotBegun | Deadline | Failed) -> Outcome:
+def outcome_of(
+    event: StopSignal | TrainingComplete | TrainingGone | NotBegun | RuntimeGone | Deadline | Failed,
+) -> Outcome:
     """How the job ends by an event that ends it. Pure."""
     if isinstance(event, StopSignal):
         return Outcome(EXIT_SIGNAL_BASE + event.number, f"ended by {signal.Signals(event.number).name}")
@@ -301,6 +352,8 @@ def outcome_of(event: StopSignal | TrainingComplete | TrainingGone | NotBegun | 
         return Outcome(EXIT_UNAVAILABLE, f"{event.why}, without a completion flag", others=others)
     if isinstance(event, NotBegun):
         return Outcome(event.exit_code, event.reason, as_planned=event.goes_on)
+    if isinstance(event, RuntimeGone):
+        return Outcome(EXIT_OK if event.as_planned else EXIT_UNAVAILABLE, event.why, as_planned=event.as_planned)
     if isinstance(event, Deadline):
         what = f"TRAINING_COMPLETE_TIMEOUT={event.seconds}"
         return Outcome(EXIT_TIMEOUT, f"the training was not complete after {what}")

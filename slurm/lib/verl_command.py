@@ -60,7 +60,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         ("VAL_BATCH_SIZE",),
         "data.val_batch_size",
-        lambda t: t.settings.val_batch_size or sandbox_room(t.settings).slots,
+        lambda t: t.settings.val_batch_size or sandbox_room(t.settings).first_slots,
         "read in VERL 0.5.0 to 0.9.1: all rows at once without it",
     ),
     Row(("MAX_PROMPT_LENGTH",), "data.max_prompt_length", lambda t: t.settings.max_prompt_length),

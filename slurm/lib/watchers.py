@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from slurm.lib.api_server_child import ApiServer
@@ -114,9 +114,35 @@ class TrainingWatcher:
         return PartnerWatch("training", training, self.job.scheduler, age_s, flag_late_s=FLAG_LATE_S)
 
 
+def crash_of(parts: Mapping[Part, ApiServer | PodmanService | None]) -> Event | None:
+    """The first of these parts that has ended; None while all of them run that have been started."""
+    for part, child in parts.items():
+        try:
+            if child is not None:
+                child.check_alive()
+        except EnvironmentProblem as problem:
+            again = not isinstance(child, ApiServer) or child.is_ours  # another's server takes over no sandbox
+            return Crashed(part, str(problem)) if again else Failed(problem.exit_code, str(problem))
+    return None
+
+
+def recovery_of(service: PodmanService | None, *servers: ApiServer | None) -> Event:
+    """Whether all answer again."""
+    if service is None or not service.answers():
+        return Silent()
+    return Answers() if all(map(_is_well, servers)) else Silent()
+
+
+def _is_well(server: ApiServer | None) -> bool:
+    return server is not None and RuntimeClient(server.local_url, None).ask("GET", "/health", QUICK_TIMEOUT_S).ok
+
+
 @dataclass
 class RunWatch:
-    """Everything that the runtime job watches; ``server`` and ``service`` from their start on."""
+    """Everything that the runtime job watches; ``server``, ``service`` and ``head`` from their start on.
+
+    ``joined`` says once that enough nodes have joined the head, or that they cannot.
+    """
 
     job: JobContext
     notes: SignalNotes
@@ -124,6 +150,8 @@ class RunWatch:
     server: ApiServer | None = None
     service: PodmanService | None = None
     idle: IdleWatch | None = None
+    head: ApiServer | None = None
+    joined: Callable[[], Event | None] = lambda: None
     _deadline: float = field(default=math.inf, init=False)
     _next_idle_look: float = field(default=0.0, init=False)
 
@@ -152,6 +180,8 @@ class RunWatch:
         yield from (self._complete.seen, self.signal, self.crash, self._gone.seen)
         if state is State.RECOVERING:
             yield self.recovery
+        if state is State.GATHERING:
+            yield self.joined
         if state is State.SERVING:
             yield from (self.not_begun, self.deadline)
 
@@ -165,26 +195,14 @@ class RunWatch:
 
     def crash(self) -> Event | None:
         """A part that has ended; ``scancel`` signals every process of the job, perhaps the part first."""
-        event = self._crash_of(Part.SERVER, self.server) or self._crash_of(Part.SERVICE, self.service)
+        event = crash_of({Part.HEAD: self.head, Part.SERVER: self.server, Part.SERVICE: self.service})
         if event is None:
             return None
         self.notes.sleep(SAME_SIGNAL_S)
         return self.signal() or event
 
-    def _crash_of(self, part: Part, child: ApiServer | PodmanService | None) -> Event | None:
-        try:
-            if child is not None:
-                child.check_alive()
-        except EnvironmentProblem as problem:
-            again = not isinstance(child, ApiServer) or child.is_ours  # another's server takes over no sandbox
-            return Crashed(part, str(problem)) if again else Failed(problem.exit_code, str(problem))
-        return None
-
     def recovery(self) -> Event | None:
-        if self.server is None or self.service is None or not self.service.answers():
-            return Silent()
-        client = RuntimeClient(self.server.local_url, None)
-        return Answers() if client.ask("GET", "/health", QUICK_TIMEOUT_S).ok else Silent()
+        return recovery_of(self.service, self.server, *([self.head] if self.head else []))
 
     def not_begun(self) -> Event | None:
         if self.idle is None or time.monotonic() < self._next_idle_look:

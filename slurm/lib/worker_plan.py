@@ -7,7 +7,6 @@ second array, which a person can take out of the queue in one word.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,22 +40,17 @@ def has_arrays(settings: Settings) -> bool:
 
 
 def slots_wanted(settings: Settings) -> int:
-    """Slots that the nodes which have joined must have before the training begins, at least 1.
-
-    By default as many as a step of VERL starts, but never more than all nodes have together.
-    """
+    """Slots that the nodes which have joined must have before the training begins: never more than all nodes have."""
     room = sandbox_room(settings)
-    return settings.runtime_min_slots or max(1, min(room.wanted, room.slots * settings.runtime_nodes))
+    return min(room.min_slots, room.all_slots)
 
 
 def fleet(settings: Settings) -> Fleet:
     """The tasks of a launch's worker arrays."""
     if not has_arrays(settings):
         return Fleet()
-    count = settings.runtime_nodes - 1
-    slots = sandbox_room(settings).slots
-    needed = min(count, max(0, math.ceil(slots_wanted(settings) / slots) - 1))
-    return Fleet(tuple(range(1, needed + 1)), tuple(range(needed + 1, count + 1)))
+    first = sandbox_room(settings).nodes_for(slots_wanted(settings))  # with node 0, the runtime job's own
+    return Fleet(tuple(range(1, first)), tuple(range(first, settings.runtime_nodes)))
 
 
 def array_option(tasks: Sequence[int]) -> str:

@@ -410,6 +410,16 @@ def power_on(name: str) -> None:
     _await(f"{name} to be idle", lambda: name in _idle_or_busy(), LOGS / f"slurmd-{name}.log")
 
 
+@contextlib.contextmanager
+def most_nodes(partition: str, nodes: int) -> Iterator[None]:
+    """A partition that gives a job at most so many nodes, for the length of the block."""
+    _call("scontrol", "update", f"PartitionName={partition}", f"MaxNodes={nodes}")
+    try:
+        yield
+    finally:
+        _call("scontrol", "update", f"PartitionName={partition}", "MaxNodes=UNLIMITED")
+
+
 def set_time_limit(job_id: str, minutes: int) -> None:
     """What only an administrator may do: give a job more time."""
     _call("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")

@@ -57,6 +57,34 @@ def test_the_seeds_own_numbers_pass_and_the_overcommit_is_named(world: World, co
     assert memory.sentence.startswith(f"overcommit: {wanted} sandboxes may take MEMORY_PER_WORKER=16G each")
 
 
+def test_the_offered_line_is_the_end_of_the_overcommit(world: World) -> None:
+    """The seed's production: what the preflight offers, added, leaves nothing to warn of."""
+    found = of(world.check(*SEED["production"], config="production"), "slots", WARNING)
+    lines = {re.search("add to the .conf: (RUNTIME_NODES=[0-9]+) ", finding.fix) for finding in found}
+    offered = {line[1] for line in lines if line}
+    assert offered == {"RUNTIME_NODES=32"}, found
+    added = of(world.check(*SEED["production"], *offered, config="production"), "slots")
+    assert [finding.level for finding in added] == [ESTIMATE]
+    assert "a step opens 512 sandboxes at once, 512 fit on 32 nodes, each with up to 8 CPUs" in added[0].sentence
+
+
+def test_a_fraction_of_a_cpu_that_is_meant_is_told_what_nodes_would_give(world: World) -> None:
+    (found,) = of(world.check(config="production"), "slots")
+    assert found.fix == "for a whole CPU each, add to the .conf: CPUS_PER_WORKER=1; RUNTIME_NODES=4"
+
+
+@pytest.mark.parametrize("words", [["PAIRING=het"], ["SLURM_RUNTIME_DIR=/elsewhere"]])
+def test_no_nodes_are_offered_to_a_run_that_can_have_none(world: World, words: list[str]) -> None:
+    found = of(world.check("CPUS_PER_WORKER=8", *words), "slots", WARNING)
+    assert found and not any("RUNTIME_NODES" in finding.fix for finding in found)
+
+
+def test_a_training_of_ones_own_waits_for_no_slots_that_cannot_be(world: World) -> None:
+    words = ("TRAINING_COMMAND=true", "RUNTIME_NODES=2", "CPUS_FOR_RUNTIME=4", "CPUS_PER_WORKER=1")
+    assert not of(world.check(*words, "RUNTIME_MIN_SLOTS=8"), "slots")
+    assert [one.level for one in of(world.check(*words, "RUNTIME_MIN_SLOTS=9"), "slots")] == [ERROR]
+
+
 @pytest.mark.parametrize("config", ["check", "local"])
 def test_checks_of_verl_do_not_concern_other_trainers(world: World, config: str) -> None:
     (world.agent / "uv.lock").unlink()
@@ -160,6 +188,11 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("slots", nothing, ["CPUS_PER_WORKER=8"], WARNING, "the runtime makes 8 slots that share the CPUs, 4 each"),
     ("slots", nothing, ["MEMORY_PER_WORKER=9G"], WARNING, "72G together, of RUNTIME_MEMORY=64G"),
     ("slots", nothing, ["RUNTIME_MEMORY=100M", "MEMORY_PER_WORKER=100M"], ERROR, "12.5M each"),
+    ("slots", nothing, ["CPUS_PER_WORKER=8"], WARNING, "2 nodes would be enough; add to the .conf: RUNTIME_NODES=2 (that"),
+    ("slots", nothing, ["MEMORY_PER_WORKER=9G"], WARNING, "; add to the .conf: RUNTIME_NODES=2 (that"),
+    ("slots", nothing, ["CPUS_PER_WORKER=16", "RUNTIME_NODES=2"], WARNING, "each node makes 4 slots that share its CPUs, 8 each (asked for: 2 times what there is); 4 nodes would be enough; add to the .conf: RUNTIME_NODES=4 "),
+    ("slots", nothing, ["RUNTIME_NODES=2", "CPUS_PER_WORKER=8", "RUNTIME_MIN_SLOTS=4"], ERROR, "RUNTIME_MIN_SLOTS=4 has the training begin when 4 slots are there"),
+    ("slots", nothing, ["RUNTIME_NODES=2", "CPUS_PER_WORKER=8", "RUNTIME_MIN_SLOTS=9"], ERROR, "RUNTIME_NODES=2 have 8 slots together, so that the training would never begin"),
     ("batch", nothing, ["TRAIN_BATCH_SIZE=3", "ROLLOUT_N=3"], ERROR, "= 9 trajectories cannot be divided"),
     ("batch", nothing, ["ROLLOUT_N=1"], WARNING, "no advantage"),
     ("batch", nothing, ["VERL_OVERRIDES=actor_rollout_ref.actor.ppo_mini_batch_size=5"], ERROR, "is more than TRAIN_BATCH_SIZE=4"),
@@ -248,6 +281,7 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "sbatch: error: Batch job submission failed: Invalid qos"}), [], ERROR, "job: sbatch: error: Batch job submission failed: Invalid qos"),
     ("slurm", say("sbatch --test-only", {"code": 1, "stderr": "Unable to contact slurm controller"}), [], WARNING, "Slurm does not answer"),
     ("slurm", say("sinfo", {"code": 1, "stderr": "slurm_load_partitions: Zero Bytes"}), [], WARNING, "partitions are not compared"),
+    ("slurm", say("scontrol show config", {"stdout": "MaxArraySize = 3\n"}), ["RUNTIME_NODES=4"], ERROR, "numbers up to 2 (MaxArraySize=3)"),
     ("slurm", nothing, ["GPU_PARTITION=gpux"], ERROR, "GPU_PARTITION=gpux: there is no such partition"),
     ("slurm", nothing, ["GPUS_PER_NODE=16", "TRAIN_BATCH_SIZE=8"], ERROR, "wants 1 node with 16 GPUs each, GPU_PARTITION=gpu_test has 0"),
     ("account", say("sacctmgr", {"stdout": "lab|gpu|normal,long\n"}), ["ACCOUNT=other"], ERROR, "ACCOUNT=other"),

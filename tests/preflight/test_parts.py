@@ -6,6 +6,7 @@ import math
 import os
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,54 @@ def test_the_room(cpus: int, each: float, wanted: int, most: int | None, slots: 
     flags = common_flags(runtime(cpus, each, wanted, most))
     told = float(flags[flags.index("--cpus-per-worker") + 1])
     assert share_out(range(cpus), cpus, 0, told, most and room.slots)[0].total == slots, "the server makes so many"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "each", "wanted", "most", "slots", "share"),
+    [
+        (4, 128, 0.25, 512, None, (512,) * 4, 0.25),  # what fits may exist
+        (2, 128, 8, 512, None, (256, 256), 0.5),  # the nodes share what is wanted, each its CPUs
+        (3, 128, 8, 512, None, (171,) * 3, 0.748538),
+        (32, 128, 8, 512, None, (16,) * 32, 8),
+        (32, 128, 8, 512, 16, (16,) * 32, 8),  # what one node's CPUs allow, said again
+        (32, 128, 8, 512, 512, (16,) * 32, 8),  # what all allow
+        (4, 32, 8, 10, 14, (4, 4, 3, 3), 8),  # a bound of the user's own, for all nodes together
+        (4, 32, 8, 10, 6, (2, 2, 1, 1), 8),
+    ],
+)
+def test_the_room_on_several_nodes(
+    nodes: int, cpus: int, each: float, wanted: int, most: int | None, slots: tuple[int, ...], share: float
+) -> None:
+    settings = replace(runtime(cpus, each, wanted, most), runtime_nodes=nodes)
+    room = sandbox_room(settings)
+    assert (room.slots_of_nodes, room.all_slots, room.cpus_each) == (slots, sum(slots), share)
+    assert [sandbox_room(settings, node=node).slots for node in range(nodes)] == list(slots)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "each", "wanted", "least", "first", "first_slots", "in_full"),
+    [
+        (1, 128, 8, 512, None, 1, 512, 32),
+        (32, 128, 8, 512, None, 32, 512, 32),  # all that is wanted has to be there
+        (40, 128, 8, 512, None, 32, 512, 32),  # further nodes are not waited for
+        (4, 128, 0.25, 512, None, 1, 512, 1),
+        (4, 32, 8, 8, 5, 2, 8, 2),
+        (4, 32, 8, 8, 999, 4, 16, 2),
+        (2, 32, 3, 100, None, 2, 100, 10),
+    ],
+)
+def test_which_nodes_are_waited_for_and_how_many_give_all_in_full(
+    nodes: int, cpus: int, each: float, wanted: int, least: int | None, first: int, first_slots: int, in_full: int
+) -> None:
+    many = replace(runtime(cpus, each, wanted, None), runtime_nodes=nodes, runtime_min_slots=least)
+    room = sandbox_room(replace(many, memory_per_worker="1M"))
+    assert (room.nodes_for(room.min_slots), room.first_slots, room.nodes_in_full) == (first, first_slots, in_full)
+
+
+@pytest.mark.parametrize(("memory", "nodes"), [("512G", 8), ("100G", 43), ("0", 1)])
+def test_nodes_that_give_each_its_memory(memory: str, nodes: int) -> None:
+    settings = replace(runtime(128, 0.25, 512, None), runtime_memory=memory, memory_per_worker="8G")
+    assert sandbox_room(settings).nodes_in_full == nodes
 
 
 def test_a_users_command_wants_what_it_wants() -> None:
@@ -443,9 +492,9 @@ def test_subordinate_ids(lacking: tuple[str, ...], here: list[Level], there: lis
 # --- Slurm's answers --------------------------------------------------------------------------------------------------
 
 SINFO = """\
-test|up|12:00:00|2|(null)
+test|up|12:00:00|2|(null)|1-1
 gpu|up|1-00:00:00|3|gpu:a100:4(S:0-1),nic:1
-gpu|up|1-00:00:00|2|gpu:a100:4,gpu:h100:2
+gpu|up|1-00:00:00|2|gpu:a100:4,gpu:h100:2|1-infinite
 plain|up|infinite|1|gpu:8
 gpux|drain|infinite|1|gpu:8
 a line of a site's own
@@ -462,6 +511,7 @@ def test_sinfo_is_read() -> None:
         ("gpux", False, 1),
     ]
     assert [group.limit_s for group in groups] == [43200, 86400, 86400, math.inf, math.inf]
+    assert [group.most_nodes for group in groups] == [1] + [math.inf] * 4
     assert [dict(group.gpus) for group in groups] == [{}, {"a100": 4}, {"a100": 4, "h100": 2}, {"": 8}, {"": 8}]
 
 
@@ -487,6 +537,7 @@ def shape(partition: str, nodes: int = 1, gpus: int = 0, kind: str = "") -> clus
         (shape("gpu", 1, 5, "a100"), "1", "; change GPU_NODES, GPUS_PER_NODE, GPU_TYPE"),
         (shape("plain", 1, 1, "a100"), "1", "; leave GPU_TYPE unset"),
         (shape("test", 1, 1), "1", "2 with no GPU"),
+        (shape("test", 2), "1", "gives a job at most 1 (MaxNodes); change GPU_NODES"),
     ],
 )
 def test_partitions(job: cluster.JobShape, limit: str, said: str) -> None:
@@ -497,7 +548,33 @@ def test_partitions(job: cluster.JobShape, limit: str, said: str) -> None:
 
 def test_a_qos_may_allow_more_than_its_partition() -> None:
     settings = Settings(time_limit="2-0", qos="long")
-    assert levels(cluster.partition_findings(settings, shape("gpu"), cluster.parse_groups(SINFO))) == [WARNING]
+    for job in (shape("gpu"), shape("test", 2)):
+        found = cluster.partition_findings(settings, job, cluster.parse_groups(SINFO))
+        assert set(levels(found)) == {WARNING}
+
+
+@pytest.mark.parametrize(
+    ("words", "level", "said"),
+    [
+        ({"runtime_nodes": 2}, None, ""),
+        ({"runtime_nodes": 3, "runtime_min_slots": 1}, WARNING, "never join; lower RUNTIME_NODES to 2"),
+        ({"runtime_nodes": 3}, WARNING, "never join, and the training waits for them"),
+        ({"runtime_nodes": 3, "runtime_mode": "allocation"}, ERROR, "has 2 of them"),
+        ({"runtime_nodes": 2, "runtime_mode": "allocation"}, ERROR, "at most 1 (MaxNodes); change RUNTIME_NODES or"),
+    ],
+)
+def test_the_runtimes_nodes_against_their_partition(words: dict[str, Any], level: Level | None, said: str) -> None:
+    settings = replace(runtime(8, 1, 24, None), cpu_partition="test", time_limit="1", **words)
+    (job,) = cluster.shapes(settings, training=False)
+    found = cluster.partition_findings(settings, job, cluster.parse_groups(SINFO))
+    assert any(said in str(finding) for finding in found) or not said
+    assert set(levels(found)) == ({level} if level else set())
+
+
+@pytest.mark.parametrize(("nodes", "found"), [(1001, []), (1002, [ERROR])])
+def test_the_runtimes_nodes_against_the_numbers_of_an_array(nodes: int, found: list[Level]) -> None:
+    shown = "MaxArraySize            = 1001\n"
+    assert levels(cluster.array_findings(Settings(runtime_nodes=nodes), shown)) == found
 
 
 @pytest.mark.parametrize("words", [("-p", "x"), ("--partition=x",), ("--gres=gpu:1",), ("-t5",), ("--clusters=b",)])

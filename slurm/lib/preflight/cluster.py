@@ -17,6 +17,7 @@ from slurm.lib.preflight.finding import Finding, error, estimate, warning
 from slurm.lib.preflight.mig import mig_findings
 from slurm.lib.preflight.words import duration, number_of
 from slurm.lib.processes import Completed
+from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings, slurm_seconds
 
@@ -42,22 +43,29 @@ ELSEWHERE = re.compile(
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Equal nodes of one partition, a line of ``sinfo``; ``limit_s`` infinite for none."""
+    """Equal nodes of one partition, a line of ``sinfo``; ``limit_s`` infinite for none, so ``most_nodes`` of a job."""
 
     partition: str
     up: bool
     limit_s: float
     nodes: int
     gpus: Mapping[str, int]
+    most_nodes: float = float("inf")
 
 
 def parse_groups(text: str) -> list[NodeGroup]:
-    """From ``sinfo -o '%R|%a|%l|%D|%G'``; lines in another form are left out."""
-    rows = [line.strip().split("|") for line in text.splitlines()]
+    """From ``sinfo -o '%R|%a|%l|%D|%G|%s'``; lines in another form are left out, the last field may be missing."""
+    rows = [[*line.strip().split("|"), ""][:6] for line in text.splitlines() if line.count("|") in {4, 5}]
     return [
-        NodeGroup(name, state == "up", _limit_s(limit), int(nodes), parse_gres(gres))
-        for name, state, limit, nodes, gres in (row for row in rows if len(row) == 5 and row[3].isdigit())
+        NodeGroup(name, state == "up", _limit_s(limit), int(nodes), parse_gres(gres), _most_nodes(sizes))
+        for name, state, limit, nodes, gres, sizes in (row for row in rows if row[3].isdigit())
     ]
+
+
+def _most_nodes(sizes: str) -> float:
+    """Of ``1-4``, ``1-infinite``, or ``4``."""
+    most = sizes.rpartition("-")[2]
+    return int(most) if most.isdigit() else float("inf")
 
 
 def _limit_s(text: str) -> float:
@@ -108,7 +116,7 @@ JUDGED = {
 
 def _judged(kind: str, argv: Sequence[str]) -> Iterator[str]:
     """The keys with their values by which Slurm may refuse a job; it seldom says which it means."""
-    names = {**JUDGED, "partition": "CPU_PARTITION" if kind == "runtime" else "GPU_PARTITION"}
+    names = {**JUDGED, "partition": "GPU_PARTITION" if kind == "training" else "CPU_PARTITION"}
     for option, _, value in (word[2:].partition("=") for word in argv if word.startswith("--")):
         if option in names:
             yield f"{names[option]}={value}"
@@ -170,7 +178,8 @@ def shapes(settings: Settings, *, runtime: bool = True, training: bool = True) -
     """The jobs whose options stand in keys alone; options in *_SBATCH_ARGS may say otherwise."""
     found = []
     if runtime and not _says_otherwise(settings.cpu_sbatch_args):
-        found.append(JobShape("runtime", "CPU_PARTITION", tuple(settings.cpu_partition.split(",")), 1, 0, ""))
+        nodes = settings.runtime_nodes if settings.runtime_mode == "allocation" else 1
+        found.append(JobShape("runtime", "CPU_PARTITION", tuple(settings.cpu_partition.split(",")), nodes, 0, ""))
     if training and not _says_otherwise(settings.gpu_sbatch_args):
         names = tuple(settings.gpu_partition.split(","))
         gpus = settings.gpus_per_node
@@ -196,7 +205,43 @@ def partition_findings(settings: Settings, job: JobShape, groups: Sequence[NodeG
         return [error("slurm", f"{name}: there is no such partition", f"there are: {', '.join(known)}")]
     if not any(group.up for group in mine):
         return [error("slurm", f"{name} is not up", f"choose another partition ({', '.join(known)}), or wait")]
-    return [*_limit_findings(settings, name, mine), *_gpu_findings(job, name, mine)]
+    return [
+        *_limit_findings(settings, name, mine),
+        *_size_findings(settings, job, name, mine),
+        *_gpu_findings(job, name, mine),
+        *(_worker_findings(settings, name, mine) if job.kind == "runtime" else []),
+    ]
+
+
+def _size_findings(settings: Settings, job: JobShape, name: str, groups: Sequence[NodeGroup]) -> list[Finding]:
+    most = max(group.most_nodes for group in groups)
+    if job.nodes <= most:
+        return []
+    sentence = (
+        f"the {job.kind} job wants {number_of(job.nodes, 'node')}, {name} gives a job at most {most:g} (MaxNodes)"
+    )
+    level = warning if settings.qos or settings.reservation else error
+    return [level("slurm", sentence, f"change {_keys_of_size(job)}")]
+
+
+def _keys_of_size(job: JobShape) -> str:
+    if job.key == "GPU_PARTITION":
+        return "GPU_NODES, GPUS_PER_NODE, GPU_TYPE or GPU_PARTITION"
+    return job.key if job.nodes == 1 else f"RUNTIME_NODES or {job.key}, or set RUNTIME_MODE=array"
+
+
+def _worker_findings(settings: Settings, name: str, groups: Sequence[NodeGroup]) -> list[Finding]:
+    """The runtime's nodes as jobs of one node each; with fewer nodes some of them may wait for others to end."""
+    there = sum(group.nodes for group in groups)
+    if settings.runtime_mode != "array" or settings.runtime_nodes <= there:
+        return []
+    sentence = (
+        f"RUNTIME_NODES={settings.runtime_nodes}, and {name} has {number_of(there, 'node')}: where a node has no room "
+        "for two of these jobs the others never join"
+    )
+    if sandbox_room(settings).nodes_for(sandbox_room(settings).min_slots) > there:
+        sentence += ", and the training waits for them"
+    return [warning("slurm", sentence, f"lower RUNTIME_NODES to {there}, or name more partitions in CPU_PARTITION")]
 
 
 def _limit_findings(settings: Settings, name: str, groups: Sequence[NodeGroup]) -> list[Finding]:
@@ -222,8 +267,7 @@ def _gpu_findings(job: JobShape, name: str, groups: Sequence[NodeGroup]) -> list
     wanted = number_of(job.nodes, "node") + (f" with {each} each" if job.gpus else "")
     there = "; ".join(f"{group.nodes} with {_shown(group.gpus)}" for group in groups)
     sentence = f"the {job.kind} job wants {wanted}, {name} has {fitting} of them (nodes: {there})"
-    keys = "GPU_NODES, GPUS_PER_NODE, GPU_TYPE or GPU_PARTITION" if job.key == "GPU_PARTITION" else job.key
-    return [error("slurm", sentence, _type_fix(job, groups) or f"change {keys}")]
+    return [error("slurm", sentence, _type_fix(job, groups) or f"change {_keys_of_size(job)}")]
 
 
 def _type_fix(job: JobShape, groups: Sequence[NodeGroup]) -> str:
@@ -282,7 +326,27 @@ def partitions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
         sentence = f"partitions are not compared: sinfo says {answer.complaint}"
         return [warning("slurm", sentence, "is SLURM_CONF set? does `sinfo` answer?")]
     found = [finding for job in job_shapes(plan) for finding in partition_findings(plan.settings, job, groups)]
-    return [*found, *_slice_findings(plan, groups)]
+    return [*found, *_array_findings(plan, slurm), *_slice_findings(plan, groups)]
+
+
+def _array_findings(plan: LaunchPlan, slurm: Slurm) -> list[Finding]:
+    """The runtime's further nodes against the numbers that tasks of a job array may have."""
+    settings = plan.settings
+    if plan.runtime is None or settings.runtime_nodes == 1 or settings.runtime_mode != "array":
+        return []
+    return array_findings(settings, slurm.configuration())
+
+
+def array_findings(settings: Settings, configuration: str) -> list[Finding]:
+    """By ``MaxArraySize`` in what ``scontrol show config`` prints: the largest number of a task is one less."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", configuration, re.MULTILINE)
+    if found is None or settings.runtime_nodes <= int(found[1]):
+        return []
+    sentence = (
+        f"RUNTIME_NODES={settings.runtime_nodes}: the nodes beside the first are tasks of job arrays, which Slurm here "
+        f"numbers up to {int(found[1]) - 1} (MaxArraySize={found[1]})"
+    )
+    return [error("slurm", sentence, f"set RUNTIME_NODES to at most {found[1]}, or RUNTIME_MODE=allocation")]
 
 
 def _slice_findings(plan: LaunchPlan, groups: Sequence[NodeGroup]) -> list[Finding]:

@@ -128,7 +128,7 @@ def _validation_findings(settings: Settings, rows: int, joins: bool) -> list[Fin
             f"VAL_DATA={settings.val_data} has no rows: the validation after TEST_FREQ={settings.test_freq} fails"
         )
         return [error("data", sentence, "give it rows, or set TEST_FREQ=-1")]
-    slots, given = sandbox_room(settings).slots, override(settings, VAL_BATCH) or ""
+    slots, given = sandbox_room(settings).first_slots, override(settings, VAL_BATCH) or ""
     batch = min(rows, int(given) if given.isdigit() else settings.val_batch_size or slots)
     if batch <= slots:
         return [_validation_estimate(settings, rows, batch)]

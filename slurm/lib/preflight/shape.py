@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slurm.lib.preflight.asked import override
 from slurm.lib.preflight.finding import Finding, error, estimate, warning
 from slurm.lib.preflight.words import number_of, size
@@ -22,65 +24,141 @@ def world_size(settings: Settings) -> int:
 
 
 def slot_findings(settings: Settings) -> list[Finding]:
-    """Sandboxes that a step opens at once against the runtime's slots, CPUs and memory."""
+    """Sandboxes that a step opens at once against the runtime's slots, CPUs and memory on all of its nodes."""
     room = sandbox_room(settings)
     opened = f"TRAIN_BATCH_SIZE × ROLLOUT_N = {settings.train_batch_size} × {settings.rollout_n} = {room.wanted}"
-    if room.slots < room.wanted:
-        slots = number_of(room.slots, "slot")
-        sentence = (
-            f"a step starts {opened} sandboxes before the first one runs, and the runtime has {slots} "
-            f"(MAX_PARALLEL_AGENTS={settings.max_parallel_agents}): the rest would wait for one until they are given up"
-        )
-        fix = f"set MAX_PARALLEL_AGENTS={room.wanted} or leave it unset, or make the batch smaller"
-        return [error("slots", sentence, fix)]
-    return [*_cpu_findings(settings, room, opened), *_memory_findings(settings, room), _opened(settings, room)]
+    if room.all_slots < room.wanted:
+        return [_too_few(settings, room, opened)]
+    return [
+        *_begun_early(settings, room, opened),
+        *_cpu_findings(settings, room, opened),
+        *_memory_findings(settings, room),
+        _opened(settings, room),
+    ]
+
+
+def _too_few(settings: Settings, room: SandboxRoom, opened: str) -> Finding:
+    sentence = (
+        f"a step starts {opened} sandboxes before the first one runs, and the runtime has "
+        f"{number_of(room.all_slots, 'slot')} (MAX_PARALLEL_AGENTS={settings.max_parallel_agents}): the rest would "
+        "wait for one until they are given up"
+    )
+    fix = f"set MAX_PARALLEL_AGENTS={room.wanted} or leave it unset, or make the batch smaller"
+    return error("slots", sentence, fix)
+
+
+def _begun_early(settings: Settings, room: SandboxRoom, opened: str) -> list[Finding]:
+    """A training that does not wait for the nodes which its first step needs."""
+    if room.nodes == 1 or room.first_slots >= room.wanted:
+        return []
+    sentence = (
+        f"a step starts {opened} sandboxes before the first one runs, and RUNTIME_MIN_SLOTS="
+        f"{settings.runtime_min_slots} has the training begin when {number_of(room.first_slots, 'slot')} are there: "
+        "the rest would wait for one until they are given up"
+    )
+    return [error("slots", sentence, f"leave RUNTIME_MIN_SLOTS unset ({room.wanted} then), or make the batch smaller")]
+
+
+def readiness_findings(settings: Settings) -> list[Finding]:
+    """Whether all nodes together can have the slots that the training waits for, whatever is trained with."""
+    room = sandbox_room(settings)
+    if room.nodes == 1 or (settings.runtime_min_slots or 0) <= room.all_slots:
+        return []
+    sentence = (
+        f"RUNTIME_MIN_SLOTS={settings.runtime_min_slots}: RUNTIME_NODES={room.nodes} have "
+        f"{number_of(room.all_slots, 'slot')} together, so that the training would never begin"
+    )
+    return [error("slots", sentence, "lower RUNTIME_MIN_SLOTS, leave it unset, or raise RUNTIME_NODES")]
 
 
 def _opened(settings: Settings, room: SandboxRoom) -> Finding:
     sentence = (
-        f"a step opens {room.wanted} sandboxes at once, {room.slots} fit, each with up to {room.cpus_each:.3g} CPUs "
-        f"and {settings.memory_per_worker} of memory; "
+        f"a step opens {room.wanted} sandboxes at once, {room.all_slots} fit{_on(room.nodes)}, each with up to "
+        f"{room.cpus_each:.3g} CPUs and {settings.memory_per_worker} of memory; "
     )
-    if room.slots >= 2 * room.wanted:
-        return estimate("slots", sentence + "a second one each for an evaluation fits too")
-    second = "each trajectory's evaluation may need a second sandbox; "
-    return estimate("slots", sentence + second + f"only {room.slots} can exist at once")
+    if room.all_slots >= 2 * room.wanted:
+        sentence += "a second one each for an evaluation fits too"
+    else:
+        second = "each trajectory's evaluation may need a second sandbox; "
+        sentence += second + f"only {room.all_slots} can exist at once"
+    if room.nodes > 1:
+        sentence += f"; with all of that for each, {number_of(room.nodes_in_full, 'node')} would do"
+    return estimate("slots", sentence, _whole_cpus(settings, room))
+
+
+def _on(nodes: int) -> str:
+    return f" on {nodes} nodes" if nodes > 1 else ""
+
+
+def _whole_cpus(settings: Settings, room: SandboxRoom) -> str:
+    """What a fraction of a CPU for each, where it is meant, could be exchanged for; empty for whole ones."""
+    if settings.cpus_per_worker >= 1 or room.is_overcommitted or not can_have_nodes(settings):
+        return ""
+    nodes = sandbox_room(replace(settings, cpus_per_worker=1.0)).nodes_in_full
+    return f"for a whole CPU each, {add_line('CPUS_PER_WORKER=1', f'RUNTIME_NODES={nodes}')}" if nodes > 1 else ""
+
+
+def can_have_nodes(settings: Settings) -> bool:
+    """Whether this run can have its sandboxes on several nodes."""
+    return settings.skyrl_backend == "slurm" and settings.pairing == "jobs" and settings.slurm_runtime_dir is None
+
+
+def add_line(*assignments: str) -> str:
+    """An offer of lines for the configuration."""
+    return f"add to the .conf: {'; '.join(assignments)}"
+
+
+def _nodes_offered(settings: Settings, room: SandboxRoom) -> str:
+    """The line with which each sandbox has its CPUs and memory for itself, as the first words of a fix."""
+    if room.nodes_in_full <= room.nodes or not can_have_nodes(settings):
+        return ""
+    return f"{add_line(f'RUNTIME_NODES={room.nodes_in_full}')} (that many have them all in full); or "
 
 
 def _cpu_findings(settings: Settings, room: SandboxRoom, opened: str) -> list[Finding]:
     if not room.is_overcommitted:
         return []
     times = room.slots * settings.cpus_per_worker / room.cpus
+    cpus = f"CPUS_FOR_RUNTIME={room.cpus} with CPUS_PER_WORKER={settings.cpus_per_worker:g}"
+    if room.nodes == 1:
+        there = f"{cpus} is enough for {room.fitting}; the runtime makes {room.slots} slots that share the CPUs"
+    else:
+        there = (
+            f"RUNTIME_NODES={room.nodes} with {cpus} are enough for {room.nodes * room.fitting}; each node makes "
+            f"{room.slots} slots that share its CPUs"
+        )
     sentence = (
-        f"overcommit: a step opens {opened} sandboxes at once, CPUS_FOR_RUNTIME={room.cpus} with "
-        f"CPUS_PER_WORKER={settings.cpus_per_worker:g} is enough for {room.fitting}; the runtime makes {room.slots} "
-        f"slots that share the CPUs, {room.cpus_each:.3g} each (asked for: {times:.3g} times what there is)"
+        f"overcommit: a step opens {opened} sandboxes at once, {there}, {room.cpus_each:.3g} each (asked for: "
+        f"{times:.3g} times what there is); {number_of(room.nodes_in_full, 'node')} would be enough"
     )
     fix = (
         f"expect commands to be slower; say CPUS_PER_WORKER={room.cpus / room.slots:.3g} to mean it, raise "
         "CPUS_FOR_RUNTIME, or make the batch smaller"
     )
-    return [warning("slots", sentence, fix)]
+    return [warning("slots", sentence, _nodes_offered(settings, room) + fix)]
 
 
 def _memory_findings(settings: Settings, room: SandboxRoom) -> list[Finding]:
     if settings.runtime_memory == "0":
         return []
-    there, promised = memory_bytes(settings.runtime_memory), memory_promised(settings, room.wanted)
-    if there < room.wanted * SMALLEST_SANDBOX:
+    crowd = min(room.wanted, room.slots)  # on one node
+    there, promised = memory_bytes(settings.runtime_memory), memory_promised(settings, crowd)
+    of_a_node = "" if room.nodes == 1 else " of a node"
+    if there < crowd * SMALLEST_SANDBOX:
         sentence = (
-            f"{room.wanted} sandboxes at once share RUNTIME_MEMORY={settings.runtime_memory}, "
-            f"{size(there / room.wanted)} each; an idle one takes {size(SMALLEST_SANDBOX)}"
+            f"{crowd} sandboxes at once share RUNTIME_MEMORY={settings.runtime_memory}{of_a_node}, "
+            f"{size(there / crowd)} each; an idle one takes {size(SMALLEST_SANDBOX)}"
         )
         return [error("slots", sentence, "raise RUNTIME_MEMORY, or make the batch smaller")]
     if there >= promised:
         return []
     sentence = (
-        f"overcommit: {room.wanted} sandboxes may take MEMORY_PER_WORKER={settings.memory_per_worker} each, "
-        f"{size(promised)} together, of RUNTIME_MEMORY={settings.runtime_memory}: if many do, the job is killed"
+        f"overcommit: {crowd} sandboxes may take MEMORY_PER_WORKER={settings.memory_per_worker} each, "
+        f"{size(promised)} together, of RUNTIME_MEMORY={settings.runtime_memory}{of_a_node}: if many do, the job is "
+        "killed"
     )
-    fix = f"raise RUNTIME_MEMORY, or lower MEMORY_PER_WORKER (to {size(there / room.wanted)} for no overcommit)"
-    return [warning("slots", sentence, fix)]
+    fix = f"raise RUNTIME_MEMORY, or lower MEMORY_PER_WORKER (to {size(there / crowd)} for no overcommit)"
+    return [warning("slots", sentence, _nodes_offered(settings, room) + fix)]
 
 
 def batch_findings(settings: Settings) -> list[Finding]:

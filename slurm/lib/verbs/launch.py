@@ -28,7 +28,7 @@ from slurm.lib.preflight.finding import Finding, Level
 from slurm.lib.preflight.joined import ended
 from slurm.lib.preflight.report import as_json as report_json
 from slurm.lib.preflight.report import as_text as report_text
-from slurm.lib.run_record import provenance, read_jobs
+from slurm.lib.run_record import WORKER_KINDS, provenance, read_jobs
 from slurm.lib.scheduler import Slurm
 from slurm.lib.secrets import mask_values
 from slurm.lib.settings import secret
@@ -244,10 +244,15 @@ def submit(plan: LaunchPlan, notes: SignalNotes) -> int:
 
 def report(done: submission.Submitted) -> str:
     """Ids, directory and the commands to watch them."""
-    lines = [f"{kind} job: {job_id}" for kind, job_id in done.jobs.items()]
+    lines = [f"{_named(kind)}: {job_id}" for kind, job_id in done.jobs.items()]
     lines += [f"coordination directory: {done.directory.path}", f"watch: squeue -j {','.join(done.jobs.values())}"]
-    lines += [f"follow: tail -F '{done.directory.log(kind, job_id, 'out')}'" for kind, job_id in done.jobs.items()]
+    pair = {kind: job_id for kind, job_id in done.jobs.items() if kind not in WORKER_KINDS}
+    lines += [f"follow: tail -F '{done.directory.log(kind, job_id, 'out')}'" for kind, job_id in pair.items()]
     return "\n".join(lines) + "\n"
+
+
+def _named(kind: str) -> str:
+    return f"{kind} (job array)" if kind in WORKER_KINDS else f"{kind} job"
 
 
 def stopping(done: submission.Submitted) -> str:
