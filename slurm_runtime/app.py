@@ -101,7 +101,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app.state.builds = builds
     app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(Hold, settled=lambda: manager.settled())
-    app.add_middleware(Numbered, changes=manager.changes)
+    app.add_middleware(Numbered, upto=lambda: manager.changes.upto)
     app.add_middleware(Guard, api_key=config.api_key, on_answer=heard, body_s=body_s)
     add_error_handlers(app)
     add_sandbox_routes(app, manager, config)
