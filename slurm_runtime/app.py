@@ -122,16 +122,19 @@ def _noting(manager: Manager) -> Builder:
     return build
 
 
+def error_answer(problem: Exception, more: StatusCodes = ()) -> JSONResponse:
+    """An error of the table, or one that is an HTTP error already, as clients get it."""
+    if isinstance(problem, StarletteHTTPException):
+        return error(problem.status_code, str(problem.detail), dict(problem.headers or {}))
+    word = next((word for kind, word in REFUSALS if isinstance(problem, kind)), None)
+    return error(status_for(problem, more), str(problem), {REFUSED: word} if word else None)
+
+
 def add_error_handlers(app: FastAPI, more: StatusCodes = ()) -> None:
     """Answer errors as every client gets them: those of the table, of ``more``, and all others."""
 
     async def known(_request: Request, problem: Exception) -> JSONResponse:
-        word = next((word for kind, word in REFUSALS if isinstance(problem, kind)), None)
-        return error(status_for(problem, more), str(problem), {REFUSED: word} if word else None)
-
-    async def http(_request: Request, problem: Exception) -> JSONResponse:
-        assert isinstance(problem, StarletteHTTPException)
-        return error(problem.status_code, str(problem.detail), dict(problem.headers or {}))
+        return error_answer(problem, more)
 
     async def invalid(_request: Request, problem: Exception) -> JSONResponse:
         assert isinstance(problem, RequestValidationError)
@@ -142,6 +145,6 @@ def add_error_handlers(app: FastAPI, more: StatusCodes = ()) -> None:
 
     for kind, _ in (*STATUS_CODES, *more):
         app.add_exception_handler(kind, known)
-    app.add_exception_handler(StarletteHTTPException, http)
+    app.add_exception_handler(StarletteHTTPException, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, unknown)
