@@ -63,13 +63,14 @@ def sandboxes(run: Run) -> list[dict[str, Any]]:
 def living(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sandboxes that the head says are running."""
     told = [ask(run, "GET", f"/runtime/{sandbox['runtime_id']}")[1] for sandbox in made]
-    return [sandbox for sandbox, word in zip(made, told, strict=True) if word["status"] == "running"]
+    return [sandbox for sandbox, word in zip(made, told, strict=True) if word.get("status") == "running"]
 
 
-def ask_if_there(run: Run) -> dict[str, str]:
+def living_nodes(run: Run) -> dict[str, str]:
     """The names of the nodes that live by their jobs; none while the head is away."""
+    over = {"joining", "left", "lost"}
     try:
-        return {job: node["name"] for job, node in nodes(run).items() if node["state"] != "joining"}
+        return {job: node["name"] for job, node in nodes(run).items() if node["state"] not in over}
     except OSError:
         return {}
 
@@ -146,9 +147,10 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
     by_hand = submitted_by_hand(run, checkout)
     until("the node that was submitted by hand", lambda: f"{by_hand}_1" in nodes(run), 60)
 
-    before = {job: node["name"] for job, node in nodes(run).items()}
+    before = living_nodes(run)
+    assert len(before) == 4
     os.kill(pid_of("slurm_runtime.head"), signal.SIGKILL)
-    until("the head's return", lambda: ask_if_there(run) == before, 30)
+    until("the head's return", lambda: living_nodes(run) == before, 30)
     assert len(living(run, made)) == 4, "it knows them again"
 
     os.kill(body_pid(run, "runtime"), signal.SIGKILL)
