@@ -90,7 +90,8 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app = FastAPI(
         title="SkyRL sandbox API server", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    builds, traffic = Builds(_noting(manager)), Traffic()
+    builds = Builds(_noting(manager), lambda image: manager.images.offer(image))
+    traffic = Traffic()
 
     def heard(scope: Scope, status: int, seconds: float) -> None:
         traffic.note(scope, status, seconds)

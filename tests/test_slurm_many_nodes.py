@@ -63,7 +63,40 @@ def sandboxes(run: Run) -> list[dict[str, Any]]:
 def living(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sandboxes that the head says are running."""
     told = [ask(run, "GET", f"/runtime/{sandbox['runtime_id']}")[1] for sandbox in made]
-    return [sandbox for sandbox, word in zip(made, told, strict=True) if word["status"] == "running"]
+    return [sandbox for sandbox, word in zip(made, told, strict=True) if word.get("status") == "running"]
+
+
+def living_nodes(run: Run) -> dict[str, str]:
+    """The names of the nodes that live by their jobs; none while the head is away."""
+    over = {"joining", "left", "lost"}
+    try:
+        return {job: node["name"] for job, node in nodes(run).items() if node["state"] not in over}
+    except OSError:
+        return {}
+
+
+def submitted_by_hand(run: Run, checkout: Path) -> str:
+    """A worker that a person gives to sbatch; the id of its array."""
+    sizes = ["--cpus-per-task=60", "--mem=4G", "--output=/dev/null"]
+    argv = ["sbatch", "--parsable", "--array=1", *sizes, str(checkout / "slurm" / "jobs" / "runtime_worker.py")]
+    done = run.user.run(argv, env={"SKYRL_COORD_DIR": str(run.directory)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def is_over(user: User, job_id: str) -> bool:
+    return not user.run(["squeue", "-h", "-j", job_id]).stdout.strip()
+
+
+def pid_of(module: str) -> int:
+    """The one process that runs a module."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and module.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"nobody runs {module}")
 
 
 def all_over(run: Run) -> bool:
@@ -111,8 +144,17 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
     assert ask(run, "POST", f"/nodes/{name}/drain", {"reason": "for the test"})[0] == 200
     until("that it takes no more", lambda: ask(run, "GET", "/nodes")[1]["slots"] == 4, 30)
 
+    by_hand = submitted_by_hand(run, checkout)
+    until("the node that was submitted by hand", lambda: f"{by_hand}_1" in nodes(run), 60)
+
+    before = living_nodes(run)
+    assert len(before) == 4
+    os.kill(pid_of("slurm_runtime.head"), signal.SIGKILL)
+    until("the head's return", lambda: living_nodes(run) == before, 30)
+    assert len(living(run, made)) == 4, "it knows them again"
+
     os.kill(body_pid(run, "runtime"), signal.SIGKILL)
-    until("the end of all", lambda: all_over(run), 90)
+    until("the end of all", lambda: all_over(run) and is_over(user, by_hand), 90)
     assert run.completion["exit_code"] == 69
     assert "is gone" in run.text(f"worker_{first}.err")
 

@@ -17,7 +17,8 @@ from typing import IO, TextIO
 FORMAT = "%(asctime)s [%(levelname)s] %(message)s"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 COLOURS = {"DEBUG": "\x1b[2m", "INFO": "\x1b[32m", "WARN": "\x1b[33m", "ERROR": "\x1b[31m"}
-KIND_COLOURS = {"runtime": "\x1b[36m", "training": "\x1b[35m"}  # where lines of both jobs are shown
+# Where lines of several jobs are shown.
+KIND_COLOURS = {"runtime": "\x1b[36m", "worker": "\x1b[34m", "training": "\x1b[35m"}
 
 logging.addLevelName(logging.WARNING, "WARN")
 log = logging.getLogger("skyrl")

@@ -76,11 +76,9 @@ def _as_jobs(jobs: Mapping[str, str], het: bool) -> Iterator[RunJob]:
 
 
 def _workers(directory: CoordinationDir) -> Iterator[RunJob]:
-    """The tasks of the worker arrays in each record, and of those that an attempt has queued after itself."""
-    said = [read_record(path).get("jobs") for path in record_paths(directory)]
-    said += [read_record(path).get("successor") for path in sorted(directory.path.glob("attempt_*.json"))]
-    for jobs in said:
-        for array in worker_arrays(jobs):
+    """The tasks of the worker arrays in each record."""
+    for path in record_paths(directory):
+        for array in worker_arrays(read_record(path).get("jobs")):
             for task_id in array.task_ids:
                 yield RunJob("worker", task_id, array.job_id)
 

@@ -31,6 +31,7 @@ from slurm.lib.run_record import partner_of
 from slurm.lib.runs import stranger
 from slurm.lib.scheduler import JobState, Slurm
 from slurm.lib.serving import Ground, ServingBody, Watch, await_health
+from slurm.lib.shared_images import removed_with_the_run
 from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import (
     Action,
@@ -61,7 +62,7 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
     warn_of_mail(job)
-    with Recall(job) as recall:
+    with removed_with_the_run(job), Recall(job) as recall:
         refusal = refused(job, "runtime", notes)
         if refusal is not None:
             return refusal

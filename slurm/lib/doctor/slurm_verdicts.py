@@ -17,6 +17,7 @@ from slurm.lib.preflight.places import SLURM_PROGRAMS
 from slurm.lib.processes import Completed
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
+from slurm.lib.worker_plan import fleet
 
 OLDEST = (20, 11)
 SHORT_KILL_WAIT_S = 5
@@ -70,6 +71,7 @@ def slurm_verdicts(facts: SlurmFacts, settings: Settings) -> list[Verdict]:
     return [
         version_verdict(facts.version),
         kill_wait_verdict(facts.configuration),
+        *array_verdicts(facts.configuration, settings),
         *partition_verdicts(facts.partitions, settings),
         *association_verdicts(facts, settings),
     ]
@@ -95,6 +97,29 @@ def kill_wait_verdict(configuration: Mapping[str, str]) -> Verdict:
     if int(found[0]) < SHORT_KILL_WAIT_S:
         return warn("killwait", f"{shown}, too little for a trainer to save", "save often; ask for KillWait=30")
     return ok("killwait", shown)
+
+
+def array_verdicts(configuration: Mapping[str, str], settings: Settings) -> list[Verdict]:
+    """Whether Slurm takes the job arrays of a runtime on several nodes; nothing of a runtime that needs none."""
+    last = workers_of(settings)
+    if not last:
+        return []
+    found = re.fullmatch(r"\d+", configuration.get("MaxArraySize", ""), re.ASCII)
+    if found is None:
+        return [warn("arrays", "Slurm does not tell its MaxArraySize", "see scontrol show config")]
+    most = int(found[0])
+    if most > last:
+        return [ok("arrays", f"job arrays may have tasks up to {most - 1} (MaxArraySize); RUNTIME_NODES needs {last}")]
+    shown = (
+        f"job arrays may have tasks up to {most - 1} (MaxArraySize={most})" if most > 1 else "it takes no job arrays"
+    )
+    fix = "set RUNTIME_MODE=allocation" + (f", or RUNTIME_NODES={most} at most" if most > 1 else "")
+    return [fail("arrays", f"{shown}, and RUNTIME_NODES={settings.runtime_nodes} needs tasks up to {last}", fix)]
+
+
+def workers_of(settings: Settings) -> int:
+    """How many jobs a run has beside its pair, which is the number of the last task, too."""
+    return sum(map(len, fleet(settings).by_kind.values()))
 
 
 def partition_verdicts(answer: Completed, settings: Settings) -> list[Verdict]:
@@ -123,7 +148,7 @@ def association_verdicts(facts: SlurmFacts, settings: Settings) -> list[Verdict]
     verdicts = of_findings(
         "account", account_findings(settings, facts.associations, facts.user), f"{facts.user}: {shown}"
     )
-    return [*verdicts, *_limit_verdicts(facts.limits)]
+    return [*verdicts, *_limit_verdicts(facts.limits, settings)]
 
 
 def _without_association(facts: SlurmFacts) -> Verdict:
@@ -133,14 +158,18 @@ def _without_association(facts: SlurmFacts) -> Verdict:
     return warn("account", f"{sentence}: jobs run, and are charged to nobody", "ask for one if quotas matter to you")
 
 
-def _limit_verdicts(answer: Completed) -> list[Verdict]:
-    """MaxJobs and MaxSubmitJobs of an association: a run is two jobs at once."""
-    few = []
+def _limit_verdicts(answer: Completed, settings: Settings) -> list[Verdict]:
+    """MaxJobs and MaxSubmitJobs of an association: a run is two jobs at once, and one for each worker."""
+    few, workers = [], workers_of(settings)
+    needed = JOBS_OF_A_RUN + workers
     for row in (line.split("|") for line in answer.stdout.splitlines() if line.count("|") >= 2):
         named = zip(("MaxJobs", "MaxSubmitJobs"), row[1:3], strict=False)
-        few += [f"{name}={n} in {row[0]}" for name, n in named if n.isdigit() and int(n) < JOBS_OF_A_RUN]
+        few += [f"{name}={n} in {row[0]}" for name, n in named if n.isdigit() and int(n) < needed]
     if not few:
         return []
+    if workers:
+        sentence = f"a run with RUNTIME_NODES={settings.runtime_nodes} is {needed} jobs at once: {', '.join(few)}"
+        return [fail("account", sentence, "set RUNTIME_MODE=allocation, or ask for a higher limit")]
     return [
         fail("account", f"a run is two jobs at once: {', '.join(few)}", "set PAIRING=het, or ask for a higher limit")
     ]

@@ -22,6 +22,7 @@ LONGEST = 1 << 16  # bytes of a line that are looked at; a step of VERL's is 4 K
 MOST_STEPS, MOST_MARKS = 50_000, 1_000
 STAMPED = 19  # characters of a time
 _STEP = re.compile(rb"tep[ :]\d")
+_NODES = re.compile(rb"\] node \S+ (?:\(job \S*\) )?(?:joins|was lost|left|drains)\b")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class JobLog:
     """What a log tells.
 
     ``steps`` are with their lengths and, as far as can be known, their times; ``cut`` is true where there are more than
-    ``MOST_STEPS``, and the rest is left out; ``node`` is where the job ran, of several nodes the first.
+    ``MOST_STEPS``, and the rest is left out; ``node`` is where the job ran, of several nodes the first. ``nodes``: what
+    a head says of its nodes, that they joined, or were lost.
     """
 
     marks: tuple[Mark, ...] = ()
     steps: tuple[Step, ...] = ()
     cut: bool = False
     node: str = ""
+    nodes: tuple[Mark, ...] = ()
 
 
 def read_job_log(path: Path, kind: str, check: Callable[[], None] = lambda: None) -> JobLog:
@@ -69,7 +72,7 @@ def scan(kind: str, blocks: Iterable[bytes], written: float | None = None) -> Jo
         found.read(b"\n" + block + b"\n")
     after = found.after_steps if found.after_steps is not None else written
     steps = with_lengths(placed(found.steps, found.before_steps, after))
-    return JobLog(tuple(found.marks), steps, found.cut, found.node)
+    return JobLog(tuple(found.marks), steps, found.cut, found.node, tuple(found.nodes))
 
 
 @dataclass
@@ -81,13 +84,14 @@ class _Scan:
     steps: list[Step] = field(default_factory=list)
     cut: bool = False
     node: str = ""
+    nodes: list[Mark] = field(default_factory=list)
     stamp: bytes = b""  # the last one that was seen
     before_steps: float | None = None  # the last time before the first step
     after_steps: float | None = None  # the first time after the last step
 
     def __post_init__(self) -> None:
         words = [re.compile(re.escape(words.encode())) for words in mark_words(self.kind)]
-        self.wanted = [*words, _STEP] if self.kind == "training" else words
+        self.wanted = [*words, *{"training": [_STEP], "runtime": [_NODES]}.get(self.kind, [])]
 
     def read(self, block: bytes) -> None:
         """Lines with a newline before each and at the end."""
@@ -113,16 +117,24 @@ class _Scan:
         words = mark_in(self.kind, text)
         if words:
             self._mark(words, text)
+        if self.kind == "runtime" and _NODES.search(line):
+            self._news(text)
         step = step_in(printable(text)) if self.kind == "training" and _STEP.search(line) else None
         if step:
             self._step(step, is_stamped)
 
     def _mark(self, words: str, text: str) -> None:
         at = _epoch(self.stamp)
-        self.node = self.node or (_node(text) if not self.marks else "")
+        self.node = self.node or (node_in(text) if not self.marks else "")
         is_new = not self.marks or self.marks[-1].words != words
         if at is not None and is_new and len(self.marks) < MOST_MARKS:
             self.marks.append(Mark(at, words))
+
+    def _news(self, text: str) -> None:
+        """What a head says of a node."""
+        at = _epoch(self.stamp)
+        if at is not None and len(self.nodes) < MOST_MARKS:
+            self.nodes.append(Mark(at, " ".join(printable(text.partition("] ")[2]).split())))
 
     def _step(self, step: Step, is_stamped: bool) -> None:
         at = _epoch(self.stamp)
@@ -155,7 +167,8 @@ def _epoch(stamp: bytes) -> float | None:
     return local_epoch(stamp.decode("ascii", "replace"))
 
 
-def _node(line: str) -> str:
+def node_in(line: str) -> str:
     """The node in a body's first line."""
-    match = re.search(r" (?:runtime|training) job \S+ on ([\w.-]{1,253}), ", line, re.ASCII)
+    own = r" (?:(?:runtime|training) job \S+|worker \S+ of the runtime job [^,]+,) on ([\w.-]{1,253})(?:, |$)"
+    match = re.search(own, line.rstrip(), re.ASCII | re.MULTILINE)
     return match[1] if match else ""

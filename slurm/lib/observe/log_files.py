@@ -33,14 +33,15 @@ STAMP_ROOM = 512  # bytes of a line that its time is looked for in
 CLOCKS_S = 120.0  # a node's clock may be so far before the file server's
 BAR_EVERY_S = 30.0
 HOLD_S = 3.0
-_LOG_NAME = re.compile(r"(runtime|training)_(\d{1,12}|local\d+\.\d+)\.(out|err)", re.ASCII)
+_ID = r"\d{1,12}|local\d+\.\d+|(?<=worker_)\d{1,12}_\d{1,7}"
+_LOG_NAME = re.compile(rf"(runtime|training|worker)_({_ID})\.(out|err)", re.ASCII)
 
 
 def origins(record: RunRecord, names: frozenset[str]) -> list[Origin]:
     """The logs in a run's directory, in their order; one of a job that no record names is of the first attempt."""
     attempts: dict[str, int] = {}
     for pair in record.pairs:
-        for job in pair.jobs:
+        for job in pair.everybody:
             attempts.setdefault(job.job_id, pair.attempt)
     found = (Origin(m[1], m[2], attempts.get(m[2], 1), m[3]) for m in map(_LOG_NAME.fullmatch, names) if m)
     return sorted(found, key=lambda origin: origin.order)
@@ -310,7 +311,7 @@ def start_of_last(file: BinaryIO, size: int, lines: int) -> int:
 
 def created_at(record: RunRecord, job_id: str) -> float | None:
     """When the launch of a job was recorded."""
-    times = [pair.created for pair in record.pairs if any(job.job_id == job_id for job in pair.jobs)]
+    times = [pair.created for pair in record.pairs if any(job.job_id == job_id for job in pair.everybody)]
     with contextlib.suppress(ValueError, OverflowError):
         return datetime.fromisoformat(next(iter(times), "")).timestamp()
     return None
@@ -374,9 +375,13 @@ class JobLogs:
 
 @dataclass
 class Logs:
-    """The logs of a run, of these kinds of jobs, each read on from where it was left."""
+    """The logs of a run, of these kinds of jobs, each read on from where it was left.
+
+    With ``worker`` those of that one alone, by its number in the array, or its id.
+    """
 
     kinds: Sequence[str]
+    worker: str = ""
     jobs: dict[str, JobLogs] = field(default_factory=dict)
 
     def add(self, directory: CoordinationDir, record: RunRecord, names: frozenset[str]) -> list[JobLogs]:
@@ -384,7 +389,7 @@ class Logs:
         new = []
         for origin in origins(record, names):
             path = directory.log(origin.kind, origin.job_id, origin.stream)
-            if origin.kind not in self.kinds or _is_out_too(path):
+            if not self._is_wanted(origin) or _is_out_too(path):
                 continue
             if origin.job_id not in self.jobs:
                 self.jobs[origin.job_id] = JobLogs()
@@ -393,6 +398,9 @@ class Logs:
             if getattr(job, origin.stream) is None:
                 setattr(job, origin.stream, LogFile(origin, path, created_at(record, origin.job_id)))
         return new
+
+    def _is_wanted(self, origin: Origin) -> bool:
+        return origin.kind in self.kinds and self.worker in {"", origin.task, origin.job_id}
 
     @property
     def files(self) -> list[LogFile]:

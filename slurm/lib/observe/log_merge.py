@@ -19,9 +19,15 @@ class Origin:
     stream: str
 
     @property
-    def order(self) -> tuple[int, bool, int, str, bool]:
-        """In which lines of one moment come: by attempt, the runtime first, ``.out`` before ``.err``."""
-        return (self.attempt, self.kind != "runtime", len(self.job_id), self.job_id, self.stream != "out")
+    def order(self) -> tuple[int, int, int, str, bool]:
+        """In which lines of one moment come: by attempt, runtime and workers first, ``.out`` before ``.err``."""
+        kind = ("runtime", "worker", "training").index(self.kind)
+        return (self.attempt, kind, len(self.job_id), self.job_id, self.stream != "out")
+
+    @property
+    def task(self) -> str:
+        """The number of a worker in its array; empty for other jobs."""
+        return self.job_id.partition("_")[2] if self.kind == "worker" else ""
 
 
 @dataclass(frozen=True)

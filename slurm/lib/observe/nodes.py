@@ -15,7 +15,10 @@ LATEST = 1e11
 
 @dataclass(frozen=True)
 class Node:
-    """A node as the head knows it: its job, its state in a word of the head's, and when it ends (epoch seconds)."""
+    """A node as the head knows it: its job, its state in a word of the head's, and when it ends (epoch seconds).
+
+    ``url`` is that of its own API server.
+    """
 
     name: str
     job: str = ""
@@ -25,6 +28,7 @@ class Node:
     used: int = 0
     sandboxes: int = 0
     until: float | None = None
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,14 @@ _TOTALS = ("slots", "used", "waiting")
 def _node(data: dict[str, object]) -> Node:
     name, job, state, reason = (_text(data.get(key)) for key in ("name", "job", "state", "reason"))
     slots, used, sandboxes = (_count(data, key) for key in ("slots", "used", "sandboxes"))
-    return Node(name, job, state, reason, slots, used, sandboxes, _figure(data.get("until"), LATEST))
+    until, url = _figure(data.get("until"), LATEST), _text(data.get("url"))
+    return Node(name, job, state, reason, slots, used, sandboxes, until, url)
+
+
+def of_worker(nodes: Nodes, worker: str) -> Node | None:
+    """The node of a worker: that of its last life, where it has had several."""
+    found = [node for node in nodes.nodes if node.job == worker]
+    return next((node for node in found if node.state not in {"lost", "left"}), found[-1] if found else None)
 
 
 def ask(url: str, key: str | None, timeout_s: float) -> Nodes | Unknown:

@@ -38,19 +38,31 @@ _RUNTIME = (
     (rf"{_OURS}stopping everything: ", "stopping"),
     (rf"{_OURS}runtime job \S+ ends: ", "ended"),
 )
+_WORKER = (
+    (rf"{_OURS}worker \S+ of the runtime job ", "making its Podman storage"),
+    (rf"{_OURS}waiting up to \S+ s for the head ", "waiting for its head"),
+    (rf"{_OURS}serving on ", "starting its API server"),
+    (rf"{_OURS}sandbox image ", "loading images"),
+    (rf"{_OURS}API server ready at ", "serving"),
+    (rf"{_OURS}.*; starting it again, the sandboxes stay", "starting its server again"),
+    (rf"{_OURS}the API server and the Podman service answer again", "serving"),
+    (rf"{_OURS}stopping everything: ", "stopping"),
+    (rf"{_OURS}worker \S+ ends: ", "ended"),
+)
+_MARKS = {"training": _TRAINING, "runtime": _RUNTIME, "worker": _WORKER}
 
 
 @cache
 def _marks(kind: str) -> list[tuple[re.Pattern[str], str]]:
     """The lines of a kind of job; made when the first log is read."""
-    marks = {"training": _TRAINING, "runtime": _RUNTIME}[kind]
+    marks = _MARKS[kind]
     return [(re.compile(pattern), words) for pattern, words in marks]
 
 
 @cache
 def mark_words(kind: str) -> tuple[str, ...]:
     """Plain words, some of which every line has that marks a phase: they are found faster than the marks."""
-    marks = {"training": _TRAINING, "runtime": _RUNTIME}[kind]
+    marks = _MARKS[kind]
     patterns = [one.replace(_OURS, "") for pattern, _words in marks for one in pattern.split("|")]
     plain = (re.findall(r"[A-Za-z ]+", re.sub(r"\\[A-Za-z]", "|", pattern)) for pattern in patterns)
     return tuple(dict.fromkeys(max(words, key=len) for words in plain))
@@ -130,7 +142,16 @@ def last_failed_start(log: LogEnds) -> str:
 
 
 _SANDBOX = re.compile(rf"{_OURS}sandbox \S+ of session .*?: (.+)")
-_LAST_WORD = re.compile(rf"{_OURS}(?:training|runtime) job \S+ ends(?: with exit code|:)")
+
+
+def end_of_worker(log: LogEnds) -> str:
+    """Why a worker has ended, by its ``.out``; empty where it does not say."""
+    lines = (" ".join(printable(raw).split()) for raw in reversed(log.tail.splitlines()))
+    return next((match[1] for line in lines if (match := _WORKER_END.match(line))), "")
+
+
+_WORKER_END = re.compile(rf"{_OURS}worker \S+ ends: (.+)")
+_LAST_WORD = re.compile(rf"{_OURS}(?:(?:training|runtime) job|worker) \S+ ends(?: with exit code|:)")
 _ERROR = re.compile(
     r"\[(?:ERROR|CRITICAL)\]"
     r"|^(?:\([\w ]+ pid=\d+[^)]*\) )?(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Timeout)\b"  # Python's last line

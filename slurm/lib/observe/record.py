@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from slurm.lib.coordination import CoordinationDir, Flag
 from slurm.lib.observe.run_files import names_in, printable, read_flag, read_object
 from slurm.lib.observe.unknown import Unknown
-from slurm.lib.run_record import WORKER_KINDS, WORKERS, worker_arrays
+from slurm.lib.run_record import WORKERS, worker_arrays
 
 KINDS = ("training", "runtime")
 _LOG_NAME = re.compile(r"(runtime|training)_(\d{1,12}|local\d+\.\d+)\.out", re.ASCII)
@@ -36,7 +36,7 @@ class End:
 class RecordedJob:
     """A job of a run, how it ended where the directory says so, and whether it has begun to write its log.
 
-    ``array`` is the array of a worker, and ``is_needed`` whether the training waits for that one's start.
+    ``array`` is the array of a worker, empty for a step, and ``is_needed`` whether the training waits for its start.
     """
 
     kind: str
@@ -51,7 +51,7 @@ class RecordedJob:
 class Pair:
     """The jobs that make one attempt, a training job first; ``attempt`` counts from 1.
 
-    ``workers`` are those of its runtime, whose end is no end of the run.
+    ``workers`` are those of its runtime, whose end is no end of the run: tasks of arrays, or steps of the runtime job.
     """
 
     jobs: tuple[RecordedJob, ...]
@@ -194,8 +194,7 @@ def _with_unrecorded(pairs: list[Pair], attempts: Mapping[int, Mapping[str, obje
     known = {job.job_id for pair in found for job in pair.jobs}
     for _number, data in sorted(attempts.items()):
         for named in (_mapping(data.get("jobs")), _mapping(data.get("successor"))):
-            pair_ids = {kind: {"id": named[kind]} for kind in KINDS if kind in named}
-            pair = _pair({"jobs": {**pair_ids, **{kind: named[kind] for kind in WORKER_KINDS if kind in named}}})
+            pair = _pair({"jobs": {kind: {"id": named[kind]} for kind in KINDS if kind in named}})
             found += [pair] if pair.jobs and known.isdisjoint(job.job_id for job in pair.jobs) else []
             known |= {job.job_id for job in pair.jobs}
     return found
@@ -245,8 +244,18 @@ def _told(*flags: Flag | None) -> dict[str, End]:
 
 
 def _with_ends(pair: Pair, told: Mapping[str, End], names: frozenset[str]) -> Pair:
-    jobs, workers = ([_known(job, told, names) for job in some] for some in (pair.jobs, pair.workers))
-    return replace(pair, jobs=tuple(jobs), workers=tuple(workers))
+    found = (pair.jobs, pair.workers or _steps(pair.job("runtime"), names))
+    jobs, workers = (tuple(_known(job, told, names) for job in some) for some in found)
+    return replace(pair, jobs=jobs, workers=workers)
+
+
+def _steps(runtime: RecordedJob | None, names: frozenset[str]) -> tuple[RecordedJob, ...]:
+    """The workers that are steps of a runtime job, by their logs: ``worker_123_1.out`` of the job 123."""
+    if runtime is None:
+        return ()
+    logs = (re.fullmatch(rf"worker_({re.escape(runtime.job_id)}_(\d{{1,7}}))\.out", name, re.ASCII) for name in names)
+    numbered = sorted((int(found[2]), found[1]) for found in logs if found)
+    return tuple(RecordedJob("worker", worker_id) for _number, worker_id in numbered)
 
 
 def _known(job: RecordedJob, told: Mapping[str, End], names: frozenset[str]) -> RecordedJob:

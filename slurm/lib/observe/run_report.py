@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from slurm.lib.coordination import CoordinationDir
+from slurm.lib.job_arrays import is_slurms
 from slurm.lib.lookout import inquiry
 from slurm.lib.observe.job_log import JobLog, read_job_log
 from slurm.lib.observe.phase import last_error
 from slurm.lib.observe.record import Pair, RunRecord
 from slurm.lib.observe.run_files import log_ends, names_in, read_small
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage, pair_view
-from slurm.lib.observe.sandbox_statistics import SandboxStatistics, read_statistics
+from slurm.lib.observe.sandbox_statistics import SandboxStatistics, all_nodes, read_statistics
 from slurm.lib.observe.steps import Step, merged
 from slurm.lib.observe.timeline import QUEUE, TRAINING, Mark, Span, spans, utc_epoch, zone_shift
 from slurm.lib.observe.unknown import Unknown
@@ -39,6 +40,7 @@ DAMAGED = Unknown("its statistics are damaged, or of another schema")
 class JobReport:
     """A job: when it was submitted, started and ended (epoch seconds), and what it did in between.
 
+    ``nodes`` is what the head in a runtime job said of its nodes.
     ``usages`` are what it used by each source that knows, the more exact one first; ``cut_steps`` is true where the log
     has more steps than are read.
     """
@@ -53,6 +55,7 @@ class JobReport:
     usages: tuple[Usage, ...] = ()
     samples: tuple[UsageSample, ...] = ()
     sandboxes: SandboxStatistics | Unknown | None = None
+    nodes: tuple[Mark, ...] = ()
     problems: tuple[str, ...] = ()
 
     def queue_s(self, now: float) -> float | None:
@@ -63,10 +66,23 @@ class JobReport:
 
 @dataclass(frozen=True)
 class AttemptReport:
-    """The jobs of an attempt, a training job first."""
+    """The jobs of an attempt, a training job first, and the workers of its runtime."""
 
     number: int
     jobs: tuple[JobReport, ...]
+    workers: tuple[JobReport, ...] = ()
+
+    @property
+    def servers(self) -> tuple[JobReport, ...]:
+        """The nodes of its runtime that have run: its own job's, and the workers."""
+        return tuple(one for one in (*self.jobs, *self.workers) if one.job.kind != "training" and one.job.has_log)
+
+    @property
+    def sandboxes(self) -> SandboxStatistics | Unknown | None:
+        """What the API servers of all nodes have counted."""
+        found = [one.sandboxes for one in self.servers if isinstance(one.sandboxes, SandboxStatistics)]
+        runtime = self.job("runtime")
+        return all_nodes(found) if found else runtime.sandboxes if runtime else None
 
     def job(self, kind: str) -> JobReport | None:
         return next((one for one in self.jobs if one.job.kind == kind), None)
@@ -120,16 +136,17 @@ class RunReport:
 def read_report(view: RunView, slurm: Slurm, notes: SignalNotes, *, heard: bool = True) -> RunReport:
     """The report of a run that was looked at; ``Interrupted`` as soon as a signal has come while Slurm is asked."""
     pairs = all_pairs(view)
-    ids = [job.job_id for pair in pairs for job in pair.jobs if job.job_id.isdigit() and job.has_log]
+    everybody = [job for pair in pairs for job in pair.everybody if job.kind != "worker" or job.array]
+    ids = [job.job_id for job in everybody if is_slurms(job.job_id) and job.has_log]
     asked = bool(ids) and slurm.is_here and view.record.backend != "local"
     answer = inquiry(lambda: slurm.use(ids, _since(view.record)) if asked else {}, notes)
     now = time.time()
-    read = [[_read_job(view.record, pair, job, notes) for job in pair.jobs] for pair in pairs]
+    read = [[_read_job(view.record, pair, job, notes) for job in pair.everybody] for pair in pairs]
     use = answer()
-    attempts = [
-        AttemptReport(pair.attempt, tuple(with_accounting(job, use.get(job.job.job_id, ())) for job in jobs))
-        for pair, jobs in zip(pairs, read, strict=True)
-    ]
+    attempts = []
+    for pair, jobs in zip(pairs, read, strict=True):
+        told = tuple(with_accounting(job, use.get(job.job.job_id, ())) for job in jobs)
+        attempts.append(AttemptReport(pair.attempt, told[: len(pair.jobs)], told[len(pair.jobs) :]))
     return RunReport(view, tuple(attempts), now, heard)
 
 
@@ -217,7 +234,9 @@ def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
     ended = told if told is not None else _latest(last, _end_by_slurm(job)) if not goes_on else None
     found = spans(marks, steps, ended, goes_on)
     job = replace(job, node=job.node or log.node)
-    return JobReport(job, submitted, started, ended, (*_queue_span(submitted, started), *found), steps, log.cut)
+    nodes = tuple(Mark(mark.at + shift, mark.words) for mark in log.nodes)
+    done = (*_queue_span(submitted, started), *found)
+    return JobReport(job, submitted, started, ended, done, steps, log.cut, nodes=nodes)
 
 
 def _end_by_slurm(job: JobView) -> float | None:
@@ -240,7 +259,7 @@ def with_measurements(report: JobReport, samples: str | Unknown, statistics: str
     """The job with what was measured while it ran."""
     read = read_usage(samples) if isinstance(samples, str) else ()
     usages = (efficiency(read),) if read else ()
-    if report.job.kind != "runtime":
+    if report.job.kind == "training":
         return replace(report, samples=read, usages=usages)
     found = statistics if isinstance(statistics, Unknown) else read_statistics(statistics) or DAMAGED
     return replace(report, samples=read, usages=usages, sandboxes=found)

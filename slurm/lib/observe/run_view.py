@@ -72,8 +72,8 @@ class JobView:
     the stage is not known; ``error`` is the last line of its ``.err`` that says what went wrong. ``failed_starts`` are
     the sandboxes of a runtime job that did not start, by reason, and ``failed_start`` is its word about the last one.
     ``is_presumed``: it counts as ended only since Slurm knows no such job, which may be one of another cluster.
-    Of a worker ``array`` is the array, ``number`` Slurm's own for it, and ``is_needed`` whether the training waits for
-    its start.
+    Of a worker ``array`` is the array, empty for a step of the runtime job, ``number`` Slurm's own for it, and
+    ``is_needed`` whether the training waits for its start.
     """
 
     kind: str
@@ -243,7 +243,16 @@ def pair_view(record: RunRecord, pair: Pair, words: Mapping[str, Word]) -> PairV
         tuple(job_view(job, believed(record, words.get(job.job_id))) for job in some)
         for some in (pair.jobs, pair.workers)
     )
+    workers = tuple(_with_runtime(worker, jobs) if not worker.array else worker for worker in workers)
     return PairView(jobs, pair.attempt, tuple(_left(worker) for worker in workers) if pair.is_left else workers)
+
+
+def _with_runtime(step: JobView, jobs: Sequence[JobView]) -> JobView:
+    """A worker that is a step of the runtime job: it lives no longer than that one."""
+    runtime = next((job for job in jobs if job.kind == "runtime"), None)
+    stage = runtime.stage if runtime else Stage.UNKNOWN
+    why = runtime.why_unknown if runtime else ""
+    return replace(step, stage=stage, end_reason="", is_presumed=False, why_unknown=why)
 
 
 def _left(worker: JobView) -> JobView:

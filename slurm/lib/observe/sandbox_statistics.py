@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slurm.lib.observe.run_files import printable
@@ -49,6 +50,64 @@ class SandboxStatistics:
     slots: int | None = None
     ended: Mapping[str, int] = field(default_factory=dict)
     requests: Seconds = Seconds()
+
+
+def all_nodes(found: Sequence[SandboxStatistics]) -> SandboxStatistics:
+    """The counts of several nodes' servers as one.
+
+    Quantiles are those of all starts, as their buckets tell them: a bucket's upper bound. ``peak_living`` is the sum of
+    the nodes' peaks, which need not have been at one time.
+    """
+    if len(found) == 1:
+        return found[0]
+    slots = [one.slots for one in found if one.slots is not None]
+    steps = dict.fromkeys(name for one in found for name in one.steps)
+    return SandboxStatistics(
+        max(one.at for one in found),
+        Starts(
+            sum(one.starts.asked for one in found),
+            sum(one.starts.succeeded for one in found),
+            _added(one.starts.failed for one in found),
+        ),
+        _together([one.start_seconds for one in found]),
+        {name: _together([one.steps[name] for one in found if name in one.steps]) for name in steps},
+        sum(one.peak_living for one in found),
+        sum(slots) if slots else None,
+        _added(one.ended for one in found),
+        _together([one.requests for one in found]),
+    )
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    added: Counter[str] = Counter()
+    for one in counts:
+        added.update(one)
+    return dict(added)
+
+
+def _together(found: Sequence[Seconds]) -> Seconds:
+    """What took time on several nodes."""
+    bounds = sorted({bound for one in found for bound, _ in one.buckets})
+    buckets = tuple((bound, sum(_within(one, bound) for one in found)) for bound in bounds)
+    sums = [one.sum for one in found if one.sum is not None]
+    most = max((one.max for one in found if one.max is not None), default=None)
+    count = sum(one.count for one in found)
+    is_whole = all(one.buckets or not one.count for one in found)
+    p50, p90, p99 = (_quantile(buckets, share * count, most) if is_whole else None for share in (0.5, 0.9, 0.99))
+    return Seconds(count, sum(sums) if sums else None, p50, p90, p99, most, buckets)
+
+
+def _within(one: Seconds, bound: float) -> int:
+    """How many took no longer; of a node with other buckets as many as are known to."""
+    return max((count for upper, count in one.buckets if upper <= bound), default=0)
+
+
+def _quantile(buckets: Sequence[tuple[float, int]], rank: float, most: float | None) -> float | None:
+    """The upper bound of the bucket that a rank falls into; beyond the last one the longest."""
+    if not rank:
+        return None
+    bound = next((upper for upper, count in buckets if count >= rank), None)
+    return most if bound is None or (most is not None and most < bound) else bound
 
 
 def read_statistics(text: str) -> SandboxStatistics | None:

@@ -139,8 +139,9 @@ def _jobs(record: RunRecord) -> list[RecordedJob]:
 
 
 def _in_question(record: RunRecord) -> list[RecordedJob]:
-    """The jobs that may live, by what the record says of time: workers follow their runtime job."""
-    return [job for pair in record.pairs for job in (pair.jobs if _is_long_over(pair) else pair.everybody)]
+    """The jobs that Slurm knows and that may live, by what the record says of time: workers follow their runtime."""
+    found = [job for pair in record.pairs for job in (pair.jobs if _is_long_over(pair) else pair.everybody)]
+    return [job for job in found if job.kind != "worker" or job.array]
 
 
 def _is_long_over(pair: Pair) -> bool:
@@ -226,9 +227,13 @@ def _read_logs(pair: PairView, directory: CoordinationDir | None) -> tuple[PairV
 def _read_worker(worker: JobView, directory: CoordinationDir | None) -> JobView:
     if directory is None or not worker.has_log:
         return worker
-    from slurm.lib.observe.phase import last_error
+    from slurm.lib.observe.phase import end_of_worker, last_error
+    from slurm.lib.observe.run_view import Stage
 
-    err = log_ends(directory.log(worker.kind, worker.job_id, "err"))
+    out, err = (log_ends(directory.log(worker.kind, worker.job_id, suffix)) for suffix in ("out", "err"))
+    why = "" if isinstance(out, Unknown) else end_of_worker(out)
+    if worker.stage is Stage.ENDED and why:
+        worker = replace(worker, end_reason=why)
     worker = replace(worker, error="" if isinstance(err, Unknown) else last_error(err))
     return _with_starts(worker, directory, err)
 

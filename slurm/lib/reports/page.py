@@ -14,6 +14,7 @@ from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import PARTS, part_shares, rewards, step_times
 from slurm.lib.observe.timeline import QUEUE
 from slurm.lib.reports import MARK
+from slurm.lib.reports.node_rows import COLUMNS, news_of, node_rows
 from slurm.lib.reports.plots import Plot, plots
 from slurm.lib.reports.report_words import (
     PART_WORDS,
@@ -114,7 +115,7 @@ def _figures_first(report: RunReport) -> list[tuple[str, str]]:
         found.append(("a step, median", length(times.median)))
     if earned:
         found.append(("reward, mean of the last tenth", number(earned.late_mean)))
-    statistics = [job.sandboxes for job in report.jobs if isinstance(job.sandboxes, SandboxStatistics)]
+    statistics = [one.sandboxes for one in report.attempts if isinstance(one.sandboxes, SandboxStatistics)]
     if statistics:
         failed = sum(sum(one.starts.failed.values()) for one in statistics)
         name = "sandboxes started" + (f", {failed} failed" if failed else "")
@@ -155,7 +156,7 @@ def _legend(plot: Plot) -> str:
 
 
 def _tables(report: RunReport) -> str:
-    parts = [_phases(report), _parts(report), _statistics(report), _use(report), _unknown(report)]
+    parts = [_phases(report), _parts(report), _statistics(report), _nodes(report), _use(report), _unknown(report)]
     return "".join(parts)
 
 
@@ -207,16 +208,27 @@ def _parts(report: RunReport) -> str:
 
 def _statistics(report: RunReport) -> str:
     rows: list[tuple[str, str]] = []
-    for job in report.jobs:
-        found = job.sandboxes
+    for attempt in report.attempts:
+        found = attempt.sandboxes
         if not isinstance(found, SandboxStatistics):
             continue
         rows.append(("starts", starts_words(found)))
         rows += [("failed", reasons(found.starts.failed))] if found.starts.failed else []
         rows += [("latency", latency_words(found))] if latency_words(found) else []
-        rows.append(("peak", peak_words(found)))
+        rows.append(("peak", peak_words(found, len(attempt.servers))))
         rows += [("ended", reasons(found.ended))] if found.ended else []
     return _section("Sandboxes", _table(("", "of the API server"), rows, numbers=-1) if rows else "")
+
+
+def _nodes(report: RunReport) -> str:
+    """A table of the nodes of a runtime that has several, and what became of them."""
+    inner = ""
+    for attempt in report.attempts:
+        rows = node_rows(report, attempt)
+        inner += f"<h3>Attempt {attempt.number}</h3>\n" if rows and len(report.attempts) > 1 else ""
+        inner += _table(COLUMNS, rows, numbers=-1) if rows else ""
+        inner += "".join(f"<p>{escape(f'{at} {words}')}</p>\n" for at, words in news_of(attempt)) if rows else ""
+    return _section("Nodes", inner)
 
 
 def _use(report: RunReport) -> str:

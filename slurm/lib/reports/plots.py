@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from slurm.lib.observe.run_report import AttemptReport, JobReport, RunReport
+from slurm.lib.observe.run_report import AttemptReport, RunReport
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import done_again, rewards, step_times
 from slurm.lib.reports import series
@@ -371,7 +371,7 @@ def use(report: RunReport) -> Plot:
 
 def starts(report: RunReport) -> Plot:
     title = "How long sandboxes took to start"
-    found = [job.sandboxes for job in _runtimes(report) if isinstance(job.sandboxes, SandboxStatistics)]
+    found = [one.sandboxes for one in report.attempts if isinstance(one.sandboxes, SandboxStatistics)]
     rows = series.start_bins([one.start_seconds for one in found])
     if not rows:
         why = "No sandbox was started." if found else "The API server has left no statistics."
@@ -391,7 +391,3 @@ def starts(report: RunReport) -> Plot:
     counts = f"{all_starts_words(found)}."
     words = counts + (f" {latency_words(found[0]).capitalize()}." if len(found) == 1 else "")
     return Plot("starts", title, words, drawn("starts", HALF, 3.2, draw))
-
-
-def _runtimes(report: RunReport) -> list[JobReport]:
-    return [job for job in report.jobs if job.job.kind == "runtime"]

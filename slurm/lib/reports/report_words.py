@@ -145,9 +145,14 @@ def latency_words(found: SandboxStatistics) -> str:
     return ", ".join([*told, *([f"slowest {length(seconds.max)}"] if seconds.max is not None else [])])
 
 
-def peak_words(found: SandboxStatistics) -> str:
+def peak_words(found: SandboxStatistics, nodes: int = 1) -> str:
+    """How many lived at once; of several nodes the sum of what each had at its busiest moment."""
     of = f", {found.slots} slots" if found.slots is not None else ""
-    return f"{found.peak_living} at once{of}"
+    return (
+        f"{found.peak_living} at once{of}"
+        if nodes <= 1
+        else f"at most {found.peak_living} at once on {nodes} nodes{of}"
+    )
 
 
 def use_lines(job: JobReport) -> list[tuple[str, str, str]]:

@@ -17,8 +17,8 @@ _COLUMNS = ("NODE", "JOB", "STATE", "SLOTS USED", "SANDBOXES", "UNTIL", "REASON"
 
 
 def array_lines(workers: Sequence[JobView], now: float) -> list[str]:
-    """A line for each array; its tasks that have ended while others live are named."""
-    arrays = dict.fromkeys(worker.array for worker in workers)
+    """A line for each array; of workers that are steps of the runtime job only its head knows."""
+    arrays = dict.fromkeys(worker.array for worker in workers if worker.array)
     return [_array_words([worker for worker in workers if worker.array == array], now) for array in arrays]
 
 

@@ -32,6 +32,7 @@ CHOICES = {
     "network_word": ("private", "deny"),
     "pairing_word": ("jobs", "het"),
     "pinning_word": ("docker_cpuset", "taskset", "none"),
+    "runtime_mode_word": ("array", "allocation"),
     "ray_word": ("auto", "on", "off"),
     "start_word": ("fork", "exec"),
     "switch": ("1", "0"),
@@ -133,6 +134,7 @@ def with_completers(parser: argparse.ArgumentParser, program: str) -> argparse.A
         "NAME|PATH": lambda prefix, **_more: config_names(prefix, program),
         "KEY=VALUE": keys,
         "SANDBOX": sandbox_names,
+        "N": worker_numbers,
         "FILE": lambda prefix, **_more: paths(prefix),
         "DIR": lambda prefix, **_more: paths(prefix, only_folders=True),
     }
@@ -188,6 +190,18 @@ def keys(prefix: str, **_more: object) -> Iterable[str]:
         return [f"{key}=" for key in KEYS]
     key = KEYS.get(name)
     return [f"{name}={word}" for word in CHOICES.get(key.parse.__name__, ())] if key else []
+
+
+def worker_numbers(prefix: str, parsed_args: argparse.Namespace, action: argparse.Action, **_more: object) -> list[str]:
+    """The numbers of the workers of the run before ``--worker``, as its record has them."""
+    if action.option_strings != ["--worker"] or not getattr(parsed_args, "run", None):
+        return []
+    from slurm.lib.coordination import jobs_base
+    from slurm.lib.runs import find
+    from slurm.lib.scheduler import Slurm
+
+    jobs = find(str(parsed_args.run), jobs_base(os.environ), Slurm(), SERVER_S).jobs()
+    return [job.job_id.rpartition("_")[2] for job in jobs if job.kind == "worker"]
 
 
 def sandbox_names(prefix: str, parsed_args: argparse.Namespace, **_more: object) -> Iterable[str]:

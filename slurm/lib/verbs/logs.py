@@ -31,10 +31,10 @@ from slurm.lib.runs import FoundRun
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import SignalNotes
 from slurm.lib.verbs.moment import WAYS, moment
-from slurm.lib.verbs.named import HELP, named
+from slurm.lib.verbs.named import HELP, named, worker_name
 
 SCHEMA = 1
-KINDS = ("runtime", "training")
+KINDS = ("runtime", "worker", "training")
 RED = "\x1b[31m"
 BUFFERED = 1 << 16  # characters before they are written
 QUIET_S, DRAIN_S = 2.0, 15.0  # a run's last lines are seen some time after its end, on shared storage
@@ -52,6 +52,8 @@ def build_parser() -> Parser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--runtime", action="store_true", help="the runtime jobs' logs alone")
     which.add_argument("--training", action="store_true", help="the training jobs' logs alone")
+    which.add_argument("--workers", action="store_true", dest="worker", help="the logs of the runtime's workers alone")
+    which.add_argument("--worker", metavar="N", type=worker_name, dest="one", help="worker N's log alone")
     parser.add_argument("--since", metavar="TIME", type=_since, default=-math.inf, help=f"lines since then: {WAYS}")
     parser.add_argument("-n", "--lines", metavar="N", type=_count, help="begin with the last N lines of each job")
     parser.add_argument("--grep", metavar="REGEX", type=_pattern, help="lines that match, as Python's re.search")
@@ -86,27 +88,37 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     arguments = build_parser().parse_args(argv)
     survey = Survey(Slurm(), notes)
     (run,) = named([arguments.run], survey.slurm)
-    kinds = [kind for kind in KINDS if not (arguments.runtime or arguments.training) or getattr(arguments, kind)]
-    shown = Shown(Logs(kinds), Page(arguments.json, arguments.since, arguments.grep), notes)
+    chosen = [kind for kind in KINDS if getattr(arguments, kind)]
+    kinds = ["worker"] if arguments.one else chosen or list(KINDS)
+    shown = Shown(Logs(kinds, arguments.one or ""), Page(arguments.json, arguments.since, arguments.grep), notes)
     try:
         shown.begin(run, arguments.lines, follow=arguments.follow)
         if not shown.logs.jobs:
-            explain_absence(survey, run, kinds)
+            explain_absence(survey, run, shown.logs)
         return followed(survey, run, shown) if arguments.follow else shown.exit_code
     except ReaderGone:
         return EXIT_OK
 
 
-def explain_absence(survey: Survey, run: FoundRun, kinds: Sequence[str]) -> None:
+def explain_absence(survey: Survey, run: FoundRun, wanted: Logs) -> None:
     """Say why there is no log: the job is in the queue, or never began."""
     from slurm.lib.reports.run_words import job_words
+    from slurm.lib.reports.worker_words import array_lines
 
     (view,) = survey.look([run], servers=False)
-    jobs = [job for job in view.pair.jobs if job.kind in kinds] if view.pair else []
-    words = "".join(f"; {job.kind} job {job.job_id}: {job_words(job, time.time())}" for job in jobs)
-    what = "no log" if len(kinds) == len(KINDS) else f"no {kinds[0]} log"
+    now, pair = time.time(), view.pair
+    words = (
+        [f"{job.kind} job {job.job_id}: {job_words(job, now)}" for job in pair.jobs if job.kind in wanted.kinds]
+        if pair
+        else []
+    )
+    words += [f"workers {line}" for line in array_lines(pair.workers, now)] if pair and "worker" in wanted.kinds else []
+    what = "no log" if len(wanted.kinds) == len(KINDS) else f"no {wanted.kinds[0]} log"
+    what = f"no log of a worker {wanted.worker}" if wanted.worker else what
     yet = "" if view.state.is_over else " yet"
-    log.info("%s has %s%s: it is %s%s", view.record.name, what, yet, view.state.value, words)
+    log.info(
+        "%s has %s%s: it is %s%s", view.record.name, what, yet, view.state.value, "".join(f"; {one}" for one in words)
+    )
 
 
 def followed(survey: Survey, run: FoundRun, shown: Shown) -> int:
@@ -258,11 +270,13 @@ class Page:
 
 
 def labels(attempts: int, origins: Sequence[Origin]) -> dict[Origin, str]:
-    """A name for the job of each log, all of one width: its kind; the attempt, the id where that does not tell."""
+    """A name for the job of each log, all of one width: its kind, a worker's number; the attempt, or the id."""
     counted = max([attempts, *(origin.attempt for origin in origins)])
 
     def name(origin: Origin) -> str:
         attempt = f" {origin.attempt}" if counted > 1 else ""
+        if origin.kind == "worker":
+            return f"worker-{origin.task}{attempt}"
         same = {o.job_id for o in origins if (o.kind, o.attempt) == (origin.kind, origin.attempt)}
         return f"{origin.kind}{attempt}" + (f" ({origin.job_id})" if len(same) > 1 else "")
 

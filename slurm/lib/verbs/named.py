@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +50,18 @@ def named(
     if problems:
         raise UsageError("\n".join([*problems, *([otherwise] if found and otherwise else [])]))
     return list(found.values())
+
+
+def worker_name(text: str) -> str:
+    """A worker as a command line names it; for argparse."""
+    if not re.fullmatch(r"\d{1,7}|\d{1,12}_\d{1,7}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no worker's number, such as 1, and no id, such as 124_1")
+    return text
+
+
+def is_worker(job_id: str, name: str) -> bool:
+    """Whether a worker is meant by its number, or its id."""
+    return name in {job_id, job_id.rpartition("_")[2]}
 
 
 def runs_below(base: Path, *, others: bool = False) -> list[FoundRun]:

@@ -18,6 +18,7 @@ from slurm.lib.command_line import Parser, say
 from slurm.lib.coordination import CoordinationDir, host_name
 from slurm.lib.errors import EXIT_ENVIRONMENT, EXIT_OK, NotRunning
 from slurm.lib.logs import log
+from slurm.lib.observe import nodes
 from slurm.lib.observe.run_files import key_of, read_small
 from slurm.lib.observe.run_view import RunView, is_ready
 from slurm.lib.observe.survey import Survey
@@ -29,7 +30,7 @@ from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import port
 from slurm.lib.signals import SignalNotes
 from slurm.lib.tunnel import LOOPBACK, free_port, tunnel
-from slurm.lib.verbs.named import HELP, named
+from slurm.lib.verbs.named import HELP, is_worker, named, worker_name
 
 ANSWER_S = 3.0
 LOOK_EVERY_S = 10.0  # whether the run still serves, while a tunnel is open: its files; Slurm each time costs one squeue
@@ -47,6 +48,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="launch.py open", description="Tell how to look at a run's sandbox page.", epilog=EPILOG)
     parser.add_argument("run", metavar="RUN", help=HELP)
     parser.add_argument("--port", metavar="N", type=port, help="the port on your laptop, and of a tunnel from here")
+    own = "that of worker N's own server; the page of the run shows all nodes"
+    parser.add_argument("--worker", metavar="N", type=worker_name, help=own)
     parser.add_argument("--print", action="store_true", dest="only_print", help="only tell; never open a tunnel")
     parser.add_argument("--json", action="store_true", help="as one JSON object; implies --print")
     return parser
@@ -77,7 +80,7 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     survey = Survey(Slurm(), notes)
     (run,) = named([arguments.run], survey.slurm)
     (view,) = survey.look([run], servers=False)
-    page = page_of(view)
+    page = page_of(view, arguments.worker or "")
     if arguments.json:
         return EXIT_OK if say(as_json(page, arguments.port)) else EXIT_ENVIRONMENT
     if page.reachable and not has_page(f"http://{page.target}", key_of(CoordinationDir(page.key_file.parent))):
@@ -87,8 +90,8 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     return hold_open(page, arguments.port, Serving(survey, run), notes)
 
 
-def page_of(view: RunView) -> Page:
-    """Where the server is that serves now; ``NotRunning`` with how the run is, where none does."""
+def page_of(view: RunView, worker: str = "") -> Page:
+    """Where the server is that serves now, or that of a worker; ``NotRunning`` with how the run is, where none does."""
     runtime = view.pair.job("runtime") if view.pair else None
     directory, name = view.record.directory, view.record.name
     if runtime is None or directory is None:
@@ -99,7 +102,24 @@ def page_of(view: RunView) -> Page:
     url = read_small(directory.runtime_url)
     if isinstance(url, Unknown) or view.pair is None or not is_ready(view.pair, view.record):
         raise NotRunning(f"the API server of {name} is not ready: launch.py status {name} tells how far it is")
-    return located(name, url.strip(), view.record.host, directory)
+    address = own_address(view, worker, url.strip(), directory) if worker else url.strip()
+    return located(name, address, view.record.host, directory)
+
+
+def own_address(view: RunView, worker: str, url: str, directory: CoordinationDir) -> str:
+    """The address of a worker's own server, as the head at ``url`` knows it."""
+    known = [one.job_id for one in (view.pair.workers if view.pair else ()) if is_worker(one.job_id, worker)]
+    if not known:
+        raise NotRunning(f"{view.record.name} has no worker {worker}")
+    found = nodes.ask(url, key_of(directory), ANSWER_S)
+    if isinstance(found, Unknown):
+        raise NotRunning(f"{found.why}, so where the worker {known[0]} is is not known")
+    node = nodes.of_worker(found, known[0])
+    if node is None or node.state in {"lost", "left"}:
+        raise NotRunning(
+            f"the worker {known[0]} " + (f"has {node.state}: {node.reason}" if node else "has not joined yet")
+        )
+    return node.url
 
 
 def located(run: str, url: str, launched_from: str, directory: CoordinationDir) -> Page:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from slurm.lib.observe.run_report import AttemptReport, JobReport, RunReport, first_step_at
 from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import Step, done_again, part_shares, rewards, step_times
+from slurm.lib.observe.timeline import Mark
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.reports.run_words import run_dict
 
@@ -38,6 +39,9 @@ def _attempt(report: RunReport, attempt: AttemptReport) -> dict[str, object]:
     return {
         "attempt": attempt.number,
         "jobs": [_job(report, job) for job in attempt.jobs],
+        "workers": [{**_job(report, job), "array": job.job.array or None} for job in attempt.workers],
+        "sandboxes": _sandboxes(attempt),
+        "nodes_news": [{"at": mark.at, "text": mark.words} for mark in _news(attempt)],
         "steps": [step_dict(step) for step in attempt.steps],
     }
 
@@ -64,10 +68,18 @@ def _job(report: RunReport, job: JobReport) -> dict[str, object]:
     }
 
 
-def _sandboxes(job: JobReport) -> object:
-    if isinstance(job.sandboxes, SandboxStatistics):
-        return asdict(job.sandboxes)
-    return {"unknown": job.sandboxes.why} if isinstance(job.sandboxes, Unknown) else None
+def _sandboxes(of: JobReport | AttemptReport) -> object:
+    """What one server has counted, or those of all nodes together."""
+    found = of.sandboxes
+    if isinstance(found, SandboxStatistics):
+        return asdict(found)
+    return {"unknown": found.why} if isinstance(found, Unknown) else None
+
+
+def _news(attempt: AttemptReport) -> tuple[Mark, ...]:
+    """What the head said of its nodes."""
+    runtime = attempt.job("runtime")
+    return runtime.nodes if runtime else ()
 
 
 def step_dict(step: Step) -> dict[str, object]:

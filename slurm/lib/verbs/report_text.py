@@ -11,6 +11,7 @@ from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import done_again, part_shares, rewards, step_times
 from slurm.lib.observe.timeline import QUEUE
 from slurm.lib.observe.unknown import Unknown
+from slurm.lib.reports.node_rows import news_of, node_rows, table, worker_lines
 from slurm.lib.reports.report_words import (
     heading,
     latency_words,
@@ -40,12 +41,15 @@ Line = tuple[str, str]  # label, words
 def as_text(report: RunReport, width: int | None) -> str:
     """The page; without a width every line is whole."""
     blocks = [_head(report), *(_attempt(report, one) for one in report.attempts)]
-    blocks += [_steps(report), _sandboxes(report), _use(report), _unknown(report)]
+    blocks += [_steps(report), _sandboxes(report), *(_nodes(report, one) for one in report.attempts)]
+    blocks += [_use(report), _unknown(report)]
     return "\n".join("".join(_fitted(line, width) for line in block) for block in blocks if block)
 
 
 def _fitted(line: str | Line, width: int | None) -> str:
-    """A heading, or a label with its words, which continue below themselves."""
+    """A heading, or a label with its words, which continue below themselves; the rows of a table are whole."""
+    if isinstance(line, str) and line.startswith("  "):
+        return f"{line}\n"
     if isinstance(line, str):
         return "".join(f"{part}\n" for part in _broken(line, width, ""))
     label, words = line
@@ -91,7 +95,13 @@ def _attempt(report: RunReport, attempt: AttemptReport) -> list[str | Line]:
     lines: list[str | Line] = [title]
     for job in reversed(attempt.jobs):
         lines += _job(report, job)
+        lines += [("worker", f"{name} {words}") for name, words in _workers_of(report, attempt, job)]
     return lines
+
+
+def _workers_of(report: RunReport, attempt: AttemptReport, job: JobReport) -> list[tuple[str, str]]:
+    """The workers, after their runtime job."""
+    return worker_lines(report, attempt) if job.job.kind == "runtime" else []
 
 
 def _job(report: RunReport, job: JobReport) -> list[str | Line]:
@@ -129,12 +139,22 @@ def _steps(report: RunReport) -> list[str | Line]:
 def _sandboxes(report: RunReport) -> list[str | Line]:
     lines: list[str | Line] = []
     jobs = [job for job in report.jobs if job.sandboxes is not None]
-    for job in jobs:
-        found = job.sandboxes
-        if isinstance(found, SandboxStatistics):
+    for attempt in report.attempts:
+        found, job = attempt.sandboxes, attempt.job("runtime")
+        if isinstance(found, SandboxStatistics) and job:
             lines += [("", f"of runtime job {job.job.job_id}")] if len(jobs) > 1 else []
-            lines += _statistics(found)
+            lines += _statistics(found, len(attempt.servers))
     return ["Sandboxes", *(lines or _why(jobs))] if jobs else []
+
+
+def _nodes(report: RunReport, attempt: AttemptReport) -> list[str | Line]:
+    """A table of the nodes of a runtime that has several, and what became of them."""
+    rows = node_rows(report, attempt)
+    if not rows:
+        return []
+    title = f"Nodes of attempt {attempt.number}" if len(report.attempts) > 1 else "Nodes"
+    told: list[str | Line] = [title, *(f"  {line}" for line in table(rows))]
+    return [*told, *(("at", f"{at} {words}") for at, words in news_of(attempt))]
 
 
 def _why(jobs: Sequence[JobReport]) -> list[str | Line]:
@@ -142,11 +162,11 @@ def _why(jobs: Sequence[JobReport]) -> list[str | Line]:
     return [("unknown", why) for why in reasons_why]
 
 
-def _statistics(found: SandboxStatistics) -> list[str | Line]:
+def _statistics(found: SandboxStatistics, nodes: int) -> list[str | Line]:
     lines: list[str | Line] = [("starts", starts_words(found))]
     lines += [("failed", reasons(found.starts.failed))] if found.starts.failed else []
     lines += [("latency", latency_words(found))] if latency_words(found) else []
-    lines.append(("peak", peak_words(found)))
+    lines.append(("peak", peak_words(found, nodes)))
     lines += [("ended", reasons(found.ended))] if found.ended else []
     return lines
 
