@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -63,9 +64,11 @@ def _end(job: JobReport) -> str:
 
 
 def news_of(attempt: AttemptReport) -> list[tuple[str, str]]:
-    """What the head said of its nodes, but for their joining: when, and what; of more than a few the last ones."""
+    """What the head said of its nodes, but for their joining and the end of all: when, and what; the last ones."""
     runtime = attempt.job("runtime")
-    said = [mark for mark in (runtime.nodes if runtime else ()) if " joins " not in mark.words]
+    spans, told = (runtime.spans, runtime.nodes) if runtime else ((), ())
+    end = next((span.begin for span in spans if span.words == "stopping"), math.inf)
+    said = [mark for mark in told if " joins " not in mark.words and mark.at < end]
     return [(time.strftime("%H:%M:%S", time.localtime(mark.at)), mark.words) for mark in said[-MOST_NEWS:]]
 
 

@@ -144,6 +144,8 @@ def _sandboxes(report: RunReport) -> list[str | Line]:
         if isinstance(found, SandboxStatistics) and job:
             lines += [("", f"of runtime job {job.job.job_id}")] if len(jobs) > 1 else []
             lines += _statistics(found, len(attempt.servers))
+            silent = [one for one in attempt.servers if not isinstance(one.sandboxes, SandboxStatistics)]
+            lines += [("not known", f"of {len(silent)} of {len(attempt.servers)} nodes")] if silent else []
     return ["Sandboxes", *(lines or _why(jobs))] if jobs else []
 
 
