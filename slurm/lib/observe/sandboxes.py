@@ -31,7 +31,7 @@ class Sandboxes:
 def parse_metrics(text: str) -> Sandboxes | None:
     """The figures in a server's answer to GET /metrics; None where they are not those of our server, or a head.
 
-    A head sums up its nodes': without any, or without sandboxes, it names no figure of theirs. It has a line of its own.
+    A head tells those of its nodes; while it has none, or no sandbox, some are missing. It has a line of its own.
     """
     sums: dict[str, float] = {}
     for name, value in _FIGURE.findall(text):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 
 from slurm.lib.observe.run_report import AttemptReport, JobReport, RunReport, figure
 from slurm.lib.observe.run_view import Stage
@@ -16,6 +15,7 @@ from slurm.lib.reports.run_words import shortened
 COLUMNS = ("node", "job", "served", "starts", "failed", "median", "99 %", "at once", "slots", "CPU", "memory", "end")
 ALL = "all nodes"
 MOST_NEWS = 20
+TOGETHER_S = 15.0  # workers that leave so long before their runtime job stops end with it
 LONGEST = 100  # characters of a sentence in a row
 
 
@@ -68,7 +68,7 @@ def news_of(attempt: AttemptReport) -> list[tuple[str, str]]:
     runtime = attempt.job("runtime")
     spans, told = (runtime.spans, runtime.nodes) if runtime else ((), ())
     end = next((span.begin for span in spans if span.words == "stopping"), math.inf)
-    said = [mark for mark in told if " joins " not in mark.words and mark.at < end]
+    said = [mark for mark in told if " joins " not in mark.words and mark.at < end - TOGETHER_S]
     return [(time.strftime("%H:%M:%S", time.localtime(mark.at)), mark.words) for mark in said[-MOST_NEWS:]]
 
 
@@ -87,11 +87,3 @@ def _way_in(report: RunReport, job: JobReport) -> str:
     elif before:
         words.append(f"did not join: {before[-1].words}")
     return ", ".join([f"on {job.job.node}" if job.job.node else "", *words]).removeprefix(", ")
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows with their titles as lines, columns that say nothing left out."""
-    lines = [tuple(title.upper() for title in COLUMNS), *rows]
-    kept = [at for at in range(len(COLUMNS)) if any(row[at] for row in rows)]
-    widths = {at: max(len(line[at]) for line in lines) for at in kept}
-    return ["  ".join(line[at].ljust(widths[at]) for at in kept).rstrip() for line in lines]
