@@ -216,6 +216,12 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
         help="a folder of image archives, as prebuild_images writes them, looked into before a registry is asked",
     )
     add(
+        "--share-images",
+        type=Path,
+        metavar="DIR",
+        help="a folder in which nodes of one head leave images for each other",
+    )
+    add(
         "--registry-auth-file",
         type=Path,
         metavar="FILE",
@@ -382,6 +388,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         agent_cache=default_cache(environment),
         allowed_mounts=tuple(folder.resolve() for folder in args.allow_mount),
         image_archives=args.image_archives,
+        share_images=args.share_images,
         registry_auth_file=auth_file(args.registry_auth_file, environment),
         registry_prefix=args.registry_prefix,
         build_images=args.enable_image_build,

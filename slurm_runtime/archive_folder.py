@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ from slurm_runtime.podman import Engine
 from slurm_runtime.references import archive_name
 
 UNFINISHED = re.compile(r"\.part-(?P<host>.+)-(?P<pid>\d+)-\d+")
+_NUMBERS = itertools.count(1)  # of this process: it may write to a folder from several places
 FORGOTTEN_S = 86400.0  # an unfinished file of another host that nobody has written to for so long
 
 
@@ -22,7 +24,6 @@ class ArchiveFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._made = 0
 
     def prepare(self) -> None:
         """Make the folder and remove what killed writers left in it; ``OSError`` if it cannot be written to."""
@@ -38,6 +39,15 @@ class ArchiveFolder:
     def path_of(self, image: str) -> Path:
         """Where the image's archive lies or will lie; ``ValueError`` for an image that can have none."""
         return self.folder / archive_name(image)
+
+    def find(self, image: str) -> Path | None:
+        """The image's archive, if the folder's own listing shows it: an NFS client believes in an absence for long."""
+        path = self.path_of(image)
+        try:
+            with os.scandir(self.folder) as entries:
+                return path if any(entry.name == path.name for entry in entries) else None
+        except FileNotFoundError:
+            return None
 
     async def write(self, engine: Engine, image: str) -> Path:
         """Write the archive of an image of the store; ``EngineError`` or ``OSError`` leave no trace of it."""
@@ -57,8 +67,7 @@ class ArchiveFolder:
             path.unlink(missing_ok=True)
 
     def _unfinished(self) -> Path:
-        self._made += 1
-        return self.folder / f".part-{socket.gethostname()}-{os.getpid()}-{self._made}"
+        return self.folder / f".part-{socket.gethostname()}-{os.getpid()}-{next(_NUMBERS)}"
 
 
 def _sync(path: Path) -> None:

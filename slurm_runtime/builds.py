@@ -33,6 +33,11 @@ REFERENCE = re.compile(
 )
 
 Builder = Callable[[Path, str, Callable[[str], None]], Awaitable[None]]
+Offer = Callable[[str], Awaitable[None]]
+
+
+async def nobody(_image: str) -> None:
+    """There are no other nodes."""
 
 
 class UnknownBuild(Exception):
@@ -59,10 +64,16 @@ class Build:
 
 
 class Builds:
-    """The builds of one server; contexts lie in a private folder each, removed on every path."""
+    """The builds of one server; contexts lie in a private folder each, removed on every path.
 
-    def __init__(self, builder: Builder, build_s: float = BUILD_S, kept: int = FINISHED_KEPT) -> None:
+    ``offer`` is told each image that was built, before clients are: other nodes can start it then, too.
+    """
+
+    def __init__(
+        self, builder: Builder, offer: Offer = nobody, build_s: float = BUILD_S, kept: int = FINISHED_KEPT
+    ) -> None:
         self._builder = builder
+        self._offer = offer
         self._build_s = build_s
         self._kept = kept
         self._builds: dict[str, Build] = {}
@@ -158,6 +169,7 @@ class Builds:
         """The image, then its further names: of these every layer is in Podman's cache already."""
         for name in dict.fromkeys((upload.target_image, *upload.tags)):
             await self._builder(upload.context, name, lambda line: self._heard(build_id, line))
+            await self._offer(name)
 
     def _heard(self, build_id: str, line: str) -> None:
         if line.strip():

@@ -55,6 +55,7 @@ class ServerConfig:
     agent_cache: Path | None = None
     allowed_mounts: tuple[Path, ...] = ()
     image_archives: Path | None = None
+    share_images: Path | None = None
     registry_auth_file: Path | None = None
     registry_prefix: str = "localhost/skyrl"
     build_images: bool = False

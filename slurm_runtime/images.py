@@ -1,4 +1,5 @@
-"""Is an image here, and if not, how is it brought? Once however many ask: from an archive, else from its registry.
+"""Is an image here, and if not, how is it brought? Once however many ask: from an archive, else from its registry,
+where several nodes share images by one of them (``shared_images``).
 
 Everyone who waits for an image hears how far it is. A registry that limits us is asked again later, by no more than a
 few at the same time.
@@ -19,6 +20,7 @@ from slurm_runtime.page import Progress
 from slurm_runtime.podman import BadArchive, Engine, EngineError, ImageFacts, NoSuchImage, PullFailed, ignored
 from slurm_runtime.references import archive_name, full_name, registry_of
 from slurm_runtime.refusals import Meaning, Patience, meaning, next_step
+from slurm_runtime.shared_images import SharedImages, Work
 
 if TYPE_CHECKING:
     from tenacity import AsyncRetrying, RetryCallState
@@ -76,7 +78,7 @@ class Images:
     again finds it.
 
     ``archives`` is a folder that is looked into before a registry is asked, None for none. ``known`` hears of what is
-    in the store.
+    in the store. ``shared`` are images of other nodes, None where there are none.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class Images:
         patience: Patience = Patience(),  # noqa: B008  frozen
         at_once: int = AT_ONCE,
         known: KnownImages | None = None,
+        shared: SharedImages | None = None,
     ) -> None:
         self.engine = engine
         self.archives = archives
         self.patience = patience
         self.at_once = at_once
         self.known = known or KnownImages()
+        self.shared = shared
         self._facts: dict[str, ImageFacts] = {}
         self._under_way: dict[tuple[str, str], tuple[asyncio.Task[None], News]] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
@@ -115,6 +119,21 @@ class Images:
         self._facts[image] = found
         self.known.note([image])
         return found
+
+    async def find(self, image: str) -> ImageFacts:
+        """The image as this node has it, or could have it from another without a registry; else ``NoSuchImage``."""
+        try:
+            return await self.engine.image(image)
+        except NoSuchImage:
+            if self.shared is None or not await self.shared.has(image):
+                raise
+        return await self.need(image, "missing")
+
+    async def offer(self, image: str) -> None:
+        """Let other nodes have an image that was built here."""
+        self._facts.pop(image, None)  # those of an older one of the same name
+        if self.shared is not None:
+            await self.shared.offer(image)
 
     def forget(self, image: str) -> None:
         """Look again: somebody removed it from the store."""
@@ -145,6 +164,8 @@ class Images:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.shared is not None:
+            await self.shared.close()
 
     def _ended(self, key: tuple[str, str], done: asyncio.Task[None]) -> None:
         _, news = self._under_way.pop(key)
@@ -154,8 +175,19 @@ class Images:
 
     async def _bring(self, image: str, policy: str, news: News) -> None:
         archive = await asyncio.to_thread(self._archive_of, image) if policy == "missing" else None
-        if archive is None or not await self._load(image, archive, news):
+        if archive is not None and await self._load(image, archive, news):
+            return
+        if policy == "missing" and self.shared is not None:
+            await self.shared.bring(image, self._work(image, news))
+        else:
             await self._pull(image, policy, news)
+
+    def _work(self, image: str, news: News) -> Work:
+        return Work(
+            pull=lambda: self._pull(image, "missing", news),
+            load=lambda archive: self._load(image, archive, news),
+            hear=news.hear,
+        )
 
     def _archive_of(self, image: str) -> Path | None:
         if self.archives is None:

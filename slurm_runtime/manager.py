@@ -50,6 +50,7 @@ from slurm_runtime.ports import Ports
 from slurm_runtime.register import Register
 from slurm_runtime.remains import Remains
 from slurm_runtime.sandbox import Dialect, Sandbox, Specification, State
+from slurm_runtime.shared_images import SharedImages
 from slurm_runtime.slots import Slots, units_for
 from slurm_runtime.starts import Probe, Starts
 from slurm_runtime.statistics import kept
@@ -86,7 +87,9 @@ class Manager:
             config.node_name or socket.gethostname(), config.until, config.drain_lead_s, changes.note_server
         )
         self.admission = Admission(slots, changes.note_server)
-        self.images = Images(engine, config.image_archives, known=KnownImages(changes.note_server))
+        shared = SharedImages(config.share_images, engine, socket.gethostname()) if config.share_images else None
+        known = KnownImages(changes.note_server)
+        self.images = Images(engine, config.image_archives, known=known, shared=shared)
         self.agent = agent or AgentSupport(wants_fork=False)
         self.launcher = Launcher(config, engine, self.images, ports, self.agent, labels)
         self.register = Register(changes)

@@ -78,6 +78,12 @@ def meaning(words: str, image: str = "") -> Meaning:
     return Meaning.PASSING if PASSING.search(said) else Meaning.FINAL
 
 
+def is_registrys_word(words: str, image: str = "") -> bool:
+    """Whether the registry itself refused, as it would refuse every node; else it may be this node's own trouble."""
+    said = words.replace(image, "") if image else words
+    return bool(LIMITED.search(said) or DENIED.search(said) or UNKNOWN.search(said))
+
+
 def next_step(words: str, image: str = "") -> str:
     """What the user can do about it, empty where nothing is known."""
     if image.startswith(LOCAL):

@@ -59,9 +59,12 @@ def status_answer(build: Build) -> BuildStatusAnswer:
 
 
 async def find_image(manager: Manager, name: str, pull: bool) -> ImageDetails | None:
-    """The image in this node's store, fetched first where asked for; None where it is not to be had."""
+    """The image in this node's store, fetched first where asked for; None where it is not to be had.
+
+    One that another node has left for all counts as being here, too.
+    """
     try:
-        facts = await (manager.images.need(name, "missing") if pull else manager.engine.image(name))
+        facts = await (manager.images.need(name, "missing") if pull else manager.images.find(name))
     except (NoSuchImage, PullFailed):
         return None
     return ImageDetails(upload_time=facts.created, image_size_bytes=facts.size_bytes)

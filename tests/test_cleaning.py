@@ -178,7 +178,7 @@ def test_what_is_none_of_ours_keeps_a_directory(tmp_path: Path, path: str) -> No
 def test_all_that_the_suite_writes_is_ours() -> None:
     directory = CoordinationDir(Path("/run"))
     named = [getattr(directory, name) for name, what in vars(CoordinationDir).items() if isinstance(what, property)]
-    folders = {directory.code, directory.agent, directory.checkpoints, directory.rollouts}
+    folders = {directory.code, directory.agent, directory.checkpoints, directory.rollouts, directory.images}
     for job_id in ("12", "local12.0"):
         for kind in ("runtime", "training"):
             named += [directory.log(kind, job_id, "out"), directory.log(kind, job_id, "err")]
@@ -193,6 +193,9 @@ def test_all_that_the_suite_writes_is_ours() -> None:
     assert [name for name in seen if not is_ours(name)] == []
     assert all(is_ours(name, ["my.conf"]) for name in ("my.conf", "my.2.conf", "code/a/b", "rollouts/1.json"))
     assert not any(is_ours(name, ["my.conf"]) for name in ("my.x.conf", "code", "a/my.conf"))
+    shared = ("docker.io%2Fa%2Fb%3A1.tar", ".part-cpu-a-7-1", ".claim-0f", ".failed-0f", ".claim-0f.cpu-a-7-2")
+    assert all(is_ours(f"images/{name}") for name in shared)
+    assert not any(is_ours(f"images/{name}") for name in ("mine.png", "folder/a.tar", ".tar", "claim-1"))
 
 
 def test_a_page_is_ours_by_its_mark(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ BASH_SUITE = {
     "NETWORK_INTERFACE": "", "CUDA_MODULES": (), "CACHE_DIR": None,
     "PAIRING": "jobs", "RESTARTS": 0, "RESTART_LEAD": 900, "MIN_RUN_TIME": 0, "RUNTIME_IDLE_LIMIT": 0,
     "TRAINING_COMMAND_IS_VERL": False,
+    "RUNTIME_NODES": 1, "RUNTIME_MODE": "array", "RUNTIME_MIN_SLOTS": None, "RUNTIME_DRAIN_LEAD": 1800,
 }  # fmt: skip
 
 
@@ -391,6 +392,12 @@ def test_all_problems_together_each_with_its_place(load: Loader) -> None:
         ("CPUS_FOR_RUNTIME=4\n", "x.conf:1: CPUS_PER_WORKER=8 is more than CPUS_FOR_RUNTIME=4"),
         ("MEMORY_PER_WORKER=1T\n", "x.conf:1: MEMORY_PER_WORKER=1T is more than RUNTIME_MEMORY=256G"),
         ("RUNTIME_PORT=80\nRUNTIME_PORT_RANGE=90-99\n", "x.conf:1: RUNTIME_PORT=80 is outside of RUNTIME_PORT_RANGE"),
+        ("RUNTIME_NODES=2\nPAIRING=het\n", "x.conf:2: RUNTIME_NODES=2 with PAIRING=het"),
+        ("RUNTIME_NODES=2\nSKYRL_BACKEND=local\n", "x.conf:1: RUNTIME_NODES=2: a local run has one machine"),
+        ("RUNTIME_NODES=2\nSLURM_RUNTIME_DIR=/x\n", "x.conf:2: RUNTIME_NODES=2 with SLURM_RUNTIME_DIR"),
+        ("RUNTIME_NODES=2\nTIME_LIMIT=30\n", "x.conf:2: RUNTIME_DRAIN_LEAD=1800 must be less than TIME_LIMIT=30 (18"),
+        ("RUNTIME_NODES=2\nRUNTIME_PORT_RANGE=90-90\n", "x.conf:2: RUNTIME_PORT_RANGE=90-90: the head and its node"),
+        ("RUNTIME_NODES=2\nRUNTIME_MIN_SLOTS=9999\n", "x.conf:2: RUNTIME_MIN_SLOTS=9999 is more than all nodes have"),
         ("declare -A MODEL=([a]=b)\n", "x.conf:1: MODEL is an associative array"),
     ],
 )  # fmt: skip

@@ -23,7 +23,7 @@ from slurm.lib.config import load_config
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.git import GitState
 from slurm.lib.job_environment import without_slurm
-from slurm.lib.plan import LaunchPlan, Request, make_plan, shown
+from slurm.lib.plan import JobPlan, LaunchPlan, Request, make_plan, shown
 from slurm.lib.ray_steps import node_step
 from slurm.lib.run_record import Provenance
 from slurm.lib.signals import SignalNotes
@@ -58,6 +58,7 @@ GOLDEN_PLANS = {
     "runtime-only": plan_for(request=Request(training=False)),
     "skip-runtime": plan_for(request=ATTACHED),
     "het": plan_for("PAIRING=het", "RESTARTS=2"),
+    "many-nodes": plan_for("RUNTIME_NODES=4", "RUNTIME_MIN_SLOTS=18", "RESTARTS=1"),
 }
 
 
@@ -102,6 +103,54 @@ def test_partitions_resources_and_gpus() -> None:
     expected = {"--partition=g", "--nodes=3", "--ntasks-per-node=1", "--gres=gpu:a100:2", "--cpus-per-task=16"}
     assert expected | {"--mem=64G", "--time=1-0"} <= set(training)
     assert not any("gpu" in word for word in runtime)
+
+
+def dependency(job: JobPlan) -> str:
+    (found,) = [word for word in job.argv if word.startswith("--dependency=")]
+    return found.partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    ("slots", "needed", "more"), [(8, (), (1, 2, 3)), (9, (1,), (2, 3)), (24, (1, 2), (3,)), (25, (1, 2, 3), ())]
+)
+def test_the_training_waits_for_the_workers_that_bring_enough_slots(
+    slots: int, needed: tuple[int, ...], more: tuple[int, ...]
+) -> None:
+    """Of four nodes with eight slots each the first is the runtime job's; the rest are at most two arrays."""
+    plan = plan_for("RUNTIME_NODES=4", f"RUNTIME_MIN_SLOTS={slots}")
+    assert {job.kind: job.tasks for job in plan.workers} == {
+        kind: tasks for kind, tasks in (("workers", needed), ("more_workers", more)) if tasks
+    }
+    assert plan.training
+    assert dependency(plan.training) == ":".join(["after:<runtime job id>", *(f"<workers job id>_{n}" for n in needed)])
+    for job in plan.workers:
+        assert dependency(job) == "after:<runtime job id>"
+        first, last = job.tasks[0], job.tasks[-1]
+        assert (f"--array={first}-{last}" if first != last else f"--array={first}") in job.argv
+
+
+def test_a_worker_is_asked_for_like_the_runtime_job_but_waits_for_that_alone() -> None:
+    plan = plan_for(
+        "RUNTIME_NODES=2", "RESTARTS=1", "CPU_SBATCH_ARGS=--nice=5 --dependency=afterok:1 -d after:2 --begin=now+1"
+    )
+    assert plan.runtime
+    (workers,) = plan.workers
+    alike = {word for word in plan.runtime.argv if re.match(r"--(partition|cpus|mem|time|nodes|ntasks|nice)", word)}
+    assert alike <= set(workers.argv)
+    assert not any(word.startswith(("--begin", "--signal", "-d", "--mail")) for word in workers.argv)
+    assert dependency(workers) == "after:<runtime job id>"
+
+
+def test_one_allocation_is_one_job_that_outlives_a_node() -> None:
+    plan = plan_for("RUNTIME_NODES=3", "RUNTIME_MODE=allocation")
+    assert plan.runtime
+    assert plan.training
+    assert {"--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--no-kill"} <= set(plan.runtime.argv)
+    assert (plan.workers, dependency(plan.training)) == ((), "after:<runtime job id>")
+
+
+def test_a_training_that_joins_brings_no_workers() -> None:
+    assert plan_for("RUNTIME_NODES=3", request=ATTACHED).workers == ()
 
 
 def test_no_gpus_are_no_gres() -> None:

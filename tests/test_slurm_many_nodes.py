@@ -60,6 +60,45 @@ def sandboxes(run: Run) -> list[dict[str, Any]]:
     return list(json.loads(run.text("sandboxes.json")))
 
 
+def living(run: Run, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sandboxes that the head says are running."""
+    told = [ask(run, "GET", f"/runtime/{sandbox['runtime_id']}")[1] for sandbox in made]
+    return [sandbox for sandbox, word in zip(made, told, strict=True) if word.get("status") == "running"]
+
+
+def living_nodes(run: Run) -> dict[str, str]:
+    """The names of the nodes that live by their jobs; none while the head is away."""
+    over = {"joining", "left", "lost"}
+    try:
+        return {job: node["name"] for job, node in nodes(run).items() if node["state"] not in over}
+    except OSError:
+        return {}
+
+
+def submitted_by_hand(run: Run, checkout: Path) -> str:
+    """A worker that a person gives to sbatch; the id of its array."""
+    sizes = ["--cpus-per-task=60", "--mem=4G", "--output=/dev/null"]
+    argv = ["sbatch", "--parsable", "--array=1", *sizes, str(checkout / "slurm" / "jobs" / "runtime_worker.py")]
+    done = run.user.run(argv, env={"SKYRL_COORD_DIR": str(run.directory)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def is_over(user: User, job_id: str) -> bool:
+    return not user.run(["squeue", "-h", "-j", job_id]).stdout.strip()
+
+
+def pid_of(module: str) -> int:
+    """The one process that runs a module."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and module.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"nobody runs {module}")
+
+
 def all_over(run: Run) -> bool:
     words = {*tasks(run).values(), *(run.state(kind) for kind in run.jobs)}
     return not words & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
@@ -97,21 +136,25 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
 
     user.run(["scancel", second])
     until("its end", lambda: nodes(run)[second]["state"] in {"left", "lost"}, 30)
-    gone = nodes(run)[second]["name"]
-    lost = [sandbox for sandbox in made if not answers(sandbox["url"])]
-    assert len(lost) == 2
-    for sandbox in made:
-        status, told = ask(run, "GET", f"/runtime/{sandbox['runtime_id']}")
-        assert status == 200
-        assert (gone in json.dumps(told)) == (sandbox in lost), "only its own sandboxes, and they name it"
+    until("the end of its sandboxes", lambda: len(living(run, made)) == 4, 30)
+    assert all(answers(sandbox["url"]) == (sandbox in living(run, made)) for sandbox in made), "only its own"
     assert not run.is_over("training")
 
     name = nodes(run)[f"{more}_3"]["name"]
     assert ask(run, "POST", f"/nodes/{name}/drain", {"reason": "for the test"})[0] == 200
     until("that it takes no more", lambda: ask(run, "GET", "/nodes")[1]["slots"] == 4, 30)
 
+    by_hand = submitted_by_hand(run, checkout)
+    until("the node that was submitted by hand", lambda: f"{by_hand}_1" in nodes(run), 60)
+
+    before = living_nodes(run)
+    assert len(before) == 4
+    os.kill(pid_of("slurm_runtime.head"), signal.SIGKILL)
+    until("the head's return", lambda: living_nodes(run) == before, 30)
+    assert len(living(run, made)) == 4, "it knows them again"
+
     os.kill(body_pid(run, "runtime"), signal.SIGKILL)
-    until("the end of all", lambda: all_over(run), 90)
+    until("the end of all", lambda: all_over(run) and is_over(user, by_hand), 90)
     assert run.completion["exit_code"] == 69
     assert "is gone" in run.text(f"worker_{first}.err")
 
@@ -123,8 +166,11 @@ def test_the_end_of_the_training_is_that_of_all_workers(user: User, checkout: Pa
     until("the end of all", lambda: all_over(run), 90)
     assert {run.exit_code(kind) for kind in run.jobs} == {"0"}
     record = json.loads(run.text("run.json"))["jobs"]
-    first, second = f"{record['workers']['id']}_1", f"{record['more_workers']['id']}_2"
-    assert tasks(run) == {first: "COMPLETED", second: "CANCELLED"}
+    first = f"{record['workers']['id']}_1"
+    assert record["more_workers"]["tasks"] == [2]
+    states = tasks(run)
+    assert states.pop(first) == "COMPLETED"
+    assert set(states.values()) == {"CANCELLED"}
     assert "is complete" in run.text(f"worker_{first}.out")
     assert "2 of 2 slots have joined" in run.log("runtime")
 

@@ -49,8 +49,11 @@ def test_slurm_says_when_the_jobs_would_start(user: OrdinaryUser, checkout: Path
         ("CPUS_FOR_RUNTIME=500", "Slurm would not take the runtime job: "),
         ("TRAINING_MEMORY=9T", "Slurm would not take the training job: "),
         ("RESERVATION=nowhere", "Slurm would not take the training job: "),
-        ("RUNTIME_NODES=3 RUNTIME_MODE=allocation", "the runtime job wants 3 nodes, CPU_PARTITION=test has 2 of them"),
-        ("RUNTIME_NODES=1002", "numbers up to 1000 (MaxArraySize=1001)"),
+        (
+            "RUNTIME_NODES=3 RUNTIME_DRAIN_LEAD=9 RUNTIME_MODE=allocation",
+            "the runtime job wants 3 nodes, CPU_PARTITION=test has 2 of them",
+        ),
+        ("RUNTIME_NODES=1002 RUNTIME_DRAIN_LEAD=9", "numbers up to 1000 (MaxArraySize=1001)"),
     ],
 )
 def test_what_slurm_would_not_do(user: OrdinaryUser, checkout: Path, jobs_base: Path, setting: str, said: str) -> None:
@@ -63,15 +66,19 @@ def test_what_slurm_would_not_do(user: OrdinaryUser, checkout: Path, jobs_base: 
 
 def test_a_partition_that_gives_a_job_fewer_nodes(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
     """With jobs of one node each that is no hindrance."""
-    words = ("RUNTIME_NODES=2", "RUNTIME_MODE=allocation")
+    words = ("RUNTIME_NODES=2", "RUNTIME_DRAIN_LEAD=9")
     with test_cluster.most_nodes("test", 1):
-        found = [one for one in check(user, checkout, jobs_base, *words)[1] if one["level"] == "error"]
+        found = [
+            one
+            for one in check(user, checkout, jobs_base, *words, "RUNTIME_MODE=allocation")[1]
+            if one["level"] == "error"
+        ]
         assert any("CPU_PARTITION=test gives a job at most 1 (MaxNodes)" in one["sentence"] for one in found), found
-        assert check(user, checkout, jobs_base, words[0])[0] == 0
+        assert check(user, checkout, jobs_base, *words)[0] == 0
 
 
 def test_more_nodes_than_the_partition_has_are_a_warning(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> None:
-    code, found = check(user, checkout, jobs_base, "RUNTIME_NODES=3")
+    code, found = check(user, checkout, jobs_base, "RUNTIME_NODES=3", "RUNTIME_DRAIN_LEAD=9")
     assert code == 0
     said = [one["sentence"] for one in found if one["level"] == "warning"]
     assert any("RUNTIME_NODES=3, and CPU_PARTITION=test has 2 nodes" in sentence for sentence in said), found

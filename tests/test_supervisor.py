@@ -23,6 +23,7 @@ from slurm.lib.supervisor import (
     Deadline,
     Event,
     Failed,
+    Joined,
     NotBegun,
     NoteEnd,
     Outcome,
@@ -30,6 +31,7 @@ from slurm.lib.supervisor import (
     Publish,
     Recovered,
     Restart,
+    RuntimeGone,
     Silent,
     State,
     Stop,
@@ -70,6 +72,8 @@ ENDINGS: dict[str, tuple[Event, Outcome]] = {
     ),
     "a training that goes on elsewhere": (NotBegun(0, "queued again", True), Outcome(0, "queued again", True)),
     "a training that cannot begin": (NotBegun(75, "too late", False), Outcome(75, "too late")),
+    "a runtime that ends as planned": (RuntimeGone("the run is over", True), Outcome(0, "the run is over", True)),
+    "a runtime that is gone": (RuntimeGone("it is gone", False), Outcome(69, "it is gone")),
     "the deadline": (
         Deadline(60),
         Outcome(75, "the training was not complete after TRAINING_COMPLETE_TIMEOUT=60"),
@@ -145,6 +149,21 @@ def test_a_restart_that_never_answers_ends_the_run() -> None:
     )
 
 
+def test_a_head_is_published_once_enough_nodes_have_joined_also_after_a_crash() -> None:
+    crash = Crashed(Part.HEAD, "the head on cpu-a ended with exit code 137")
+    events = ((0.0, Answers()), (1.0, crash), (2.0, Joined()), (3.0, Answers()), (4.0, Joined()), (5.0, Joined()))
+    serving, actions = after(*events, supervisor=Supervisor(has_head=True))
+    assert actions == [Restart(Part.HEAD, crash.words), Recovered(2.0), Publish()]
+    assert serving == Supervisor(State.SERVING, (1.0,), has_head=True, is_complete=True)
+
+
+def test_a_crash_that_ends_a_run_with_a_head_names_all_parts() -> None:
+    silent = after((0.0, Answers()), (1.0, SERVER_ENDED), (61.0, Silent()), supervisor=Supervisor(has_head=True))[0]
+    assert silent.outcome == Outcome(
+        75, "waited 60 s for the head and the API server and the Podman service to answer again, in vain"
+    )
+
+
 def test_a_job_cannot_have_stopped_before_it_began_to() -> None:
     with pytest.raises(ValueError, match="a runtime job that is serving cannot become ended"):
         step(SERVING, AllStopped(), 1.0)
@@ -157,13 +176,15 @@ class Lives(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.supervisor = Supervisor()
-        self.living = {Part.SERVER: 1, Part.SERVICE: 1}
+        self.living: dict[Part, int] = {}
         self.restarts: list[float] = []
         self.done: list[Action] = []
 
-    @initialize(begin=st.floats(0, 1e6))
-    def begins(self, begin: float) -> None:
+    @initialize(begin=st.floats(0, 1e6), has_head=st.booleans())
+    def begins(self, begin: float, has_head: bool) -> None:
         self.now = begin
+        self.supervisor = Supervisor(has_head=has_head)
+        self.living = dict.fromkeys(self.supervisor.parts, 1)
 
     def take(self, event: Event) -> None:
         before = self.supervisor
@@ -183,7 +204,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(part=st.sampled_from(Part), words=st.text(max_size=9))
     def a_part_crashes(self, part: Part, words: str) -> None:
-        if self.living[part]:
+        if self.living.get(part):
             self.living[part] -= 1
             self.take(Crashed(part, words))
 
@@ -191,6 +212,10 @@ class Lives(RuleBasedStateMachine):
     def all_answers(self) -> None:
         if all(self.living.values()):
             self.take(Answers())
+
+    @rule()
+    def enough_nodes_join(self) -> None:
+        self.take(Joined())
 
     @rule()
     def something_is_silent(self) -> None:
@@ -207,11 +232,11 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def there_are_never_two_of_a_part(self) -> None:
-        assert max(self.living.values()) <= 1
+        assert max(self.living.values(), default=0) <= 1
 
     @invariant()
     def what_serves_or_recovers_has_its_parts(self) -> None:
-        if self.supervisor.state in {State.SERVING, State.RECOVERING}:
+        if self.supervisor.state in {State.SERVING, State.RECOVERING, State.GATHERING}:
             assert set(self.living.values()) == {1}
 
     @invariant()
@@ -223,6 +248,14 @@ class Lives(RuleBasedStateMachine):
     def each_thing_is_said_once(self) -> None:
         for kind in (Publish, Stop, TellTraining, Withdraw, NoteEnd):
             assert sum(isinstance(action, kind) for action in self.done) <= 1, kind
+
+    @invariant()
+    def what_has_a_head_serves_only_once_its_nodes_have_joined(self) -> None:
+        said = any(isinstance(action, Publish) for action in self.done)
+        if self.supervisor.has_head:
+            assert said is self.supervisor.is_complete
+        if self.supervisor.state is State.SERVING:
+            assert said
 
     @invariant()
     def a_job_that_stops_has_a_reason_and_no_other_has(self) -> None:

@@ -27,6 +27,7 @@ from slurm.lib.podman_storage import PodmanStorage
 from slurm.lib.processes import Child, ChildSpec, how_it_ended, write_through
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.settings import Settings
+from slurm.lib.shared_images import are_shared
 
 BACKLOG = 1024
 
@@ -117,6 +118,8 @@ def own_flags(
     ]
     if settings.max_parallel_agents:
         flags.append(("--max-sandboxes", str(sandbox_room(settings, available_cpus(settings), node).slots)))
+    if are_shared(settings):
+        flags.append(("--share-images", str(job.directory.images)))
     if settings.sandbox_port_range:
         ports = settings.sandbox_port_range
         flags.append(("--sandbox-port-range", f"{ports.start}-{ports.stop - 1}"))

@@ -49,6 +49,8 @@ OWN_FILES = (
     r"submission_[^/]+\.json",
     r"local_jobs\.txt",
 )
+# What API servers write into ``CoordinationDir.images``.
+SHARED_IMAGE = r"[^/]+\.tar|\.(part|claim|failed)-[^/]+"
 
 
 def host_name() -> str:
@@ -267,6 +269,11 @@ class CoordinationDir:
     def agent(self) -> Path:
         """The copy of skyrl-agent that SNAPSHOT=1 takes."""
         return self.path / self.agent_name
+
+    @property
+    def images(self) -> Path:
+        """The images that the nodes of a runtime on several nodes leave for each other."""
+        return self.path / "images"
 
     @property
     def checkpoints(self) -> Path:

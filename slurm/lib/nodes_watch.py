@@ -21,7 +21,7 @@ from slurm.lib.runtime_client import RuntimeClient
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.scheduler import JobState, JobStatus, Slurm
 from slurm.lib.supervisor import Event, Failed, Joined
-from slurm.lib.worker_plan import slots_wanted
+from slurm.lib.worker_plan import has_arrays, slots_wanted
 from slurm.lib.worker_steps import WorkerSteps
 
 LOOK_EVERY_S = 0.4
@@ -162,7 +162,7 @@ class JoinWatch:
 
     def _asked(self) -> Hope:
         """What may still join, by Slurm's word, or by the steps' own."""
-        if self.steps.names:
+        if not has_arrays(self.job.settings):
             return Hope(running=self.steps.living())
         arrays = workers_of(self.job.directory, self.job.job_id)
         slurm = self.job.scheduler

@@ -269,7 +269,8 @@ def _node_options(settings: Settings, name: str, nodes: int) -> tuple[str, ...]:
         ("job-name", name),
         ("partition", settings.cpu_partition),
         ("nodes", nodes),
-        ("ntasks-per-node" if nodes > 1 else "ntasks", 1),
+        ("ntasks", nodes),
+        ("ntasks-per-node", 1 if nodes > 1 else None),
         ("cpus-per-task", settings.cpus_for_runtime),
         ("mem", settings.runtime_memory),
     ]
@@ -575,7 +576,7 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
         return lines
     for job in plan.submissions:
         lines += [f"# {_title(plan, job)}", _readable(job.argv), ""]
-    *others, first = reversed(plan.submissions)
+    first, *others = plan.submissions
     titles = [*(["# then, with the run directory complete"] if others else []), *[""] * len(others[1:])]
     last = (
         "# and last, which lets all start"

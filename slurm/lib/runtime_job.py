@@ -31,10 +31,10 @@ from slurm.lib.run_record import partner_of
 from slurm.lib.runs import stranger
 from slurm.lib.scheduler import JobState, Slurm
 from slurm.lib.serving import Ground, ServingBody, Watch, await_health
+from slurm.lib.shared_images import removed_with_the_run
 from slurm.lib.signals import SignalNotes
 from slurm.lib.supervisor import (
     Action,
-    Admit,
     NoteEnd,
     Outcome,
     Part,
@@ -62,7 +62,7 @@ def run(job: JobContext, notes: SignalNotes) -> int:
     """Serve until there is a reason to end; the reason stands where the training job looks."""
     log.info("runtime job %s on %s, coordination directory %s", job.job_id, socket.gethostname(), job.directory.path)
     warn_of_mail(job)
-    with Recall(job) as recall:
+    with removed_with_the_run(job), Recall(job) as recall:
         refusal = refused(job, "runtime", notes)
         if refusal is not None:
             return refusal
@@ -110,6 +110,7 @@ class RuntimeJob(ServingBody):
             self.watch.head = head
             self.restarts[Part.HEAD] = head.restart
             await_health(head, self)
+            admit(job, head)
             until = answered(lambda: own_end(job.job_id, job.environment, job.scheduler), self.notes)
             with self.joining(head, steps):
                 yield key, Membership(head.local_url, node_name(job), until, job.settings.runtime_drain_lead)
@@ -122,10 +123,7 @@ class RuntimeJob(ServingBody):
             yield
 
     def do_own(self, action: Action) -> None:
-        if isinstance(action, Admit):
-            assert self.watch.head is not None
-            admit(self.job, self.watch.head)
-        elif isinstance(action, Publish):
+        if isinstance(action, Publish):
             face = self.watch.head or self.watch.server
             assert face is not None
             self.watch.serves(face)

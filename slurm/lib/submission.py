@@ -1,10 +1,10 @@
 """Carries out a plan on Slurm, all or nothing.
 
 Both jobs are submitted held, and the training job depends on the runtime job (with PAIRING=het both are one job), as do
-the arrays of the runtime's further nodes. When the run's directory is complete the training job is released, which
-still waits for the others, then the arrays, and last the runtime job: this is the commit. Until then a failure cancels
-what was submitted, and a launcher that is killed leaves nothing that can start; ``submission_<launcher>.json`` tells
-the next launch that it was never finished (leftovers.py).
+the arrays of the runtime's further nodes. When the run's directory is complete all the others are released, which still
+wait for the runtime job, and last that one: this is the commit. Until then a failure cancels what was submitted, and a
+launcher that is killed leaves nothing that can start; ``submission_<launcher>.json`` tells the next launch that it was
+never finished (leftovers.py).
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def submit(
         if not late:
             undo.added.append(write_record(directory, plan, jobs, git()))
         notes.check()
-        for job_id in undo.job_ids[:0:-1]:  # they wait for the first all the same
+        # They wait for the first all the same; of equals Slurm starts first what was released first.
+        for job_id in undo.job_ids[1:]:
             released(slurm, job_id, insistence)
         first = undo.job_ids[0]
         release(slurm, first) if release else _commit(slurm, first, directory, insistence)

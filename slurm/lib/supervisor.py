@@ -175,11 +175,6 @@ Event = (
 
 
 @dataclass(frozen=True)
-class Admit:
-    """Tell the nodes where the head is: it answers for the first time."""
-
-
-@dataclass(frozen=True)
 class Publish:
     """Tell the training where the server is: it answers for the first time, and has all the room that is needed."""
 
@@ -227,7 +222,7 @@ class NoteEnd:
     outcome: Outcome
 
 
-Action = Admit | Publish | Restart | Recovered | TellTraining | Stop | Withdraw | NoteEnd
+Action = Publish | Restart | Recovered | TellTraining | Stop | Withdraw | NoteEnd
 
 
 @dataclass(frozen=True)
@@ -293,7 +288,7 @@ def _all_stopped(supervisor: Supervisor) -> Step:
 def _answers(supervisor: Supervisor, now: float) -> Step:
     well = supervisor.state_when_well
     if supervisor.state is State.STARTING:
-        return supervisor.to(well), (Admit() if well is State.GATHERING else Publish(),)
+        return supervisor.to(well), () if well is State.GATHERING else (Publish(),)
     if supervisor.state is State.RECOVERING:
         return supervisor.to(well), (Recovered(now - supervisor.crashes[-1]),)
     return supervisor, ()

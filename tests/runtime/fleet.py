@@ -144,8 +144,9 @@ def head_over(nodes: Sequence[Api], config: HeadConfig = HEAD_CONFIG, shares: bo
     address = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=address, headers={"X-API-Key": API_KEY}, timeout=60, trust_env=False) as client:
         try:
-            engine: Any = FleetEngine(nodes, shares)
-            manager: Any = FleetSlots(nodes)
+            joined = [*nodes]
+            engine: Any = FleetEngine(joined, shares)
+            manager: Any = FleetSlots(joined)
             api = HeadApi(
                 client,
                 engine,
@@ -153,7 +154,7 @@ def head_over(nodes: Sequence[Api], config: HeadConfig = HEAD_CONFIG, shares: bo
                 box["loop"],
                 any(node.agent for node in nodes),
                 head=box["head"],
-                nodes=[*nodes],
+                nodes=joined,
             )
             for node in nodes:
                 assert api.join(node).status_code == 200

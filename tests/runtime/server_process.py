@@ -15,9 +15,14 @@ from tests.runtime.test_server_process import CHECKOUT, DEADLINE_S, KEY, Server,
 
 @contextlib.contextmanager
 def server_process(
-    folder: Path, podman: Path, *flags: str, module: str = "slurm_runtime.api_server", **variables: str
+    folder: Path,
+    podman: Path,
+    *flags: str,
+    module: str = "slurm_runtime.api_server",
+    ends_with: int = 0,
+    **variables: str,
 ) -> Iterator[Server]:
-    """The server with its log in ``folder``; it must end in order."""
+    """The server with its log in ``folder``; it must end in order, or as its test has it end."""
     port = local_registry.free_port()
     argv = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
     log = folder / "server.log"
@@ -30,6 +35,6 @@ def server_process(
             eventually(lambda: made.answers() or process.poll() is not None, DEADLINE_S)
             yield made
             process.terminate()
-            assert process.wait(DEADLINE_S) == 0
+            assert process.wait(DEADLINE_S) == ends_with
         finally:
             process.kill()

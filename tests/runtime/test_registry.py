@@ -201,7 +201,10 @@ def test_a_login_shows_in_no_command_line_and_no_log(place: Place, tmp_path: Pat
     path.chmod(0o644)
     flags = () if by_environment else ("--registry-auth-file", str(path))
     variables = {"REGISTRY_AUTH_FILE": str(path)} if by_environment else {}
-    with Sampler() as sampler, server_process(tmp_path, place.podman.socket, "--verbose", *flags, **variables) as api:
+    with (
+        Sampler() as sampler,
+        server_process(tmp_path, place.podman.socket, "--verbose", *flags, ends_with=0, **variables) as api,
+    ):
         answer = api.start(image=image)
         assert answer.status_code == 201, answer.text
         assert sampler.looks > 2

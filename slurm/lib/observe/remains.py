@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm.lib.checkpoints import TRACKER
-from slurm.lib.coordination import OWN_FILES
+from slurm.lib.coordination import OWN_FILES, SHARED_IMAGE
 from slurm.lib.mounts import mount_in
 from slurm.lib.reports import MARK
 
 BLOCK = 512  # bytes of st_blocks (stat(2)), whatever the file system's are
-CODE, ROLLOUTS = "code", "rollouts"  # by CoordinationDir; code names its files as it likes
+CODE, ROLLOUTS, IMAGES = "code", "rollouts", "images"  # by CoordinationDir; code names its files as it likes
 # A folder in which trainers keep checkpoints, and a file of one: VERL's, PyTorch's, Hugging Face's, and the RL loop's.
 _FOLDER = re.compile(r"global_step_\d+|(checkpoints?|ckpts?)([-_.]\w*)?", re.IGNORECASE)
 _FILE = re.compile(
@@ -85,7 +85,7 @@ def is_ours(path: str, confs: Sequence[str] = ()) -> bool:
     """Whether the suite writes a file, or says that it goes with the run, by its path in the directory."""
     first, _, below = path.partition("/")
     if below:
-        return first in {CODE, ROLLOUTS}
+        return first in {CODE, ROLLOUTS} or (first == IMAGES and bool(re.fullmatch(SHARED_IMAGE, below)))
     return bool(_OWN.fullmatch(first) or _HALF_WRITTEN.fullmatch(first)) or any(
         re.fullmatch(rf"{re.escape(Path(conf).stem)}(\.\d+)?{re.escape(Path(conf).suffix)}", first) for conf in confs
     )
