@@ -58,14 +58,14 @@ class Call:
         self.is_done = False
         self.on_gone: Callable[[], None] | None = None
 
-    def answer(self, status: int, body: bytes) -> None:
-        """Send the answer; nothing happens if the client has left, or was answered."""
+    def answer(self, status: int, body: bytes, more: bytes = b"") -> None:
+        """Send the answer, ``more`` are further header lines; nothing happens if the client has left, or was answered."""
         if not self.is_done:
             self.is_done = True
-            self._connection.send(message(b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"Error")), body))
+            self._connection.send(message(b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"Error")), body, more))
 
-    def answer_json(self, status: int, found: Any) -> None:
-        self.answer(status, json.dumps(found).encode())
+    def answer_json(self, status: int, found: Any, more: bytes = b"") -> None:
+        self.answer(status, json.dumps(found).encode(), more)
 
 
 class Served(asyncio.Protocol):

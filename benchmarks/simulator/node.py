@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -16,10 +16,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from benchmarks.simulator.delays import Delays, drawn
 from benchmarks.simulator.http import Call, header
 from slurm_runtime import __version__
+from slurm_runtime.changes import Changes
+from slurm_runtime.node_models import DRAINING, FULL, GATHER_S, REFUSED, UPTO, WAIT
 
 MOST_DEAD = 64  # that a node still tells of
-MOST_GONE = 1024  # forgotten ones that are told to who asks with an older number
 PATIENCE_S = 270.0  # of a start that waits for a slot
+CHANGING = frozenset({"/start", "/stop", "/pause", "/resume", "/drain"})
+WAIT_HEADER = WAIT.lower().encode()
 
 
 class Timer(Protocol):
@@ -31,7 +34,7 @@ Later = Callable[[float, Callable[[], None]], Timer]
 
 @dataclass
 class Sandbox:
-    """One simulated sandbox; ``number`` is that of its last change, ``state`` as in ``slurm_runtime.sandbox``."""
+    """One simulated sandbox; ``state`` as in ``slurm_runtime.sandbox``."""
 
     runtime_id: str
     session_id: str
@@ -41,7 +44,6 @@ class Sandbox:
     state: str = "pending"
     reason: str = "waits for a free slot"
     url: str | None = None
-    number: int = 0
     has_slots: bool = False
     askers: list[Call] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list)
@@ -79,17 +81,21 @@ class Sandbox:
         }
 
 
-@dataclass
+@dataclass(eq=False)
 class Poll:
     """A GET /changes that is held open."""
 
     call: Call
     since: int
-    timer: Timer
+    boot: str
+    timer: Timer | None = None
 
 
 class Node:
-    """The whole node; ``later`` runs something after so many seconds. ``times`` gets when a start came and was answered."""
+    """The whole node; ``later`` runs something after so many seconds.
+
+    ``times`` gets when each start came and when it was answered, by the monotonic clock.
+    """
 
     def __init__(
         self,
@@ -106,17 +112,17 @@ class Node:
         self.name, self.url, self.slots, self.images = name, url, slots, list(images)
         self.boot = secrets.token_hex(8)
         self.used = 0
-        self.upto = 0
-        self.draining = False
+        self.draining = ""
         self.is_mute = False
+        self.log = Changes()
         self._delays, self._later, self._key, self._times, self._chance = delays, later, key.encode(), times, chance
         self._queue: deque[Sandbox] = deque()
-        self._sandboxes: dict[str, Sandbox] = {}  # in the order of their last change
+        self._sandboxes: dict[str, Sandbox] = {}
         self._of_session: dict[str, Sandbox] = {}
         self._dead: deque[str] = deque()
-        self._gone: deque[tuple[int, str]] = deque()
-        self._oldest_gone = 0  # who asks with an older number gets everything
         self._polls: list[Poll] = []
+        self._gathering: Timer | None = None
+        self._told_at = 0.0
         self._ports = 20_000
 
     # Requests.
@@ -131,21 +137,26 @@ class Node:
             return
         try:
             self._route(call, parts.path, parse_qs(parts.query))
-        except (ValueError, TypeError) as problem:
-            call.answer_json(422, {"detail": f"the request cannot be read: {problem}"})
+        except (ValueError, TypeError, AttributeError) as problem:
+            self._answer(call, 422, {"detail": f"the request cannot be read: {problem}"})
+
+    def _answer(self, call: Call, status: int, found: object, refused: str = "") -> None:
+        """With the headers that a head reads."""
+        more = f"\r\n{UPTO}: {self.log.upto}" if call.target in CHANGING else ""
+        call.answer_json(status, found, (more + (f"\r\n{REFUSED}: {refused}" if refused else "")).encode())
 
     def _route(self, call: Call, path: str, query: dict[str, list[str]]) -> None:
-        plain = {
+        plain: dict[tuple[str, str], Callable[[], None]] = {
             ("GET", "/changes"): lambda: self._changes(call, query),
             ("POST", "/start"): lambda: self._start(call),
             ("POST", "/stop"): lambda: self._with(call, self._stop),
             ("POST", "/pause"): lambda: self._with(call, lambda call, one: self._turn(call, one, "paused")),
             ("POST", "/resume"): lambda: self._with(call, lambda call, one: self._turn(call, one, "ready")),
             ("POST", "/drain"): lambda: self._drain(call),
-            ("GET", "/node"): lambda: call.answer_json(200, self.facts()),
-            ("GET", "/health"): lambda: call.answer_json(200, {"status": "ok", "podman": "connected"}),
-            ("GET", "/list"): lambda: call.answer_json(200, self._list()),
-            ("GET", "/sessions/batch"): lambda: call.answer_json(200, self._batch(query.get("ids", []))),
+            ("GET", "/node"): lambda: self._answer(call, 200, self.facts(-1)),
+            ("GET", "/health"): lambda: self._answer(call, 200, {"status": "ok", "podman": "connected"}),
+            ("GET", "/list"): lambda: self._answer(call, 200, self._list()),
+            ("GET", "/sessions/batch"): lambda: self._answer(call, 200, self._batch(query.get("ids", []))),
         }
         if found := plain.get((call.method, path)):
             found()
@@ -154,24 +165,23 @@ class Node:
         elif call.method == "GET" and path.startswith("/runtime/"):
             self._tell(call, self._sandboxes.get(unquote(path[9:])))
         else:
-            call.answer_json(404, {"detail": "Not Found"})
+            self._answer(call, 404, {"detail": "Not Found"})
 
-    @staticmethod
-    def _tell(call: Call, one: Sandbox | None) -> None:
+    def _tell(self, call: Call, one: Sandbox | None) -> None:
         if one is None:
-            call.answer_json(404, {"detail": "no such sandbox here"})
+            self._answer(call, 404, {"detail": "no such sandbox here"})
         else:
-            call.answer_json(200, one.told())
+            self._answer(call, 200, one.told())
 
     def _with(self, call: Call, do: Callable[[Call, Sandbox], None]) -> None:
         runtime_id = json.loads(call.body).get("runtime_id")
-        one = self._sandboxes.get(runtime_id or "")
         if runtime_id is None:
-            call.answer_json(200, {"status": "nothing to do"})
-        elif one is None:
-            call.answer_json(404, {"detail": "no such sandbox here"})
-        else:
+            nothing = "nothing to stop" if call.target == "/stop" else "nothing to do"
+            self._answer(call, 200, {"status": nothing})
+        elif one := self._sandboxes.get(runtime_id):
             do(call, one)
+        else:
+            self._answer(call, 404, {"detail": "no such sandbox here"})
 
     def _list(self) -> dict[str, Any]:
         names = ("runtime_id", "session_id", "status", "pod_status", "url", "image")
@@ -184,28 +194,31 @@ class Node:
     # Lives of sandboxes.
 
     def _start(self, call: Call) -> None:
-        wish, received = json.loads(call.body), time.monotonic()
+        wish = json.loads(call.body)
         session = wish.get("session_id") or f"session-{secrets.token_hex(8)}"
+        units = max(1, math.ceil(wish.get("resource_factor") or 1))
         one = self._of_session.get(session)
         if one is not None and not one.is_dead:
             self._ask(call, one)
             if one.state in {"ready", "paused"}:
                 self._answer_askers(one, 201)
+        elif units > self.slots:
+            self._answer(call, 422, {"detail": f"resource_factor needs {units} slots; this node has {self.slots}"})
         elif self.draining:
-            call.answer_json(503, {"detail": f"node {self.name} is draining and takes no new sandboxes"})
+            self._answer(call, 503, {"detail": f"node {self.name} drains ({self.draining})"}, DRAINING)
+        elif header(call.head, WAIT_HEADER) == b"0" and (self._queue or self.used + units > self.slots):
+            self._answer(call, 503, {"detail": f"no room: {self.used} of {self.slots} slots are in use"}, FULL)
         else:
-            units = max(1, math.ceil(wish.get("resource_factor") or 1))
-            if units > self.slots:
-                call.answer_json(422, {"detail": f"resource_factor needs {units} slots; this node has {self.slots}"})
-                return
-            self._times[session] = (received, 0.0)
-            one = Sandbox(secrets.token_hex(8), session, str(wish.get("image") or "image"), units)
-            self._of_session[session] = one
-            self._ask(call, one)
-            self._changed(one)
-            self._queue.append(one)
-            one.timers.append(self._later(PATIENCE_S, lambda: self._no_room(one)))
-            self._grant()
+            self._enter(call, Sandbox(secrets.token_hex(8), session, str(wish.get("image") or "image"), units))
+
+    def _enter(self, call: Call, one: Sandbox) -> None:
+        self._times[one.session_id] = (time.monotonic(), 0.0)
+        self._sandboxes[one.runtime_id] = self._of_session[one.session_id] = one
+        self._ask(call, one)
+        self._changed(one)
+        self._queue.append(one)
+        one.timers.append(self._later(PATIENCE_S, lambda: self._no_room(one)))
+        self._grant()
 
     def _ask(self, call: Call, one: Sandbox) -> None:
         one.askers.append(call)
@@ -246,21 +259,21 @@ class Node:
         self._die(one, "stopped", f"no room: {self.used} of {self.slots} sandbox slots are in use")
 
     def _answer_askers(self, one: Sandbox, status: int) -> None:
-        body = json.dumps(one.told() if status == 201 else {"detail": one.reason}).encode()
+        found = one.told() if status == 201 else {"detail": one.reason}
         askers, one.askers = one.askers, []
         for call in askers:
-            call.answer(status, body)
+            self._answer(call, status, found, FULL if status == 503 else "")
 
     def _stop(self, call: Call, one: Sandbox) -> None:
         done = {"status": "stopped", "runtime_id": one.runtime_id}
         if one.is_dead:
-            call.answer_json(200, done)
+            self._answer(call, 200, done)
             return
         self._cancel(one)
 
         def removed() -> None:
             self._die(one, "stopped", "stopped on request")
-            call.answer_json(200, done)
+            self._answer(call, 200, done)
 
         one.timers.append(self._later(drawn(self._delays.stop_s, self._chance), removed))
 
@@ -283,10 +296,7 @@ class Node:
             one = self._sandboxes.pop(self._dead.popleft())
             if self._of_session.get(one.session_id) is one:
                 del self._of_session[one.session_id]
-            self.upto += 1
-            self._gone.append((self.upto, one.runtime_id))
-        while len(self._gone) > MOST_GONE:
-            self._oldest_gone = self._gone.popleft()[0]
+            self.log.note_gone(one.runtime_id)
 
     @staticmethod
     def _cancel(one: Sandbox) -> None:
@@ -296,31 +306,32 @@ class Node:
 
     def _turn(self, call: Call, one: Sandbox, state: str) -> None:
         if one.state not in {"ready", "paused"}:
-            call.answer_json(409, {"detail": f"the sandbox is {one.state}"})
+            self._answer(call, 409, {"detail": f"the sandbox is {one.state}"})
             return
         self._become(one, state, "paused on request" if state == "paused" else f"its server answers at {one.url}")
         told = one.told()
         names = ("status", "runtime_id", "session_id", "url", "session_api_key")
-        call.answer_json(200, {name: told[name] for name in names})
+        self._answer(call, 200, {name: told[name] for name in names})
 
     def _drain(self, call: Call) -> None:
-        json.loads(call.body or b"{}")
-        self.draining = True
+        self.draining = self.draining or str(json.loads(call.body or b"{}").get("reason", "on request"))
+        self.log.note_server()
         self._wake()
-        call.answer_json(200, self.facts())
+        self._answer(call, 200, self.facts(-1))
 
     # What the head hears.
 
-    def facts(self) -> dict[str, Any]:
-        """As ``NodeFacts``."""
+    def facts(self, since: int) -> dict[str, Any]:
+        """As ``NodeFacts``; its images only to who does not know them yet."""
         return {
             "name": self.name,
             "boot": self.boot,
             "slots": self.slots,
             "used": self.used,
             "waiting": len(self._queue),
-            "draining": self.draining,
-            "images": self.images,
+            "draining": bool(self.draining),
+            "reason": self.draining,
+            **({"images": self.images} if since < 0 else {}),
             "podman": "connected",
             "version": __version__,
         }
@@ -330,56 +341,61 @@ class Node:
         self._changed(one)
 
     def _changed(self, one: Sandbox) -> None:
-        self.upto += 1
-        one.number = self.upto
-        self._sandboxes.pop(one.runtime_id, None)
-        self._sandboxes[one.runtime_id] = one
+        self.log.note(one.runtime_id)
         self._wake()
 
     def _wake(self) -> None:
+        """Answer who waits, a little later where the last answer is not long ago: changes come in bunches."""
+        if self._polls and self._gathering is None:
+            pause_s = max(0.0, self._told_at + GATHER_S - time.monotonic())
+            self._gathering = self._later(pause_s, self._tell_all)
+
+    def _tell_all(self) -> None:
+        self._gathering = None
         polls, self._polls = self._polls, []
         for poll in polls:
+            self._tell_poll(poll)
+
+    def _tell_poll(self, poll: Poll) -> None:
+        if poll.timer:
             poll.timer.cancel()
-            poll.call.answer_json(200, self.changes(poll.since, self.boot))
+        self._told_at = time.monotonic()
+        self._answer(poll.call, 200, self.changes(poll.since, poll.boot))
 
     def _changes(self, call: Call, query: dict[str, list[str]]) -> None:
-        since, wait_s = int(query.get("since", ["0"])[0]), float(query.get("wait_s", ["0"])[0])
-        boot = query.get("boot", [""])[0]
-        if wait_s <= 0 or boot != self.boot or since != self.upto:
-            call.answer_json(200, self.changes(since, boot))
+        since, wait_s = int(query.get("since", ["-1"])[0]), float(query.get("wait_s", ["0"])[0])
+        poll = Poll(call, since, query.get("boot", [""])[0])
+        if wait_s <= 0 or poll.boot != self.boot or not 0 <= since <= self.log.upto:
+            self._tell_poll(poll)
             return
-        poll = Poll(call, since, self._later(wait_s, lambda: self._time_is_up(poll)))
+        poll.timer = self._later(wait_s, lambda: self._time_is_up(poll))
         self._polls.append(poll)
         call.on_gone = lambda: self._drop(poll)
+        if since != self.log.upto:
+            self._wake()
 
     def _time_is_up(self, poll: Poll) -> None:
         self._drop(poll)
-        poll.call.answer_json(200, self.changes(poll.since, self.boot))
+        self._tell_poll(poll)
 
     def _drop(self, poll: Poll) -> None:
-        poll.timer.cancel()
+        if poll.timer:
+            poll.timer.cancel()
         if poll in self._polls:
             self._polls.remove(poll)
 
-    def changes(self, since: int, boot: str) -> dict[str, Any]:
+    def changes(self, number: int, boot: str) -> dict[str, Any]:
         """As ``ChangesAnswer``."""
-        complete = boot != self.boot or since < self._oldest_gone or since > self.upto
-        found, gone = [], []
-        for one in reversed(self._sandboxes.values()):
-            if not complete and one.number <= since:
-                break
-            found.append(one.told())
-        if not complete:
-            for number, runtime_id in reversed(self._gone):
-                if number <= since:
-                    break
-                gone.append(runtime_id)
+        since = self.log.since(number if boot == self.boot else -1)
+        ids: Iterable[str] = self._sandboxes if since.changed is None else since.changed
+        found = [self._sandboxes[one] for one in ids if one in self._sandboxes]
         return {
-            "node": self.facts(),
-            "upto": self.upto,
-            "complete": complete,
-            "sandboxes": found[::-1],
-            "gone": gone,
+            "node": self.facts(-1 if since.changed is None else number),
+            "upto": self.log.upto,
+            "complete": since.changed is None,
+            "sandboxes": [one.told() for one in found],
+            "earlier": [one.runtime_id for one in found if self._of_session.get(one.session_id) is not one],
+            "gone": list(since.gone),
         }
 
     @property
