@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from slurm_runtime.slots import Lease, Slots
 
 
 class Admission:
-    """Leases slots in the order of asking; a large request at the front is not overtaken by small ones."""
+    """Leases slots in the order of asking; a large request at the front is not overtaken by small ones.
 
-    def __init__(self, slots: Slots) -> None:
+    ``on_change`` hears of each change of ``slots`` and ``waiting``.
+    """
+
+    def __init__(self, slots: Slots, on_change: Callable[[], object] = lambda: None) -> None:
         self.slots = slots
+        self._on_change = on_change
         self._queue: deque[tuple[int, asyncio.Future[Lease]]] = deque()
 
     @property
@@ -25,6 +29,7 @@ class Admission:
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._queue.append((count, future))
         self._grant()
+        self._on_change()
         try:
             return await future
         except asyncio.CancelledError:
@@ -37,12 +42,14 @@ class Admission:
         if taken is None:
             return None
         self.slots, lease = taken
+        self._on_change()
         return lease
 
     def give(self, lease: Lease) -> None:
         """Return slots; whoever waits first and fits gets them."""
         self.slots = self.slots.give(lease)
         self._grant()
+        self._on_change()
 
     def _withdraw(self, count: int, future: asyncio.Future[Lease]) -> None:
         if future.done() and not future.cancelled():
@@ -50,6 +57,7 @@ class Admission:
         elif (count, future) in self._queue:
             self._queue.remove((count, future))
             self._grant()
+            self._on_change()
 
     def _grant(self) -> None:
         while self._queue:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,16 +13,28 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Scope
 
 from slurm_runtime import __version__
-from slurm_runtime.builds import Builds, NoDisk, TooManyBuilds, UnknownBuild
+from slurm_runtime.builds import Builder, Builds, NoDisk, TooManyBuilds, UnknownBuild
+from slurm_runtime.changes import TooManyPolls
 from slurm_runtime.config import ServerConfig
-from slurm_runtime.entries import NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow, UnknownSandbox, WrongState
+from slurm_runtime.entries import (
+    Draining,
+    NeverFits,
+    NoRoom,
+    StoppedEarly,
+    Stopping,
+    TooSlow,
+    UnknownSandbox,
+    WrongState,
+)
 from slurm_runtime.guard import BODY_S, Guard, Hold, error, is_unheld
 from slurm_runtime.heartbeats import Heartbeats, TooManyNames
 from slurm_runtime.manager import Manager
 from slurm_runtime.metrics import Traffic
+from slurm_runtime.node_models import DRAINING, FULL, REFUSED, STOPPING
 from slurm_runtime.openapi import describe
 from slurm_runtime.podman import EngineError, EngineSilent
 from slurm_runtime.routes_images import BuildingIsOff, add_image_routes
+from slurm_runtime.routes_node import CHANGES_PATH, Numbered, add_node_routes
 from slurm_runtime.routes_operator import add_heartbeat_routes, add_operator_routes
 from slurm_runtime.routes_sandboxes import HungUp, add_sandbox_routes
 from slurm_runtime.uploads import TooLarge
@@ -38,15 +52,19 @@ STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
     (Forbidden, 403),
     (TooManyNames, 429),
     (TooManyBuilds, 429),
+    (TooManyPolls, 429),
     (HungUp, 499),
     (BuildingIsOff, 501),
     (EngineSilent, 504),
     (EngineError, 502),
     (NoRoom, 503),
+    (Draining, 503),
     (Stopping, 503),
     (TooSlow, 504),
     (NoDisk, 507),
 )
+# What a head is told: another node may take the start.
+REFUSALS: tuple[tuple[type[Exception], str], ...] = ((NoRoom, FULL), (Draining, DRAINING), (Stopping, STOPPING))
 
 
 def status_for(problem: Exception) -> int:
@@ -71,28 +89,41 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app = FastAPI(
         title="SkyRL sandbox API server", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    builds, traffic = Builds(lambda *build: manager.engine.build(*build)), Traffic()
+    builds, traffic = Builds(_noting(manager)), Traffic()
 
     def heard(scope: Scope, status: int, seconds: float) -> None:
         traffic.note(scope, status, seconds)
-        if not is_unheld(scope["path"]):
+        if not is_unheld(scope["path"]) and scope["path"] != CHANGES_PATH:  # a head's waiting is no work
             manager.statistics.requests.note(seconds)
 
     app.state.builds = builds
     app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(Hold, settled=lambda: manager.settled())
+    app.add_middleware(Numbered, changes=manager.changes)
     app.add_middleware(Guard, api_key=config.api_key, on_answer=heard, body_s=body_s)
     _add_error_handlers(app)
     add_sandbox_routes(app, manager, config)
     add_image_routes(app, manager, config, builds)
     add_heartbeat_routes(app, heartbeats)
     add_operator_routes(app, manager, builds, traffic)
+    add_node_routes(app, manager)
     return app
+
+
+def _noting(manager: Manager) -> Builder:
+    """Podman's build; what was built is in the store from then on."""
+
+    async def build(context: Path, tag: str, on_line: Callable[[str], None]) -> None:
+        await manager.engine.build(context, tag, on_line)
+        manager.images.known.note([tag])
+
+    return build
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def known(_request: Request, problem: Exception) -> JSONResponse:
-        return error(status_for(problem), str(problem))
+        word = next((word for kind, word in REFUSALS if isinstance(problem, kind)), None)
+        return error(status_for(problem), str(problem), {REFUSED: word} if word else None)
 
     async def http(_request: Request, problem: Exception) -> JSONResponse:
         assert isinstance(problem, StarletteHTTPException)

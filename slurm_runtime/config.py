@@ -26,6 +26,9 @@ class ServerConfig:
     that comes before that is done waits up to ``adoption_patience_s``. Which had failed is read from ``failures_file``,
     where every server that has one writes it. So are the counts of the job in ``statistics_file``.
 
+    ``node_name`` is this server's name as a node (empty: the host's), ``until`` when it ends (epoch seconds),
+    ``drain_lead_s`` how long before that it takes no new sandboxes.
+
     ``pinning`` is ``docker_cpuset``, ``taskset`` or ``none``; ``agent_start`` is ``fork`` or ``exec``; ``network`` is
     ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox.
     """
@@ -34,6 +37,9 @@ class ServerConfig:
     adopt: bool = False
     failures_file: Path | None = None
     statistics_file: Path | None = None
+    node_name: str = ""
+    until: float | None = None
+    drain_lead_s: float = 0.0
     default_image: str | None = None
     public_host: str | None = None
     cpus_per_worker: float = 1.0

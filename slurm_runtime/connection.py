@@ -24,7 +24,7 @@ class Connection:
 
     ``word`` is connecting, connected or unreachable; ``facts`` and ``notes`` (which limits do not bite) are there once
     it has answered. ``on_connected`` is awaited then, before anybody gets the facts; again when another service answers
-    after the first one went away.
+    after the first one went away. ``on_word`` hears of each change of ``word``.
     """
 
     def __init__(
@@ -33,11 +33,13 @@ class Connection:
         engine: Engine,
         background: Background,
         on_connected: Callable[[EngineFacts], Awaitable[None]],
+        on_word: Callable[[], object] = lambda: None,
     ) -> None:
         self.config = config
         self.engine = engine
         self.background = background
         self.on_connected = on_connected
+        self.on_word = on_word
         self.word = "connecting"
         self.facts: EngineFacts | None = None
         self.notes: list[str] = []
@@ -112,14 +114,19 @@ class Connection:
         """Note that Podman answers, and say so if it did not before."""
         if self.word == "unreachable":
             log.info("Podman answers again")
-        self.word = "connected"
+        self._be("connected")
 
     def fails(self, problem: EngineError) -> None:
         """Note that Podman does not answer, and say why when that begins."""
         if self.word != "unreachable":
             log.error("%s", problem)
-        self.word = "unreachable"
+        self._be("unreachable")
         self._lost = self._lost or isinstance(problem, EngineUnreachable)
+
+    def _be(self, word: str) -> None:
+        changed, self.word = word != self.word, word
+        if changed:
+            self.on_word()
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

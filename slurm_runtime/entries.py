@@ -44,6 +44,10 @@ class Stopping(Exception):
     """The server is on its way down."""
 
 
+class Draining(Exception):
+    """The node takes no new sandboxes; those that are there go on."""
+
+
 class SandboxDied(Exception):
     """The container ended before its server answered."""
 
@@ -52,18 +56,24 @@ class NeverReady(Exception):
     """The sandbox's server did not answer in time."""
 
 
+def unheard() -> None:
+    """For an entry that nobody knows yet, or any more."""
+
+
 class Entry:
     """One sandbox with what belongs to it while it lives: its lease, its port, the tasks that work on it.
 
     ``holder`` is the container's first process; ``is_watched`` says that the kernel tells of its end, ``has_ended``
     that it has told. ``forked`` says that its server was forked into it, so that the container does not end with its
     server; ``server`` is then the server's process, ``server_ended`` that it is gone, ``server_exit`` its exit code
-    where that is known. ``is_new``: this server starts it, and has not taken it over.
+    where that is known. ``is_new``: this server starts it, and has not taken it over. ``on_change`` hears of each
+    change of ``sandbox``.
     """
 
     def __init__(self, sandbox: Sandbox, *, is_new: bool = False) -> None:
         self.sandbox = sandbox
         self.is_new = is_new
+        self.on_change: Callable[[], None] = unheard
         self.lease: Lease | None = None
         self.port: Reservation | None = None
         self.has_container = False
@@ -107,6 +117,7 @@ class Entry:
 
     def become(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
+        self.on_change()
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slurm_runtime.known_images import KnownImages
 from slurm_runtime.logs import log
 from slurm_runtime.page import Progress
 from slurm_runtime.podman import BadArchive, Engine, EngineError, ImageFacts, NoSuchImage, PullFailed, ignored
@@ -74,7 +75,8 @@ class Images:
     """The images of one store. What is under way is shared; one that nobody waits for any more goes on, so that asking
     again finds it.
 
-    ``archives`` is a folder that is looked into before a registry is asked, None for none.
+    ``archives`` is a folder that is looked into before a registry is asked, None for none. ``known`` hears of what is
+    in the store.
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class Images:
         archives: Path | None = None,
         patience: Patience = Patience(),  # noqa: B008  frozen
         at_once: int = AT_ONCE,
+        known: KnownImages | None = None,
     ) -> None:
         self.engine = engine
         self.archives = archives
         self.patience = patience
         self.at_once = at_once
+        self.known = known or KnownImages()
         self._facts: dict[str, ImageFacts] = {}
         self._under_way: dict[tuple[str, str], tuple[asyncio.Task[None], News]] = {}
         self._turns: dict[str, asyncio.Semaphore] = {}
@@ -109,11 +113,13 @@ class Images:
             await self.pull(image, policy, tell)
             found = await self.engine.image(image)
         self._facts[image] = found
+        self.known.note([image])
         return found
 
     def forget(self, image: str) -> None:
         """Look again: somebody removed it from the store."""
         self._facts.pop(image, None)
+        self.known.forget(image)
 
     async def pull(self, image: str, policy: str, tell: Tell = ignored) -> None:
         """Return when the image is in the store; ``PullFailed`` with Podman's words if it cannot be had."""
@@ -166,6 +172,7 @@ class Images:
             news.hear(f"image {image} is being loaded from {archive}")
             try:
                 names = await self.engine.load(archive)
+                self.known.note(names)
                 if full_name(image) in names:
                     return True
                 problem = f"{archive} holds {', '.join(names) or 'nothing'}"

@@ -18,6 +18,7 @@ from slurm_runtime.admission import Admission
 from slurm_runtime.adoption import Adoption
 from slurm_runtime.agent_support import AgentSupport
 from slurm_runtime.background import Background
+from slurm_runtime.changes import Changes
 from slurm_runtime.companions import Companions, MakeControl
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.connection import Connection
@@ -35,14 +36,16 @@ from slurm_runtime.endings import Endings
 from slurm_runtime.entries import Entry, NeverFits, NoRoom, StoppedEarly, Stopping, TooSlow
 from slurm_runtime.failures import Failures
 from slurm_runtime.images import Images
+from slurm_runtime.known_images import KnownImages
 from slurm_runtime.labels import Labels
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.logs import log
 from slurm_runtime.naming import PublicHost
+from slurm_runtime.node import Node
 from slurm_runtime.ownership import SERVER_LABEL, process_mark
 from slurm_runtime.page import Failure, SandboxRow, Snapshot
 from slurm_runtime.pauses import Pauses
-from slurm_runtime.podman import Engine, EngineFacts, EngineUnreachable
+from slurm_runtime.podman import Engine, EngineError, EngineFacts, EngineUnreachable
 from slurm_runtime.ports import Ports
 from slurm_runtime.register import Register
 from slurm_runtime.remains import Remains
@@ -78,15 +81,19 @@ class Manager:
         ports = Ports(config.publish_ip, config.sandbox_ports)
         self.config = config
         self.engine = engine
-        self.admission = Admission(slots)
-        self.images = Images(engine, config.image_archives)
+        self.changes = changes = Changes()
+        self.node = Node(
+            config.node_name or socket.gethostname(), config.until, config.drain_lead_s, changes.note_server
+        )
+        self.admission = Admission(slots, changes.note_server)
+        self.images = Images(engine, config.image_archives, known=KnownImages(changes.note_server))
         self.agent = agent or AgentSupport(wants_fork=False)
         self.launcher = Launcher(config, engine, self.images, ports, self.agent, labels)
-        self.register = Register()
+        self.register = Register(changes)
         self.background = background = Background()
         self.host = PublicHost(config.public_host, background)
         self.companions = Companions(self.launcher, background, make_control, lambda event: self.supervisor.hear(event))
-        self.connection = Connection(config, engine, background, self._connected)
+        self.connection = Connection(config, engine, background, self._connected, changes.note_server)
         self.failures = Failures(config.failures_file, goes_on=config.adopt)
         self.statistics = kept(config.statistics_file, config.adopt, self.launcher.steps)
         self.endings = Endings(
@@ -123,7 +130,15 @@ class Manager:
     async def _connected(self, facts: EngineFacts) -> None:
         """Podman answers for the first time, or its service is another one."""
         self.remains.look_again()
+        self.background.start(self._list_images())
         await self.companions.start(facts)
+
+    async def _list_images(self) -> None:
+        """Beside all else: a store of hundreds of images takes its time, and no start needs to know of them."""
+        try:
+            self.images.known.note(await self.engine.all_images())
+        except EngineError as problem:
+            log.warning("which images are here already is not known: %s", problem)
 
     # Reading: from memory.
 
@@ -160,17 +175,18 @@ class Manager:
 
     # Starting.
 
-    async def start(self, specification: Specification) -> Sandbox:
+    async def start(self, specification: Specification, waits: bool = True) -> Sandbox:
         """The sandbox of the session: the one that lives, else a new one.
 
         Returns once its container runs, a little later if that makes it ready; where the client's patience ends before,
         the sandbox is still PENDING, with a URL. A container that dies at once is a sandbox in state FAILED;
-        ``EngineError`` means that Podman could not start one, ``NoRoom`` that no slot became free. Cancelled, because
-        the client hung up, it stops the sandbox unless another client asked for it too.
+        ``EngineError`` means that Podman could not start one, ``NoRoom`` that no slot became free, or, unless it
+        ``waits``, that none is free; ``Draining`` that none is given any more. Cancelled, because the client hung up,
+        it stops the sandbox unless another client asked for it too.
         """
         if self._closing:
             raise Stopping("the server is stopping and starts no more sandboxes")
-        entry = self.register.living_of_session(specification.session_id) or self._enter(specification)
+        entry = self.register.living_of_session(specification.session_id) or self._enter(specification, waits)
         entry.askers += 1
         try:
             await self._until_answerable(entry)
@@ -190,9 +206,12 @@ class Manager:
             log.warning("the client of session %s hung up during /start; stopping it", entry.specification.session_id)
             await self._end(entry, Diagnosis("stopped on request", "", kind=HUNG_UP))
 
-    def _enter(self, specification: Specification) -> Entry:
+    def _enter(self, specification: Specification, waits: bool) -> Entry:
         """Make the sandbox known, so that clients can ask for it at once, and begin its start."""
+        self.node.check()
         total = self.admission.slots.total
+        if not waits and self._has_to_wait(units_for(specification.resource_factor)):
+            raise NoRoom(f"{self._in_use()}, and this start was not to wait for one")
         self.statistics.note_asked()
         if units_for(specification.resource_factor) > total:
             self.statistics.note_failed(NEVER_FITS)
@@ -205,6 +224,17 @@ class Manager:
         self.failures.note_again(specification.session_id)
         entry.bring_up = asyncio.create_task(self._bring_up(entry))
         return entry
+
+    def _has_to_wait(self, units: int) -> bool:
+        """Whether so many slots are not free, or will not be once those have theirs who asked before."""
+        asked = (entry for entry in self.register.living() if entry.lease is None)
+        ahead = sum(units_for(entry.specification.resource_factor) for entry in asked)
+        slots = self.admission.slots
+        return slots.used + ahead + units > slots.total >= units
+
+    def _in_use(self) -> str:
+        slots = self.admission.slots
+        return f"no room: {slots.used} of {slots.total} sandbox slots are in use"
 
     async def _bring_up(self, entry: Entry) -> None:
         await self.starts.bring_up(entry)
@@ -233,10 +263,9 @@ class Manager:
     def _out_of_patience(self, entry: Entry, patience_s: float) -> Exception:
         if entry.lease or not self.connection.stands:
             return TooSlow(f"not started within {patience_s:g} s ({entry.sandbox.reason}); ask again")
-        slots = self.admission.slots
         return NoRoom(
-            f"no room: {slots.used} of {slots.total} sandbox slots are in use and none became free within "
-            f"{patience_s:g} s; run fewer sandboxes at once, or give the runtime job more CPUs"
+            f"{self._in_use()} and none became free within {patience_s:g} s; run fewer sandboxes at once, or give the "
+            "runtime job more CPUs"
         )
 
     # Pausing and ending.
@@ -259,6 +288,7 @@ class Manager:
     async def run(self) -> None:
         """Connect to Podman, then see to it that dead containers are noticed; ends only by cancellation."""
         self.host.look_up()
+        self.background.start(self.node.drain_in_time())
         await self.supervisor.run()
 
     async def close(self, timeout_s: float) -> list[str]:
@@ -278,6 +308,7 @@ class Manager:
         await self.background.close()
         await self.companions.close()
         self.launcher.holder_profile.remove()
+        self.changes.close()
         return [entry.name for entry in left if entry.has_container]
 
     async def _end_for_good(self, entry: Entry) -> None:

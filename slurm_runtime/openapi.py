@@ -25,7 +25,7 @@ MEANINGS = {
     500: "A fault of this server; its log has the details.",
     501: "This is not switched on.",
     502: "Podman refused.",
-    503: "No slot became free, or the server is stopping.",
+    503: "No slot became free, the node takes no new sandboxes, or the server is stopping.",
     504: "Podman did not answer in time.",
     507: "The disk is full.",
 }

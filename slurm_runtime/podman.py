@@ -253,6 +253,10 @@ class Engine(Protocol):
         """An image of the store, or ``NoSuchImage``."""
         ...
 
+    async def all_images(self) -> tuple[str, ...]:
+        """The full names of all images of the store."""
+        ...
+
     async def build(
         self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None
     ) -> None:
@@ -630,6 +634,10 @@ class Podman:
 
     async def image(self, name: str) -> ImageFacts:
         return parse_image(await self._ask("GET", f"/images/{quote(name, safe='')}/json", QUICK_S))
+
+    async def all_images(self) -> tuple[str, ...]:
+        found = await self._ask("GET", "/images/json", SLOW_S)
+        return tuple(name for entry in found for name in entry.get("Names") or ())
 
     async def build(
         self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
-from slurm_runtime.entries import Entry, UnknownSandbox
+from slurm_runtime.changes import Changes
+from slurm_runtime.entries import Entry, UnknownSandbox, unheard
 from slurm_runtime.sandbox import State
 
 DEAD_KEPT = 1000  # records of dead sandboxes, for clients that still ask
 
 
 class Register:
-    """The entries by runtime id and by session; all of it in memory, so that nobody waits for Podman."""
+    """The entries by runtime id and by session; all of it in memory, so that nobody waits for Podman.
 
-    def __init__(self) -> None:
+    ``changes`` hears of every sandbox that comes, changes or goes.
+    """
+
+    def __init__(self, changes: Changes | None = None) -> None:
+        self.changes = changes or Changes()
         self._entries: dict[str, Entry] = {}
         self._sessions: dict[str, str] = {}
 
@@ -21,16 +27,27 @@ class Register:
         """Make a sandbox known, as its session's; the oldest dead ones make room."""
         self._forget_oldest_dead()
         wish = entry.specification
-        self._entries[wish.runtime_id] = entry
+        before = self._sessions.get(wish.session_id)
         self._sessions[wish.session_id] = wish.runtime_id
+        if before is not None:
+            self.changes.note(before)  # it is not its session's any more
+        self._enter(entry)
 
     def add_dead(self, entry: Entry) -> None:
         """Make a dead sandbox known whose session has another one."""
-        self._entries[entry.specification.runtime_id] = entry
+        self._enter(entry)
+
+    def _enter(self, entry: Entry) -> None:
+        runtime_id = entry.specification.runtime_id
+        self._entries[runtime_id] = entry
+        entry.on_change = partial(self.changes.note, runtime_id)
+        entry.on_change()
 
     def forget(self, entry: Entry) -> None:
         wish = entry.specification
-        self._entries.pop(wish.runtime_id, None)
+        if self._entries.pop(wish.runtime_id, None) is not None:
+            entry.on_change = unheard
+            self.changes.note_gone(wish.runtime_id)
         if self._sessions.get(wish.session_id) == wish.runtime_id:
             del self._sessions[wish.session_id]
 
@@ -51,6 +68,11 @@ class Register:
         if runtime_id not in self._entries:
             raise UnknownSandbox(f"no sandbox with runtime_id {runtime_id!r}")
         return self._entries[runtime_id]
+
+    def is_newest(self, entry: Entry) -> bool:
+        """Whether its session's sandbox is this one."""
+        wish = entry.specification
+        return self._sessions.get(wish.session_id) == wish.runtime_id
 
     def find(self, runtime_id: str) -> Entry | None:
         return self._entries.get(runtime_id)

@@ -23,6 +23,7 @@ from slurm_runtime.models import (
     StopAnswer,
     StopRequest,
 )
+from slurm_runtime.node_models import WAIT
 from slurm_runtime.openapi import errors
 from slurm_runtime.sandbox import Sandbox, Specification, State
 from slurm_runtime.wishes import settled
@@ -85,10 +86,10 @@ def after_pause(sandbox: Sandbox) -> PauseAnswer:
     )
 
 
-async def start_while_connected(manager: Manager, wish: Specification, request: Request) -> Sandbox:
+async def start_while_connected(manager: Manager, wish: Specification, request: Request, waits: bool = True) -> Sandbox:
     """The started sandbox; ``HungUp`` as soon as the client leaves, its sandbox given up then."""
-    starting = asyncio.create_task(manager.start(wish))
-    leaving = asyncio.create_task(_until_gone(request))
+    starting = asyncio.create_task(manager.start(wish, waits))
+    leaving = asyncio.create_task(until_gone(request))
     try:
         await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not leaving.done():
@@ -103,7 +104,7 @@ async def start_while_connected(manager: Manager, wish: Specification, request: 
         await asyncio.gather(starting, leaving, return_exceptions=True)
 
 
-async def _until_gone(request: Request) -> None:
+async def until_gone(request: Request) -> None:
     """The body has been read: what comes next is the end of the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -133,7 +134,8 @@ def _add_start(app: FastAPI, manager: Manager, config: ServerConfig) -> None:
     async def start(wish: StartRequest, request: Request) -> RuntimeAnswer:
         """Start a sandbox, or find the living one of the session."""
         notes.note(wish)
-        return answer(await start_while_connected(manager, settled(wish, config), request))
+        waits = request.headers.get(WAIT) != "0"
+        return answer(await start_while_connected(manager, settled(wish, config), request, waits))
 
 
 def _add_reading(app: FastAPI, manager: Manager) -> None:

@@ -147,6 +147,10 @@ class FakePodman:
             raise NoSuchImage(f"{name}: image not known")
         return ImageFacts(f"sha256:{name}", "2026-01-01T00:00:00Z", 1 << 20)
 
+    async def all_images(self) -> tuple[str, ...]:
+        self._answers()
+        return tuple(sorted(self.images))
+
     async def build(
         self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None
     ) -> None:
