@@ -59,7 +59,7 @@ class Call:
         self.on_gone: Callable[[], None] | None = None
 
     def answer(self, status: int, body: bytes, more: bytes = b"") -> None:
-        """Send the answer, ``more`` are further header lines; nothing happens if the client has left, or was answered."""
+        """Send the answer, with further header lines; nothing happens if the client has left, or was answered."""
         if not self.is_done:
             self.is_done = True
             self._connection.send(message(b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b"Error")), body, more))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import statistics
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import urlencode
 
-from benchmarks.simulator.figures import Spread, Summary, Times, overtaken, spread, summary, waits_by_group
+from benchmarks.simulator.figures import Spread, Summary, Times, overtaken, summary, waits_by_group
 from benchmarks.simulator.load import Plan, Start
 from benchmarks.simulator.stage import Process, Stage, until
 
 JOINED_S = 60.0
 BOUND_MS = 100.0
-AROUND_SLOTS = 0.98  # of the slots, for as many sandboxes at once as is sure to find room
+LOST_S = 60.0
+MOST_IDS = 200  # in one GET /sessions/batch
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Full:
     listed: int
     seconds: float
     list_ms: float
-    metrics_ms: float
+    nodes_ms: float
     look: Spread
     empty_mb: float
     full_mb: float
@@ -202,18 +203,155 @@ def full(stage: Stage, setting: Setting, rate: float) -> Full:
         with stage.clients(made.plan(rate, wanted / rate, 0.0, "full")) as clients:
             held, seconds = clients.held(), time.monotonic() - began
             list_ms, listed = _timed_ms(lambda: int(made.head.ask("GET", "/list")["total"]))
-            metrics_ms, _ = _timed_ms(lambda: _metrics(made.head))
+            nodes_ms, _ = _timed_ms(lambda: len(made.nodes()))
             full_mb = made.head.pss_mb()
             clients.say("release")
             starts = clients.outcome()
         found = summary(starts, made.times())
         after_mb = made.head.pss_mb()
-    return Full(
-        len(starts), held, listed, seconds, list_ms, metrics_ms, found.look, empty_mb, full_mb, after_mb, found
+    return Full(len(starts), held, listed, seconds, list_ms, nodes_ms, found.look, empty_mb, full_mb, after_mb, found)
+
+
+def _timed_ms(ask: Callable[[], int]) -> tuple[float, int]:
+    began = time.perf_counter()
+    found = ask()
+    return 1000 * (time.perf_counter() - began), found
+
+
+# More starts than slots.
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """Two groups of clients, one with three times as many starts; most of them wait in the head's line."""
+
+    rate: float
+    waiting: int
+    waits: dict[str, Spread]
+    placed: int
+    overtaken: int
+    summary: Summary
+
+
+def fairness(stage: Stage, setting: Setting) -> Fairness:
+    nodes = min(4, setting.nodes)
+    rate = 1.3 * nodes * setting.slots / 2.4  # a start, 2 s and a stop
+    with cluster(stage, nodes, setting.slots) as made:
+        plan = replace(made.plan(rate, setting.seconds, 2.0, "fair"), groups=("many", "many", "many", "few"))
+        with stage.clients(plan) as clients:
+            time.sleep(setting.seconds)
+            waiting = int(made.head.ask("GET", "/nodes")["waiting"])
+            starts = clients.outcome()
+        times = made.times()
+    placed = sum(start.session in times for start in starts)
+    waits = waits_by_group(starts, times)
+    return Fairness(rate, waiting, waits, placed, overtaken(starts, times), summary(starts, times))
+
+
+# Nodes that come and go.
+
+
+@dataclass(frozen=True)
+class Churn:
+    """A node leaves and another joins every second under load; what it cost those who were not there."""
+
+    rate: float
+    seconds: float
+    changed: int
+    lost_with_nodes: int
+    bystanders: int
+    why: dict[str, int]
+    memory_mb: list[float]
+    summary: Summary
+
+
+def churn(stage: Stage, setting: Setting, rate: float) -> Churn:
+    with cluster(stage, setting.nodes, setting.slots) as made:
+        memory, gone, changed = [made.head.pss_mb()], set[str](), 0
+        with stage.clients(made.plan(rate, 3 * setting.seconds, 2.0, "churn")) as clients:
+            for second in range(1, int(3 * setting.seconds) + 1):
+                left = made.simulator.ask("POST", "/leave?count=1")["nodes"]
+                gone.update(itertools.chain.from_iterable(left.values()))
+                made.simulator.ask("POST", "/add?count=1")
+                changed += 1
+                if second % max(1, int(setting.seconds / 2)) == 0:
+                    memory.append(made.head.pss_mb())
+                time.sleep(1.0)
+            starts = clients.outcome()
+        times = made.times()
+    bystanders = [start for start in starts if start.detail and start.session not in gone]
+    found = summary(starts, times)
+    return Churn(
+        rate,
+        3 * setting.seconds,
+        changed,
+        found.failed - len(bystanders),
+        len(bystanders),
+        summary(bystanders, times).why,
+        memory,
+        found,
     )
 
 
-def _timed_ms(ask: object) -> tuple[float, int]:
-    began = time.perf_counter()
-    found = ask()  # type: ignore[operator]
-    return 1000 * (time.perf_counter() - began), found
+# Nodes that are lost.
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Nodes that were lost at the same moment, in one way, and what the head told of sandboxes there and elsewhere."""
+
+    way: str
+    nodes: int
+    there: int
+    told: int
+    first_s: float
+    last_s: float
+    elsewhere: int
+    failed_elsewhere: int
+    reason: str
+
+
+def losses(stage: Stage, setting: Setting, rate: float) -> list[Loss]:
+    """A tenth of the nodes killed, then as many silent, half of all slots in use."""
+    wanted, count = setting.nodes * setting.slots / 2, max(1, setting.nodes // 10)
+    found = []
+    with (
+        cluster(stage, setting.nodes, setting.slots) as made,
+        stage.clients(made.plan(rate, wanted / rate, 0.0, "loss")) as clients,
+    ):
+        clients.held()
+        living = {one["session_id"] for one in made.head.ask("GET", "/list")["runtimes"]}
+        for way in ("kill", "mute"):
+            found.append(_loss(made, way, count, living))
+            living -= _failed(made.head, living).keys()
+        clients.say("release")
+        clients.outcome()
+    return found
+
+
+def _loss(made: Cluster, way: str, count: int, living: Collection[str]) -> Loss:
+    nodes = made.simulator.ask("POST", f"/{way}?count={count}")["nodes"]
+    began, there = time.monotonic(), set(itertools.chain.from_iterable(nodes.values()))
+    first_s = last_s = 0.0
+    failed: dict[str, str] = {}
+    while len(failed) < len(there) and time.monotonic() - began < LOST_S:
+        failed = _failed(made.head, there)
+        last_s = time.monotonic() - began
+        first_s = first_s or (last_s if failed else 0.0)
+        time.sleep(0.1)
+    elsewhere = set(living) - there
+    reason = next(iter(failed.values()), "")
+    wrong = len(_failed(made.head, elsewhere))
+    return Loss(way, len(nodes), len(there), len(failed), first_s, last_s, len(elsewhere), wrong, reason)
+
+
+def _failed(head: Process, sessions: Collection[str]) -> dict[str, str]:
+    """Those of the sessions that are not ready, with what the head says of them."""
+    found: dict[str, str] = {}
+    names = sorted(sessions)
+    for at in range(0, len(names), MOST_IDS):
+        query = urlencode([("ids", name) for name in names[at : at + MOST_IDS]])
+        for one in head.ask("GET", f"/sessions/batch?{query}"):
+            if one["pod_status"] != "ready":
+                found[one["session_id"]] = " ".join(one["events"])
+    return found

@@ -40,7 +40,9 @@ BACKLOG = 512
 
 def image_names(count: int) -> list[str]:
     """As long as those of a dataset's images."""
-    return [f"docker.io/dataset/sweb.eval.x86_64.project_{number:03}.commit-{number:012x}:latest" for number in range(count)]
+    return [
+        f"docker.io/dataset/sweb.eval.x86_64.project_{number:03}.commit-{number:012x}:latest" for number in range(count)
+    ]
 
 
 @dataclass
