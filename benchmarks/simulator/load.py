@@ -69,12 +69,8 @@ class Start:
 
 
 def due_times(rate: float, seconds: float, chance: random.Random) -> list[float]:
-    """Random moments with this rate, as those of clients who know nothing of each other. Pure but for ``chance``."""
-    moments, now = [], chance.expovariate(rate)
-    while now < seconds:
-        moments.append(now)
-        now += chance.expovariate(rate)
-    return moments
+    """Random moments, ``rate`` of them a second in all, as those of clients who know nothing of each other."""
+    return sorted(chance.uniform(0, seconds) for _ in range(round(rate * seconds)))
 
 
 class Client:

@@ -17,7 +17,7 @@ from benchmarks.simulator.delays import Delays, drawn
 from benchmarks.simulator.http import Call, header
 from slurm_runtime import __version__
 from slurm_runtime.changes import Changes
-from slurm_runtime.node_models import DRAINING, FULL, GATHER_S, REFUSED, UPTO, WAIT
+from slurm_runtime.node_models import DRAINING, FULL, GATHER_S, MOST_POLLS, REFUSED, UPTO, WAIT
 
 MOST_DEAD = 64  # that a node still tells of
 PATIENCE_S = 270.0  # of a start that waits for a slot
@@ -367,6 +367,9 @@ class Node:
         poll = Poll(call, since, query.get("boot", [""])[0])
         if wait_s <= 0 or poll.boot != self.boot or not 0 <= since <= self.log.upto:
             self._tell_poll(poll)
+            return
+        if len(self._polls) >= MOST_POLLS:
+            self._answer(call, 429, {"detail": "too many requests wait for changes already; a run has one head"})
             return
         poll.timer = self._later(wait_s, lambda: self._time_is_up(poll))
         self._polls.append(poll)

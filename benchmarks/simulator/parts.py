@@ -78,6 +78,7 @@ def cluster(stage: Stage, nodes: int, slots: int) -> Iterator[Cluster]:
     with stage.head() as head, stage.simulator(head.url, slots) as simulator:
         made = Cluster(stage, head, simulator)
         made.add(nodes)
+        head.ask("GET", "/list")  # a new head lets it wait until the nodes of one before it had time to come back
         yield made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -61,7 +62,7 @@ class Process:
     def ask(self, method: str, path: str, timeout_s: float = 60.0) -> Any:
         """The JSON that it answers with; the benchmark ends if it refuses."""
         headers = {"X-API-Key": self.key}
-        found = httpx.request(method, f"{self.url}{path}", headers=headers, timeout=timeout_s, trust_env=False)
+        found = _client().request(method, f"{self.url}{path}", headers=headers, timeout=timeout_s)
         if found.status_code >= 300:
             raise SystemExit(f"{method} {path} of {self.child.spec.name}: {found.status_code} {found.text[:300]}")
         return found.json()
@@ -110,10 +111,9 @@ class Stage:
             spec = ChildSpec(
                 argv, self.environment, "the simulator", stdin_pipe=True, stdout=subprocess.PIPE, stderr=sink
             )
-            with Child(spec) as child:
+            with Child(spec) as child, _output(child) as output:
                 os.sched_setaffinity(child.pid, self.cpus.others)
-                assert child.process.stdout
-                url = child.process.stdout.readline().decode().strip()
+                url = output.readline().decode().strip()
                 if not url:
                     raise SystemExit(f"the simulator did not start, see {log}")
                 yield Process(child, url, self.key, log)
@@ -132,9 +132,9 @@ class Stage:
                 stdout=subprocess.PIPE,
                 stderr=sink,
             )
-            with Child(spec) as child:
+            with Child(spec) as child, _output(child) as output:
                 os.sched_setaffinity(child.pid, self.cpus.others)
-                clients = Clients(child, log)
+                clients = Clients(child, output, log)
                 clients.say(json.dumps(asdict(plan)))
                 yield clients
 
@@ -147,8 +147,9 @@ class Stage:
 class Clients:
     """A process of clients under way."""
 
-    def __init__(self, child: Child, log: Path) -> None:
+    def __init__(self, child: Child, output: IO[bytes], log: Path) -> None:
         self.child = child
+        self.output = output
         self.log = log
 
     def say(self, line: str) -> None:
@@ -165,18 +166,29 @@ class Clients:
         return [Start(**found) for found in json.loads(self._line())]
 
     def _line(self) -> bytes:
-        assert self.child.process.stdout
-        line = bytes(self.child.process.stdout.readline())
+        line = self.output.readline()
         if not line:
             raise SystemExit(f"the clients ended early, see {self.log}")
         return line
+
+
+@functools.cache
+def _client() -> httpx.Client:
+    """One for all: to make one takes longer than most answers."""
+    return httpx.Client(trust_env=False)
+
+
+def _output(child: Child) -> IO[bytes]:
+    """Its standard output, which is closed at the end of a block."""
+    assert child.process.stdout
+    return child.process.stdout
 
 
 def _answers(process: Process) -> bool:
     if process.child.exit_code is not None:
         raise SystemExit(f"{process.child.spec.name} ended with exit code {process.child.exit_code}, see {process.log}")
     try:
-        return httpx.get(f"{process.url}/health", timeout=5, trust_env=False).status_code == 200
+        return _client().get(f"{process.url}/health", timeout=5).status_code == 200
     except httpx.TransportError:
         return False
 
