@@ -40,8 +40,9 @@ from slurm_runtime.routes_sandboxes import HungUp, add_sandbox_routes
 from slurm_runtime.uploads import TooLarge
 from slurm_runtime.wishes import BadRequest, Forbidden
 
+StatusCodes = tuple[tuple[type[Exception], int], ...]
 # The first match counts. 503 is kept for "full" and "stopping": clients take it elsewhere for a paused sandbox.
-STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
+STATUS_CODES: StatusCodes = (
     (UnknownSandbox, 404),
     (UnknownBuild, 404),
     (StoppedEarly, 409),
@@ -67,9 +68,9 @@ STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
 REFUSALS: tuple[tuple[type[Exception], str], ...] = ((NoRoom, FULL), (Draining, DRAINING), (Stopping, STOPPING))
 
 
-def status_for(problem: Exception) -> int:
-    """The status code of an error; 500 for one that is not in the table."""
-    return next((code for kind, code in STATUS_CODES if isinstance(problem, kind)), 500)
+def status_for(problem: Exception, more: StatusCodes = ()) -> int:
+    """The status code of an error; 500 for one that is neither in the table nor in ``more``."""
+    return next((code for kind, code in (*more, *STATUS_CODES) if isinstance(problem, kind)), 500)
 
 
 def validation_sentence(errors: Any) -> str:
@@ -101,7 +102,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app.add_middleware(Hold, settled=lambda: manager.settled())
     app.add_middleware(Numbered, changes=manager.changes)
     app.add_middleware(Guard, api_key=config.api_key, on_answer=heard, body_s=body_s)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     add_sandbox_routes(app, manager, config)
     add_image_routes(app, manager, config, builds)
     add_heartbeat_routes(app, heartbeats)
@@ -120,10 +121,12 @@ def _noting(manager: Manager) -> Builder:
     return build
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI, more: StatusCodes = ()) -> None:
+    """Answer errors as every client gets them: those of the table, of ``more``, and all others."""
+
     async def known(_request: Request, problem: Exception) -> JSONResponse:
         word = next((word for kind, word in REFUSALS if isinstance(problem, kind)), None)
-        return error(status_for(problem), str(problem), {REFUSED: word} if word else None)
+        return error(status_for(problem, more), str(problem), {REFUSED: word} if word else None)
 
     async def http(_request: Request, problem: Exception) -> JSONResponse:
         assert isinstance(problem, StarletteHTTPException)
@@ -136,7 +139,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unknown(_request: Request, problem: Exception) -> JSONResponse:
         return error(500, f"an internal error ({type(problem).__name__}); the server's log has the details")
 
-    for kind, _ in STATUS_CODES:
+    for kind, _ in (*STATUS_CODES, *more):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(StarletteHTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)

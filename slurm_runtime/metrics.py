@@ -55,16 +55,16 @@ def exposition(snapshot: Callable[[], Snapshot], traffic: Traffic, steps: StepTi
     class Collector:
         def collect(self) -> Iterator[Metric]:
             yield from _gauges(snapshot())
-            yield from _traffic(traffic)
+            yield from traffic_metrics(traffic)
             yield _steps(steps)
 
     registry = CollectorRegistry(auto_describe=False)
     ProcessCollector(registry=registry)
-    registry.register(_Described(Collector().collect))
+    registry.register(Described(Collector().collect))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
-class _Described:
+class Described:
     """A collector that is not asked for values when it is registered."""
 
     def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
@@ -94,7 +94,8 @@ def _gauges(snapshot: Snapshot) -> Iterator[Metric]:
         yield GaugeMetricFamily(name, words, value=float(value))
 
 
-def _traffic(traffic: Traffic) -> Iterator[Metric]:
+def traffic_metrics(traffic: Traffic) -> Iterator[Metric]:
+    """What was answered, and how long that took."""
     from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
     answers = CounterMetricFamily(

@@ -137,15 +137,16 @@ def _tiles(snapshot: Snapshot) -> str:
     ready = sum(row.sandbox.state.name == "READY" for row in snapshot.sandboxes)
     meter = f'<meter min="0" max="{max(1, total)}" value="{used}" aria-label="slots in use"></meter>'
     return (
-        f'<div class="tiles">{_tile(f"{used} / {total}", "slots in use", meter)}'
-        f"{_tile(str(len(snapshot.sandboxes)), f'sandboxes, {ready} ready')}"
-        f"{_tile(str(snapshot.waiting), 'starts in the queue')}"
-        f"{_tile(str(len(snapshot.pulls) + len(snapshot.builds)), 'images under way')}"
-        f"{_tile(str(len(snapshot.failures)), 'last failures')}</div>"
+        f'<div class="tiles">{tile(f"{used} / {total}", "slots in use", meter)}'
+        f"{tile(str(len(snapshot.sandboxes)), f'sandboxes, {ready} ready')}"
+        f"{tile(str(snapshot.waiting), 'starts in the queue')}"
+        f"{tile(str(len(snapshot.pulls) + len(snapshot.builds)), 'images under way')}"
+        f"{tile(str(len(snapshot.failures)), 'last failures')}</div>"
     )
 
 
-def _tile(number: str, words: str, more: str = "") -> str:
+def tile(number: str, words: str, more: str = "") -> str:
+    """A number with what it counts; ``more`` is markup."""
     return f'<div class="tile"><b>{text(number)}</b><span>{text(words)}</span>{more}</div>'
 
 
@@ -162,14 +163,15 @@ def _tables(snapshot: Snapshot) -> str:
     more = f'<p class="faint">and {left_out} more, which GET /list tells</p>' if left_out else ""
     headings = ("State", "Session", "Image", "Age", "Reason", "URL")
     return (
-        _section("Sandboxes", headings, map(_sandbox_row, shown), "No sandbox lives.", more)
-        + _section("Images being pulled", ("Image", "Progress"), map(_progress_row, snapshot.pulls))
-        + _section("Images being built", ("Image", "Progress"), map(_progress_row, snapshot.builds))
-        + _section("Last failures", ("Session", "Image", "Ago", "Why, and its last lines"), _failures(snapshot))
+        section("Sandboxes", headings, map(_sandbox_row, shown), "No sandbox lives.", more)
+        + section("Images being pulled", ("Image", "Progress"), map(_progress_row, snapshot.pulls))
+        + section("Images being built", ("Image", "Progress"), map(_progress_row, snapshot.builds))
+        + section("Last failures", ("Session", "Image", "Ago", "Why, and its last lines"), _failures(snapshot))
     )
 
 
-def _section(title: str, headings: Sequence[str], rows: Iterable[str], empty: str = "", more: str = "") -> str:
+def section(title: str, headings: Sequence[str], rows: Iterable[str], empty: str = "", more: str = "") -> str:
+    """A table below its title; nothing where it has no rows and there is no word for that."""
     body = "".join(rows)
     if not body:
         return f'<h2>{title}</h2><div class="table"><div class="empty">{empty}</div></div>' if empty else ""
@@ -185,11 +187,11 @@ def _sandbox_row(row: SandboxRow) -> str:
     state = sandbox.state.name.lower()
     return (
         f'<tr><td class="state {state}">{state}</td><td>{text(wish.session_id)}</td><td>{text(wish.image)}</td>'
-        f'<td class="number">{age(row.age_s)}</td><td>{text(sandbox.reason)}</td><td>{_link(sandbox.url)}</td></tr>'
+        f'<td class="number">{age(row.age_s)}</td><td>{text(sandbox.reason)}</td><td>{link(sandbox.url)}</td></tr>'
     )
 
 
-def _link(url: str | None) -> str:
+def link(url: str | None) -> str:
     """A link, only for what is plainly a web address."""
     if not url:
         return NOTHING

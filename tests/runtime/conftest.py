@@ -197,16 +197,25 @@ def root_podman() -> Iterator[podman_service.Service]:
 @pytest.fixture(
     params=[
         "fake",
+        "head",
         pytest.param("rootless", marks=pytest.mark.podman),
         pytest.param("root", marks=pytest.mark.podman),
         pytest.param("fork", marks=pytest.mark.podman),
         pytest.param("exec", marks=pytest.mark.podman),
+        pytest.param("rootless-head", marks=pytest.mark.podman),
     ]
 )
 def api(request: pytest.FixtureRequest) -> Iterator[Api]:
     """The server of the contract: on the fake, on real Podman as an ordinary user and as root, and as an ordinary
-    user with the real agent server, forked and as a plain program."""
-    if request.param == "fake":
+    user with the real agent server, forked and as a plain program. With ``head``, a head over two such servers."""
+    if "head" in request.param:
+        from tests.runtime.fleet import INSIDE_ONE_SERVER, head_over
+
+        if request.function.__name__ in INSIDE_ONE_SERVER:
+            pytest.skip("looks into one server: the other parameters do that")
+        with contextlib.ExitStack() as stack:
+            yield stack.enter_context(head_over(*two_nodes(request, stack)))
+    elif request.param == "fake":
         with serving(FakePodman()) as server:
             yield server
     elif request.param in {"fork", "exec"}:
@@ -219,3 +228,23 @@ def api(request: pytest.FixtureRequest) -> Iterator[Api]:
         service = request.getfixturevalue(f"{request.param}_podman")
         with serving(KillablePodman(service.socket), warden=True) as server:
             yield server
+
+
+def two_nodes(request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> tuple[list[Api], Any, bool]:
+    """Two servers on fakes, or both on the real Podman of an ordinary user; the head's configuration, and which."""
+    from tests.runtime.fleet import HEAD_CONFIG
+
+    is_fake = request.param == "head"
+    service = None if is_fake else request.getfixturevalue("rootless_podman")
+    nodes = [
+        stack.enter_context(
+            serving(
+                FakePodman() if service is None else KillablePodman(service.socket),
+                replace(CONFIG, node_name=name),
+                slots=10,
+                warden=not is_fake,
+            )
+        )
+        for name in ("cpu-a", "cpu-b")
+    ]
+    return nodes, HEAD_CONFIG, not is_fake
