@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import getpass
 import os
+import re
 import resource
 import signal
 import socket
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slurm_runtime import __version__
 from slurm_runtime.agent.tree import AgentTree, default_cache, load, newest
-from slurm_runtime.config import ServerConfig, is_loopback, parse_label, parse_memory, parse_port_range
+from slurm_runtime.config import ServerConfig, is_loopback, is_node_name, parse_label, parse_memory, parse_port_range
 from slurm_runtime.logs import log, setup
 from slurm_runtime.podman import how_to_start, socket_path
 from slurm_runtime.registry_login import auth_file, doubts
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from slurm_runtime.manager import Manager
+    from slurm_runtime.membership import Membership
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -77,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sandboxes(parser.add_argument_group("sandboxes"))
     _add_agent(parser.add_argument_group("agent server, for images that bring none"))
     _add_images(parser.add_argument_group("images"))
+    _add_node(parser.add_argument_group("a node of a head"))
     _add_life(parser.add_argument_group("starting and stopping"))
     return parser
 
@@ -221,6 +224,30 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_node(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--head",
+        type=_head_url,
+        metavar="URL",
+        help="register with the head at http://HOST:PORT, with this server's own key, for as long as it runs",
+    )
+    add("--node-name", type=_node_name, metavar="NAME", help="name of this node (default: the host's name)")
+    add(
+        "--until",
+        type=_positive,
+        metavar="EPOCH",
+        help="when this node ends, in seconds since the epoch (default: not known)",
+    )
+    add(
+        "--drain-lead",
+        type=_natural,
+        default=0,
+        metavar="S",
+        help="seconds before --until from which on no new sandboxes are taken (default: 0)",
+    )
+
+
 def _add_life(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
@@ -316,6 +343,19 @@ def _positive(text: str) -> Any:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
+def _head_url(text: str) -> str:
+    if not re.fullmatch(r"http://[^/\s@?#]+:\d{1,5}/?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no address of a head; write it like http://cpu-a:8000")
+    return text.rstrip("/")
+
+
+def _node_name(text: str) -> str:
+    if not is_node_name(text):
+        wanted = "letters, digits, dots, underscores and dashes, the first a letter or digit"
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be a node's name: it takes {wanted}")
+    return text
+
+
 def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: str) -> ServerConfig:
     """The configuration that flags and environment ask for, still without its key. Pure."""
     public_host = args.public_host
@@ -347,6 +387,9 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         build_images=args.enable_image_build,
         idle_timeout_s=float(args.idle_timeout and max(args.idle_timeout, LEAST_IDLE_S)),
         starters=args.starters,
+        node_name=args.node_name or socket.gethostname(),
+        until=args.until,
+        drain_lead_s=args.drain_lead,
     )
 
 
@@ -398,6 +441,13 @@ def check_image_sources(args: argparse.Namespace, config: ServerConfig) -> None:
 def labels_for(environment: Mapping[str, str], user: str, extra: Mapping[str, str]) -> dict[str, str]:
     """Labels of every container: the Slurm job (empty outside of one), the user, and ``extra``, which wins. Pure."""
     return {"skyrl.job": environment.get("SLURM_JOB_ID", ""), "skyrl.owner": user, **extra}
+
+
+def check_node_name(args: argparse.Namespace) -> None:
+    """``StartProblem`` where the host's own name, by default the node's, is none that a head takes."""
+    if args.head is not None and not is_node_name(args.node_name or socket.gethostname()):
+        sentence = f"this host's name, {socket.gethostname()!r}, cannot be a node's: name one with --node-name"
+        raise StartProblem(sentence, EXIT_USAGE)
 
 
 def slots_from(args: argparse.Namespace, usable: Sequence[int]) -> tuple[Slots, str]:
@@ -539,14 +589,34 @@ async def serve(
     manager = Manager(config, engine, prober, slots, agent, Warden, prober.idle_s)
     app = create_app(manager, config, Heartbeats())
     server = _http_server(app)
+    membership = membership_of(args, config, manager, listening)
     try:
         with StatisticsFile(config.statistics_file, manager.counted) as statistics:
             manager.background.start(statistics.keep())
-            return await _serve_until(wish.event, server, listening, manager, args.stop_timeout)
+            if membership:
+                manager.background.start(membership.run())
+            return await _serve_until(wish.event, server, listening, manager, args.stop_timeout, membership)
     finally:
         await app.state.builds.close()
         await prober.close()
         await engine.close()
+
+
+def membership_of(
+    args: argparse.Namespace, config: ServerConfig, manager: Manager, listening: socket.socket
+) -> Membership | None:
+    """What keeps this server known to its head; None where it has none."""
+    from slurm_runtime.membership import Membership, job_of
+    from slurm_runtime.sandbox import sandbox_url
+
+    if args.head is None:
+        return None
+    port = listening.getsockname()[1]
+
+    async def own_url() -> str:
+        return sandbox_url(await manager.host.name(), port)
+
+    return Membership(args.head, config.api_key, manager.node, own_url, job_of(os.environ))
 
 
 def _http_server(app: Any) -> uvicorn.Server:
@@ -573,7 +643,12 @@ def _http_server(app: Any) -> uvicorn.Server:
 
 
 async def _serve_until(
-    stop: asyncio.Event, server: uvicorn.Server, listening: socket.socket, manager: Manager, stop_timeout_s: float
+    stop: asyncio.Event,
+    server: uvicorn.Server,
+    listening: socket.socket,
+    manager: Manager,
+    stop_timeout_s: float,
+    membership: Membership | None,
 ) -> int:
     """Requests are answered until the sandboxes are gone: clients read 503 on /start meanwhile, not a reset."""
     serving = asyncio.create_task(server.serve(sockets=[listening]))
@@ -582,7 +657,8 @@ async def _serve_until(
     await asyncio.wait([serving, watching, stopped], return_when=asyncio.FIRST_COMPLETED)
     on_request = stopped.done()
     watching.cancel()
-    left = await manager.close(stop_timeout_s)
+    goodbye = [membership.leave()] if membership else []
+    left, *_ = await asyncio.gather(manager.close(stop_timeout_s), *goodbye)
     server.should_exit = True
     outcomes = await asyncio.gather(serving, watching, return_exceptions=True)
     stopped.cancel()
@@ -599,6 +675,7 @@ async def _serve_until(
 def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """The server's life; ``StartProblem`` if it cannot begin."""
     podman = podman_path(environment, os.getuid())
+    check_node_name(args)
     slots, slots_sentence = slots_from(args, sorted(os.sched_getaffinity(0)))
     with listening_socket(args) as listening:
         host, port = listening.getsockname()[:2]

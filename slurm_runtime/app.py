@@ -100,7 +100,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app.state.builds = builds
     app.openapi = lambda: describe(app, config.api_key is not None)  # type: ignore[method-assign]  # FastAPI's own way
     app.add_middleware(Hold, settled=lambda: manager.settled())
-    app.add_middleware(Numbered, changes=manager.changes)
+    app.add_middleware(Numbered, upto=lambda: manager.changes.upto)
     app.add_middleware(Guard, api_key=config.api_key, on_answer=heard, body_s=body_s)
     add_error_handlers(app)
     add_sandbox_routes(app, manager, config)
@@ -121,16 +121,19 @@ def _noting(manager: Manager) -> Builder:
     return build
 
 
+def error_answer(problem: Exception, more: StatusCodes = ()) -> JSONResponse:
+    """An error of the table, or one that is an HTTP error already, as clients get it."""
+    if isinstance(problem, StarletteHTTPException):
+        return error(problem.status_code, str(problem.detail), dict(problem.headers or {}))
+    word = next((word for kind, word in REFUSALS if isinstance(problem, kind)), None)
+    return error(status_for(problem, more), str(problem), {REFUSED: word} if word else None)
+
+
 def add_error_handlers(app: FastAPI, more: StatusCodes = ()) -> None:
     """Answer errors as every client gets them: those of the table, of ``more``, and all others."""
 
     async def known(_request: Request, problem: Exception) -> JSONResponse:
-        word = next((word for kind, word in REFUSALS if isinstance(problem, kind)), None)
-        return error(status_for(problem, more), str(problem), {REFUSED: word} if word else None)
-
-    async def http(_request: Request, problem: Exception) -> JSONResponse:
-        assert isinstance(problem, StarletteHTTPException)
-        return error(problem.status_code, str(problem.detail), dict(problem.headers or {}))
+        return error_answer(problem, more)
 
     async def invalid(_request: Request, problem: Exception) -> JSONResponse:
         assert isinstance(problem, RequestValidationError)
@@ -141,6 +144,6 @@ def add_error_handlers(app: FastAPI, more: StatusCodes = ()) -> None:
 
     for kind, _ in (*STATUS_CODES, *more):
         app.add_exception_handler(kind, known)
-    app.add_exception_handler(StarletteHTTPException, http)
+    app.add_exception_handler(StarletteHTTPException, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, unknown)

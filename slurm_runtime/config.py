@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+NODE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # fit for a URL's path
 MEMORY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
 
@@ -81,6 +82,10 @@ class ServerConfig:
 
 def is_loopback(host: str) -> bool:
     return LOOPBACK.fullmatch(host) is not None
+
+
+def is_node_name(name: str) -> bool:
+    return len(name) <= 256 and re.fullmatch(NODE_NAME, name) is not None
 
 
 def parse_memory(text: str) -> int:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slurm_runtime.deadlines import within
+from slurm_runtime.deadlines import at_once_or_within
 from slurm_runtime.logs import log
 
 MOST_BODY_BYTES = 4 << 20
@@ -182,7 +182,7 @@ class _Body:
         if self._complete:
             return await self._receive()
         try:
-            return await within(max(0.0, self._deadline - time.monotonic()), self._receive())
+            return await at_once_or_within(max(0.0, self._deadline - time.monotonic()), self._receive())
         except asyncio.TimeoutError:  # another class on Python 3.10
             sentence = f"the body did not arrive within {self._within_s:g} s"
             raise HTTPException(408, sentence, {"Connection": "close"}) from None
@@ -199,7 +199,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
         try:
-            await within(ANSWER_S, self._send(message))
+            await at_once_or_within(ANSWER_S, self._send(message))
         except asyncio.TimeoutError:
             raise ClientGone(f"the client did not read its answer for {ANSWER_S:g} s") from None
 

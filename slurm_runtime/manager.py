@@ -169,7 +169,10 @@ class Manager:
             notes=tuple(connection.notes),
             agent=self.agent.described(),
             podman=connection.word if connection.facts is None else f"{connection.facts.version}, {connection.word}",
-            node=socket.gethostname(),
+            node=self.node.name,
+            drain_reason=self.node.reason,
+            until=self.node.until,
+            head=self.node.head_row(now),
             version=__version__,
         )
 

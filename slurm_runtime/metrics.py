@@ -54,7 +54,9 @@ def exposition(snapshot: Callable[[], Snapshot], traffic: Traffic, steps: StepTi
 
     class Collector:
         def collect(self) -> Iterator[Metric]:
-            yield from _gauges(snapshot())
+            now = snapshot()
+            yield from _gauges(now)
+            yield from _node(now)
             yield from traffic_metrics(traffic)
             yield _steps(steps)
 
@@ -92,6 +94,23 @@ def _gauges(snapshot: Snapshot) -> Iterator[Metric]:
         ("skyrl_failures_kept", "Failed sandboxes that the operator's page still shows", len(snapshot.failures)),
     ):
         yield GaugeMetricFamily(name, words, value=float(value))
+
+
+def _node(snapshot: Snapshot) -> Iterator[Metric]:
+    """What only makes sense for a node is there only for one."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    draining = bool(snapshot.drain_reason)
+    yield GaugeMetricFamily("skyrl_draining", "1 where no new sandboxes are taken", value=float(draining))
+    if snapshot.until is not None:
+        words = "When this node ends, in seconds since the epoch"
+        yield GaugeMetricFamily("skyrl_until_timestamp_seconds", words, value=snapshot.until)
+    if snapshot.head is not None:
+        words = "1 where the last registration with the head went well"
+        yield GaugeMetricFamily("skyrl_registered", words, value=float(snapshot.head.registered))
+        if snapshot.head.heard_s_ago is not None:
+            words = "Seconds since the head last answered this node"
+            yield GaugeMetricFamily("skyrl_head_heard_seconds", words, value=snapshot.head.heard_s_ago)
 
 
 def traffic_metrics(traffic: Traffic) -> Iterator[Metric]:

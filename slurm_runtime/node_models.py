@@ -29,6 +29,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from slurm_runtime.config import NODE_NAME
 from slurm_runtime.models import Answer, RuntimeAnswer, Wire
 
 BEAT_S = 2.0  # between a node's registrations
@@ -43,7 +44,7 @@ WAIT = "X-SkyRL-Wait"
 REFUSED = "X-SkyRL-Refused"
 FULL, DRAINING, STOPPING = "full", "draining", "stopping"
 
-NodeName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NodeName = Annotated[str, Field(min_length=1, max_length=256, pattern=NODE_NAME)]
 
 
 class NodeFacts(Answer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from html import escape
 from urllib.parse import urlsplit
 
@@ -39,12 +40,22 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class HeadRow:
+    """The head of this node: whether this node is registered there, and seconds since that last went well."""
+
+    url: str
+    registered: bool
+    heard_s_ago: float | None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """A server at one moment.
 
     ``waiting`` counts the starts that wait for a slot. ``failures`` are the last ones, newest first. ``notes`` are
     sentences that an operator should know, such as limits that do not bite. ``agent`` tells version and way of start
-    of the agent server, ``podman`` its version or that it does not answer.
+    of the agent server, ``podman`` its version or that it does not answer. ``drain_reason`` is why the node takes no
+    new sandboxes, empty where it does; ``until`` when it ends (epoch seconds).
     """
 
     sandboxes: tuple[SandboxRow, ...] = ()
@@ -59,6 +70,9 @@ class Snapshot:
     podman: str = ""
     node: str = ""
     version: str = ""
+    drain_reason: str = ""
+    until: float | None = None
+    head: HeadRow | None = None
 
 
 STYLE = """
@@ -96,7 +110,7 @@ def render(snapshot: Snapshot) -> str:
     return document(
         "Sandboxes",
         f'<meta http-equiv="refresh" content="{REFRESH_S}">',
-        _head(snapshot) + _tiles(snapshot) + _notes(snapshot.notes) + _tables(snapshot),
+        _head(snapshot) + _tiles(snapshot) + _notes([*_node_notes(snapshot), *snapshot.notes]) + _tables(snapshot),
     )
 
 
@@ -126,10 +140,28 @@ def age(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def moment(epoch: float) -> str:
+    """``14:05 UTC``."""
+    return f"{datetime.fromtimestamp(epoch, timezone.utc):%H:%M} UTC"
+
+
 def _head(snapshot: Snapshot) -> str:
-    facts = [snapshot.node, snapshot.podman, snapshot.agent, snapshot.version and f"server {snapshot.version}"]
+    head = snapshot.head and f"head {snapshot.head.url}"
+    version = snapshot.version and f"server {snapshot.version}"
+    end = None if snapshot.until is None else f"ends at {moment(snapshot.until)}"
+    facts = [snapshot.node, end, head, snapshot.podman, snapshot.agent, version]
     line = " · ".join(text(fact) for fact in facts if fact)
     return f'<h1>Sandboxes</h1><p class="faint">{line}</p>'
+
+
+def _node_notes(snapshot: Snapshot) -> Iterable[str]:
+    """What an operator should know of this server as a node."""
+    if snapshot.drain_reason:
+        yield f"draining, no new sandboxes are taken: {snapshot.drain_reason}"
+    head = snapshot.head
+    if head is not None and not head.registered:
+        heard = "it has never answered" if head.heard_s_ago is None else f"it last answered {age(head.heard_s_ago)} ago"
+        yield f"not registered with the head at {head.url}: {heard}"
 
 
 def _tiles(snapshot: Snapshot) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
@@ -97,14 +98,14 @@ def add_node_routes(app: FastAPI, manager: Manager) -> None:
 class Numbered:
     """ASGI middleware: says in a header up to which change the answer to a request that changes something may tell."""
 
-    def __init__(self, app: ASGIApp, changes: Changes) -> None:
+    def __init__(self, app: ASGIApp, upto: Callable[[], int]) -> None:
         self.app = app
-        self.changes = changes
+        self.upto = upto
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def numbered(message: Message) -> None:
             if message["type"] == "http.response.start":
-                number = str(self.changes.upto).encode("ascii")
+                number = str(self.upto()).encode("ascii")
                 message = {**message, "headers": [*message.get("headers", ()), (UPTO.lower().encode("ascii"), number)]}
             await send(message)
 

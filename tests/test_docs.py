@@ -53,7 +53,7 @@ from slurm_runtime.heartbeats import Heartbeats
 from slurm_runtime.metrics import Traffic, exposition
 from slurm_runtime.models import FIELDS_WITHOUT_EFFECT, RuntimeAnswer, StartRequest
 from slurm_runtime.openapi import MEANINGS
-from slurm_runtime.page import Snapshot
+from slurm_runtime.page import HeadRow, Snapshot
 from slurm_runtime.steps import STEPS, StepTimes
 from tests.doc_blocks import all_blocks, exceptions
 from tests.faults import CASES, measured
@@ -548,7 +548,8 @@ def test_the_fields_are_those_of_the_wire() -> None:
 def test_the_metrics_are_those_of_prometheus() -> None:
     traffic = Traffic()
     traffic.note({"method": "GET"}, 200, 0.1)
-    body, _ = exposition(Snapshot, traffic, StepTimes())
+    node = Snapshot(until=1e9, head=HeadRow("http://cpu-a:8000", registered=True, heard_s_ago=1.0))
+    body, _ = exposition(lambda: node, traffic, StepTimes())
     families = re.findall(r"^# TYPE (\w+) ", body.decode(), re.MULTILINE)
     ours = {name for name in families if name.startswith("skyrl_") and not name.endswith("_created")}
     cells = first_cells(API_SERVER, "Operator's view")

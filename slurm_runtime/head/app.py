@@ -15,11 +15,19 @@ from slurm_runtime.guard import Guard, Hold
 from slurm_runtime.head.config import HeadConfig
 from slurm_runtime.head.directory import Directory
 from slurm_runtime.head.fleet import NameTaken
+from slurm_runtime.head.hot import Hot
 from slurm_runtime.head.members import Members, UnknownNode
 from slurm_runtime.head.routes_images import Images, add_image_routes
 from slurm_runtime.head.routes_nodes import NODES_PATH, add_node_routes
 from slurm_runtime.head.routes_operator import add_operator_routes
-from slurm_runtime.head.routes_sandboxes import add_sandbox_routes
+from slurm_runtime.head.routes_sandboxes import (
+    RUNTIME_PATH,
+    SESSION_PATH,
+    START_PATH,
+    STOP_PATH,
+    Changer,
+    add_sandbox_routes,
+)
 from slurm_runtime.head.starts import Starts
 from slurm_runtime.head.views import Views
 from slurm_runtime.heartbeats import Heartbeats
@@ -76,10 +84,17 @@ def create_app(head: Head, config: HeadConfig) -> FastAPI:
     traffic = Traffic()
     views = Views(head.members.directory, head.starts)
     app.openapi = lambda: describe(app, with_key=True)  # type: ignore[method-assign]  # FastAPI's own way
+    changer = Changer(head.members, head.starts)
+    app.add_middleware(
+        Hot,
+        changing={START_PATH: changer.start, STOP_PATH: changer.stop},
+        reading={SESSION_PATH: views.session, RUNTIME_PATH: views.runtime},
+        more=MORE_CODES,
+    )
     app.add_middleware(HoldAtHead, settled=head.members.settled)
     app.add_middleware(Guard, api_key=config.api_key, on_answer=traffic.note)
     add_error_handlers(app, MORE_CODES)
-    add_sandbox_routes(app, head.members, head.starts, views)
+    add_sandbox_routes(app, views, changer)
     add_image_routes(app, Images(head.members))
     add_heartbeat_routes(app, Heartbeats())
     add_node_routes(app, head.members)

@@ -20,7 +20,7 @@ class Room:
     slots: int
     free: int
     images: Collection[str] = field(default_factory=frozenset)
-    coming: Collection[str] = field(default_factory=frozenset)
+    coming: set[str] = field(default_factory=set)
 
     def has(self, image: str) -> bool:
         return image in self.images or image in self.coming
@@ -44,11 +44,15 @@ def choose(rooms: Iterable[Room], wanted: Wanted) -> Room | None:
 
     An image that no registry has, and that some node has, is started nowhere else.
     """
-    rooms = list(rooms)
-    if wanted.image.startswith(OF_ONE_NODE):
-        rooms = [room for room in rooms if wanted.image in room.images] or rooms
-    fitting = [room for room in rooms if fits(room, wanted)]
+    fitting = [room for room in _able(rooms, wanted.image) if fits(room, wanted)]
     return max(fitting, key=lambda room: _worth(room, wanted.image), default=None)
+
+
+def _able(rooms: Iterable[Room], image: str) -> Iterable[Room]:
+    if not image.startswith(OF_ONE_NODE):
+        return rooms
+    rooms = list(rooms)
+    return [room for room in rooms if image in room.images] or rooms
 
 
 def _worth(room: Room, image: str) -> float:
@@ -71,7 +75,11 @@ def grants(waiting: Sequence[Wanted], rooms: Sequence[Room]) -> list[tuple[int, 
             room.free -= wanted.units
             granted.append((place, room))
             continue
-        able = [room for room in open_rooms if room.slots >= wanted.units and room.node not in wanted.avoid]
+        able = [
+            room
+            for room in _able(open_rooms, wanted.image)
+            if room.slots >= wanted.units and room.node not in wanted.avoid
+        ]
         if able:
             open_rooms.remove(max(able, key=lambda room: room.free))
     return granted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from slurm_runtime.deadlines import within
@@ -39,9 +39,9 @@ class Waiter:
 
 @dataclass
 class Line:
-    """First come, first served. ``nodes`` gives those that take sandboxes now."""
+    """First come, first served, among the nodes that it was told of."""
 
-    nodes: Callable[[], Iterable[Node]]
+    _rooms: dict[str, Room] = field(default_factory=dict)
     _claims: dict[str, list[Claim]] = field(default_factory=dict)
     _waiters: list[Waiter] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -56,9 +56,10 @@ class Line:
 
     async def claim(self, number: int, session_id: str, wanted: Wanted, timeout_s: float) -> Claim:
         """Slots for a start, as soon as a node has them; ``asyncio.TimeoutError`` if none has in time."""
-        room = choose(self.rooms(), wanted) if not self._waiters else None
+        room = choose(self._rooms.values(), wanted) if not self._waiters else None
         if room is not None:
-            return self._promise(room.node, session_id, wanted)
+            room.free -= wanted.units
+            return self._promise(room, session_id, wanted)
         waiter = Waiter(number, session_id, wanted, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiters, waiter, key=lambda one: one.number)
         self.grant()
@@ -70,12 +71,16 @@ class Line:
 
     def follow(self, node: str, session_id: str) -> Claim:
         """No slots, but the same to hold in hand, for a session that lives on this node already."""
-        return self._promise(node, session_id, Wanted(0))
+        claim = Claim(node, session_id, 0, "")
+        self._claims.setdefault(node, []).append(claim)
+        return claim
 
     def release(self, claim: Claim) -> None:
         """The start has come to nothing: whoever waits gets the slots."""
         if claim in self._claims.get(claim.node, ()):
             self._claims[claim.node].remove(claim)
+            if claim.node in self._rooms:
+                self._rooms[claim.node].free += claim.units
             self.grant()
 
     def counted(self, node: str, upto: int, leased: Collection[str], complete: bool) -> None:
@@ -89,16 +94,23 @@ class Line:
             if claim.session_id not in leased and (claim.at is None or (claim.at > upto and not complete))
         ]
 
+    def has(self, node: str) -> bool:
+        """Whether starts are given to this node."""
+        return node in self._rooms
+
+    def open(self, node: Node) -> None:
+        """This node takes sandboxes, and has as many slots free as it says."""
+        self._rooms[node.name] = room_of(node, self._claims.get(node.name, ()))
+        self.grant()
+
+    def shut(self, node: str) -> None:
+        """This node takes no sandboxes, as it seems; those on their way to it may still arrive."""
+        self._rooms.pop(node, None)
+
     def forget(self, node: str) -> None:
         """A node is lost or has left, with all that was on its way to it."""
+        self.shut(node)
         self._claims.pop(node, None)
-
-    def claimed(self, node: str) -> int:
-        return sum(claim.units for claim in self._claims.get(node, ()))
-
-    def rooms(self) -> list[Room]:
-        """What the nodes have free now."""
-        return [room_of(node, self._claims.get(node.name, ())) for node in self.nodes()]
 
     def grant(self) -> None:
         """Give free slots to those who wait."""
@@ -106,15 +118,17 @@ class Line:
             return
         waiters = [waiter for waiter in self._waiters if not waiter.granted.done()]
         served = set()
-        for place, room in grants([waiter.wanted for waiter in waiters], self.rooms()):
+        for place, room in grants([waiter.wanted for waiter in waiters], list(self._rooms.values())):
             waiter = waiters[place]
-            waiter.granted.set_result(self._promise(room.node, waiter.session_id, waiter.wanted))
+            waiter.granted.set_result(self._promise(room, waiter.session_id, waiter.wanted))
             served.add(waiter)
         self._waiters = [waiter for waiter in waiters if waiter not in served]
 
-    def _promise(self, node: str, session_id: str, wanted: Wanted) -> Claim:
-        claim = Claim(node, session_id, wanted.units, wanted.image)
-        self._claims.setdefault(node, []).append(claim)
+    def _promise(self, room: Room, session_id: str, wanted: Wanted) -> Claim:
+        """For slots that were taken out of the room already."""
+        claim = Claim(room.node, session_id, wanted.units, wanted.image)
+        self._claims.setdefault(room.node, []).append(claim)
+        room.coming.add(wanted.image)
         return claim
 
     def _withdraw(self, waiter: Waiter) -> None:

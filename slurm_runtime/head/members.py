@@ -58,7 +58,7 @@ class Members:
     ) -> None:
         self.nodes: dict[str, Node] = {}
         self.directory = directory
-        self.line = Line(self.taking)
+        self.line = Line()
         self._key = key
         self._background = background
         self._gather_s = gather_s
@@ -81,6 +81,10 @@ class Members:
         """Those that take new sandboxes."""
         now = self._clock()
         return [node for node in self.nodes.values() if node.takes(now)]
+
+    def most_slots(self) -> int:
+        """Of the largest node that is here, 0 before one was heard out."""
+        return max((node.facts.slots for node in self.here() if node.facts), default=0)
 
     def get(self, name: str) -> Node:
         if name not in self.nodes:
@@ -129,16 +133,25 @@ class Members:
 
     # What happens to nodes.
 
+    def _become(self, node: Node) -> Node:
+        """Know a node as it is now, and whether the line may give it starts."""
+        self.nodes[node.name] = node
+        self.line.open(node) if node.takes(self._clock()) else self.line.shut(node.name)
+        return node
+
     def join(self, wish: NodeWish) -> Node:
         """A node registers, again or anew; ``NameTaken`` where another one has its name."""
         before = self.nodes.get(wish.name)
-        node = self.nodes[wish.name] = joined(before, wish, self._clock())
+        node = joined(before, wish, self._clock())
         is_same = before is not None and before.is_here and (before.url, before.boot) == (node.url, node.boot)
         if not is_same:
             log.info("%s joins at %s", node.called, node.url)
             self._untie(wish.name)
             self._tie(node)
             self._forget_oldest()
+        if not is_same or not self.line.has(node.name):  # else nothing of it is another than before
+            return self._become(node)
+        self.nodes[node.name] = node
         return node
 
     def leave(self, name: str, reason: str) -> Node:
@@ -153,7 +166,7 @@ class Members:
         node = self.get(name)
         if not node.is_here:
             raise NodeAway(f"{node.called} is not here any more: {node.reason}")
-        self.nodes[name] = wanted(node, reason)
+        self._become(wanted(node, reason))
         log.info("%s drains: %s", node.called, reason)
         await self._pass_drain_on(name)
         return self.nodes[name]
@@ -171,7 +184,8 @@ class Members:
             for node in self.here():
                 if now - node.heard_at > self._patience_s:
                     self._end(node, Standing.LOST, f"nothing was heard of it for {now - node.heard_at:.0f} s")
-            self.line.grant()
+                elif node.takes(now) != self.line.has(node.name):
+                    self._become(node)
 
     async def close(self) -> None:
         ties, self._ties = list(self._ties.values()), {}
@@ -200,15 +214,14 @@ class Members:
         return 0.0 if self.line.waiting else len(self._ties) / MOST_POLLS_A_SECOND
 
     def _hear(self, name: str, facts: NodeFacts, news: News) -> None:
-        node = self.nodes[name]
-        is_new = node.facts is None
-        node = self.nodes[name] = heard(node, facts, self._clock())
-        if is_new:
+        before = self.nodes[name]
+        node = heard(before, facts, self._clock())
+        if before.facts is None:
             log.info("%s is heard out: %d slots, %d sandboxes", node.called, facts.slots, len(news.sandboxes))
         doubles = self.directory.hear(name, news)
         leased = {one.session_id for one in news.sandboxes if one.has_url and not one.is_dead}
         self.line.counted(name, news.upto, leased, news.complete)
-        self.line.grant()
+        self._become(node)
         for double in doubles:
             self.resolve(double)
         if node.wanted and not facts.draining:
@@ -250,7 +263,6 @@ class Members:
         say("%s; %d sandboxes have failed with it", sentence, failed)
         self.line.forget(node.name)
         self._untie(node.name)
-        self.line.grant()
 
     def _forget_oldest(self) -> None:
         gone = [name for name, node in self.nodes.items() if node.end in ENDED]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from slurm_runtime.entries import UnknownSandbox
 from slurm_runtime.head.answers import Known, packed, stopped
@@ -13,7 +14,7 @@ from slurm_runtime.head.link import Reply
 from slurm_runtime.head.members import Members
 from slurm_runtime.head.starts import Starts
 from slurm_runtime.head.views import Views
-from slurm_runtime.head.wish import read_start
+from slurm_runtime.head.wish import parsed, read_start
 from slurm_runtime.models import (
     ListAnswer,
     PauseAnswer,
@@ -22,16 +23,26 @@ from slurm_runtime.models import (
     StartRequest,
     StopAnswer,
     StopRequest,
+    Wire,
 )
 from slurm_runtime.openapi import errors
-from slurm_runtime.routes_sandboxes import SomeId, SomeIds
+from slurm_runtime.routes_sandboxes import HungUp, SomeId, SomeIds
 
 JSON = "application/json"
+START_PATH, STOP_PATH = "/start", "/stop"
+SESSION_PATH, RUNTIME_PATH = "/sessions/{session_id}", "/runtime/{runtime_id}"
 
 
-def json_body(model: type[StartRequest]) -> dict[str, Any]:
+def json_body(model: type[Wire]) -> dict[str, Any]:
     """What OpenAPI says of a body that a route reads by itself."""
     return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
+
+
+async def body_of(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise HungUp("the client closed its connection while it sent its request") from None
 
 
 def passed(reply: Reply) -> Response:
@@ -39,15 +50,15 @@ def passed(reply: Reply) -> Response:
     return Response(reply.body, reply.status, media_type=reply.kind)
 
 
-def add_sandbox_routes(app: FastAPI, members: Members, starts: Starts, views: Views) -> None:
-    _add_start(app, starts)
+def add_sandbox_routes(app: FastAPI, views: Views, changer: Changer) -> None:
+    _add_start(app, changer)
     _add_reading(app, views)
-    _add_changing(app, Changer(members, starts))
+    _add_changing(app, changer)
 
 
-def _add_start(app: FastAPI, starts: Starts) -> None:
+def _add_start(app: FastAPI, changer: Changer) -> None:
     @app.post(
-        "/start",
+        START_PATH,
         status_code=201,
         response_model=RuntimeAnswer,
         responses=errors(403, 404, 409, 499, 502, 503, 504),
@@ -55,7 +66,7 @@ def _add_start(app: FastAPI, starts: Starts) -> None:
     )
     async def start(request: Request) -> Response:
         """Start a sandbox on the node with most free slots, or find the living one of the session."""
-        return passed(await starts.answer(read_start(await request.body()), request))
+        return await changer.start(request)
 
 
 def _add_reading(app: FastAPI, views: Views) -> None:
@@ -69,12 +80,12 @@ def _add_reading(app: FastAPI, views: Views) -> None:
         """The newest sandboxes of several sessions, as a list of those that are known."""
         return Response(views.sessions(ids), media_type=JSON)
 
-    @app.get("/sessions/{session_id}", response_model=RuntimeAnswer, responses=errors(404))
+    @app.get(SESSION_PATH, response_model=RuntimeAnswer, responses=errors(404))
     async def session(session_id: SomeId) -> Response:
         """The newest sandbox of a session."""
         return found(views.session(session_id), "for session", session_id)
 
-    @app.get("/runtime/{runtime_id}", response_model=RuntimeAnswer, responses=errors(404))
+    @app.get(RUNTIME_PATH, response_model=RuntimeAnswer, responses=errors(404))
     async def runtime(runtime_id: SomeId) -> Response:
         """One sandbox."""
         return found(views.runtime(runtime_id), "with runtime_id", runtime_id)
@@ -86,14 +97,23 @@ def _add_reading(app: FastAPI, views: Views) -> None:
 
 
 class Changer:
-    """Passes on what changes a sandbox, and knows of the change before its client does."""
+    """Passes on what changes a sandbox, and knows of the change before its client does.
+
+    Bodies are read here and not by FastAPI, which would take as long for it as the rest of the head does.
+    """
 
     def __init__(self, members: Members, starts: Starts) -> None:
         self._members = members
         self._directory = members.directory
         self._starts = starts
 
-    async def stop(self, runtime_id: str) -> Response:
+    async def start(self, request: Request) -> Response:
+        return passed(await self._starts.answer(read_start(await body_of(request)), request))
+
+    async def stop(self, request: Request) -> Response:
+        runtime_id = parsed(StopRequest, await body_of(request)).runtime_id
+        if runtime_id is None:
+            return Response(packed({"status": "nothing to stop"}), media_type=JSON)
         start, sandbox = self._starts.of_stand_in(runtime_id), self._found(runtime_id)
         if sandbox is not None:
             refusal = await self._stop(sandbox)
@@ -117,8 +137,11 @@ class Changer:
             self._directory.answered(stopped(sandbox, reply.upto))
         return None
 
-    async def hold_or_go_on(self, path: str, runtime_id: str) -> Response:
+    async def pass_on(self, path: str, request: Request) -> Response:
         """Pause or resume."""
+        runtime_id = parsed(PauseRequest, await body_of(request)).runtime_id
+        if runtime_id is None:
+            return Response(packed({"status": "nothing to do"}), media_type=JSON)
         sandbox = self._found(runtime_id)
         if sandbox is None:
             raise UnknownSandbox(f"no sandbox with runtime_id {runtime_id!r}")
@@ -141,24 +164,17 @@ class Changer:
 def _add_changing(app: FastAPI, changer: Changer) -> None:
     failures = errors(404, 409, 502, 503, 504)
 
-    @app.post("/stop", response_model=StopAnswer, responses=failures)
-    async def stop(wish: StopRequest) -> Response:
+    @app.post(STOP_PATH, response_model=StopAnswer, responses=failures, openapi_extra=json_body(StopRequest))
+    async def stop(request: Request) -> Response:
         """Remove a sandbox; again is fine."""
-        if wish.runtime_id is None:
-            return Response(packed({"status": "nothing to stop"}), media_type=JSON)
-        return await changer.stop(wish.runtime_id)
+        return await changer.stop(request)
 
-    @app.post("/pause", response_model=PauseAnswer, responses=failures)
-    async def pause(wish: PauseRequest) -> Response:
+    @app.post("/pause", response_model=PauseAnswer, responses=failures, openapi_extra=json_body(PauseRequest))
+    async def pause(request: Request) -> Response:
         """Let a sandbox hold still: files, URL, key and running programs are kept; again is fine."""
-        return await _unless_null("/pause", wish)
+        return await changer.pass_on("/pause", request)
 
-    @app.post("/resume", response_model=PauseAnswer, responses=failures)
-    async def resume(wish: PauseRequest) -> Response:
+    @app.post("/resume", response_model=PauseAnswer, responses=failures, openapi_extra=json_body(PauseRequest))
+    async def resume(request: Request) -> Response:
         """Let a paused sandbox go on; a running one stays as it is."""
-        return await _unless_null("/resume", wish)
-
-    async def _unless_null(path: str, wish: PauseRequest) -> Response:
-        if wish.runtime_id is None:
-            return Response(packed({"status": "nothing to do"}), media_type=JSON)
-        return await changer.hold_or_go_on(path, wish.runtime_id)
+        return await changer.pass_on("/resume", request)

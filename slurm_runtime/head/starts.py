@@ -223,8 +223,8 @@ class Starts:
 
     def _check(self, start: Start) -> None:
         """Raise why it can never be started, or not in time."""
-        most = max((node.facts.slots for node in self.members.here() if node.facts), default=0)
         units, factor = start.wish.wanted.units, start.wish.factor
+        most = self.members.most_slots() if units > 1 else 1
         if most and units > most:
             raise NeverFits(
                 f"resource_factor {factor:g} needs {units} slots and the largest node has {most}; ask for less, or "

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from slurm_runtime.app import validation_sentence
 from slurm_runtime.head.choice import Wanted
-from slurm_runtime.models import StartRequest
+from slurm_runtime.models import StartRequest, Wire
 from slurm_runtime.references import full_name
 from slurm_runtime.sandbox import Dialect, dialect_of
 from slurm_runtime.slots import units_for
 from slurm_runtime.wishes import BadRequest
+
+T = TypeVar("T", bound=Wire)
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,21 @@ class StartWish:
     is_string: bool
 
 
+def parsed(kind: type[T], body: bytes) -> T:
+    """A request's body; ``BadRequest`` in the words of an API server."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as problem:
+        raise BadRequest(validation_sentence(problem.errors())) from None
+
+
 def read_start(body: bytes) -> StartWish:
-    """The wish in a request's body; ``BadRequest`` in the words of an API server.
+    """The wish in a request's body; ``BadRequest`` where there is none.
 
     The body is passed on as it came, but for a session without a name, which gets one here: else it could be found
     again on no node whose answer is lost.
     """
-    try:
-        wish = StartRequest.model_validate_json(body)
-    except ValidationError as problem:
-        raise BadRequest(validation_sentence(problem.errors())) from None
+    wish = parsed(StartRequest, body)
     session_id = wish.session_id
     if session_id is None:
         session_id = f"session-{secrets.token_hex(8)}"

@@ -34,15 +34,19 @@ from slurm_runtime.heartbeats import Heartbeats
 from slurm_runtime.logs import log
 from slurm_runtime.manager import Manager
 from slurm_runtime.models import StartRequest
+from slurm_runtime.node_models import ChangesAnswer
 from slurm_runtime.podman import ContainerSpec, EngineError
 from slurm_runtime.ports import Ports, Reservation
 from slurm_runtime.readiness import Prober
+from slurm_runtime.routes_node import news
+from slurm_runtime.routes_sandboxes import answer
 from slurm_runtime.sandbox import NEXT_STATES, Sandbox, Specification, State
 from slurm_runtime.slots import Lease, Slots, units_for
 from slurm_runtime.wishes import settled
 from tests.runtime.commands import EXIT, IMAGE, NOT_THERE, SERVE, SILENT
 from tests.runtime.conftest import API_KEY, CONFIG
 from tests.runtime.fake_podman import FakePodman
+from tests.runtime.replica import Replica
 
 DEADLINE_S = 20.0
 
@@ -242,6 +246,7 @@ ACTS = st.one_of(
     *[act("clients_hang_up", how_many=st.integers(1, 4), moment_s=MOMENTS)] * 2,
     act("container_dies", which=st.integers(0, SLOTS), moment_s=MOMENTS),
     act("podman_refuses", creations=st.integers(0, 2), removals=st.integers(0, 3)),
+    act("head_asks"),
 )
 
 
@@ -357,6 +362,7 @@ class SandboxesUsed(RuleBasedStateMachine):
         self.starts: list[asyncio.Task[Sandbox]] = []
         self.requests: list[asyncio.Task[Any]] = []
         self.ids: list[str] = []
+        self.head = Replica()
 
     async def made(self, slots: Slots) -> Manager:
         return Manager(self.config, self.engine, self.prober, slots)
@@ -421,6 +427,21 @@ class SandboxesUsed(RuleBasedStateMachine):
     def podman_refuses(self, creations: int, removals: int) -> None:
         self.engine.refuse_creation, self.engine.refuse_removal = creations, removals
 
+    def head_asks(self) -> None:
+        """What it knows then is what clients who ask here are told."""
+        told = news(self.manager, self.head.upto, self.head.boot)
+        self.head.apply(ChangesAnswer.model_validate_json(told.model_dump_json(exclude_none=True)))
+        entries = self.manager.register.entries()
+        assert self.head.sandboxes == {entry.specification.runtime_id: answer(entry.sandbox) for entry in entries}
+        for entry in entries:
+            session = entry.specification.session_id
+            with contextlib.suppress(UnknownSandbox):
+                newest = self.manager.by_session(session)
+                assert self.head.newest[session] == newest.specification.runtime_id
+        assert self.head.living() == {sandbox.specification.runtime_id for sandbox in self.manager.living()}
+        assert told.node.used == self.manager.snapshot().slots_used
+        assert self.head.completes == 1
+
     # How it comes to an end.
 
     @rule()
@@ -429,6 +450,7 @@ class SandboxesUsed(RuleBasedStateMachine):
         self.engine.refuse_creation = self.engine.refuse_removal = 0
         self.run(self._rest())
         self._podman_agrees()
+        self.head_asks()
         paused = [sandbox for sandbox in self.manager.living() if sandbox.state is State.PAUSED]
         for sandbox in paused:
             self.ask(self.manager.resume(sandbox.specification.runtime_id), 0)
