@@ -16,7 +16,6 @@ from slurm_runtime.head.link import CutOff, Link, NotSent
 from slurm_runtime.logs import log
 from slurm_runtime.node_models import NodeFacts
 
-POLL_S = 10.0  # that a poll stays open: shorter than the patience with silence
 LATE_S = 5.0  # after it, until the connection counts as dead
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0  # after a poll that failed
 
@@ -26,15 +25,18 @@ Hear = Callable[[NodeFacts, News], None]
 class Feed:
     """Follows one life of a node. ``hear`` gets what it tells; ``rest_s`` says how long to rest between two polls.
 
+    A poll stays open for ``poll_s``: several of them fit into the patience with a silent node.
+
     ``upto`` is the number of the last change that was heard, -1 before the first answer.
     """
 
-    def __init__(self, name: str, link: Link, hear: Hear, rest_s: Callable[[], float]) -> None:
+    def __init__(self, name: str, link: Link, hear: Hear, rest_s: Callable[[], float], poll_s: float) -> None:
         self.name = name
         self.upto = -1
         self._link = link
         self._hear = hear
         self._rest_s = rest_s
+        self._poll_s = poll_s
         self._boot = ""
         self._resting: asyncio.Future[None] | None = None
         self._heard = asyncio.Event()
@@ -73,8 +75,8 @@ class Feed:
             self._resting.set_result(None)
 
     async def _poll(self) -> None:
-        path = f"/changes?since={self.upto}&boot={self._boot}&wait_s={POLL_S:g}"
-        reply = await self._link.ask("GET", path, timeout_s=POLL_S + LATE_S)
+        path = f"/changes?since={self.upto}&boot={self._boot}&wait_s={self._poll_s:g}"
+        reply = await self._link.ask("GET", path, timeout_s=self._poll_s + LATE_S)
         if reply.status != 200:
             raise BadNews(f"{self._link.url} answers GET /changes with {reply.status}: {reply.body[:200]!r}")
         facts, news = read(self.name, reply.body)

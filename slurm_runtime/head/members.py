@@ -20,6 +20,7 @@ from slurm_runtime.podman import EngineUnreachable
 
 LOOK_S = 0.5  # between looks whether a node has fallen silent
 MOST_POLLS_A_SECOND = 300  # of all nodes together, where nobody waits; each costs as much as a client's
+POLLS_IN_PATIENCE = 3
 ENDED_KEPT = 1000  # nodes that are lost or have left, for GET /nodes
 SETTLING_S = 10.0  # at most, after the first beats, until the nodes that were heard of are heard out
 
@@ -201,7 +202,7 @@ class Members:
         def hear(facts: NodeFacts, news: News) -> None:
             self._hear(node.name, facts, news)
 
-        feed = Feed(node.name, link, hear, self._rest_s)
+        feed = Feed(node.name, link, hear, self._rest_s, self._patience_s / POLLS_IN_PATIENCE)
         self._ties[node.name] = Tie(link, feed, self._background.own(feed.follow()))
 
     def _untie(self, name: str) -> None:

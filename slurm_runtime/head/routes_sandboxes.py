@@ -130,6 +130,7 @@ class Changer:
         if not self._members.is_here(sandbox.node):
             self._directory.put(unwanted(sandbox))
             return None
+        self._starts.note_stopped(sandbox.session_id)
         reply = await self._pass_on("/stop", sandbox)
         if not reply.is_good:
             return None if reply.status == 404 and sandbox.is_dead else reply

@@ -32,6 +32,7 @@ from slurm_runtime.routes_sandboxes import HungUp, until_gone
 
 REFUSED_S = 1.0  # until a node that has refused a start may be asked for it again
 AGAIN_S = 0.2  # between tries at a node that may have the sandbox
+STOPPED_EARLY = 409
 LONGEST_S = 600.0  # that a node may take over a start: it gives up by itself before
 ALIASES_KEPT = 1000
 NOBODY = ""  # the node of a sandbox that no node ever had
@@ -41,7 +42,8 @@ class Start:
     """One start under way, of however many clients ask for its session.
 
     ``stand_in`` is its runtime id until a node has given it one. ``node`` is where it was sent to last; ``is_sent``
-    says that a node may have begun it, ``is_new`` that the session had no sandbox before.
+    says that a node may have begun it, ``is_new`` that the session had no sandbox before, ``is_stopped`` that somebody
+    has stopped its sandbox meanwhile.
     """
 
     def __init__(self, wish: StartWish, number: int, patience_s: float) -> None:
@@ -55,6 +57,7 @@ class Start:
         self.is_sent = False
         self.is_new = True
         self.is_read = False
+        self.is_stopped = False
         self.task: asyncio.Task[Reply]
 
     @property
@@ -132,12 +135,18 @@ class Starts:
             raise self._stopping() if self._closing else StoppedEarly("the sandbox was stopped before it had started")
         return start.task.result()
 
+    def note_stopped(self, session_id: str) -> None:
+        """Somebody has stopped the session's sandbox."""
+        start = self._under_way.get(session_id)
+        if start is not None:
+            start.is_stopped = True
+
     def stop(self, start: Start) -> None:
         """Stop one that was read under its stand-in's id: nothing of it is left, and its clients hear of it."""
         wish = start.wish
         told = waiting(start.stand_in, wish.session_id, wish.image, "")
         gone = changed(known(NOBODY, told, 0), 0, state="stopped", pod_status="not found", reason="stopped on request")
-        self.directory.put(gone)
+        self.directory.answered(gone)
         start.task.cancel()
 
     def close(self) -> None:
@@ -260,7 +269,9 @@ class Starts:
                 return None
             try:
                 start.is_sent = True
-                return await self._sent(start, link.ask("POST", "/start", start.wish.body, HEADERS, LONGEST_S))
+                reply = await self._sent(start, link.ask("POST", "/start", start.wish.body, HEADERS, LONGEST_S))
+                if not (may_be_there and reply.status == STOPPED_EARLY and not start.is_stopped):
+                    return reply  # else the node had taken the broken connection for a client that hung up
             except NotSent as problem:
                 if not may_be_there:
                     log.warning("session %s goes to another node: %s", start.wish.session_id, problem)
