@@ -113,6 +113,7 @@ def of_fairness(found: Fairness) -> str:
     return "More starts than slots\n\n" + measure.table(
         [
             ("what", "figure"),
+            ("slots in all", str(found.slots)),
             ("starts a second", f"{found.rate:.0f}, {found.summary.starts} in all, {found.summary.failed} failed"),
             ("in the line at the end of the load", str(found.waiting)),
             *waits,
@@ -126,7 +127,7 @@ def of_churn(found: Churn) -> str:
         [
             ("what", "figure"),
             ("load", f"{found.rate:g} starts a second for {found.seconds:g} s, {found.changed} nodes changed"),
-            ("starts", f"{found.summary.starts}, {found.lost_with_nodes} ended with their node"),
+            ("starts", f"{found.summary.starts}; on the nodes that left lived {found.there}"),
             ("failed elsewhere", f"{found.bystanders} {found.why or ''}"),
             *zip(OF, of(found.summary), strict=True),
             ("head, PSS, from begin to end", _memory(found.memory_mb)),

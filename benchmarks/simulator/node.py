@@ -141,7 +141,9 @@ class Node:
             self._answer(call, 422, {"detail": f"the request cannot be read: {problem}"})
 
     def _answer(self, call: Call, status: int, found: object, refused: str = "") -> None:
-        """With the headers that a head reads."""
+        """With the headers that a head reads; a mute node answers nothing that it was asked before either."""
+        if self.is_mute:
+            return
         more = f"\r\n{UPTO}: {self.log.upto}" if call.target in CHANGING else ""
         call.answer_json(status, found, (more + (f"\r\n{REFUSED}: {refused}" if refused else "")).encode())
 

@@ -16,6 +16,7 @@ from benchmarks.simulator.stage import Process, Stage, until
 JOINED_S = 60.0
 BOUND_MS = 100.0
 LOST_S = 60.0
+FEW_SLOTS = 4  # of each node, so that starts have to wait at a rate that the head can carry
 MOST_IDS = 200  # in one GET /sessions/batch
 
 
@@ -226,6 +227,7 @@ def _timed_ms(ask: Callable[[], int]) -> tuple[float, int]:
 class Fairness:
     """Two groups of clients, one with three times as many starts; most of them wait in the head's line."""
 
+    slots: int
     rate: float
     waiting: int
     waits: dict[str, Spread]
@@ -235,10 +237,10 @@ class Fairness:
 
 
 def fairness(stage: Stage, setting: Setting) -> Fairness:
-    nodes = min(4, setting.nodes)
-    rate = 1.3 * nodes * setting.slots / 2.4  # a start, 2 s and a stop
-    with cluster(stage, nodes, setting.slots) as made:
-        plan = replace(made.plan(rate, setting.seconds, 2.0, "fair"), groups=("many", "many", "many", "few"))
+    slots = min(FEW_SLOTS, setting.slots)
+    rate = 1.3 * setting.nodes * slots / 4.4  # a start, 4 s and a stop
+    with cluster(stage, setting.nodes, slots) as made:
+        plan = replace(made.plan(rate, setting.seconds, 4.0, "fair"), groups=("many", "many", "many", "few"))
         with stage.clients(plan) as clients:
             time.sleep(setting.seconds)
             waiting = int(made.head.ask("GET", "/nodes")["waiting"])
@@ -246,7 +248,9 @@ def fairness(stage: Stage, setting: Setting) -> Fairness:
         times = made.times()
     placed = sum(start.session in times for start in starts)
     waits = waits_by_group(starts, times)
-    return Fairness(rate, waiting, waits, placed, overtaken(starts, times), summary(starts, times))
+    return Fairness(
+        setting.nodes * slots, rate, waiting, waits, placed, overtaken(starts, times), summary(starts, times)
+    )
 
 
 # Nodes that come and go.
@@ -259,7 +263,7 @@ class Churn:
     rate: float
     seconds: float
     changed: int
-    lost_with_nodes: int
+    there: int
     bystanders: int
     why: dict[str, int]
     memory_mb: list[float]
@@ -286,7 +290,7 @@ def churn(stage: Stage, setting: Setting, rate: float) -> Churn:
         rate,
         3 * setting.seconds,
         changed,
-        found.failed - len(bystanders),
+        len(gone),
         len(bystanders),
         summary(bystanders, times).why,
         memory,
