@@ -16,6 +16,7 @@ from benchmarks.simulator.stage import Process, Stage, until
 JOINED_S = 60.0
 BOUND_MS = 100.0
 LOST_S = 60.0
+AROUND_S = 0.4  # that a start and a stop take
 FEW_SLOTS = 4  # of each node, so that starts have to wait at a rate that the head can carry
 MOST_IDS = 200  # in one GET /sessions/batch
 
@@ -29,6 +30,11 @@ class Setting:
     seconds: float = 20.0
     step: float = 50.0
     most: float = 1000.0
+
+    @property
+    def hold_s(self) -> float:
+        """How long a client keeps its sandbox where nothing else is said."""
+        return min(2.0, self.seconds / 5)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def raw(stage: Stage, setting: Setting, rate: float) -> Loaded:
     with stage.simulator("none", setting.slots) as simulator:
         simulator.ask("POST", f"/add?count={setting.nodes}")
         urls = tuple(node["url"] for node in simulator.ask("GET", "/nodes").values())
-        plan = Plan(urls, simulator.key, rate, setting.seconds, 2.0, "raw")
+        plan = Plan(urls, simulator.key, rate, setting.seconds, setting.hold_s, "raw")
         alone = Cluster(stage, simulator, simulator)
         return loaded(alone, setting.nodes, plan)[0]
 
@@ -138,7 +144,7 @@ def steps(stage: Stage, setting: Setting) -> list[Loaded]:
     with cluster(stage, setting.nodes, setting.slots) as made:
         rate = setting.step
         while rate <= setting.most and (not found or is_kept(found[-1])):
-            plan = made.plan(rate, setting.seconds, 2.0, f"rate-{rate:g}")
+            plan = made.plan(rate, setting.seconds, setting.hold_s, f"rate-{rate:g}")
             found.append(loaded(made, setting.nodes, plan)[0])
             rate += setting.step
     return found
@@ -238,9 +244,9 @@ class Fairness:
 
 def fairness(stage: Stage, setting: Setting) -> Fairness:
     slots = min(FEW_SLOTS, setting.slots)
-    rate = 1.3 * setting.nodes * slots / 4.4  # a start, 4 s and a stop
+    rate = 1.3 * setting.nodes * slots / (2 * setting.hold_s + AROUND_S)
     with cluster(stage, setting.nodes, slots) as made:
-        plan = replace(made.plan(rate, setting.seconds, 4.0, "fair"), groups=("many", "many", "many", "few"))
+        plan = replace(made.plan(rate, setting.seconds, 2 * setting.hold_s, "fair"), groups=("many", "many", "many", "few"))
         with stage.clients(plan) as clients:
             time.sleep(setting.seconds)
             waiting = int(made.head.ask("GET", "/nodes")["waiting"])
@@ -273,7 +279,7 @@ class Churn:
 def churn(stage: Stage, setting: Setting, rate: float) -> Churn:
     with cluster(stage, setting.nodes, setting.slots) as made:
         memory, gone, changed = [made.head.pss_mb()], set[str](), 0
-        with stage.clients(made.plan(rate, 3 * setting.seconds, 2.0, "churn")) as clients:
+        with stage.clients(made.plan(rate, 3 * setting.seconds, setting.hold_s, "churn")) as clients:
             for second in range(1, int(3 * setting.seconds) + 1):
                 left = made.simulator.ask("POST", "/leave?count=1")["nodes"]
                 gone.update(itertools.chain.from_iterable(left.values()))
