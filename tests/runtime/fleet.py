@@ -84,6 +84,10 @@ class FleetSlots:
         return sum(node.manager.admission.slots.used for node in self.nodes)
 
     @property
+    def total(self) -> int:
+        return sum(node.manager.admission.slots.total for node in self.nodes)
+
+    @property
     def taken(self) -> set[int]:
         return {port for node in self.nodes for port in node.manager.launcher.ports.taken}
 
@@ -144,8 +148,9 @@ def head_over(nodes: Sequence[Api], config: HeadConfig = HEAD_CONFIG, shares: bo
     address = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=address, headers={"X-API-Key": API_KEY}, timeout=60, trust_env=False) as client:
         try:
-            engine: Any = FleetEngine(nodes, shares)
-            manager: Any = FleetSlots(nodes)
+            joined = [*nodes]
+            engine: Any = FleetEngine(joined, shares)
+            manager: Any = FleetSlots(joined)
             api = HeadApi(
                 client,
                 engine,
@@ -153,7 +158,7 @@ def head_over(nodes: Sequence[Api], config: HeadConfig = HEAD_CONFIG, shares: bo
                 box["loop"],
                 any(node.agent for node in nodes),
                 head=box["head"],
-                nodes=[*nodes],
+                nodes=joined,
             )
             for node in nodes:
                 assert api.join(node).status_code == 200
