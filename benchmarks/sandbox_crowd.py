@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hundreds of sandboxes alive at once, each with a client of its own: does each answer, how fast, and what do they weigh?
+"""Hundreds of sandboxes alive at once, each with a client: does each answer, how fast, and what do they weigh?
 
 Starts them on a Podman store of its own; a command through each sandbox's URL writes a token of its own into it.
 Another command reads it back, twice: before and after the time in which every sandbox's session is polled as clients
