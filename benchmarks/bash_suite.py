@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import json
 import os
 import re
@@ -95,6 +96,7 @@ class Ending:
 
 
 # Of the suite as published, on the same four-node test cluster (Slurm 22.05), before this benchmark was written.
+RECORDED_HEAD = "bash suite (recorded earlier, not run here)"
 RECORDED = (
     Ending("clean", 10.9, 23.7),
     Ending("fails", None, None, ("runtime",)),
@@ -133,6 +135,9 @@ class Ours:
     base: Path
     partitions: tuple[str, str]
 
+    def sweep(self, jobs: Sequence[str]) -> None:
+        """Nothing is left."""
+
     def launch(self, folder: Path) -> list[str]:
         """The ids of the runtime job and of the training job."""
         cpu, gpu = self.partitions
@@ -168,6 +173,12 @@ class Bash:
         }
         said = called([str(folder / "slurm" / "launch.sh"), "--config", str(conf)], environment)
         return list(dict.fromkeys(re.findall(r"Submitted (?:runtime|training) job: (\d+)", said)))
+
+    def sweep(self, jobs: Sequence[str]) -> None:
+        """Remove what it leaves in /tmp for each job, where the nodes share this host's."""
+        user = getpass.getuser()
+        for left in (Path(place) for job in jobs for place in (f"/tmp/podman-{user}-{job}", f"/tmp/{user}/{job}_0")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _stand_ins(self, folder: Path) -> None:
         project = folder / "project"
@@ -205,6 +216,7 @@ def ending(suite: Ours | Bash, what: str, patience_s: float) -> Ending:
     finally:
         subprocess.run(["scancel", *jobs.values()], capture_output=True, check=False)
         wait_until(lambda: not any(map(state, jobs.values())), QUEUE_LOOK_S)
+        suite.sweep(list(jobs.values()))
         shutil.rmtree(folder, ignore_errors=True)
     return Ending(what, started, None if stayed else end_s, stayed)
 
@@ -273,10 +285,10 @@ def main(argv: Sequence[str]) -> int:
         theirs: Sequence[Ending] = RECORDED
         if arguments.bash_suite:
             theirs = all_endings(Bash(base, partitions, arguments.bash_suite), arguments.patience)
-    head = "bash suite" if arguments.bash_suite else "bash suite (recorded earlier, not run here)"
+    head = "bash suite" if arguments.bash_suite else RECORDED_HEAD
     if arguments.json:
         told = {"ours": [asdict(one) for one in ours], head: [asdict(one) for one in theirs]}
-        print(json.dumps({"machine": measure.machine(), **told}))
+        print(json.dumps({"machine": measure.machine(), "patience_s": arguments.patience, **told}))
     else:
         print(report(ours, theirs, head))
     return measure.verdict(aims(ours, theirs))

@@ -35,4 +35,4 @@ async def stdout_of(session: aiohttp.ClientSession, sandbox: dict[str, Any], com
         if answer.status != 200:
             return f"HTTP {answer.status}"
         said = await answer.json()
-    return str(said["stdout"]) if said["exit_code"] == 0 else f"exit code {said['exit_code']}"
+    return str(said["stdout"] or "") if said["exit_code"] == 0 else f"exit code {said['exit_code']}"
