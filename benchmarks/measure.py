@@ -1,16 +1,49 @@
-"""How is something timed, and how are the figures shown?"""
+"""How is something timed, how are the figures shown, and which bound was missed?"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 USABLE_DEADLINE_S = 180.0
 LOOK_S = 0.002
+EXIT_MISSED = 1  # a figure was taken, and is worse than the bound that the script names
+VERSION_DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A figure, and the bound that it is to keep."""
+
+    what: str
+    figure: float
+    bound: float
+    at_least: bool = False
+
+    @property
+    def kept(self) -> bool:
+        return self.figure >= self.bound if self.at_least else self.figure <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.figure:.3g}, aimed at {'≥' if self.at_least else '≤'} {self.bound:g}"
+
+
+def verdict(aims: Sequence[Aim]) -> int:
+    """The exit code: 0 where all bounds are kept. What is missed is said on stderr."""
+    missed = [aim for aim in aims if not aim.kept]
+    for aim in missed:
+        print(f"missed: {aim}", file=sys.stderr)
+    return EXIT_MISSED if missed else 0
 
 
 async def usable(url: str, path: str = "/health", every_s: float = LOOK_S) -> None:
@@ -73,3 +106,30 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def load() -> str:
     """How busy this machine was in the last minute."""
     return f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+
+
+def machine() -> dict[str, str]:
+    """What the figures of this run were taken on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpus": f"{os.cpu_count()}",
+        "memory": f"{memory:.0f} GiB",
+        "kernel": platform.release(),
+        "system": platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
+        "python": platform.python_version(),
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def program_version(*argv: str) -> str:
+    """The first line that a program says of its version; empty where there is no such program."""
+    if not shutil.which(argv[0]):
+        return ""
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=VERSION_DEADLINE_S, check=False)
+    return next(iter(done.stdout.splitlines()), "")
+
+
+def available_mb() -> float:
+    """Memory that can be had without taking it from another process."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -8,6 +8,8 @@ status in at most that and 1.5 times one squeue.
 
     python benchmarks/startup.py [--runs 10] [--rounds 25] [--json]
 
+Exit codes: 0 what is promised is kept, 1 it is not.
+
 Where no Slurm answers, status of what ended and of local runs is measured beside the bare Python alone.
 """
 
@@ -78,6 +80,11 @@ def verdicts(found: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return told
 
 
+def exit_code(told: Mapping[str, Mapping[str, float]]) -> int:
+    """1 where a promise is not kept."""
+    return int(any(promise["measured_s"] > promise["allowed_s"] for promise in told.values()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=10, help="runs that status shows (%(default)s)")
@@ -89,14 +96,14 @@ def main() -> int:
     told = verdicts(found)
     if arguments.json:
         print(json.dumps({"runs": len(runs), "fastest_s": found, "promises": told}, indent=2))
-        return 0
+        return exit_code(told)
     for name, taken in found.items():
         what = f"{name} of {len(runs)} runs" if name == "status" else name
         print(f"{what:20} {taken * 1000:7.1f} ms  {taken / found['python']:5.2f} × python")
     for name, promise in told.items():
         kept = "kept" if promise["measured_s"] <= promise["allowed_s"] else "NOT kept"
         print(f"{name}: at most {promise['allowed_s'] * 1000:.1f} ms: {kept}")
-    return 0
+    return exit_code(told)
 
 
 if __name__ == "__main__":

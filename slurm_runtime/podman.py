@@ -332,8 +332,9 @@ def create_body(
 ) -> dict[str, Any]:
     """The body of a create call. Pure.
 
-    ``id_range`` and ``hard_limits`` (rlimit name → the service's hard limit) matter only to a Podman that runs as
-    root: a rootless one is in a user namespace already and lowers its default limits itself.
+    ``id_range`` and ``hard_limits`` (rlimit name → the service's hard limit) matter to a Podman that runs as root. A
+    rootless one is in a user namespace already and lowers its default limits itself; only what is asked for beyond
+    them, ``pids_together``, is lowered here.
     """
     port: dict[str, Any] = {"container_port": spec.container_port, "protocol": "tcp"}
     if spec.host_ip:
@@ -376,7 +377,10 @@ def create_body(
     if limits:
         body["resource_limits"] = limits
     if facts.rootless:
-        hard_limits = {"NPROC": spec.pids_together} if spec.pids_together and "pids" not in facts.controllers else {}
+        bounded = spec.pids_together and "pids" not in facts.controllers
+        # Podman lowers its own limit, often to 32768; beyond it a container of hundreds of slots could not start.
+        most = min(spec.pids_together, hard_limits.get("NPROC", spec.pids_together))
+        hard_limits = {"NPROC": most} if bounded else {}
     if hard_limits:
         body["r_limits"] = [{"type": name, "soft": limit, "hard": limit} for name, limit in hard_limits.items()]
     if not facts.rootless and id_range is not None:
@@ -556,7 +560,7 @@ class Podman:
             facts = replace(facts, pid=pid, uid=uid)
             if not facts.rootless:
                 self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
-                self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
+            self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
             self._facts = facts
         return self._facts
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.room import Room
+from benchmarks.room import Room, Server
 from slurm_runtime.agent.tree import MOUNT_POINT
 
 HERE = Path(__file__).resolve().parent
@@ -19,6 +22,7 @@ SWE_REX = "1.4.0"
 RUN_DEADLINE_S = 600.0
 INSTALL_DEADLINE_S = 900.0
 MOUNTED = "/opt/peers"
+KINDS = ("START", "COMMAND", "SESSION")
 # DockerWorkspace calls `docker`. It asks for more open files than some machines' hard limit allows; Podman then
 # refuses where Docker's daemon, as root, does not.
 DOCKER = """#!/bin/bash
@@ -36,44 +40,75 @@ exec podman "${words[@]}"
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a driver reported: seconds by kind (START, COMMAND, SESSION), and whether it came to its end in time."""
+
+    seconds: dict[str, list[float]]
+    whole: bool
+
+
+@dataclass(frozen=True)
 class Peers:
     """A folder with the peers' packages and with the programs that they expect."""
 
     place: Room
     folder: Path
 
-    def workspace_seconds(self, count: int) -> list[float]:
-        """Starts of OpenHands' DockerWorkspace."""
+    def workspace(self, mode: str, count: int, deadline_s: float = RUN_DEADLINE_S) -> Said:
+        """OpenHands' DockerWorkspace; the modes are those of openhands_workspaces.py."""
         volumes = [f"{mount.source}:{mount.target}:ro" for mount in self.place.tree.mounts]
-        return self._seconds("docker_workspace", self._workspace_image(), volumes, count)
+        words = ("docker", self._workspace_image(), ",".join(volumes), mode, str(count))
+        return self._drive("openhands_workspaces", "docker_workspace", words, deadline_s)
 
-    def swe_rex_seconds(self, count: int) -> list[float]:
-        """Starts of SWE-ReX, whose containers find ``swerex-remote`` in a mount."""
+    def workspace_on(self, found: Server, mode: str, count: int, deadline_s: float = RUN_DEADLINE_S) -> Said:
+        """OpenHands' APIRemoteWorkspace, as published, on an API server."""
+        words = ("api", self.place.image, "", mode, str(count))
+        to = {"RUNTIME_URL": found.url, "RUNTIME_KEY": found.key}
+        return self._drive("openhands_workspaces", "docker_workspace", words, deadline_s, to)
+
+    def swe_rex(self, mode: str, count: int, deadline_s: float = RUN_DEADLINE_S) -> Said:
+        """SWE-ReX, whose containers find ``swerex-remote`` in a mount; the modes are those of swe_rex.py."""
         shim = self.folder / "bin" / "swerex-remote"
         mounts = {self.place.tree.root: MOUNT_POINT, self.folder: MOUNTED, shim: "/usr/local/bin/swerex-remote"}
         volumes = [f"{source}:{target}:ro" for source, target in mounts.items()]
-        return self._seconds("swe_rex", self.place.image, volumes, count)
+        words = (self.place.image, ",".join(volumes), mode, str(count))
+        return self._drive("swe_rex", "swe_rex", words, deadline_s)
 
-    def _seconds(self, name: str, image: str, volumes: Sequence[str], count: int) -> list[float]:
-        """Run one of the scripts beside this file; the seconds that it printed."""
-        environment = {
+    def _drive(
+        self, script: str, packages: str, words: Sequence[str], deadline_s: float, more: Mapping[str, str] | None = None
+    ) -> Said:
+        """Run one of the scripts beside this file until its end or the deadline, with all that it started.
+
+        Not to be through in time is a result where many are started at once, and ends the benchmark elsewhere.
+        """
+        environment = {**self._environment(packages), **(more or {})}
+        argv = [str(self._python), str(HERE / f"{script}.py"), *words]
+        with tempfile.TemporaryFile("w+", dir=self.place.storage.root) as out:
+            child = subprocess.Popen(
+                argv,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            code = _ended(child, deadline_s)
+            out.seek(0)
+            text = out.read()
+        if code and "many" not in words:
+            sys.exit(f"{script} failed: {text[-2000:]}")
+        return Said(parsed(text), code == 0)
+
+    def _environment(self, packages: str) -> dict[str, str]:
+        return {
             **self.place.environment,
-            "PYTHONPATH": str(self.folder / name),
+            "PYTHONPATH": str(self.folder / packages),
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
             "OPENHANDS_SUPPRESS_BANNER": "1",
             "no_proxy": "*",
             "HOME": str(self.place.storage.root),
         }
-        argv = [str(self._python), str(HERE / f"{name}.py"), image, ",".join(volumes), str(count)]
-        done = subprocess.run(
-            argv, env=environment, capture_output=True, text=True, timeout=RUN_DEADLINE_S, check=False
-        )
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            sys.exit(f"{name} failed: {(done.stderr or done.stdout)[-2000:]}")
-        seconds: list[float] = json.loads(found[-1].removeprefix("RESULT "))
-        return seconds
 
     @property
     def _python(self) -> Path:
@@ -86,6 +121,28 @@ class Peers:
         dockerfile.write_text(f"FROM {self.place.image}\nENTRYPOINT {entry}\nWORKDIR /workspace\n")
         self.place.podman("build", "--quiet", "-t", "localhost/agent:1", "-f", str(dockerfile), str(dockerfile.parent))
         return "localhost/agent:1"
+
+
+def parsed(text: str) -> dict[str, list[float]]:
+    """Seconds by kind, from the lines of a driver among whatever else was printed."""
+    found: dict[str, list[float]] = {}
+    for line in text.splitlines():
+        kind, _, seconds = line.partition(" ")
+        if kind in KINDS:
+            found.setdefault(kind, []).append(float(seconds))
+    return found
+
+
+def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> int:
+    """Its exit code, or -1 where it had to be ended; none of its process group stays."""
+    try:
+        return child.wait(deadline_s)
+    except subprocess.TimeoutExpired:
+        return -1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def installed(place: Room, cache: Path) -> Peers:

@@ -259,7 +259,9 @@ def test_a_fork_bomb_is_bounded_where_no_cgroup_does_it() -> None:
     spec = replace(SPEC, pids_together=6144)
     unbounded = replace(FACTS, controllers=frozenset())
     assert create_body(spec, unbounded, None, {})["r_limits"] == [{"type": "NPROC", "soft": 6144, "hard": 6144}]
-    assert "r_limits" not in create_body(spec, replace(FACTS, controllers=frozenset({"pids"})), None, {})
+    assert create_body(spec, unbounded, None, {"NPROC": 4096})["r_limits"][0]["hard"] == 4096  # no more than Podman's
+    assert create_body(spec, unbounded, None, {"NPROC": 32768})["r_limits"][0]["hard"] == 6144
+    assert "r_limits" not in create_body(spec, replace(FACTS, controllers=frozenset({"pids"})), None, {"NPROC": 9})
     assert "r_limits" not in create_body(replace(spec, pids_together=0), unbounded, None, {})
 
 
