@@ -100,6 +100,10 @@ class Members:
         """The number of the last change that was heard of this node."""
         return self._ties[name].feed.upto if name in self._ties else -1
 
+    def trouble(self, name: str) -> str:
+        """Why the node did not answer when it was asked last; empty where it did."""
+        return self._ties[name].feed.trouble if name in self._ties else ""
+
     async def ask(self, name: str, method: str, path: str, body: bytes | None = None, again: bool = True) -> Reply:
         """A node's answer to what may be asked twice; ``NodeAway`` where there is none."""
         tie = self._ties.get(name)

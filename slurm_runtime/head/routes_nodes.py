@@ -19,7 +19,7 @@ SomeName = Annotated[str, Path(max_length=256)]
 
 
 def line(members: Members, name: str) -> NodeAnswer:
-    return line_of(members.get(name), members.directory.living_on(name), members.now())
+    return line_of(members.get(name), members.directory.living_on(name), members.trouble(name), members.now())
 
 
 def all_nodes(members: Members) -> NodesAnswer:
