@@ -665,7 +665,7 @@ async def _serve_until(
     on_request = stopped.done()
     watching.cancel()
     goodbye = [membership.leave()] if membership else []
-    left, *_ = await asyncio.gather(manager.close(stop_timeout_s), *goodbye)
+    *_, left = await asyncio.gather(*goodbye, manager.close(stop_timeout_s))
     server.should_exit = True
     outcomes = await asyncio.gather(serving, watching, return_exceptions=True)
     stopped.cancel()

@@ -244,10 +244,11 @@ class Fairness:
 
 def fairness(stage: Stage, setting: Setting) -> Fairness:
     slots = min(FEW_SLOTS, setting.slots)
-    groups = ("many", "many", "many", "few")
     rate = 1.3 * setting.nodes * slots / (2 * setting.hold_s + AROUND_S)
     with cluster(stage, setting.nodes, slots) as made:
-        plan = replace(made.plan(rate, setting.seconds, 2 * setting.hold_s, "fair"), groups=groups)
+        plan = replace(
+            made.plan(rate, setting.seconds, 2 * setting.hold_s, "fair"), groups=("many", "many", "many", "few")
+        )
         with stage.clients(plan) as clients:
             time.sleep(setting.seconds)
             waiting = int(made.head.ask("GET", "/nodes")["waiting"])

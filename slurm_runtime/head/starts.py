@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Iterator
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import Request
 
@@ -24,7 +25,7 @@ from slurm_runtime.head.config import HeadConfig
 from slurm_runtime.head.directory import Directory
 from slurm_runtime.head.line import Claim
 from slurm_runtime.head.link import CutOff, NotSent, Reply
-from slurm_runtime.head.members import Members, NodeAway
+from slurm_runtime.head.members import Members
 from slurm_runtime.head.wish import StartWish
 from slurm_runtime.logs import log
 from slurm_runtime.node_models import WAIT
@@ -200,19 +201,22 @@ class Starts:
         task.add_done_callback(lambda _task: self._ending.pop(session_id, None))
 
     async def _leave_nothing(self, session_id: str, node: str) -> None:
+        reply = await self.members.ask_patiently(node, "GET", f"/sessions/{quote(session_id, safe='')}")
+        if reply is None or not reply.is_good:
+            return
         try:
-            reply = await self.members.ask(node, "GET", f"/sessions/{session_id}")
-            found = known(node, json.loads(reply.body), reply.upto) if reply.is_good else None
-            if found is not None and not found.is_dead:
-                await self.members.stop_there(found)
-        except (NodeAway, BadNews, ValueError) as problem:
+            found = known(node, json.loads(reply.body), reply.upto)
+        except (BadNews, ValueError) as problem:
             log.error("the sandbox of session %s, whose client left, may go on: %s", session_id, problem)
+            return
+        if not found.is_dead:
+            await self.members.stop_there(found)
 
     async def _run(self, start: Start) -> Reply:
         """Try one node after the other until one answers; the claims that were made are given back on every path."""
         ending = self._ending.get(start.wish.session_id)
         if ending is not None:
-            await asyncio.wait([ending])
+            await asyncio.wait([ending], timeout=start.left_s)
         refused: set[str] = set()
         while True:
             self._check(start)

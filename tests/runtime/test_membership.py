@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from slurm_runtime.api_server import StartProblem, build_parser, check_node_name
 from slurm_runtime.config import is_node_name
 from slurm_runtime.membership import job_of, judged, pause_s, silent
 from slurm_runtime.node_models import BEAT_S, ChangesAnswer, NodeWish
@@ -274,6 +275,15 @@ def test_the_job_is_called_as_slurm_calls_it(environment: dict[str, str], job: s
 )
 def test_names_of_nodes(name: str, fits: bool) -> None:
     assert is_node_name(name) is fits
+
+
+def test_a_host_whose_name_a_head_does_not_take_is_told_how_to_name_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "_no name_")
+    parse = build_parser().parse_args
+    with pytest.raises(StartProblem, match=r"'_no name_'.*--node-name"):
+        check_node_name(parse(["--head", "http://cpu-a:8000"]))
+    check_node_name(parse(["--head", "http://cpu-a:8000", "--node-name", "cpu-b"]))
+    check_node_name(parse([]))  # nobody asks for its name
 
 
 @pytest.mark.parametrize(
