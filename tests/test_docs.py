@@ -563,7 +563,7 @@ def test_every_file_of_a_run_is_listed() -> None:
     names = [
         getattr(directory, name).name for name, kind in vars(CoordinationDir).items() if isinstance(kind, property)
     ]
-    names += [directory.log(job, "ID", suffix).name for job in ("runtime", "training") for suffix in ("out", "err")]
+    names += [directory.log(job, "ID", suffix).name for job in ("runtime", "worker", "training") for suffix in ("out", "err")]
     names += [directory.heartbeat(job, "ID").name for job in ("runtime", "training")]
     names += [directory.ray_log("ID", "NODE").name, directory.ray_head("ID").name]
     listed = first_cells(LAUNCHER, "The run directory")
