@@ -101,7 +101,7 @@ def pid_of(module: str) -> int:
 
 def all_over(run: Run) -> bool:
     words = {*tasks(run).values(), *(run.state(kind) for kind in run.jobs)}
-    return not words & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
+    return not words & LIVING
 
 
 def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
@@ -110,7 +110,7 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
     """A run of four nodes, three of which its training waits for; the fourth finds no room until later."""
     taken = ["sbatch", "--parsable", "-n1", "-c60", "--mem=1G", "-o", "/dev/null", "--wrap", "exec sleep 600"]
     other = user.run(taken).stdout.strip()
-    settings = (*TWO_SLOTS, "RUNTIME_NODES=4", "RUNTIME_MIN_SLOTS=5", STARTS_SIX)
+    settings = (*TWO_SLOTS, "RUNTIME_NODES=4", "RUNTIME_MIN_SLOTS=5", "RESTARTS=1", "RESTART_LEAD=40", STARTS_SIX)
     run = launch(user, checkout, jobs_base, *settings)
     record = json.loads(run.text("run.json"))["jobs"]
     array, more = record["workers"]["id"], record["more_workers"]["id"]
@@ -156,6 +156,12 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
     os.kill(body_pid(run, "runtime"), signal.SIGKILL)
     until("the end of all", lambda: all_over(run) and is_over(user, by_hand), 90)
     assert run.completion["exit_code"] == 69
+
+    follows = run.next_attempt()  # which has nothing to go on from: it ends before it begins, with its workers
+    assert set(follows.jobs) == {"runtime", "workers", "more_workers", "training"}
+    arrays = ",".join(follows.jobs[kind] for kind in ("workers", "more_workers"))
+    until("the end of the next attempt", lambda: follows.is_over("runtime") and is_over(user, arrays), 60)
+    assert follows.exit_code("runtime") == "76"
     assert "is gone" in run.text(f"worker_{first}.err")
 
 
@@ -199,6 +205,9 @@ def test_workers_of_one_allocation_are_steps_whose_loss_is_not_the_jobs(
     (run.directory / "go").touch()
     run.wait_over(seconds=END_S)
     assert {run.exit_code(kind) for kind in run.jobs} == {"0"}, run.log("runtime", "err")
+
+
+LIVING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
 
 
 def worker_pid(worker: str) -> int:
