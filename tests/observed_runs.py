@@ -14,9 +14,12 @@ from socket import gethostname
 from typing import Any
 
 HERE = Path(__file__).resolve().parent / "observed"
-SETTINGS = ("SKYRL_BACKEND", "RESTARTS", "PAIRING", "TIME_LIMIT")
+SETTINGS = ("SKYRL_BACKEND", "RESTARTS", "PAIRING", "TIME_LIMIT", "RUNTIME_NODES", "RUNTIME_MODE")
 HOST, USER, BASE = "login1", "user", "/home/user/.skyrl_jobs"
-WANTED = re.compile(r"(run|attempt)[\w.]*\.json|\w+\.flag|local_jobs\.txt|(runtime|training)_[\w.]+\.(out|err)")
+WANTED = re.compile(
+    r"(run|attempt)[\w.]*\.json|\w+\.flag|local_jobs\.txt|(runtime|worker|training)_[\w.]+\.(out|err)"
+    r"|sandbox_statistics_\w+\.json"
+)
 LONGEST_LINE, LONGEST_STEP = 240, 4096  # a line in which VERL tells of a step is looked at as a whole
 
 

@@ -223,6 +223,36 @@ def test_a_sound_slurm_is_well_in_all() -> None:
 
 
 @pytest.mark.parametrize(
+    ("most", "mode", "health", "words", "fix"),
+    [
+        ("1001", "array", OK, "tasks up to 1000 (MaxArraySize); RUNTIME_NODES needs 7", ""),
+        ("8", "array", OK, "tasks up to 7", ""),
+        ("7", "array", FAIL, "tasks up to 6 (MaxArraySize=7), and RUNTIME_NODES=8 needs tasks up to 7", "=7 at most"),
+        ("0", "array", FAIL, "it takes no job arrays", "set RUNTIME_MODE=allocation"),
+        ("", "array", WARN, "does not tell its MaxArraySize", "scontrol show config"),
+        ("0", "allocation", None, "", ""),
+    ],
+)
+def test_job_arrays_of_a_runtime_on_several_nodes(
+    most: str, mode: str, health: Health | None, words: str, fix: str
+) -> None:
+    facts = replace(GOOD_SLURM, configuration={**CONFIGURED, "MaxArraySize": most})
+    verdicts = slurm_verdicts.slurm_verdicts(facts, settings_of("RUNTIME_NODES=8", f"RUNTIME_MODE={mode}"))
+    found = [verdict for verdict in verdicts if verdict.check == "arrays"]
+    assert [verdict.health for verdict in found] == [health] * (health is not None)
+    assert all(words in verdict.sentence and fix in verdict.fix for verdict in found)
+
+
+def test_each_worker_counts_as_a_job_of_the_account() -> None:
+    """A run with eight nodes is nine jobs at once; in one allocation it is two."""
+    facts = replace(GOOD_SLURM, limits=said("lab|8|\n"))
+    for mode, fails in (("array", True), ("allocation", False)):
+        verdicts = slurm_verdicts.slurm_verdicts(facts, settings_of("RUNTIME_NODES=8", f"RUNTIME_MODE={mode}"))
+        few = [verdict.sentence for verdict in verdicts if verdict.health is FAIL and verdict.check == "account"]
+        assert ["is 9 jobs at once: MaxJobs=8 in lab" in sentence for sentence in few] == [True] * fails
+
+
+@pytest.mark.parametrize(
     ("changed", "check", "health", "words"),
     [
         ({"absent": ("sbatch",)}, "slurm", FAIL, "not on PATH: sbatch"),

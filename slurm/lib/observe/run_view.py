@@ -131,6 +131,7 @@ class PairView:
         return self.jobs[0]
 
 
+GPUS = "waiting for GPUs"
 LEFT = "its runtime job has ended, and Slurm does not know it any more"
 NO_PHASE = Unknown("nothing is known of its jobs")
 
@@ -323,7 +324,8 @@ def phase_now(pair: PairView, record: RunRecord, phases: Mapping[str, Phase | Un
     if state is RunState.UNKNOWN:
         return Unknown(pair.lead.why_unknown)
     if state is RunState.WAITING:
-        return Phase("waiting for GPUs")
+        waits = [worker for worker in pair.workers if worker.is_needed and worker.stage is Stage.PENDING]
+        return Phase(f"waiting for {len(waits)} workers" if waits[1:] else "waiting for a worker" if waits else GPUS)
     if state is RunState.PENDING:
         return Phase("in the queue")
     if training is None or state is RunState.STARTING:

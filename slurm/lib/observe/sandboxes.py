@@ -29,11 +29,17 @@ class Sandboxes:
 
 
 def parse_metrics(text: str) -> Sandboxes | None:
-    """The figures in a server's answer to GET /metrics; None where they are not those of our server."""
+    """The figures in a server's answer to GET /metrics; None where they are not those of our server, or a head.
+
+    A head tells those of its nodes; while it has none, or no sandbox, some are missing. It has a line of its own.
+    """
     sums: dict[str, float] = {}
     for name, value in _FIGURE.findall(text):
         sums[name] = sums.get(name, 0.0) + float(value)
     names = ("skyrl_sandboxes", "skyrl_slots_used", "skyrl_slots_total", "skyrl_starts_waiting")
+    if "skyrl_head_starts_waiting" in sums:
+        sums = {**dict.fromkeys(names, 0.0), **sums}
+        sums["skyrl_starts_waiting"] += sums["skyrl_head_starts_waiting"]
     if not all(name in sums and sums[name] < 1e9 for name in names):
         return None
     return Sandboxes(*(int(sums[name]) for name in names))

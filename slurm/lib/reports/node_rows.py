@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
 
 from slurm.lib.observe.run_report import AttemptReport, JobReport, RunReport, figure
 from slurm.lib.observe.run_view import Stage
@@ -15,6 +15,7 @@ from slurm.lib.reports.run_words import shortened
 COLUMNS = ("node", "job", "served", "starts", "failed", "median", "99 %", "at once", "slots", "CPU", "memory", "end")
 ALL = "all nodes"
 MOST_NEWS = 20
+TOGETHER_S = 15.0  # workers that leave so long before their runtime job stops end with it
 LONGEST = 100  # characters of a sentence in a row
 
 
@@ -63,9 +64,11 @@ def _end(job: JobReport) -> str:
 
 
 def news_of(attempt: AttemptReport) -> list[tuple[str, str]]:
-    """What the head said of its nodes, but for their joining: when, and what; of more than a few the last ones."""
+    """What the head said of its nodes, but for their joining and the end of all: when, and what; the last ones."""
     runtime = attempt.job("runtime")
-    said = [mark for mark in (runtime.nodes if runtime else ()) if " joins " not in mark.words]
+    spans, told = (runtime.spans, runtime.nodes) if runtime else ((), ())
+    end = next((span.begin for span in spans if span.words == "stopping"), math.inf)
+    said = [mark for mark in told if " joins " not in mark.words and mark.at < end - TOGETHER_S]
     return [(time.strftime("%H:%M:%S", time.localtime(mark.at)), mark.words) for mark in said[-MOST_NEWS:]]
 
 
@@ -84,11 +87,3 @@ def _way_in(report: RunReport, job: JobReport) -> str:
     elif before:
         words.append(f"did not join: {before[-1].words}")
     return ", ".join([f"on {job.job.node}" if job.job.node else "", *words]).removeprefix(", ")
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows with their titles as lines, columns that say nothing left out."""
-    lines = [tuple(title.upper() for title in COLUMNS), *rows]
-    kept = [at for at in range(len(COLUMNS)) if any(row[at] for row in rows)]
-    widths = {at: max(len(line[at]) for line in lines) for at in kept}
-    return ["  ".join(line[at].ljust(widths[at]) for at in kept).rstrip() for line in lines]

@@ -28,7 +28,8 @@ def _array_words(workers: Sequence[JobView], now: float) -> str:
     running = [worker for worker in workers if worker.stage is Stage.RUNNING]
     ended = [worker for worker in workers if worker.stage is Stage.ENDED]
     said = Counter(job_words(worker, now) for worker in workers if worker.stage in {Stage.PENDING, Stage.UNKNOWN})
-    words = [f"{len(running)} of {len(workers)} run", *(f"{count} {what}" for what, count in said.items())]
+    words = [] if len(ended) == len(workers) else [f"{len(running)} of {len(workers)} run"]
+    words += [f"{count} {what}" for what, count in said.items()]
     words += [_end_words(ended)] if ended else []
     return f"{ids}{'' if workers[0].is_needed else ', beyond what is needed'}: {', '.join(words)}"
 

@@ -11,7 +11,7 @@ from slurm.lib.observe.sandbox_statistics import SandboxStatistics
 from slurm.lib.observe.steps import done_again, part_shares, rewards, step_times
 from slurm.lib.observe.timeline import QUEUE
 from slurm.lib.observe.unknown import Unknown
-from slurm.lib.reports.node_rows import news_of, node_rows, table, worker_lines
+from slurm.lib.reports.node_rows import COLUMNS, news_of, node_rows, worker_lines
 from slurm.lib.reports.report_words import (
     heading,
     latency_words,
@@ -32,8 +32,9 @@ from slurm.lib.reports.report_words import (
     use_lines,
 )
 from slurm.lib.reports.run_words import attempt_words, exit_code, lead_of, phase_words
+from slurm.lib.verbs.table import GAP, Column, lines_of
 
-LABEL, TIME, SPARK = 11, 14, 40
+INDENT, LABEL, TIME, SPARK = "  ", 11, 14, 40
 NARROW = 30  # below that lines are not broken any more: words would be
 Line = tuple[str, str]  # label, words
 
@@ -41,19 +42,19 @@ Line = tuple[str, str]  # label, words
 def as_text(report: RunReport, width: int | None) -> str:
     """The page; without a width every line is whole."""
     blocks = [_head(report), *(_attempt(report, one) for one in report.attempts)]
-    blocks += [_steps(report), _sandboxes(report), *(_nodes(report, one) for one in report.attempts)]
+    blocks += [_steps(report), _sandboxes(report), *(_nodes(report, one, width) for one in report.attempts)]
     blocks += [_use(report), _unknown(report)]
     return "\n".join("".join(_fitted(line, width) for line in block) for block in blocks if block)
 
 
 def _fitted(line: str | Line, width: int | None) -> str:
     """A heading, or a label with its words, which continue below themselves; the rows of a table are whole."""
-    if isinstance(line, str) and line.startswith("  "):
+    if isinstance(line, str) and line.startswith(INDENT):
         return f"{line}\n"
     if isinstance(line, str):
         return "".join(f"{part}\n" for part in _broken(line, width, ""))
     label, words = line
-    indent = f"  {label:<{LABEL}} "
+    indent = f"{INDENT}{label:<{LABEL}} "
     return "".join(f"{part}\n" for part in _broken(indent + words, width, " " * len(indent)))
 
 
@@ -144,17 +145,27 @@ def _sandboxes(report: RunReport) -> list[str | Line]:
         if isinstance(found, SandboxStatistics) and job:
             lines += [("", f"of runtime job {job.job.job_id}")] if len(jobs) > 1 else []
             lines += _statistics(found, len(attempt.servers))
+            silent = [one for one in attempt.servers if not isinstance(one.sandboxes, SandboxStatistics)]
+            lines += [("not known", f"of {len(silent)} of {len(attempt.servers)} nodes")] if silent else []
     return ["Sandboxes", *(lines or _why(jobs))] if jobs else []
 
 
-def _nodes(report: RunReport, attempt: AttemptReport) -> list[str | Line]:
+def _nodes(report: RunReport, attempt: AttemptReport, width: int | None) -> list[str | Line]:
     """A table of the nodes of a runtime that has several, and what became of them."""
     rows = node_rows(report, attempt)
     if not rows:
         return []
+    kept = [at for at in range(len(COLUMNS)) if any(row[at] for row in rows)]
+    columns = [Column(COLUMNS[at].upper(), loss=_LOSS.index(COLUMNS[at])) for at in kept]
+    room = None if width is None else width - len(INDENT)
+    lines = lines_of(columns, [[row[at] for at in kept] for row in rows], room)
     title = f"Nodes of attempt {attempt.number}" if len(report.attempts) > 1 else "Nodes"
-    told: list[str | Line] = [title, *(f"  {line}" for line in table(rows))]
+    told: list[str | Line] = [title, *(INDENT + GAP.join(line).rstrip() for line in lines)]
     return [*told, *(("at", f"{at} {words}") for at, words in news_of(attempt))]
+
+
+# Which columns of that table are dropped last where there is no room.
+_LOSS = ("node", "starts", "failed", "median", "99 %", "at once", "slots", "CPU", "memory", "served", "job", "end")
 
 
 def _why(jobs: Sequence[JobReport]) -> list[str | Line]:

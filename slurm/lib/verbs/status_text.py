@@ -74,7 +74,8 @@ def _body(view: RunView, now: float) -> list[str]:
     lines += [("sandboxes", sandbox_words(view.sandboxes))] if view.sandboxes else []
     failed = filter(None, map(failed_start_words, view.pair.everybody if view.pair else ()))
     lines += [("sandboxes", words) for words in failed]
-    lines += [("nodes", line) for line in node_lines(view.nodes, now)] if view.nodes else []
+    table = node_lines(view.nodes, now) if view.nodes else []
+    lines += [("nodes" if at == 0 else "", line) for at, line in enumerate(table)]
     lines += [("gpus", words) for words in gpu_words(view.gpus)] if view.gpus else []
     lines += [(_speaker(job), job.error) for job in _troubled(view)]
     lines += [("to go on", GOING_ON)] if view.state is RunState.INTERRUPTED else []
@@ -97,7 +98,8 @@ def _troubled(view: RunView) -> list[JobView]:
     """The jobs whose last error is worth a line; none of a run that went well."""
     jobs = view.pair.everybody if view.pair else ()
     well = view.pair is not None and view.pair.lead.exit_code == 0 and view.pair.lead.stage is Stage.ENDED
-    return [] if well else list(filter(is_worth_a_line, jobs))
+    told = [job for job in jobs if job.kind != "worker" or job.ended != "cancelled"]
+    return [] if well else list(filter(is_worth_a_line, told))
 
 
 def as_json(views: Sequence[RunView], heard: bool) -> str:
