@@ -592,7 +592,8 @@ def test_every_file_of_a_run_is_listed() -> None:
     names = [
         getattr(directory, name).name for name, kind in vars(CoordinationDir).items() if isinstance(kind, property)
     ]
-    names += [directory.log(job, "ID", suffix).name for job in ("runtime", "training") for suffix in ("out", "err")]
+    kinds = ("runtime", "worker", "training")
+    names += [directory.log(kind, "ID", suffix).name for kind in kinds for suffix in ("out", "err")]
     names += [directory.heartbeat(job, "ID").name for job in ("runtime", "training")]
     names += [directory.ray_log("ID", "NODE").name, directory.ray_head("ID").name]
     listed = first_cells(LAUNCHER, "The run directory")

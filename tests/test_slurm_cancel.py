@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,7 +20,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests.conftest import NothingLeft, OrdinaryUser, fresh_folder
 from tests.local_runs import Place
-from tests.runs import SMALL, Run, killed_after, launch
+from tests.runs import SMALL, WITH_SANDBOXES, Run, killed_after, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -245,3 +246,61 @@ def test_the_rl_loop_is_cancelled_after_its_checkpoint(desk: Desk, user: Ordinar
         step = json.loads((run.directory / "checkpoints" / "checkpoint.json").read_text())["step"]
         assert step > 0
         assert time.monotonic() - begin < 300
+
+
+# --- a runtime on several nodes ---------------------------------------------------------------------------------------
+
+# Two nodes of a runtime on each of the cluster's two hosts, two slots on each; the fifth waits. None of them is needed.
+FIVE_NODES = ("RUNTIME_NODES=5", "RUNTIME_MIN_SLOTS=2", "CPUS_FOR_RUNTIME=60", "CPUS_PER_WORKER=30")
+
+
+def test_workers_are_seen_and_end_with_their_run(desk: Desk, user: OrdinaryUser) -> None:
+    """Those that run, one that was lost, and one that waits; ``--all`` means them too."""
+    run = desk.launch(*FIVE_NODES, "RUNTIME_DRAIN_LEAD=100", WITH_SANDBOXES)
+    array = json.loads(run.text("run.json"))["jobs"]["more_workers"]["id"]
+
+    def verb(*words: str) -> CompletedProcess[str]:
+        argv = [str(desk.checkout / "slurm" / "launch.py"), *words]
+        return user.run(argv, {"SKYRL_JOBS_BASE": str(desk.base)}, timeout=60)
+
+    def status() -> dict[str, Any]:
+        return dict(json.loads(verb("status", "--json", f"{array}_1").stdout)["runs"][0])
+
+    def joined() -> bool:
+        return [node["state"] for node in (status()["nodes"] or {}).get("nodes", [])].count("ready") == 4
+
+    until("its sandboxes", lambda: run.text("sandboxes.json"), STARTED_S)
+    until("three workers", joined, STARTED_S, every_s=1)
+    told = status()
+    assert told["state"] == "running"
+    stages = {worker["id"]: worker["stage"] for worker in told["workers"]}
+    assert sorted(stages) == [f"{array}_{task}" for task in range(1, 5)]
+    assert sorted(stages.values()) == ["pending", "running", "running", "running"]
+    assert f"workers    {array}_[1-4], beyond what is needed: 3 of 4 run, 1 PENDING" in verb("status", array).stdout
+    first, lost, *_ = sorted(job_id for job_id, stage in stages.items() if stage == "running")
+    number = first.partition("_")[2]
+    ids = {
+        shown.partition(" ")[0] for shown in verb("logs", str(run.directory), "--worker", number).stdout.splitlines()
+    }
+    assert ids == {f"worker-{number}"}
+    inside = verb("shell", str(run.directory), "--worker", number, "--", "printenv", "SLURMD_NODENAME")
+    assert inside.returncode == 0, inside.stderr
+    nodes = {node["job"]: node["name"] for node in told["nodes"]["nodes"]}
+    assert nodes[first] == f"{inside.stdout.strip()}.{first}"
+    assert verb("shell", str(run.directory), "s0", "--", "cat", "/w/health").stdout == "ok\n", "on whichever node"
+
+    user.run(["scancel", lost])
+    until("its end", lambda: stage_of(status(), lost) == "ended", SEEN_S, every_s=1)
+    assert status()["state"] == "running", "a lost worker is no failed run"
+    done = desk.cancel("--all", "--yes", "--json")
+    assert done.returncode == 0, "all within 15 s, by its own clock: " + done.stderr
+    (cancelled,) = json.loads(done.stdout)["runs"]
+    assert {job["id"] for job in cancelled["jobs"]} == {*run.jobs.values(), *stages}
+    assert all(job["ended"] for job in cancelled["jobs"])
+    assert user.run(["squeue", "-h", f"--user={user.name}"]).stdout == "", "none is left, of those that waited either"
+    report = verb("report", str(run.directory)).stdout
+    assert re.search(r"\n  all nodes +\d+ +0 ", report), report
+
+
+def stage_of(run: dict[str, Any], job_id: str) -> str:
+    return str(next(worker["stage"] for worker in run["workers"] if worker["id"] == job_id))

@@ -34,6 +34,7 @@ from slurm.lib.run_record import (
     read_jobs,
     read_secrets,
     recorded_git,
+    workers_of,
 )
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import Submitted, submit
@@ -91,6 +92,39 @@ def test_held_then_dependent_then_complete_then_one_release(slurm: FakeSlurm) ->
     for call in (runtime, training):
         assert {"--parsable", "--no-requeue", "--export=ALL"} <= set(call.argv)
         assert not call.modes  # nothing was made before both ids were known
+
+
+MANY = ("RUNTIME_NODES=4", "RUNTIME_MIN_SLOTS=20")  # two of the workers are needed, one is not
+
+
+def test_worker_arrays_are_submitted_and_released_with_the_pair(slurm: FakeSlurm) -> None:
+    done = carry_out(plan_for(slurm, *MANY))
+    assert done.jobs == {"runtime": "101", "workers": "102", "more_workers": "103", "training": "104"}
+    submissions, releases = slurm.of("sbatch"), slurm.of("scontrol")
+    assert all("--hold" in call.argv for call in submissions)
+    assert [word for call in submissions for word in call.argv if word.startswith("--array")] == [
+        "--array=1-2",
+        "--array=3",
+    ]
+    assert "--dependency=after:101" in submissions[1].argv
+    assert f"--output={slurm.jobs}/{RUN}/worker_%A_%a.out" in submissions[1].argv
+    assert submissions[1].environment["SKYRL_RUNTIME_JOB_ID"] == "101"
+    assert "--dependency=after:101:102_1:102_2" in submissions[3].argv
+    assert [call.argv[1] for call in releases] == ["102", "103", "104", "101"], "first what starts first; the commit"
+    record = json.loads(done.directory.run_record.read_text())["jobs"]
+    assert record["workers"] == {"id": "102", "name": "skyrl-worker", "tasks": [1, 2]}
+    assert record["more_workers"] == {"id": "103", "name": "skyrl-worker", "tasks": [3]}
+    assert [array.task_ids for array in workers_of(done.directory, "101")] == [("102_1", "102_2"), ("103_3",)]
+    assert workers_of(done.directory, "105") == ()
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_release_that_fails_takes_worker_arrays_back_too(slurm: FakeSlurm, failing: int) -> None:
+    slurm.answer("scontrol", *([{}] * failing), {"code": 1, "stderr": "no such thing"})
+    with pytest.raises(SubmissionError):
+        carry_out(plan_for(slurm, *MANY))
+    assert [call.argv[-1] for call in slurm.of("scancel")] == ["104", "103", "102", "101"], "what waits goes first"
+    assert list(slurm.jobs.iterdir()) == []
 
 
 def test_the_jobs_base_is_there_before_the_first_job(slurm: FakeSlurm) -> None:

@@ -30,6 +30,7 @@ from slurm.lib.observe.survey import LEAVING_S, Survey
 from slurm.lib.observe.timeline import Mark
 from slurm.lib.observe.whereabouts import Whereabouts, chosen, parse_list
 from slurm.lib.reports.node_rows import ALL, COLUMNS, news_of, node_rows, worker_lines
+from slurm.lib.reports.page import page
 from slurm.lib.reports.run_words import run_dict
 from slurm.lib.reports.worker_words import array_lines, node_lines
 from slurm.lib.runs import FoundRun, RunJob, find
@@ -184,6 +185,20 @@ def test_steps_of_a_runtime_job_are_workers_that_live_as_long_as_it_does(slurm: 
     assert array_lines(view.pair.workers, time.time()) == []
     (call,) = slurm.of("squeue")
     assert sorted(call.argv[call.argv.index("-j") + 1].split(",")) == [RUNTIME, TRAINING]
+
+
+def test_a_worker_that_a_person_submitted_is_known_by_its_log(slurm: FakeSlurm, door: Slurm) -> None:
+    run = run_in(slurm.jobs)
+    assert run.directory
+    for name in ("worker_21_1.out", f"worker_{ARRAY}_1.out", "worker_x_1.out"):
+        (run.directory.path / name).touch()
+    view = looked(slurm, door, run, PAIR, line("21_1"))
+    assert view.pair
+    ids = [worker.job_id for worker in view.pair.workers]
+    assert ids == [f"{ARRAY}_1", f"{ARRAY}_2", f"{MORE}_3", "21_1"]
+    assert array_lines(view.pair.workers, time.time())[-1] == "21_1, beyond what is needed: 1 of 1 run"
+    assert find("21_1", slurm.jobs, door, 1.0).directory == run.directory
+    assert [job.job_id for job in run.jobs() if job.kind == "worker"] == ids, "and it is cancelled with its run"
 
 
 @pytest.mark.parametrize("name", [ARRAY, f"{ARRAY}_2", MORE, f"{MORE}_3", RUNTIME, TRAINING])
@@ -393,6 +408,8 @@ def test_a_report_of_several_nodes(slurm: FakeSlurm, door: Slurm) -> None:
     text = as_text(report, None)
     assert "6 asked for, 6 succeeded, 0 failed" in text
     assert "at most 6 at once on 4 nodes, 8 slots" in text
+    shown = page(report)
+    assert "<h2>Nodes</h2>" in shown and f"<td>{ALL}</td>" in shown
     for width in (40, 60, 100):
         nodes = as_text(report, width).partition("\nNodes\n")[2].partition("\n\n")[0].splitlines()
         assert all(len(shown) <= width for shown in nodes), width

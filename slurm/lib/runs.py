@@ -21,7 +21,7 @@ from pathlib import Path
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import UsageError
-from slurm.lib.job_arrays import is_slurms, is_task
+from slurm.lib.job_arrays import array_of, is_slurms, is_task
 from slurm.lib.run_record import WORKER_NAME, job_ids, read_record, record_paths, worker_arrays
 from slurm.lib.scheduler import Slurm, parse_array, parse_log, parse_name
 
@@ -76,11 +76,18 @@ def _as_jobs(jobs: Mapping[str, str], het: bool) -> Iterator[RunJob]:
 
 
 def _workers(directory: CoordinationDir) -> Iterator[RunJob]:
-    """The tasks of the worker arrays in each record."""
+    """The tasks of the worker arrays in each record, and of those that a person submitted, by their logs."""
+    runtimes = set()
     for path in record_paths(directory):
-        for array in worker_arrays(read_record(path).get("jobs")):
+        jobs = read_record(path).get("jobs")
+        runtimes.add(job_ids(jobs).get("runtime"))
+        for array in worker_arrays(jobs):
             for task_id in array.task_ids:
                 yield RunJob("worker", task_id, array.job_id)
+    for log in sorted(directory.path.glob("worker_*.out")):
+        worker_id = log.stem.removeprefix("worker_")
+        if is_task(worker_id) and array_of(worker_id) not in runtimes:  # else a step of that job
+            yield RunJob("worker", worker_id, array_of(worker_id))
 
 
 def _has_job(directory: CoordinationDir, job_id: str) -> bool:

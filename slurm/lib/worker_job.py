@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(job: JobContext, notes: SignalNotes) -> int:
     """Join the head, and serve until there is a reason to end."""
-    runtime = job.environment.get("SKYRL_RUNTIME_JOB_ID") or read_jobs(job.directory).get("runtime", "")
+    runtime = job.environment.get("SKYRL_RUNTIME_JOB_ID") or runtime_of(job)
     log.info("worker %s of the runtime job %s, on %s", job.job_id, runtime or "(unknown)", socket.gethostname())
     if not runtime:
         raise UsageError(
@@ -59,6 +59,15 @@ def run(job: JobContext, notes: SignalNotes) -> int:
             "RUNTIME_NODES, as launch.py prints it"
         )
     return WorkerJob(job, notes, runtime_job_id=runtime).run()
+
+
+def runtime_of(job: JobContext) -> str:
+    """The runtime job that a worker joins which nobody launched: the one whose head answers, else the last recorded.
+
+    A later one may be recorded already, the next attempt's.
+    """
+    head = FlagReader.of_new_directory(job.directory.runtime_head, lambda flag: bool(flag.runtime_job_id)).read()
+    return (head.runtime_job_id if head else "") or read_jobs(job.directory).get("runtime", "")
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def make_record(
     found = [_pair(data) for _name, data in sorted(read.items(), key=lambda item: _order(item[0]))]
     pairs = _numbered(_joined(_with_unrecorded(found, whole) or _by_logs(names)), whole)
     ends = _told(completion, failure)
-    pairs = [_with_ends(pair, ends, names) for pair in pairs]
+    pairs = [_with_ends(pair, ends, names) for pair in _with_unrecorded_workers(pairs, names)]
     first = read.get("run.json", {})
     settings = _mapping(first.get("settings"))
     config = _texts(first.get("config_files"))
@@ -244,18 +244,34 @@ def _told(*flags: Flag | None) -> dict[str, End]:
 
 
 def _with_ends(pair: Pair, told: Mapping[str, End], names: frozenset[str]) -> Pair:
-    found = (pair.jobs, pair.workers or _steps(pair.job("runtime"), names))
-    jobs, workers = (tuple(_known(job, told, names) for job in some) for some in found)
+    jobs, workers = (tuple(_known(job, told, names) for job in some) for some in (pair.jobs, pair.workers))
     return replace(pair, jobs=jobs, workers=workers)
 
 
-def _steps(runtime: RecordedJob | None, names: frozenset[str]) -> tuple[RecordedJob, ...]:
-    """The workers that are steps of a runtime job, by their logs: ``worker_123_1.out`` of the job 123."""
-    if runtime is None:
-        return ()
-    logs = (re.fullmatch(rf"worker_({re.escape(runtime.job_id)}_(\d{{1,7}}))\.out", name, re.ASCII) for name in names)
-    numbered = sorted((int(found[2]), found[1]) for found in logs if found)
-    return tuple(RecordedJob("worker", worker_id) for _number, worker_id in numbered)
+def _with_unrecorded_workers(pairs: list[Pair], names: frozenset[str]) -> list[Pair]:
+    """The pairs with the workers that only their logs tell of: steps of a runtime job, and what a person submitted.
+
+    Those join the head of the last one.
+    """
+    runtimes = [job.job_id for pair in pairs for job in pair.jobs if job.kind == "runtime"]
+    known = {worker.job_id for pair in pairs for worker in pair.workers}
+    logs = [match for match in map(_WORKER_LOG.fullmatch, names) if match and f"{match[1]}_{match[2]}" not in known]
+    found = []
+    for pair in pairs:
+        runtime = pair.job("runtime")
+        own = runtime.job_id if runtime else ""
+        ids = [match for match in logs if match[1] == own or (own == runtimes[-1] and match[1] not in runtimes)]
+        found.append(replace(pair, workers=(*pair.workers, *_by_log(ids, own))) if own else pair)
+    return found
+
+
+_WORKER_LOG = re.compile(r"worker_(\d{1,12})_(\d{1,7})\.out", re.ASCII)
+
+
+def _by_log(logs: Sequence[re.Match[str]], runtime: str) -> list[RecordedJob]:
+    """Workers by the names of their logs, ``worker_123_1.out``: a step where 123 is the runtime job, else a task."""
+    ordered = sorted(logs, key=lambda match: (int(match[1]), int(match[2])))
+    return [RecordedJob("worker", f"{m[1]}_{m[2]}", array="" if m[1] == runtime else m[1]) for m in ordered]
 
 
 def _known(job: RecordedJob, told: Mapping[str, End], names: frozenset[str]) -> RecordedJob:
