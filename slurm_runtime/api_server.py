@@ -601,7 +601,7 @@ async def serve(
         with StatisticsFile(config.statistics_file, manager.counted) as statistics:
             manager.background.start(statistics.keep())
             if membership:
-                manager.background.start(membership.run())
+                membership.begin()
             return await _serve_until(wish.event, server, listening, manager, args.stop_timeout, membership)
     finally:
         await app.state.builds.close()
@@ -665,7 +665,7 @@ async def _serve_until(
     on_request = stopped.done()
     watching.cancel()
     goodbye = [membership.leave()] if membership else []
-    left, *_ = await asyncio.gather(manager.close(stop_timeout_s), *goodbye)
+    *_, left = await asyncio.gather(*goodbye, manager.close(stop_timeout_s))
     server.should_exit = True
     outcomes = await asyncio.gather(serving, watching, return_exceptions=True)
     stopped.cancel()

@@ -10,7 +10,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
@@ -85,17 +85,17 @@ class Membership:
         self._headers = {"X-API-Key": api_key} if api_key else {}
         self._last: Outcome | None = None
         self._over = asyncio.Event()
-        self._ended = asyncio.Event()
+        self._beating: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Register at once, then every ``BEAT_S``; returns once ``leave`` is called."""
-        try:
-            async with _session() as session:
-                await self._beat(session)
-        finally:
-            self._ended.set()
+    def begin(self) -> None:
+        """Register at once, then every ``BEAT_S``, until ``leave``. Nobody else may end it: see there."""
+        self._beating = asyncio.create_task(self._beat())
 
-    async def _beat(self, session: aiohttp.ClientSession) -> None:
+    async def _beat(self) -> None:
+        async with _session() as session:
+            await self._beat_by(session)
+
+    async def _beat_by(self, session: aiohttp.ClientSession) -> None:
         url, failures = await self._own_url(), 0
         while not self._over.is_set():
             outcome = await self._register(session, url)
@@ -118,6 +118,8 @@ class Membership:
             return silent(self.head, f"nothing within {ANSWER_S:g} s")
         except (aiohttp.ClientError, OSError) as problem:
             return silent(self.head, str(problem) or type(problem).__name__)
+        except Exception as fault:  # a fault of ours must not lose the node with all its sandboxes
+            return Outcome("fault", f"registering with the head at {self.head} failed unexpectedly: {fault!r}")
 
     def _note(self, outcome: Outcome) -> None:
         """Say what has changed; the same trouble is said once."""
@@ -137,16 +139,22 @@ class Membership:
         """Take no new sandboxes, register no more, and tell the head so, within ``LEAVE_S``."""
         self.node.drain("its API server was told to stop")
         self._over.set()
+        beating = [self._beating] if self._beating else []
         try:
-            await within(LEAVE_S, self._say_goodbye())
+            await within(LEAVE_S, self._say_goodbye(beating))
         except asyncio.TimeoutError:
             log.warning("the head at %s could not be told within %g s that this node leaves", self.head, LEAVE_S)
+        finally:
+            for task in beating:
+                task.cancel()
+            await asyncio.gather(*beating, return_exceptions=True)
 
-    async def _say_goodbye(self) -> None:
-        """After the last registration, which would undo it."""
+    async def _say_goodbye(self, beating: Collection[asyncio.Task[None]]) -> None:
+        """After the last registration, which would undo it: one that is cut off may still reach the head."""
         import aiohttp
 
-        await self._ended.wait()
+        if beating:
+            await asyncio.wait(beating)
         path = f"/nodes/{quote(self.node.name, safe='')}?{urlencode({'reason': self.node.reason})}"
         try:
             async with _session() as session:

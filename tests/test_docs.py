@@ -49,6 +49,11 @@ from slurm.lib.verbs.report_json import report_dict, step_dict
 from slurm.lib.verl_command import ROWS
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
+from slurm_runtime.head.app import Head
+from slurm_runtime.head.app import create_app as create_head_app
+from slurm_runtime.head.config import HeadConfig
+from slurm_runtime.head.metrics import Figures
+from slurm_runtime.head.metrics import exposition as head_exposition
 from slurm_runtime.heartbeats import Heartbeats
 from slurm_runtime.metrics import Traffic, exposition
 from slurm_runtime.models import FIELDS_WITHOUT_EFFECT, RuntimeAnswer, StartRequest
@@ -79,6 +84,7 @@ PACKAGES = (
     "slurm/lib/verbs",
     "slurm_runtime",
     "slurm_runtime/agent",
+    "slurm_runtime/head",
     "slurm_runtime/warden",
     "shell_rl",
     "local_verl",
@@ -418,6 +424,7 @@ COMMANDS = {
     ("slurm/jobs/verl_training.py",): (LAUNCHER, "Options of the job files"),
     ("slurm/jobs/prebuild_images.py",): (LAUNCHER, "The prebuild job"),
     ("-m", "slurm_runtime.api_server"): (API_SERVER, "Flags"),
+    ("-m", "slurm_runtime.head"): (API_SERVER, "Flags of the head"),
     ("-m", "slurm_runtime.agent"): (API_SERVER, "The command for agent trees"),
     ("-m", "slurm_runtime.prebuild_images"): (IMAGES, "Options of prebuild_images"),
     ("-m", "shell_rl.train"): (LAUNCHER, "The RL loop as a check of a new cluster"),
@@ -463,6 +470,10 @@ def exit_codes(module: ModuleType) -> set[str]:
 )
 def test_the_exit_codes_are_those_of_the_code(module: ModuleType, path: Path, section: str) -> None:
     assert set(first_cells(path, section)) == exit_codes(module)
+
+
+def test_the_exit_codes_of_the_head_are_those_of_a_server_that_leaves_nothing() -> None:
+    assert set(first_cells(API_SERVER, "Exit codes of the head")) == exit_codes(slurm_runtime.api_server) - {"75"}
 
 
 def test_every_error_and_code_has_its_row() -> None:
@@ -531,6 +542,15 @@ def test_the_endpoints_are_the_routes() -> None:
     assert set(first_cells(API_SERVER, "Endpoints")) == routes
 
 
+def test_the_endpoints_of_the_head_are_those_of_a_server_and_of_its_nodes() -> None:
+    config = HeadConfig("key")
+    app = create_head_app(Head.of(config), config)
+    routes = {f"{method} {route.path}" for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
+    of_a_node = {"GET /node", "GET /changes", "POST /drain"}
+    served = set(first_cells(API_SERVER, "Endpoints")) - of_a_node
+    assert served | set(first_cells(API_SERVER, "Routes of the head")) == routes
+
+
 def test_the_status_codes_are_those_of_the_schema() -> None:
     assert set(first_cells(API_SERVER, "Status codes")) == {str(code) for code in MEANINGS}
 
@@ -555,6 +575,15 @@ def test_the_metrics_are_those_of_prometheus() -> None:
     cells = first_cells(API_SERVER, "Operator's view")
     assert {name for cell in cells for name in cell.split(", ")} - {"process_*"} == ours
     assert all(f"`{step}`" in API_SERVER.read_text(encoding="utf-8") for step in STEPS)
+
+
+def test_the_metrics_of_the_head_are_named() -> None:
+    nothing = Figures((), Counter(), Counter(), 0)
+    body, _ = head_exposition(lambda: nothing, Traffic())
+    families = set(re.findall(r"^# TYPE (skyrl_\w+) ", body.decode(), re.MULTILINE))
+    section = prose(API_SERVER).partition("# Routes of the head\n")[2].partition("\n#")[0]
+    assert families > {"skyrl_nodes", "skyrl_slots_used"}
+    assert not [name for name in families if f"`{name}`" not in section and not name.startswith("skyrl_http_")]
 
 
 def test_every_file_of_a_run_is_listed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from tests.runs import STARTS_SANDBOXES, Run, User, answers, body_pid, launch, u
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
 # Two slots on each node, and two nodes on each of the cluster's hosts.
-TWO_SLOTS = ("CPUS_FOR_RUNTIME=60", "CPUS_PER_WORKER=30", "RUNTIME_DRAIN_LEAD=100")
+TWO_SLOTS = ("CPUS_FOR_RUNTIME=60", "CPUS_PER_WORKER=30", "RUNTIME_DRAIN_LEAD=200")
 STARTS_SIX = STARTS_SANDBOXES.replace("range(2)", "range(6)") + "\nexec sleep 600"
 STARTS_FOUR = STARTS_SANDBOXES.replace("range(2)", "range(4)")
 END_S = 40.0
@@ -77,7 +78,7 @@ def living_nodes(run: Run) -> dict[str, str]:
 
 def submitted_by_hand(run: Run, checkout: Path) -> str:
     """A worker that a person gives to sbatch; the id of its array."""
-    sizes = ["--cpus-per-task=60", "--mem=4G", "--output=/dev/null"]
+    sizes = ["--cpus-per-task=60", "--mem=4G", "--time=2", "--output=/dev/null"]
     argv = ["sbatch", "--parsable", "--array=1", *sizes, str(checkout / "slurm" / "jobs" / "runtime_worker.py")]
     done = run.user.run(argv, env={"SKYRL_COORD_DIR": str(run.directory)})
     assert done.returncode == 0, done.stderr
@@ -145,7 +146,12 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
     until("that it takes no more", lambda: ask(run, "GET", "/nodes")[1]["slots"] == 4, 30)
 
     by_hand = submitted_by_hand(run, checkout)
-    until("the node that was submitted by hand", lambda: f"{by_hand}_1" in nodes(run), 60)
+    until("the node that was submitted by hand", lambda: nodes(run).get(f"{by_hand}_1", {}).get("slots"), 60)
+    late = nodes(run)[f"{by_hand}_1"]
+    assert late["state"] == "draining", "its time limit is nearer than RUNTIME_DRAIN_LEAD"
+    assert "time limit" in late["reason"]
+    assert 0 < late["until"] - time.time() <= 120
+    assert nodes(run)[runtime]["state"] == "ready"
 
     before = living_nodes(run)
     assert len(before) == 4

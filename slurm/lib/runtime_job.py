@@ -76,8 +76,9 @@ def say_what_to_submit(job: JobContext) -> None:
         return
     last = job.settings.runtime_nodes - 1
     log.info(
-        "this job submits no further nodes; do so with:  SKYRL_COORD_DIR=%s sbatch --array=1-%d %s, with this job's "
-        "sizes (--partition, --cpus-per-task, --mem, --time)",
+        "this job submits no further nodes; do so with:  SKYRL_COORD_DIR=%s sbatch --array=1-%d SIZES %s WORDS, where "
+        "SIZES are this job's options of sbatch (--partition, --cpus-per-task, --mem, --time), and WORDS its --config "
+        "and --set",
         *(job.directory.path, last, job.code / "slurm" / "jobs" / "runtime_worker.py"),
     )
 

@@ -472,9 +472,9 @@ def step_argv(node: str, *, cpus: int, gres: str, cwd: Path, command: Sequence[s
 
 
 def node_step_argv(node: str, *, cpus: int, name: str, cwd: Path, command: Sequence[str]) -> tuple[str, ...]:
-    """The same for a step without GPUs, whose streams are this process's."""
+    """The same for a step without GPUs; its log is no terminal's, as it would be with --unbuffered."""
     options = ("--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", f"--cpus-per-task={cpus}")
-    rest = ("--gres=none", "--mem=0", "--export=ALL", f"--chdir={cwd}", "--unbuffered", f"--job-name={name}")
+    rest = ("--gres=none", "--mem=0", "--export=ALL", f"--chdir={cwd}", f"--job-name={name}")
     return ("srun", *options, *rest, *command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,15 +19,18 @@ from slurm_runtime.head.fleet import NameTaken
 from slurm_runtime.head.hot import Hot
 from slurm_runtime.head.members import Members, UnknownNode
 from slurm_runtime.head.routes_images import Images, add_image_routes
-from slurm_runtime.head.routes_nodes import NODES_PATH, add_node_routes
+from slurm_runtime.head.routes_nodes import NODES_PATH, add_node_routes, beat
 from slurm_runtime.head.routes_operator import add_operator_routes
 from slurm_runtime.head.routes_sandboxes import (
+    BATCH_PATH,
     RUNTIME_PATH,
     SESSION_PATH,
     START_PATH,
     STOP_PATH,
     Changer,
     add_sandbox_routes,
+    runtime_of,
+    session_of,
 )
 from slurm_runtime.head.starts import Starts
 from slurm_runtime.head.views import Views
@@ -87,8 +91,9 @@ def create_app(head: Head, config: HeadConfig) -> FastAPI:
     changer = Changer(head.members, head.starts)
     app.add_middleware(
         Hot,
-        changing={START_PATH: changer.start, STOP_PATH: changer.stop},
-        reading={SESSION_PATH: views.session, RUNTIME_PATH: views.runtime},
+        changing={START_PATH: changer.start, STOP_PATH: changer.stop, NODES_PATH: partial(beat, head.members)},
+        reading={SESSION_PATH: partial(session_of, views), RUNTIME_PATH: partial(runtime_of, views)},
+        besides={BATCH_PATH},
         more=MORE_CODES,
     )
     app.add_middleware(HoldAtHead, settled=head.members.settled)

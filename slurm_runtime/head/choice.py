@@ -44,8 +44,13 @@ def choose(rooms: Iterable[Room], wanted: Wanted) -> Room | None:
 
     An image that no registry has, and that some node has, is started nowhere else.
     """
-    fitting = [room for room in _able(rooms, wanted.image) if fits(room, wanted)]
-    return max(fitting, key=lambda room: _worth(room, wanted.image), default=None)
+    best, most = None, -1.0
+    for room in _able(rooms, wanted.image):  # a loop, since hundreds of rooms are looked at for each start
+        if room.free + IMAGE_IS_WORTH * room.slots > most and fits(room, wanted):
+            worth = _worth(room, wanted.image)
+            if worth > most:
+                best, most = room, worth
+    return best
 
 
 def _able(rooms: Iterable[Room], image: str) -> Iterable[Room]:

@@ -78,8 +78,7 @@ class Directory:
     def hear(self, node: str, news: News) -> list[Double]:
         """Take over what a node told; sessions that live twice now."""
         if news.complete:
-            told = {sandbox.runtime_id for sandbox in news.sandboxes}
-            self._forget(known.runtime_id for known in self.of_node(node) if known.runtime_id not in told)
+            self._miss(node, {sandbox.runtime_id for sandbox in news.sandboxes})
         self._forget(news.gone)
         doubles = [self._take(sandbox, news.earlier) for sandbox in news.sandboxes if self._is_newer(sandbox, news)]
         self._make_room()
@@ -106,6 +105,12 @@ class Directory:
             self._store(given_up(sandbox, reason))
         self._make_room()
         return len(living)
+
+    def _miss(self, node: str, told: Collection[str]) -> None:
+        """What lived on a node and is not told of any more has failed; what was dead is remembered like others."""
+        for sandbox in self.of_node(node):
+            if sandbox.runtime_id not in told and not sandbox.is_dead:
+                self._store(given_up(sandbox, f"node {node} knows it no more: its API server was started again"))
 
     def _is_newer(self, sandbox: Known, news: News) -> bool:
         """Not what the node said before it answered the head: that is known already."""

@@ -27,7 +27,8 @@ class Feed:
 
     A poll stays open for ``poll_s``: several of them fit into the patience with a silent node.
 
-    ``upto`` is the number of the last change that was heard, -1 before the first answer.
+    ``upto`` is the number of the last change that was heard, -1 before the first answer; ``trouble`` is why the last
+    poll failed, empty where it did not.
     """
 
     def __init__(self, name: str, link: Link, hear: Hear, rest_s: Callable[[], float], poll_s: float) -> None:
@@ -40,7 +41,7 @@ class Feed:
         self._boot = ""
         self._resting: asyncio.Future[None] | None = None
         self._heard = asyncio.Event()
-        self._trouble = ""
+        self.trouble = ""
 
     async def follow(self) -> None:
         """Poll again and again; ends only by cancellation."""
@@ -99,11 +100,11 @@ class Feed:
 
     def _say(self, trouble: str) -> None:
         """Once when it begins, once when it is over."""
-        if trouble and not self._trouble:
+        if trouble and not self.trouble:
             log.warning("node %s: %s; asked again", self.name, trouble)
-        elif self._trouble and not trouble:
+        elif self.trouble and not trouble:
             log.info("node %s answers again", self.name)
-        self._trouble = trouble
+        self.trouble = trouble
 
 
 def read(name: str, body: bytes) -> tuple[NodeFacts, News]:

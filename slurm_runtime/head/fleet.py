@@ -87,6 +87,8 @@ class NameTaken(Exception):
 def joined(before: Node | None, wish: NodeWish, now: float) -> Node:
     """The node after it has registered: the same one again, another life of it, or a new one.
 
+    One that was to be drained stays so in the next life that it has in the same job.
+
     ``NameTaken`` where a node of this name answers at another address, or where this life of it has left.
     """
     if before is not None and before.boot == wish.boot:
@@ -96,7 +98,9 @@ def joined(before: Node | None, wish: NodeWish, now: float) -> Node:
             return replace(before, heard_at=max(now, before.heard_at), job=wish.job, until=wish.until)
     elif before is not None and before.url != wish.url and before.standing(now) not in {Standing.SILENT, *ENDED}:
         raise NameTaken(f"a node named {wish.name} is here already, at {before.url}; give this one another --node-name")
-    return Node(wish.name, wish.url, wish.boot, now, wish.job, wish.until)
+    is_same_job = before is not None and before.job == wish.job and before.end is not Standing.LEFT
+    wanted = before.wanted if before is not None and is_same_job else ""
+    return Node(wish.name, wish.url, wish.boot, now, wish.job, wish.until, wanted=wanted)
 
 
 def heard(node: Node, facts: NodeFacts, now: float) -> Node:
@@ -121,15 +125,15 @@ def shifted(node: Node, seconds: float) -> Node:
     return replace(node, heard_at=node.heard_at + seconds)
 
 
-def line_of(node: Node, living: int, now: float) -> NodeAnswer:
-    """A node as GET /nodes tells it."""
+def line_of(node: Node, living: int, trouble: str, now: float) -> NodeAnswer:
+    """A node as GET /nodes tells it; ``trouble`` is why it was not heard out when it was asked last."""
     facts = node.facts
     return NodeAnswer(
         name=node.name,
         job=node.job,
         url=node.url,
         state=node.standing(now).value,
-        reason=node.why(now),
+        reason=node.why(now) or trouble,
         slots=facts.slots if facts else 0,
         used=facts.used if facts and node.is_here else 0,
         sandboxes=living,

@@ -19,7 +19,7 @@ from slurm_runtime.node_models import BEAT_S, PATIENCE_S, DrainRequest, NodeFact
 from slurm_runtime.podman import EngineUnreachable
 
 LOOK_S = 0.5  # between looks whether a node has fallen silent
-MOST_POLLS_A_SECOND = 800  # of all nodes together, where nobody waits
+MOST_POLLS_A_SECOND = 300  # of all nodes together, where nobody waits; each costs as much as a client's
 POLLS_IN_PATIENCE = 3
 ENDED_KEPT = 1000  # nodes that are lost or have left, for GET /nodes
 SETTLING_S = 10.0  # at most, after the first beats, until the nodes that were heard of are heard out
@@ -99,6 +99,10 @@ class Members:
     def upto(self, name: str) -> int:
         """The number of the last change that was heard of this node."""
         return self._ties[name].feed.upto if name in self._ties else -1
+
+    def trouble(self, name: str) -> str:
+        """Why the node did not answer when it was asked last; empty where it did."""
+        return self._ties[name].feed.trouble if name in self._ties else ""
 
     async def ask(self, name: str, method: str, path: str, body: bytes | None = None, again: bool = True) -> Reply:
         """A node's answer to what may be asked twice; ``NodeAway`` where there is none."""

@@ -31,6 +31,7 @@ from slurm_runtime.routes_sandboxes import HungUp, SomeId, SomeIds
 JSON = "application/json"
 START_PATH, STOP_PATH = "/start", "/stop"
 SESSION_PATH, RUNTIME_PATH = "/sessions/{session_id}", "/runtime/{runtime_id}"
+BATCH_PATH = "/sessions/batch"
 
 
 def json_body(model: type[Wire]) -> dict[str, Any]:
@@ -69,13 +70,24 @@ def _add_start(app: FastAPI, changer: Changer) -> None:
         return await changer.start(request)
 
 
-def _add_reading(app: FastAPI, views: Views) -> None:
-    def found(body: bytes | None, what: str, name: str) -> Response:
-        if body is None:
-            raise UnknownSandbox(f"no sandbox {what} {name!r}")
-        return Response(body, media_type=JSON)
+def session_of(views: Views, session_id: str) -> bytes:
+    """The newest sandbox of a session, as it is answered; ``UnknownSandbox`` for none."""
+    body = views.session(session_id)
+    if body is None:
+        raise UnknownSandbox(f"no sandbox for session {session_id!r}")
+    return body
 
-    @app.get("/sessions/batch", response_model=list[RuntimeAnswer], responses=errors())
+
+def runtime_of(views: Views, runtime_id: str) -> bytes:
+    """One sandbox, as it is answered; ``UnknownSandbox`` for none."""
+    body = views.runtime(runtime_id)
+    if body is None:
+        raise UnknownSandbox(f"no sandbox with runtime_id {runtime_id!r}")
+    return body
+
+
+def _add_reading(app: FastAPI, views: Views) -> None:
+    @app.get(BATCH_PATH, response_model=list[RuntimeAnswer], responses=errors())
     async def batch(ids: SomeIds = []) -> Response:  # noqa: B006  # FastAPI copies it
         """The newest sandboxes of several sessions, as a list of those that are known."""
         return Response(views.sessions(ids), media_type=JSON)
@@ -83,12 +95,12 @@ def _add_reading(app: FastAPI, views: Views) -> None:
     @app.get(SESSION_PATH, response_model=RuntimeAnswer, responses=errors(404))
     async def session(session_id: SomeId) -> Response:
         """The newest sandbox of a session."""
-        return found(views.session(session_id), "for session", session_id)
+        return Response(session_of(views, session_id), media_type=JSON)
 
     @app.get(RUNTIME_PATH, response_model=RuntimeAnswer, responses=errors(404))
     async def runtime(runtime_id: SomeId) -> Response:
         """One sandbox."""
-        return found(views.runtime(runtime_id), "with runtime_id", runtime_id)
+        return Response(runtime_of(views, runtime_id), media_type=JSON)
 
     @app.get("/list", response_model=ListAnswer, responses=errors())
     async def listing() -> Response:

@@ -79,12 +79,6 @@ def test_no_nodes_are_offered_to_a_run_that_can_have_none(world: World, words: l
     assert found and not any("RUNTIME_NODES" in finding.fix for finding in found)
 
 
-def test_a_training_of_ones_own_waits_for_no_slots_that_cannot_be(world: World) -> None:
-    words = ("TRAINING_COMMAND=true", "RUNTIME_NODES=2", "CPUS_FOR_RUNTIME=4", "CPUS_PER_WORKER=1")
-    assert not of(world.check(*words, "RUNTIME_MIN_SLOTS=8"), "slots")
-    assert [one.level for one in of(world.check(*words, "RUNTIME_MIN_SLOTS=9"), "slots")] == [ERROR]
-
-
 @pytest.mark.parametrize("config", ["check", "local"])
 def test_checks_of_verl_do_not_concern_other_trainers(world: World, config: str) -> None:
     (world.agent / "uv.lock").unlink()
@@ -192,7 +186,6 @@ BROKEN: list[tuple[str, Break, list[str], Level, str]] = [
     ("slots", nothing, ["MEMORY_PER_WORKER=9G"], WARNING, "; add to the .conf: RUNTIME_NODES=2 (that"),
     ("slots", nothing, ["CPUS_PER_WORKER=16", "RUNTIME_NODES=2"], WARNING, "each node makes 4 slots that share its CPUs, 8 each (asked for: 2 times what there is); 4 nodes would be enough; add to the .conf: RUNTIME_NODES=4 "),
     ("slots", nothing, ["RUNTIME_NODES=2", "CPUS_PER_WORKER=8", "RUNTIME_MIN_SLOTS=4"], ERROR, "RUNTIME_MIN_SLOTS=4 has the training begin when 4 slots are there"),
-    ("slots", nothing, ["RUNTIME_NODES=2", "CPUS_PER_WORKER=8", "RUNTIME_MIN_SLOTS=9"], ERROR, "RUNTIME_NODES=2 have 8 slots together, so that the training would never begin"),
     ("batch", nothing, ["TRAIN_BATCH_SIZE=3", "ROLLOUT_N=3"], ERROR, "= 9 trajectories cannot be divided"),
     ("batch", nothing, ["ROLLOUT_N=1"], WARNING, "no advantage"),
     ("batch", nothing, ["VERL_OVERRIDES=actor_rollout_ref.actor.ppo_mini_batch_size=5"], ERROR, "is more than TRAIN_BATCH_SIZE=4"),

@@ -84,6 +84,10 @@ class FleetSlots:
         return sum(node.manager.admission.slots.used for node in self.nodes)
 
     @property
+    def total(self) -> int:
+        return sum(node.manager.admission.slots.total for node in self.nodes)
+
+    @property
     def taken(self) -> set[int]:
         return {port for node in self.nodes for port in node.manager.launcher.ports.taken}
 

@@ -14,7 +14,8 @@ from typing import Any
 
 @dataclass
 class Told:
-    """What nodes have said: registrations with their keys and times, and goodbyes (path with query, key)."""
+    """What nodes have said: registrations with their keys and times as they come, goodbyes (path with query, key), and
+    the order in which all of them were dealt with."""
 
     wishes: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -30,7 +31,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def stand_in_head(told: Told, key: str, port: int = 0, delay_s: float = 0, status: int = 200) -> Iterator[int]:
-    """Its port, for the length of the block. Each answer comes after ``delay_s``, a registration's with ``status``."""
+    """Its port, for the length of the block. It takes ``delay_s`` for a registration and answers with ``status``."""
 
     over = threading.Event()
 
@@ -40,8 +41,9 @@ def stand_in_head(told: Told, key: str, port: int = 0, delay_s: float = 0, statu
             told.wishes.append({"path": self.path, **wish})
             told.keys.append(self.headers["X-API-Key"])
             told.times.append(time.monotonic())
-            told.order.append("POST")
-            self.answer(status)
+            if not over.wait(delay_s):
+                told.order.append("POST")
+                self.answer(status)
 
         def do_DELETE(self) -> None:
             told.goodbyes.append((self.path, self.headers["X-API-Key"]))
@@ -49,8 +51,6 @@ def stand_in_head(told: Told, key: str, port: int = 0, delay_s: float = 0, statu
             self.answer(200)
 
         def answer(self, good: int) -> None:
-            if over.wait(delay_s):
-                return
             body = b'{"detail": "the words of the head"}'
             self.send_response(good if self.headers["X-API-Key"] == key else 401)
             self.send_header("Content-Length", str(len(body)))

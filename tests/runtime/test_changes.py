@@ -13,7 +13,7 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slurm_runtime import register as register_module
@@ -210,6 +210,8 @@ class FakeConnection:
 
 
 @given(HAPPENINGS)
+@example([("add", "a"), ("fail", 0), ("ask", 0), ("add", "a"), ("fail", 1), ("forget", 1), ("ask", 0)])
+@example([("add", "a"), ("ask", 0), ("add_dead", "a"), ("ask", 0), ("forget", 1), ("ask", 0), ("fail", 0)])
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)
 def test_whatever_happens_and_whenever_it_asks_a_head_knows_what_the_node_says(
     happenings: list[tuple[str, Any]],
@@ -286,6 +288,14 @@ def settled(api: Api, head: Replica) -> None:
     eventually(lambda: (head.upto, follow(api, head, 0.2).upto) == (head.upto, head.upto))
 
 
+def heard(api: Api, head: Replica, what: Callable[[NodeFacts], bool]) -> None:
+    """Long polls bring ``what`` before the time of one of them is over."""
+    began = time.monotonic()
+    while not what(follow(api, head, 29).node):
+        pass
+    assert time.monotonic() - began < 25
+
+
 def test_a_head_hears_what_the_api_says(fake: Api) -> None:
     head = Replica()
     assert follow(fake, head).complete
@@ -328,28 +338,26 @@ def test_a_slot_that_becomes_free_and_an_image_that_comes_end_a_poll_too(server_
     one = started(api)
     settled(api, head)
 
-    def comes() -> bool:
-        follow(api, head, 20)
-        return "docker.io/some/image:1" in head.images
-
     with ThreadPoolExecutor(1) as pool:
-        poll = pool.submit(eventually, comes)
+        poll = pool.submit(heard, api, head, lambda _: "docker.io/some/image:1" in head.images)
         query = {"image": "some/image:1", "pull_from_repo": "true"}
         assert api.client.get("/image_exists", params=query).json()["exists"]
-        poll.result(20)
-        poll = pool.submit(eventually, lambda: follow(api, head, 20).node.used == 0)
-        api.client.post("/stop", json={"runtime_id": one["runtime_id"]})
-        poll.result(20)
+        poll.result(30)
+        poll = pool.submit(heard, api, head, lambda node: node.used == 0)
+        assert isinstance(api.engine, FakePodman)
+        api.engine.refuse_removal = 1  # it is dead at once, and its slot is free a little later
+        assert api.client.post("/stop", json={"runtime_id": one["runtime_id"]}).status_code == 502
+        poll.result(30)
 
 
 def test_the_state_of_podman_is_told(fake: Api) -> None:
     head = Replica()
-    follow(fake, head)
+    settled(fake, head)
     assert isinstance(fake.engine, FakePodman)
     fake.engine.away = True
-    eventually(lambda: follow(fake, head, 5).node.podman == "unreachable")
+    heard(fake, head, lambda node: node.podman == "unreachable")
     fake.engine.away = False
-    eventually(lambda: follow(fake, head, 5).node.podman == "connected")
+    heard(fake, head, lambda node: node.podman == "connected")
 
 
 def test_another_life_or_a_number_from_nowhere_is_told_all(fake: Api) -> None:
@@ -432,10 +440,14 @@ def test_a_start_that_is_not_to_wait_is_refused_at_once_and_leaves_nothing(serve
 
 
 def test_of_starts_at_the_same_moment_as_many_are_refused_as_have_no_slot(server_with: Callable[..., Api]) -> None:
-    api = server_with(FakePodman(delay_s=0.2), slots=3)
+    api = server_with(FakePodman(away=True), slots=3)  # nobody has a slot before Podman answers
+    assert isinstance(api.engine, FakePodman)
     with ThreadPoolExecutor(8) as pool:
         wish, headers = {"image": IMAGE, "command": SERVE}, {"X-SkyRL-Wait": "0"}
-        answers = list(pool.map(lambda _: api.client.post("/start", json=wish, headers=headers), range(8)))
+        asked = [pool.submit(api.client.post, "/start", json=wish, headers=headers) for _ in range(8)]
+        eventually(lambda: sum(one.done() for one in asked) == 5)
+        api.engine.away = False
+        answers = [one.result(20) for one in asked]
     assert sorted(one.status_code for one in answers) == [201] * 3 + [503] * 5
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from slurm_runtime.agent.tree import AgentTree
+from slurm_runtime.head.config import HeadConfig
 from tests.runtime import podman_service, real_clients
 from tests.runtime.conftest import API_KEY, CONFIG, Api, KillablePodman, serving
+from tests.runtime.fleet import head_over
 from tests.runtime.real_clients import HERE, LEGACY, NEWEST, SDK, SHARED, Clients
 
 SDK_DRIVER = "drive_api_remote_workspace.py"
@@ -41,6 +43,22 @@ def agents(rootless_podman: podman_service.Service, agent_tree: AgentTree) -> It
             )
 
         yield make
+
+
+@pytest.fixture
+def head(rootless_podman: podman_service.Service, agent_tree: AgentTree) -> Iterator[Api]:
+    """A head over two servers, both on the Podman of an ordinary user."""
+    with ExitStack() as stack:
+        config = replace(CONFIG, agent_start="fork", string_patience_s=270.0, list_patience_s=105.0)
+        nodes = [
+            stack.enter_context(
+                serving(
+                    KillablePodman(rootless_podman.socket), replace(config, node_name=name), 4, agent_tree, warden=True
+                )
+            )
+            for name in ("cpu-a", "cpu-b")
+        ]
+        yield stack.enter_context(head_over(nodes, HeadConfig(API_KEY, gather_s=0.0), shares=True))
 
 
 @pytest.fixture
@@ -172,3 +190,14 @@ def test_36_37_the_drivers_of_the_recordings(
     assert "close_raised" not in result
     assert result["action"]["command"][0] == 3
     assert_nothing_left(api)
+
+
+def test_36_37_both_clients_at_a_head_over_two_nodes(
+    clients: Clients, head: Api, key_file: Path, rootless_podman: podman_service.Service
+) -> None:
+    image = real_clients.userland_image(rootless_podman)
+    assert drive(clients, NEWEST, "drive_sdk.py", head, image, key_file, "full") == FULL
+    assert_nothing_left(head)
+    image = real_clients.legacy_image(rootless_podman)
+    assert "kept" in drive(clients, LEGACY, "drive_legacy.py", head, image, key_file, "paused_and_attached")
+    assert_nothing_left(head)

@@ -18,9 +18,10 @@ import httpx
 import pytest
 
 from slurm_runtime.agent.tree import AgentTree
-from tests.runtime import podman_service
 from tests.runtime.commands import IMAGE, SERVE, SILENT
 from tests.runtime.conftest import API_KEY, CONFIG, Api, KillablePodman, serving
+from tests.runtime.fake_podman import FakePodman
+from tests.runtime.fleet import HEAD_CONFIG, head_over
 from tests.runtime.test_contract import command, eventually, session, started
 
 pytestmark = pytest.mark.podman
@@ -28,15 +29,34 @@ pytestmark = pytest.mark.podman
 MakeApi = Callable[..., Api]
 
 
-@pytest.fixture
-def make(rootless_podman: podman_service.Service) -> Iterator[MakeApi]:
+# What a node does by itself, whoever asked it: shown once, on real Podman.
+BY_ITSELF = frozenset(
+    {
+        "test_01_without_authentication_no_key_is_asked_for",
+        "test_19_a_double_share_takes_two_slots_and_twice_the_memory",
+        "test_33_an_idle_sandbox_is_stopped_and_a_working_one_is_not",
+    }
+)
+
+
+@pytest.fixture(params=["server", "head"])
+def make(request: pytest.FixtureRequest) -> Iterator[MakeApi]:
+    """A server on real Podman, or a head over two servers on fakes."""
+    if request.param == "head" and request.function.__name__ in BY_ITSELF:
+        pytest.skip("the head has no part in it")
     with ExitStack() as stack:
 
         def serve(slots: int = 4, tree: AgentTree | None = None, **changes: Any) -> Api:
-            engine = KillablePodman(rootless_podman.socket)
+            engine = KillablePodman(request.getfixturevalue("rootless_podman").socket)
             return stack.enter_context(serving(engine, replace(CONFIG, **changes), slots, tree, warden=True))
 
-        yield serve
+        def lead(slots: int = 4, **changes: Any) -> Api:
+            configs = [replace(CONFIG, node_name=name, **changes) for name in ("cpu-a", "cpu-b")]
+            nodes = [stack.enter_context(serving(FakePodman(pull_delay_s=30.0), one, slots)) for one in configs]
+            patience = {name: changes[name] for name in ("list_patience_s", "string_patience_s") if name in changes}
+            return stack.enter_context(head_over(nodes, replace(HEAD_CONFIG, **patience)))
+
+        yield lead if request.param == "head" else serve
 
 
 ENDPOINTS = [
@@ -68,6 +88,9 @@ def test_01_02_every_endpoint_but_health_asks_for_the_key_in_json(make: MakeApi)
             answer = httpx.request(method, url, headers=headers, trust_env=False)
             assert answer.status_code == 401, path
             assert isinstance(answer.json()["detail"], str)
+
+
+def test_01_without_authentication_no_key_is_asked_for(make: MakeApi) -> None:
     open_api = make(api_key=None)
     assert httpx.get(f"{open_api.client.base_url}/list", trust_env=False).status_code == 200
 
@@ -147,12 +170,14 @@ def test_11_a_pull_that_takes_long_is_answered_as_pending(make: MakeApi, mute_re
 
 def test_13_no_room_is_503_with_both_numbers_and_leaves_no_half_sandbox(make: MakeApi) -> None:
     api = make(1, list_patience_s=1.0)
-    started(api)
+    total = api.manager.admission.slots.total  # one of each node
+    for _ in range(total):
+        started(api)
     answer = api.start(image=IMAGE, command=SERVE, session_id="late")
     assert answer.status_code == 503
-    assert "1 of 1" in answer.json()["detail"]
+    assert f"{total} of {total}" in answer.json()["detail"]
     assert api.client.get("/sessions/late").status_code == 404
-    assert len(api.names()) == 1
+    assert len(api.names()) == total
 
 
 def test_14_a_client_that_hangs_up_during_start_leaves_nothing(make: MakeApi) -> None:
@@ -213,10 +238,10 @@ def test_33_an_idle_sandbox_is_stopped_and_a_working_one_is_not(
     assert session(api, "working")["pod_status"] == "ready"
 
 
-def context(dockerfile: str) -> bytes:
-    """A build context as the legacy client sends it: base64 text of a tar.gz."""
+def context(dockerfile: str, name: str = "") -> bytes:
+    """A build context as the legacy client sends it: base64 text of a tar.gz, whose header has its name."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with tarfile.open(name, fileobj=buffer, mode="w:gz") as archive:
         info = tarfile.TarInfo("Dockerfile")
         info.size = len(dockerfile.encode())
         archive.addfile(info, io.BytesIO(dockerfile.encode()))
@@ -246,7 +271,8 @@ def test_34_35_an_image_is_built_found_and_started(make: MakeApi) -> None:
 def test_35_a_build_that_fails_says_why_and_off_is_501(make: MakeApi) -> None:
     api = make(build_images=True)
     dockerfile = f"FROM {IMAGE}\nRUN echo no such luck && exit 9\n"
-    answer = api.client.post("/build", files={"context": context(dockerfile)}, data={"target_image": "localhost/x:1"})
+    sent = context(dockerfile, "fail.tar.gz")  # for the fake, which runs no command
+    answer = api.client.post("/build", files={"context": sent}, data={"target_image": "localhost/x:1"})
     build = {"build_id": answer.json()["build_id"]}
     done = eventually(
         lambda: (found := api.client.get("/build_status", params=build).json())["status"] == "FAILURE" and found, 60

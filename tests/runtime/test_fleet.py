@@ -265,6 +265,19 @@ def test_a_drained_node_keeps_what_it_has_and_gets_nothing_new(make_node: MakeNo
     assert head.client.post("/nodes/nobody/drain", json={}).status_code == 404
 
 
+def test_a_node_that_was_to_drain_does_so_in_its_next_life_too(
+    stack: contextlib.ExitStack, make_node: MakeNode, make_head: MakeHead
+) -> None:
+    head = make_head()
+    first, second = make_node("cpu-b"), make_node("cpu-b")
+    wire = wired(stack, head, first)
+    assert head.client.post("/nodes/cpu-b/drain", json={"reason": "repair"}).status_code == 200
+    wire.lead_to(second.client.base_url.port or 0)
+    assert head.join(second, url=wire.url).status_code == 200
+    eventually(lambda: second.client.get("/node").json()["draining"])
+    assert head.states() == {"cpu-b": "draining"}
+
+
 def test_a_node_that_drains_by_itself_gets_nothing_new(make_node: MakeNode, make_head: MakeHead) -> None:
     nodes = [make_node("cpu-a", 4), make_node("cpu-b", 2)]
     head = make_head(*nodes)
@@ -386,7 +399,9 @@ def test_a_server_that_calls_itself_otherwise_is_not_taken(
     head = make_head()
     assert head.join(make_node("cpu-a"), name="cpu-b").status_code == 200
     eventually(lambda: "calls itself cpu-a" in caplog.text)
-    assert head.states() == {"cpu-b": "joining"}
+    [told] = head.client.get("/nodes").json()["nodes"]
+    assert told["state"] == "joining"
+    assert "calls itself cpu-a" in told["reason"]
 
 
 def test_nodes_need_the_key(make_head: MakeHead) -> None:
@@ -419,11 +434,11 @@ def test_a_server_that_was_started_again_is_heard_out_anew(
     first, second = make_node("cpu-b"), make_node("cpu-b")
     wire = wired(stack, head, first)
     before = started(head, session_id="before")
-    wire.cut()
-    wire._target = second.client.base_url.port or 0
-    wire.mend()
+    wire.lead_to(second.client.base_url.port or 0)
     assert head.join(second, url=wire.url).status_code == 200
-    eventually(lambda: head.client.get(f"/runtime/{before['runtime_id']}").status_code == 404)
+    eventually(lambda: session(head, "before")["pod_status"] == "failed")
+    assert "its API server was started again" in session(head, "before")["pod_logs"]
+    assert started(head, session_id="before")["runtime_id"] != before["runtime_id"]
     assert started(head, session_id="after")["pod_status"] == "ready"
 
 

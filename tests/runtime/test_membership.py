@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from slurm_runtime.api_server import StartProblem, build_parser, check_node_name
 from slurm_runtime.config import is_node_name
 from slurm_runtime.membership import job_of, judged, pause_s, silent
 from slurm_runtime.node_models import BEAT_S, ChangesAnswer, NodeWish
@@ -123,6 +124,7 @@ def test_a_head_that_refuses_the_key_is_an_error_and_is_asked_again(node: MakeNo
     with stand_in_head(told, "another key", port):
         made = node(port)
         eventually(lambda: len(told.wishes) >= 4, DEADLINE_S)
+    assert told.times[3] - told.times[0] < 2 * BEAT_S  # the first pauses are short
     log = made.log()
     assert log.count("refuses this server's API key (401)") == 1
     assert "[ERROR]" in next(line for line in log.splitlines() if "refuses this" in line)
@@ -141,6 +143,17 @@ def test_a_head_that_hangs_holds_up_neither_requests_nor_the_end(node: MakeNode)
         made.process.terminate()
         assert made.wait() == 0
         assert time.monotonic() - began < 9
+
+
+def test_a_registration_that_is_under_way_does_not_undo_the_goodbye(node: MakeNode) -> None:
+    told = Told()
+    with stand_in_head(told, KEY, delay_s=0.25) as head:
+        made = node(head)
+        eventually(lambda: len(told.wishes) > len(told.order), DEADLINE_S)
+        made.process.terminate()
+        assert made.wait() == 0
+        assert told.order[-1] == "DELETE"
+        assert told.order.count("POST") == len(told.wishes)
 
 
 def test_a_killed_node_is_another_one_afterwards(node: MakeNode) -> None:
@@ -188,11 +201,15 @@ def test_a_long_poll_does_not_hold_up_the_end(node: MakeNode) -> None:
         sandbox = made.start().json()
         while sandbox["runtime_id"] not in head.living() or head.sandboxes[sandbox["runtime_id"]].pod_status != "ready":
             hear(5)
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(hear, 30)
-            made.process.terminate()
+        hear(0)
+        with socket.create_connection(("127.0.0.1", made.port), DEADLINE_S) as poll:
+            query = f"since={head.upto}&boot={head.boot}&wait_s=30"
+            poll.sendall(f"GET /changes?{query} HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n\r\n".encode())
+            assert made.answers()  # so that it has been read
+            assert made.answers()
             began = time.monotonic()
-            waiting.result(DEADLINE_S)
+            made.process.terminate()
+            assert poll.recv(100).startswith(b"HTTP/1.1 200")
             assert made.wait() == 0
         assert time.monotonic() - began < 15
     assert "nothing is left" in made.log()
@@ -258,6 +275,15 @@ def test_the_job_is_called_as_slurm_calls_it(environment: dict[str, str], job: s
 )
 def test_names_of_nodes(name: str, fits: bool) -> None:
     assert is_node_name(name) is fits
+
+
+def test_a_host_whose_name_a_head_does_not_take_is_told_how_to_name_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "_no name_")
+    parse = build_parser().parse_args
+    with pytest.raises(StartProblem, match=r"'_no name_'.*--node-name"):
+        check_node_name(parse(["--head", "http://cpu-a:8000"]))
+    check_node_name(parse(["--head", "http://cpu-a:8000", "--node-name", "cpu-b"]))
+    check_node_name(parse([]))  # nobody asks for its name
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ class Wire:
     def cut(self) -> None:
         self._run(self._cut())
 
+    def lead_to(self, target: int) -> None:
+        """Another server takes the place of the one there was."""
+        self.cut()
+        self._target = target
+        self.mend()
+
     def close(self) -> None:
         self.cut()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -238,7 +238,6 @@ CHECKS: tuple[Check, ...] = (
     Check(PARTS, "Is what the run cannot do without on this machine? Never skipped.", everybody, _parts),
     Check("slots", "Has the runtime a slot for every sandbox that a step starts, and CPUs and memory for them?",
           verl_with_runtime, lambda asked: shape.slot_findings(asked.settings)),
-    Check("slots", "", runtimes, lambda asked: shape.readiness_findings(asked.settings)),
     Check("batch", "Can a step's trajectories be divided among GPUs and mini-batches?", verl,
           lambda asked: shape.batch_findings(asked.settings)),
     Check("parallel", "Does TP_SIZE fit a node's GPUs, and are there CPUs for all of VERL's processes?", verl,

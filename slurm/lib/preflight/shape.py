@@ -59,18 +59,6 @@ def _begun_early(settings: Settings, room: SandboxRoom, opened: str) -> list[Fin
     return [error("slots", sentence, f"leave RUNTIME_MIN_SLOTS unset ({room.wanted} then), or make the batch smaller")]
 
 
-def readiness_findings(settings: Settings) -> list[Finding]:
-    """Whether all nodes together can have the slots that the training waits for, whatever is trained with."""
-    room = sandbox_room(settings)
-    if room.nodes == 1 or (settings.runtime_min_slots or 0) <= room.all_slots:
-        return []
-    sentence = (
-        f"RUNTIME_MIN_SLOTS={settings.runtime_min_slots}: RUNTIME_NODES={room.nodes} have "
-        f"{number_of(room.all_slots, 'slot')} together, so that the training would never begin"
-    )
-    return [error("slots", sentence, "lower RUNTIME_MIN_SLOTS, leave it unset, or raise RUNTIME_NODES")]
-
-
 def _opened(settings: Settings, room: SandboxRoom) -> Finding:
     sentence = (
         f"a step opens {room.wanted} sandboxes at once, {room.all_slots} fit{_on(room.nodes)}, each with up to "

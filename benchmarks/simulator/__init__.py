@@ -1,0 +1,1 @@
+"""Worker nodes without Podman, for benchmarks of the head."""
