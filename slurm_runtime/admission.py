@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from slurm_runtime.slots import Lease, Slots
+
+
+def nothing() -> None:
+    """For those who do not want to hear of it."""
 
 
 class Admission:
@@ -15,6 +19,7 @@ class Admission:
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
         self._queue: deque[tuple[int, asyncio.Future[Lease]]] = deque()
+        self.on_fewer_idle: Callable[[], None] = nothing  # called when slots may have been leased, or are waited for
 
     @property
     def waiting(self) -> int:
@@ -30,6 +35,15 @@ class Admission:
         except asyncio.CancelledError:
             self._withdraw(count, future)
             raise
+
+    def lease_now(self, count: int) -> Lease | None:
+        """``count`` slots if they are free and nobody waits for any."""
+        granted = None if self._queue else self.slots.take(count)
+        if granted is None:
+            return None
+        self.slots, lease = granted
+        self.on_fewer_idle()
+        return lease
 
     def take_these(self, numbers: Collection[int]) -> Lease | None:
         """Slots that a sandbox holds already, before anybody waits; None where they are not to be had."""
@@ -59,7 +73,8 @@ class Admission:
                 continue
             granted = self.slots.take(count)
             if granted is None:
-                return
+                break
             self.slots, lease = granted
             self._queue.popleft()
             future.set_result(lease)
+        self.on_fewer_idle()

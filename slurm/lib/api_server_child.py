@@ -106,6 +106,7 @@ def own_flags(job: JobContext, listener: socket.socket, key_file: Path, storage:
             ("--network", settings.network),
             ("--disk-per-worker", settings.disk_per_worker),
             ("--cpu-pinning-method", settings.cpu_pinning_method),
+            ("--warm", settings.warm_sandboxes or ""),
             ("--image-archives", archives if settings.image_archives or archives.is_dir() else ""),
         )
         if str(value)
