@@ -28,6 +28,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 START_DEADLINE_S = 60.0
 PODMAN_DEADLINE_S = 300.0
 SANDBOX_PORT = 60000
+RAW = "skyrl.benchmark=raw"
 AGENT_COMMAND = f"/usr/local/bin/openhands-agent-server --port {SANDBOX_PORT}"
 
 
@@ -57,10 +58,13 @@ class Room:
         """``podman run -d`` with the network, the published port and the mounts that our sandboxes have."""
         mounts = [word for mount in self.tree.mounts for word in ("-v", f"{mount.source}:{mount.target}:ro")]
         network = ("--network", "slirp4netns", "-p", f"127.0.0.1:{free_port()}:{SANDBOX_PORT}")
-        return ("run", "-d", *network, *mounts, "-v", "/workspace", self.image, *command)
+        return ("run", "-d", "--label", RAW, *network, *mounts, "-v", "/workspace", self.image, *command)
 
     def remove_all(self) -> None:
-        self.podman("rm", "--all", "--force", "--time", "0", "--volumes")
+        """All that were made with ``run_words``."""
+        names = self.podman("ps", "--all", "--quiet", "--filter", f"label={RAW}").split()
+        if names:
+            self.podman("rm", "--force", "--time", "0", "--volumes", *names)
 
 
 _ports = itertools.cycle(range(20000, 30000))  # below those that the kernel gives to connections

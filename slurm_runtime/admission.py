@@ -9,6 +9,10 @@ from collections.abc import Callable, Collection
 from slurm_runtime.slots import Lease, Slots
 
 
+def nothing() -> None:
+    """For those who do not want to hear of it."""
+
+
 class Admission:
     """Leases slots in the order of asking; a large request at the front is not overtaken by small ones.
 
@@ -19,6 +23,7 @@ class Admission:
         self.slots = slots
         self._on_change = on_change
         self._queue: deque[tuple[int, asyncio.Future[Lease]]] = deque()
+        self.on_fewer_idle: Callable[[], None] = nothing  # called when slots may have been leased, or are waited for
 
     @property
     def waiting(self) -> int:
@@ -35,6 +40,15 @@ class Admission:
         except asyncio.CancelledError:
             self._withdraw(count, future)
             raise
+
+    def lease_now(self, count: int) -> Lease | None:
+        """``count`` slots if they are free and nobody waits for any."""
+        granted = None if self._queue else self.slots.take(count)
+        if granted is None:
+            return None
+        self.slots, lease = granted
+        self.on_fewer_idle()
+        return lease
 
     def take_these(self, numbers: Collection[int]) -> Lease | None:
         """Slots that a sandbox holds already, before anybody waits; None where they are not to be had."""
@@ -67,7 +81,8 @@ class Admission:
                 continue
             granted = self.slots.take(count)
             if granted is None:
-                return
+                break
             self.slots, lease = granted
             self._queue.popleft()
             future.set_result(lease)
+        self.on_fewer_idle()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from slurm_runtime import late_labels
 from slurm_runtime.admission import Admission
 from slurm_runtime.agent_support import Start
 from slurm_runtime.control import ControlError
@@ -212,7 +213,8 @@ class Adoption:
     async def _inspected(self, state: ContainerState, labels: Mapping[str, str]) -> Found | None:
         """One that Podman cannot describe is left to the sweep, and holds up no other."""
         try:
-            return Found(await self.engine.inspect(state.name), labels)
+            state = await self.engine.inspect(state.name)
+            return Found(state, {**labels, **await asyncio.to_thread(late_labels.read, state.oci_config)})
         except (EngineUnreachable, EngineSilent):
             raise
         except EngineError as problem:

@@ -264,6 +264,14 @@ def _add_life(group: argparse._ArgumentGroup) -> None:
         help="containers that are started at the same time (default: %(default)s)",
     )
     add(
+        "--warm",
+        type=_natural,
+        default=ServerConfig.warm,
+        metavar="N",
+        help="containers that wait, initialised, for sandboxes like the last ones, no more than idle slots "
+        "(default: %(default)s)",
+    )
+    add(
         "--idle-timeout",
         type=_natural,
         default=0,
@@ -381,6 +389,7 @@ def config_from(args: argparse.Namespace, environment: Mapping[str, str], user: 
         labels=labels_for(environment, user, dict(args.label)),
         pids_limit=args.pids_limit,
         disk_bytes=args.disk_per_worker,
+        warm=args.warm,
         network=args.network or one_of(environment, "NETWORK", "private", "deny"),
         agent_start=args.agent_start or one_of(environment, "AGENT_START", "fork", "exec"),
         agent_image=args.agent_image,

@@ -31,7 +31,8 @@ class ServerConfig:
     ``drain_lead_s`` how long before that it takes no new sandboxes.
 
     ``pinning`` is ``docker_cpuset``, ``taskset`` or ``none``; ``agent_start`` is ``fork`` or ``exec``; ``network`` is
-    ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox.
+    ``private`` or ``deny``. Limits are for one slot, 0 for none. ``idle_timeout_s`` 0 never stops an idle sandbox. At
+    most ``warm`` containers wait for the next sandboxes.
     """
 
     api_key: str | None = None
@@ -72,6 +73,7 @@ class ServerConfig:
     watch_period_s: float = 2.0
     starters: int = 4  # more in flight only queue in Podman: 20 starts a second with 4, 21 with 8, at twice the time
     removers: int = 8
+    warm: int = 0
 
     @property
     def publish_ip(self) -> str:

@@ -92,7 +92,7 @@ class Endings:
 
     def note_started(self, entry: Entry) -> None:
         """A new sandbox answers."""
-        self.statistics.note_started(time.monotonic() - entry.asked_at)
+        self.statistics.note_started(time.monotonic() - entry.asked_at, entry.was_warm)
 
     def _count(self, entry: Entry, reason: str) -> None:
         """A sandbox that this server was starting and that never answered is a start that failed."""

@@ -12,6 +12,7 @@ from slurm_runtime.deadlines import within
 from slurm_runtime.ports import Reservation
 from slurm_runtime.sandbox import Sandbox, Specification
 from slurm_runtime.slots import Lease
+from slurm_runtime.warm import Warm
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ class Entry:
         self.on_change: Callable[[], None] = unheard
         self.lease: Lease | None = None
         self.port: Reservation | None = None
+        self.warm: Warm | None = None  # the container that waited for it, until its start begins
+        self.was_warm = False  # it runs in such a one
         self.has_container = False
         self.holder = 0
         self.is_watched = False

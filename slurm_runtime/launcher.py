@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from slurm_runtime import late_labels
 from slurm_runtime.agent_support import AgentSupport, Start, StartPlan, decide
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.control import Control, ControlError, ForkRefused
@@ -23,15 +24,17 @@ from slurm_runtime.podman import (
     Engine,
     EngineError,
     EngineFacts,
+    EngineUnreachable,
     ImageFacts,
     NoSuchImage,
     PortTaken,
 )
-from slurm_runtime.ports import Ports
-from slurm_runtime.sandbox import sandbox_url
+from slurm_runtime.ports import Ports, Reservation
+from slurm_runtime.sandbox import Sandbox, Specification, sandbox_url
 from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in
 from slurm_runtime.slots import Slots
 from slurm_runtime.steps import StepTimes
+from slurm_runtime.warm import Warm
 
 PORT_TRIES = 20
 FEW_PIDS = 512  # of Podman and its helpers
@@ -85,6 +88,9 @@ class Launcher:
         entry.holder = entry.server = 0
 
     async def _launch(self, entry: Entry, facts: EngineFacts, slots: Slots, host: str) -> None:
+        warm, entry.warm = entry.warm, None
+        if warm is not None and await self._wake(entry, warm, facts, slots):
+            return
         with self.steps.of("image"):
             plan = await self._plan(entry, await self._image(entry))
         async with self._starters:
@@ -94,6 +100,69 @@ class Launcher:
                 with self.steps.of("fork"):
                     state = await self._fork(entry, plan, state, facts, slots)
             await self.watch(entry, state, facts)
+
+    # Containers that wait for their sandbox.
+
+    def can_prepare(self, facts: EngineFacts) -> bool:
+        """Whether a container can be made before its slots are known, and its server forked into it afterwards."""
+        is_bound = self.config.pinning == "docker_cpuset" and "cpuset" in facts.controllers
+        return not is_bound and self.agent.fork_ready and self.control is not None
+
+    async def prepare(self, wish: Specification, port: Reservation, slots: Slots, facts: EngineFacts) -> Warm | None:
+        """Make and initialise the container of a request that nobody has made yet; None where it is not to be forked
+        into. Whoever calls removes it, also after an ``EngineError`` or a cancellation.
+        """
+        entry = Entry(Sandbox(wish))
+        entry.port = port
+        image = await self.engine.image(wish.image)
+        plan = await self._plan(entry, image)
+        if plan.start is not Start.FORK:
+            return None
+        spec = replace(self._container_spec(entry, plan, ()), labels=self.labels.of(""))
+        async with self._starters:
+            await uninterrupted(self.engine.create(replace(spec, pids_together=self._pids_together(slots))))
+            port.release()
+            await uninterrupted(self.engine.init(entry.name))
+            if self.config.network == "deny":
+                await self._confine(entry, ())
+            return Warm(wish, plan, image.id, port, await self.engine.inspect(entry.name))
+
+    async def _wake(self, entry: Entry, warm: Warm, facts: EngineFacts, slots: Slots) -> bool:
+        """Start the container that waited, and its server; False, with nothing left of it, where it cannot be used."""
+        async with self._starters:
+            entry.explain("its container, which waited for it, is being started")
+            try:
+                with self.steps.of("image"):
+                    await self._check_image(warm)
+                with self.steps.of("run"):
+                    await self._own(entry, warm, slots)
+                    await uninterrupted(self.engine.start(entry.name))
+            except EngineUnreachable:
+                raise
+            except (EngineError, ControlError, OSError) as problem:
+                log.warning("sandbox %s gets a new container, because %s", entry.specification.runtime_id, problem)
+                await self.discard(entry)
+                return False
+            entry.holder, entry.was_warm = warm.state.pid, True
+            with self.steps.of("fork"):
+                state = await self._fork(entry, warm.plan, warm.state, facts, slots)
+            await self.watch(entry, state, facts)
+        return True
+
+    async def _check_image(self, warm: Warm) -> None:
+        """``EngineError`` if the image's name means another one by now, which no new sandbox may miss."""
+        image = await self.engine.image(warm.specification.image)
+        if image.id != warm.image_id:
+            self.images.forget(warm.specification.image)
+            raise EngineError("its image was replaced while a container waited")
+
+    async def _own(self, entry: Entry, warm: Warm, slots: Slots) -> None:
+        """What could not be known when the container was made: whose it is, and on which CPUs it runs."""
+        labels = self.labels.of(entry.specification.session_id, self._notes(entry, warm.plan))
+        await asyncio.to_thread(late_labels.write, warm.state.oci_config, labels)
+        cpus = self._cpus(entry, slots)
+        if cpus and self.control is not None:
+            await self.control.pin(entry.name, warm.state.pid, cpus)
 
     async def _image(self, entry: Entry) -> ImageFacts:
         return await self.images.need(entry.specification.image, entry.specification.pull_policy, entry.explain)
@@ -129,7 +198,7 @@ class Launcher:
 
     async def _start(self, entry: Entry, plan: StartPlan, facts: EngineFacts, slots: Slots) -> ContainerState:
         assert entry.port is not None
-        cpus = slots.cpus_of(entry.lease) if entry.lease and self.config.pinning != "none" else ()
+        cpus = self._cpus(entry, slots)
         entry.has_container = True
         spec = replace(self._container_spec(entry, plan, cpus), pids_together=self._pids_together(slots))
         with self.steps.of("create"):
@@ -145,6 +214,10 @@ class Launcher:
             state = await self.engine.inspect(entry.name)
         entry.holder = state.pid
         return state
+
+    def _cpus(self, entry: Entry, slots: Slots) -> tuple[int, ...]:
+        """Those that it is pinned to; empty where it is not."""
+        return slots.cpus_of(entry.lease) if entry.lease and self.config.pinning != "none" else ()
 
     def _pids_together(self, slots: Slots) -> int:
         """What all sandboxes may have of processes together, 0 for any number.

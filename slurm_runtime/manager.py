@@ -11,6 +11,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from slurm_runtime import __version__
@@ -55,7 +56,9 @@ from slurm_runtime.slots import Slots, units_for
 from slurm_runtime.starts import Probe, Starts
 from slurm_runtime.statistics import kept
 from slurm_runtime.supervisor import IdleOf, Supervisor
+from slurm_runtime.warm_pool import WarmPool
 
+BEFORE_ANSWER = frozenset({State.PENDING, State.STARTING})
 WITH_CONTAINER = frozenset({State.STARTING, State.READY, State.PAUSED})
 
 
@@ -117,6 +120,8 @@ class Manager:
             mark,
             idle_of,
         )
+        self.warm = WarmPool(self.launcher, self.connection, self.admission, self._is_starting, config.warm)
+        self.admission.on_fewer_idle = self.warm.slots_changed
         self._closing = False
         for failed in self.failures.known:
             (self.register.add if failed.is_last else self.register.add_dead)(Entry(failed.sandbox))
@@ -167,6 +172,7 @@ class Manager:
             slots_used=slots.used,
             slots_total=slots.total,
             waiting=self.admission.waiting,
+            warm=len(self.warm.waiting),
             pulls=self.images.under_way(),
             failures=tuple(Failure(sandbox, now - at) for at, sandbox in self.endings.failures),
             notes=tuple(connection.notes),
@@ -225,7 +231,7 @@ class Manager:
                 f"resource_factor {specification.resource_factor:g} needs {units_for(specification.resource_factor)} "
                 f"slots and this server has {total}; ask for less, or give the runtime job more CPUs"
             )
-        entry = Entry(Sandbox(specification), is_new=True)
+        entry = self._claimed(specification) or Entry(Sandbox(specification), is_new=True)
         self.register.add(entry)
         self.failures.note_again(specification.session_id)
         entry.bring_up = asyncio.create_task(self._bring_up(entry))
@@ -248,6 +254,24 @@ class Manager:
 
     def _note_living(self) -> None:
         self.statistics.note_living(len(self.register.in_states(WITH_CONTAINER)))
+
+    def _claimed(self, specification: Specification) -> Entry | None:
+        """The sandbox in a container that waited for it, whose id and key it takes; None where none fits.
+
+        Nobody is overtaken: whoever asked before has slots already.
+        """
+        claimed = self.warm.claim(specification, all(entry.lease for entry in self.register.living()))
+        if claimed is None:
+            return None
+        warm, lease = claimed
+        chosen = warm.specification
+        named = replace(specification, runtime_id=chosen.runtime_id, session_api_key=chosen.session_api_key)
+        entry = Entry(Sandbox(named), is_new=True)
+        entry.warm, entry.lease, entry.port, entry.has_container = warm, lease, warm.port, True
+        return entry
+
+    def _is_starting(self) -> bool:
+        return bool(self.register.in_states(BEFORE_ANSWER))
 
     async def _until_answerable(self, entry: Entry) -> None:
         """Wait until the sandbox runs or is dead, or patience ends while its image is fetched; else raise why not."""
@@ -293,12 +317,17 @@ class Manager:
 
     async def run(self) -> None:
         """Connect to Podman, then see to it that dead containers are noticed; ends only by cancellation."""
+        self.warm.begin(self.background)
         self.host.look_up()
         self.background.start(self.node.drain_in_time())
         await self.supervisor.run()
 
     async def close(self, timeout_s: float) -> list[str]:
         """Start no more, remove everything in parallel; names of the containers left after ``timeout_s`` seconds."""
+        names, warm = await asyncio.gather(self._close(timeout_s), self.warm.close(timeout_s))
+        return [*names, *warm]
+
+    async def _close(self, timeout_s: float) -> list[str]:
         self._closing = True
         self.connection.close()
         await self.supervisor.close(timeout_s)

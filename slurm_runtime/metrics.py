@@ -89,6 +89,7 @@ def _gauges(snapshot: Snapshot) -> Iterator[Metric]:
         ("skyrl_slots_used", "Slots that sandboxes hold", snapshot.slots_used),
         ("skyrl_slots_total", "Slots of this server", snapshot.slots_total),
         ("skyrl_starts_waiting", "Starts that wait for a slot", snapshot.waiting),
+        ("skyrl_warm_containers", "Containers that wait for the next sandboxes", snapshot.warm),
         ("skyrl_pulls_under_way", "Images being pulled", len(snapshot.pulls)),
         ("skyrl_builds_under_way", "Images being built or queued", len(snapshot.builds)),
         ("skyrl_failures_kept", "Failed sandboxes that the operator's page still shows", len(snapshot.failures)),

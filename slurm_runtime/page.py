@@ -62,6 +62,7 @@ class Snapshot:
     slots_used: int = 0
     slots_total: int = 0
     waiting: int = 0
+    warm: int = 0  # containers that wait for a sandbox
     pulls: tuple[Progress, ...] = ()
     builds: tuple[Progress, ...] = ()
     failures: tuple[Failure, ...] = ()
@@ -193,6 +194,7 @@ def _tables(snapshot: Snapshot) -> str:
     shown = snapshot.sandboxes[:MOST_ROWS]
     left_out = len(snapshot.sandboxes) - len(shown)
     more = f'<p class="faint">and {left_out} more, which GET /list tells</p>' if left_out else ""
+    more += f'<p class="faint">warm containers that wait for a sandbox: {snapshot.warm}</p>' if snapshot.warm else ""
     headings = ("State", "Session", "Image", "Age", "Reason", "URL")
     return (
         section("Sandboxes", headings, map(_sandbox_row, shown), "No sandbox lives.", more)

@@ -51,7 +51,8 @@ class Starts:
         try:
             await self.connection.ready()
             with self.launcher.steps.of("slot"):
-                entry.lease = await self.admission.lease(units_for(entry.specification.resource_factor))
+                units = units_for(entry.specification.resource_factor)
+                entry.lease = entry.lease or await self.admission.lease(units)
             await self.connection.patiently(lambda: self._launch(entry))
             self.endings.watch(entry)
             entry.become(entry.sandbox.changed(State.STARTING, "its server does not answer yet"))
@@ -74,7 +75,8 @@ class Starts:
 
     async def _launch(self, entry: Entry) -> None:
         """Fit to be done again: what a try before it has made is removed first."""
-        await self.launcher.discard(entry)
+        if entry.warm is None:
+            await self.launcher.discard(entry)
         facts = await self.connection.ready()
         await self.launcher.launch(entry, facts, self.admission.slots, await self.host.name())
 

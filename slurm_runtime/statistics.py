@@ -93,13 +93,15 @@ class Statistics:
 
     A start is *asked* once for each new sandbox, *succeeded* when that answers for the first time, *failed* when it
     ends before. A sandbox that has answered *ends* once. One whose server was killed amid its start is asked for and no
-    more. ``steps_before`` are those that servers before this one counted.
+    more. ``warm`` of those that succeeded run in a container that waited for them. ``steps_before`` are those that
+    servers before this one counted.
     """
 
     asked: int = 0
     succeeded: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)
+    warm: int = 0
     start_seconds: Durations = field(default_factory=Durations)
     requests: Durations = field(default_factory=Durations)
     peak_living: int = 0
@@ -109,9 +111,10 @@ class Statistics:
     def note_asked(self) -> None:
         self.asked += 1
 
-    def note_started(self, seconds: float) -> None:
+    def note_started(self, seconds: float, was_warm: bool = False) -> None:
         """A sandbox answers for the first time, so many seconds after it was asked for."""
         self.succeeded += 1
+        self.warm += was_warm
         self.start_seconds.note(seconds)
 
     def note_living(self, living: int) -> None:
@@ -127,7 +130,12 @@ class Statistics:
         """As JSON, but for the time."""
         return {
             "schema": SCHEMA,
-            "starts": {"asked": self.asked, "succeeded": self.succeeded, "failed": dict(self.failed)},
+            "starts": {
+                "asked": self.asked,
+                "succeeded": self.succeeded,
+                "warm": self.warm,
+                "failed": dict(self.failed),
+            },
             "start_seconds": self.start_seconds.told(),
             "steps": {step: self._step(step) for step in STEPS},
             "peak_living": self.peak_living,
@@ -158,6 +166,7 @@ class Statistics:
         return Statistics(
             asked=int(starts["asked"]),
             succeeded=int(starts["succeeded"]),
+            warm=int(starts.get("warm", 0)),
             failed=Counter({str(reason): int(count) for reason, count in starts["failed"].items()}),
             ended=Counter({str(reason): int(count) for reason, count in data["ended"].items()}),
             start_seconds=Durations.read(data["start_seconds"]),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import EnvironmentProblem, NotRunning, UsageError
-from slurm.lib.node_shell import Container, chosen, parse_containers
+from slurm.lib.node_shell import CLAIM, Container, chosen, parse_containers, with_claim
 from slurm.lib.scheduler import shell_argv
 from slurm.lib.verbs import open_page
 from slurm.lib.verbs.open_page import Page, as_json, as_text, laptop_argv
@@ -46,6 +46,18 @@ def test_a_sandbox_is_meant_by_each_of_its_names(name: str) -> None:
 def test_a_whole_name_wins_over_the_beginning_of_others() -> None:
     assert chosen((FIRST, *OTHERS), "s-1", "here") is FIRST
     assert chosen((FIRST, *OTHERS), "theirs", "here").container_id == "beef"
+
+
+def test_a_container_that_was_made_before_its_session_is_known_by_it(tmp_path: Path) -> None:
+    for one in (FIRST, OTHERS[2]):
+        claim = tmp_path / "overlay-containers" / one.container_id / CLAIM
+        claim.parent.mkdir(parents=True)
+        claim.write_text(json.dumps({"skyrl.session": "s-9"}))
+    assert with_claim(OTHERS[2], tmp_path).names[0] == "s-9"
+    assert with_claim(FIRST, tmp_path) is FIRST  # its own label says it
+    assert with_claim(replace(OTHERS[2], container_id="unknown"), tmp_path).session == ""
+    (tmp_path / "overlay-containers" / "beef" / CLAIM).write_text("[]")
+    assert with_claim(OTHERS[2], tmp_path) is OTHERS[2]
 
 
 def test_what_means_no_sandbox_names_those_that_live() -> None:

@@ -132,6 +132,7 @@ def own_flags(
             ("--network", settings.network),
             ("--disk-per-worker", settings.disk_per_worker),
             ("--cpu-pinning-method", settings.cpu_pinning_method),
+            ("--warm", settings.warm_sandboxes or ""),
             ("--image-archives", archives if settings.image_archives or archives.is_dir() else ""),
         )
         if str(value)

@@ -7,12 +7,14 @@ Podman that started it, so all carry a marker. What runs in a sandbox gets nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from slurm.lib.coordination import host_name
 from slurm.lib.errors import EnvironmentProblem, NotRunning, UsageError
@@ -28,6 +30,7 @@ PODMAN_S = 30.0  # to list containers; 50 ms, and more while many sandboxes star
 SHOWN = 20  # sandboxes in a message
 SESSION_LABEL = "skyrl.session"  # as slurm_runtime labels containers, and names them
 NAME_PREFIX = "sandbox-"
+CLAIM = "userdata/skyrl-claim.json"  # in place of labels, of a container that was made before it was asked for
 ELSEWHERE = ("CONTAINER_HOST", "CONTAINER_CONNECTION", "CONTAINER_SSHKEY")  # they would send Podman to another machine
 # bash where the image has it; the words are the sandbox's, not this shell's.
 ANY_SHELL = ("sh", "-c", "if command -v bash >/dev/null 2>&1; then exec bash; else exec sh; fi")
@@ -69,6 +72,15 @@ def _container(entry: Mapping[str, object]) -> Container:
     return Container(
         str(entry.get("Id", "")), name, session, str(entry.get("Image", "")), str(entry.get("State", "")).lower()
     )
+
+
+def with_claim(container: Container, graphroot: Path) -> Container:
+    """With the session that claimed it, where it was made without one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        for claim in [] if container.session else graphroot.glob(f"*-containers/{container.container_id}/{CLAIM}"):
+            found = json.loads(claim.read_text(encoding="utf-8")).get(SESSION_LABEL, "")
+            return replace(container, session=str(found))
+    return container
 
 
 def chosen(containers: Sequence[Container], name: str, where: str) -> Container:
@@ -122,7 +134,8 @@ def _into_sandbox(
     answer = run(("podman", "ps", "--format", "json"), timeout_s=PODMAN_S, environment=environment)
     if not answer.ok:
         raise EnvironmentProblem(f"podman ps on {where}: {answer.complaint}")
-    container = chosen(parse_containers(answer.stdout), sandbox, where)
+    containers = [with_claim(container, storage.graphroot) for container in parse_containers(answer.stdout)]
+    container = chosen(containers, sandbox, where)
     log.debug("sandbox %s is container %s", container, container.container_id)
     options = ["--interactive", *(["--tty"] if os.isatty(0) and os.isatty(1) else []), f"--env={MARKER}={marker}"]
     return ("podman", "exec", *options, container.container_id, *(command or ANY_SHELL)), environment

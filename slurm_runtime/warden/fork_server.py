@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, "/opt/skyrl-warden")
 
-from slurm_runtime.warden import confinement, pages, seccomp, ticks
+from slurm_runtime.warden import confinement, first_look, pages, seccomp, ticks
 from slurm_runtime.warden.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_MM,
@@ -137,6 +137,7 @@ def import_server(modules: list[str]) -> Imported:
                 with contextlib.suppress(Exception):  # a module that only some machines can import
                     importlib.import_module(name)
     ticks.calm(importlib.import_module("uvicorn").Server)
+    first_look.hold(getattr(sys.modules.get("openhands.agent_server.bash_service"), "BashEventService", None))
     gc.collect()
     gc.freeze()
     gc.enable()

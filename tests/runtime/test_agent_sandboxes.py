@@ -271,6 +271,22 @@ def test_a_server_that_nobody_asks_wakes_up_once_a_second_and_ends_at_a_signal_a
     assert "Finished server process" in failed["pod_logs"]
 
 
+def test_a_forked_server_holds_the_first_look_at_a_command_until_it_has_ended(agents: MakeApi) -> None:
+    sandbox = started(agents("fork"))
+    headers = {"X-Session-API-Key": sandbox["session_api_key"]}
+    with httpx.Client(base_url=f"{sandbox['url']}/api/bash", headers=headers, trust_env=False, timeout=30) as client:
+        # Without the hold none of these looks sees the end, unless this machine stalls for longer than the command.
+        told = [first_look(client, "sleep 0.05; exit 7") for _ in range(20)]
+    assert 7 in told
+
+
+def first_look(client: httpx.Client, text: str) -> int | None:
+    """The exit code that the look right after a command's start tells."""
+    name = client.post("/start_bash_command", json={"command": text, "timeout": 20}).json()["id"]
+    found = client.get("/bash_events/search", params={"command_id__eq": name}).json()["items"]
+    return next((event["exit_code"] for event in found if event.get("exit_code") is not None), None)
+
+
 def wakeups(pid: int) -> int:
     """How often the process has gone to sleep, all threads together."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
