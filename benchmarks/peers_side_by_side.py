@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
 import os
 import statistics
@@ -243,19 +245,58 @@ class Peer:
         return [value for value in self.drive("many", count, CAPACITY_S).get("START", []) if value <= CAPACITY_S]
 
 
-def measured(system: System, place: Room, arguments: argparse.Namespace) -> Figures:
-    """All of one system; nothing of it is left in the store."""
-    found = Figures()
-    try:
-        found.starts = system.starts(arguments.runs if system.quick else arguments.slow_runs)
-        found.commands = system.commands(arguments.commands)
-        for count in arguments.many:
-            place.remove_all()
-            found.capacity.append(capacity(system, count))
-    except oci.Refused as refused:
-        found.refused = str(refused)
-    place.remove_all()
+def everything(place: Room, arguments: argparse.Namespace) -> dict[str, Figures]:
+    """All systems, in turn and several times, so that all meet the same machine; nothing of them is left."""
+    with contextlib.ExitStack() as stack:
+        slots = 4 * max([arguments.runs, *arguments.many])
+        running = stack.enter_context(server(place, slots, "fork"))
+        peers = None if arguments.no_peers else installed(place, arguments.peers_cache)
+        systems: dict[str, System] = {OURS: Ours(place, running, peers), PODMAN: RawPodman(place)}
+        found = {name: Figures() for name in (*systems, RUNC, CRUN)}
+        for name, program in ((RUNC, arguments.runc), (CRUN, arguments.crun)):
+            if not measure.program_version(program, "--version"):
+                found[name].refused = f"{program}: not on PATH, or it does not start"
+            else:
+                systems[name] = RawRuntime(stack.enter_context(oci.bundle(place, program)))
+        systems |= peers_of(peers) if peers else {}
+        for name in systems:
+            found.setdefault(name, Figures())
+        in_rounds(systems, found, place, arguments)
     return found
+
+
+def in_rounds(
+    systems: dict[str, System], found: dict[str, Figures], place: Room, arguments: argparse.Namespace
+) -> None:
+    def part(name: str, title: str, work: Callable[[System, Figures], object]) -> None:
+        """Do a part of one system's work, unless it was refused before."""
+        if found[name].refused:
+            return
+        print(f"{title}: {name}, {measure.load()}", file=sys.stderr)
+        try:
+            work(systems[name], found[name])
+        except oci.Refused as refused:
+            found[name].refused = str(refused)
+        place.remove_all()
+
+    for number in range(arguments.rounds):
+        for name in systems:
+            part(name, f"round {number + 1}", functools.partial(one_round, arguments=arguments))
+    for count in arguments.many:
+        for name in systems:
+            part(name, f"{count} at once", functools.partial(one_crowd, count=count))
+
+
+def one_crowd(system: System, figures: Figures, count: int) -> None:
+    figures.capacity.append(capacity(system, count))
+
+
+def one_round(system: System, figures: Figures, arguments: argparse.Namespace) -> None:
+    """A share of the starts and commands."""
+    runs = arguments.runs if system.quick else arguments.slow_runs
+    figures.starts += system.starts(-(-runs // arguments.rounds))
+    for way, taken in system.commands(-(-arguments.commands // arguments.rounds)).items():
+        figures.commands.setdefault(way, []).extend(taken)
 
 
 def capacity(system: System, count: int) -> Capacity:
@@ -278,26 +319,6 @@ def peers_of(peers: Peers) -> dict[str, System]:
         each_mb=330.0,
     )
     return {SWE: swe, DOCKER: docker}
-
-
-def everything(place: Room, arguments: argparse.Namespace) -> dict[str, Figures]:
-    peers = None if arguments.no_peers else installed(place, arguments.peers_cache)
-    found: dict[str, Figures] = {}
-    with server(place, 4 * max([arguments.runs, *arguments.many]), "fork") as running:
-        found[OURS] = measured(Ours(place, running, peers), place, arguments)
-    found[PODMAN] = measured(RawPodman(place), place, arguments)
-    for name, program in ((RUNC, arguments.runc), (CRUN, arguments.crun)):
-        found[name] = raw_runtime(place, program, arguments)
-    for name, system in (peers_of(peers) if peers else {}).items():
-        found[name] = measured(system, place, arguments)
-    return found
-
-
-def raw_runtime(place: Room, program: str, arguments: argparse.Namespace) -> Figures:
-    if not measure.program_version(program, "--version"):
-        return Figures(refused=f"{program}: not on PATH, or it does not start")
-    with oci.bundle(place, program) as made:
-        return measured(RawRuntime(made), place, arguments)
 
 
 def aims(found: dict[str, Figures]) -> list[measure.Aim]:
@@ -349,6 +370,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=20, help="starts one at a time of the quick systems (%(default)s)")
     parser.add_argument("--slow-runs", type=int, default=5, help="the same of the slow ones (%(default)s)")
     parser.add_argument("--commands", type=int, default=40, help="commands in one sandbox (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="in so many shares, in turn (%(default)s)")
     parser.add_argument("--many", type=int, nargs="+", default=[4, 16, 64], help="how many are requested at once")
     parser.add_argument("--no-peers", action="store_true", help="leave SWE-ReX and OpenHands' workspaces out")
     parser.add_argument("--runc", default="runc", help="the program (%(default)s)")

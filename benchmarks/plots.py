@@ -36,11 +36,11 @@ def colour(name: str) -> str:
 def peers(figures: dict[str, Any], out: Path) -> None:
     """Start, command latency and parallel capacity, a panel each."""
     systems = {name: found for name, found in figures["systems"].items() if not found["refused"]}
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", width_ratios=(1, 1, 1.2))
     starts = {name: 1000 * statistics.median(found["starts"]) for name, found in systems.items()}
     bars(panels[0], starts, "one start, ms")
     ways = {
-        f"{name}: {way}": 1000 * statistics.median(taken)
+        f"{name}:\n{way}": 1000 * statistics.median(taken)
         for name, found in systems.items()
         for way, taken in found["commands"].items()
     }
@@ -54,16 +54,24 @@ def peers(figures: dict[str, Any], out: Path) -> None:
                 panels[2].annotate(f"only {one['up']} up", (one["requested"], one["last_s"]))
     panels[2].set(xscale="log", yscale="log", xlabel="requested at once", ylabel="s until the last that came up")
     panels[2].axhline(90, color="black", linewidth=0.6, linestyle=":")
-    panels[2].legend(fontsize=7)
+    panels[2].minorticks_off()
+    asked = [one["requested"] for one in next(iter(systems.values()))["capacity"]]
+    panels[2].set_xticks(asked, [str(count) for count in asked])
+    panels[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     saved(figure, out / "benchmarks-peers.svg")
 
 
 def bars(panel: Any, values: dict[str, float], label: str) -> None:
     names = list(values)[::-1]
     panel.barh(names, [values[name] for name in names], color=[colour(name.partition(":")[0]) for name in names])
-    panel.set(xscale="log", xlabel=label)
+    panel.set(xscale="log", xlabel=label, xlim=(1, 4 * max(values.values())))
+    panel.tick_params(axis="y", labelsize=8)
     for place, name in enumerate(names):
-        panel.text(values[name], place, f" {values[name]:.3g}", va="center", fontsize=7)
+        panel.text(values[name], place, f" {significant(values[name])}", va="center", fontsize=7)
+
+
+def significant(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def endings(figures: dict[str, Any], out: Path) -> None:
@@ -80,8 +88,8 @@ def endings(figures: dict[str, Any], out: Path) -> None:
             words = f"{one['stayed'][0]} job stays" if one["stayed"] else f"{length:.1f}"
             panel.text(length, place, f" {words}", va="center", fontsize=7)
     panel.set_yticks(range(len(figures["ours"])), [one["what"] for one in figures["ours"][::-1]])
-    panel.set(xlabel="s from the cause until both jobs are gone", xlim=(0, patience * 1.25))
-    panel.legend(fontsize=8, loc="center right")
+    panel.set(xlabel="s from the cause until both jobs are gone", xlim=(0, patience * 1.2))
+    panel.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     saved(figure, out / "benchmarks-endings.svg")
 
 
