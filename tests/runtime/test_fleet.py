@@ -423,6 +423,7 @@ def test_a_new_head_answers_once_it_knows_what_the_one_before_it_knew(
     asked = pool.submit(lambda: head.client.get("/sessions/old"))
     assert head.client.get("/health", timeout=1).status_code == 200
     assert head.join(node).status_code == 200
+    assert asked.result().status_code == 200
     assert asked.result().json()["runtime_id"] == sandbox["runtime_id"]
     assert head.start(image=IMAGE, command=SERVE, session_id="old").json()["runtime_id"] == sandbox["runtime_id"]
 
