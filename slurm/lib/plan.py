@@ -577,16 +577,11 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
     for job in plan.submissions:
         lines += [f"# {_title(plan, job)}", _readable(job.argv), ""]
     first, *others = plan.submissions
-    titles = [*(["# then, with the run directory complete"] if others else []), *[""] * len(others[1:])]
-    last = (
-        "# and last, which lets all start"
-        if plan.workers
-        else "# and last, which lets both start"
-        if others
-        else "# then, with the run directory complete"
-    )
-    for title, job in zip([*titles, last], [*others, first], strict=True):
-        lines += [*filter(None, [title]), f"scontrol release {shlex.quote(SHOWN_IDS[job.kind])}", ""]
+    lines += ["# then, with the run directory complete"]
+    for job in others:
+        lines += [f"scontrol release {shlex.quote(SHOWN_IDS[job.kind])}", ""]
+    lines += [f"# and last, which lets {'all' if plan.workers else 'both'} start"] if others else []
+    lines += [f"scontrol release {shlex.quote(SHOWN_IDS[first.kind])}", ""]
     return lines
 
 
