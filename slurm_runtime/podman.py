@@ -637,7 +637,7 @@ class Podman:
 
     async def all_images(self) -> tuple[str, ...]:
         found = await self._ask("GET", "/images/json", SLOW_S)
-        return tuple(name for entry in found for name in entry.get("Names") or ())
+        return tuple(name for entry in found or () for name in entry.get("Names") or ())
 
     async def build(
         self, context: Path, tag: str, on_line: Callable[[str], None], arguments: Mapping[str, str] | None = None

@@ -124,7 +124,7 @@ def test_a_head_that_refuses_the_key_is_an_error_and_is_asked_again(node: MakeNo
     with stand_in_head(told, "another key", port):
         made = node(port)
         eventually(lambda: len(told.wishes) >= 4, DEADLINE_S)
-    assert told.times[3] - told.times[0] < 2 * BEAT_S  # the first pauses are short
+    assert told.times[3] - told.times[0] < 3 * 0.8 * BEAT_S  # what three pauses of full length take at least
     log = made.log()
     assert log.count("refuses this server's API key (401)") == 1
     assert "[ERROR]" in next(line for line in log.splitlines() if "refuses this" in line)
@@ -139,10 +139,9 @@ def test_a_head_that_hangs_holds_up_neither_requests_nor_the_end(node: MakeNode)
         made = node(head)
         eventually(lambda: told.wishes, DEADLINE_S)
         assert made.start().status_code == 201
-        began = time.monotonic()
         made.process.terminate()
         assert made.wait() == 0
-        assert time.monotonic() - began < 9
+    assert "could not be told within 1 s that this node leaves" in made.log()
 
 
 def test_a_registration_that_is_under_way_does_not_undo_the_goodbye(node: MakeNode) -> None:
