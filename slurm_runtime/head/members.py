@@ -247,11 +247,20 @@ class Members:
         self._background.start(self.stop_there(extra))
 
     async def stop_there(self, sandbox: Known) -> None:
-        """Stop a sandbox on its node, which nobody waits for."""
-        if self.is_here(sandbox.node):
-            reply = await self.ask(sandbox.node, "POST", "/stop", b'{"runtime_id":"%s"}' % sandbox.runtime_id.encode())
-            if not reply.is_good and reply.status != 404:
-                log.error("node %s does not stop %s: %s", sandbox.node, sandbox.runtime_id, reply.body[:300])
+        """Stop a sandbox that nobody waits for, as soon as its node answers; one of a lost node when that is back."""
+        body = b'{"runtime_id":"%s"}' % sandbox.runtime_id.encode()
+        reply = await self.ask_patiently(sandbox.node, "POST", "/stop", body)
+        if reply is not None and not reply.is_good and reply.status != 404:
+            log.error("node %s does not stop %s: %s", sandbox.node, sandbox.runtime_id, reply.body[:300])
+
+    async def ask_patiently(self, name: str, method: str, path: str, body: bytes | None = None) -> Reply | None:
+        """A node's answer, whenever it comes; None once the node is lost or has left."""
+        while self.is_here(name):
+            try:
+                return await self.ask(name, method, path, body)
+            except NodeAway:
+                await asyncio.sleep(LOOK_S)
+        return None
 
     async def _pass_drain_on(self, name: str) -> None:
         body = DrainRequest(reason=self.nodes[name].wanted).model_dump_json().encode()
