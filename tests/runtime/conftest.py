@@ -194,25 +194,21 @@ def root_podman() -> Iterator[podman_service.Service]:
     yield from _lend(pwd.getpwuid(0) if os.geteuid() == 0 else None, "only root can run root's Podman")
 
 
-@pytest.fixture(
-    params=[
-        "fake",
-        "head",
-        pytest.param("rootless", marks=pytest.mark.podman),
-        pytest.param("root", marks=pytest.mark.podman),
-        pytest.param("fork", marks=pytest.mark.podman),
-        pytest.param("exec", marks=pytest.mark.podman),
-        pytest.param("rootless-head", marks=pytest.mark.podman),
-    ]
+SERVERS = ("fake", *(pytest.param(kind, marks=pytest.mark.podman) for kind in ("rootless", "root", "fork", "exec")))
+# For a test that looks into one server, or asks for what it does by itself; and for one in which head and Podman meet.
+ONE_SERVER = pytest.mark.parametrize("api", SERVERS, indirect=True)
+REAL_HEAD_TOO = pytest.mark.parametrize(
+    "api", [*SERVERS, "head", pytest.param("rootless-head", marks=pytest.mark.podman)], indirect=True
 )
+
+
+@pytest.fixture(params=[*SERVERS, "head"])
 def api(request: pytest.FixtureRequest) -> Iterator[Api]:
     """The server of the contract: on the fake, on real Podman as an ordinary user and as root, and as an ordinary
     user with the real agent server, forked and as a plain program. With ``head``, a head over two such servers."""
     if "head" in request.param:
-        from tests.runtime.fleet import INSIDE_ONE_SERVER, head_over
+        from tests.runtime.fleet import head_over
 
-        if request.function.__name__ in INSIDE_ONE_SERVER:
-            pytest.skip("looks into one server: the other parameters do that")
         with contextlib.ExitStack() as stack:
             yield stack.enter_context(head_over(*two_nodes(request, stack)))
     elif request.param == "fake":

@@ -19,12 +19,6 @@ from tests.runtime.conftest import API_KEY, Api
 from tests.runtime.fake_podman import FakePodman
 
 HEAD_CONFIG = HeadConfig(API_KEY, string_patience_s=20.0, list_patience_s=20.0, gather_s=0.0)
-INSIDE_ONE_SERVER = frozenset(
-    {
-        "test_an_orphan_of_a_dead_server_is_removed_and_one_of_a_living_server_is_not",
-        "test_what_a_dead_server_left_is_taken_over",
-    }
-)
 
 
 @dataclass

@@ -29,21 +29,13 @@ pytestmark = pytest.mark.podman
 MakeApi = Callable[..., Api]
 
 
-# What a node does by itself, whoever asked it: shown once, on real Podman.
-BY_ITSELF = frozenset(
-    {
-        "test_01_without_authentication_no_key_is_asked_for",
-        "test_19_a_double_share_takes_two_slots_and_twice_the_memory",
-        "test_33_an_idle_sandbox_is_stopped_and_a_working_one_is_not",
-    }
-)
+# What a server does by itself, whoever asked it: shown once, on real Podman.
+BY_ITSELF = pytest.mark.parametrize("make", ["server"], indirect=True)
 
 
 @pytest.fixture(params=["server", "head"])
 def make(request: pytest.FixtureRequest) -> Iterator[MakeApi]:
     """A server on real Podman, or a head over two servers on fakes."""
-    if request.param == "head" and request.function.__name__ in BY_ITSELF:
-        pytest.skip("the head has no part in it")
     with ExitStack() as stack:
 
         def serve(slots: int = 4, tree: AgentTree | None = None, **changes: Any) -> Api:
@@ -90,6 +82,7 @@ def test_01_02_every_endpoint_but_health_asks_for_the_key_in_json(make: MakeApi)
             assert isinstance(answer.json()["detail"], str)
 
 
+@BY_ITSELF
 def test_01_without_authentication_no_key_is_asked_for(make: MakeApi) -> None:
     open_api = make(api_key=None)
     assert httpx.get(f"{open_api.client.base_url}/list", trust_env=False).status_code == 200
@@ -187,6 +180,7 @@ def test_14_a_client_that_hangs_up_during_start_leaves_nothing(make: MakeApi) ->
     eventually(lambda: api.names() == [] and api.manager.admission.slots.used == 0, 60)
 
 
+@BY_ITSELF
 def test_19_a_double_share_takes_two_slots_and_twice_the_memory(make: MakeApi, agent_tree: AgentTree) -> None:
     api = make(3, agent_tree, memory_bytes=60 << 20)
     allocate = "dd if=/dev/zero of=/dev/null bs=80M count=400"
@@ -220,6 +214,7 @@ def test_26_batch_is_a_list_of_the_known_ones(make: MakeApi) -> None:
     assert all(entry["session_api_key"] for entry in found)
 
 
+@BY_ITSELF
 def test_33_an_idle_sandbox_is_stopped_and_a_working_one_is_not(
     make: MakeApi, agent_tree: AgentTree, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from tests.runtime.commands import CHATTY, EXIT, IMAGE, IMAGE_WITH_ENTRYPOINT, NOT_THERE, SERVE, SERVE_ON_PLACEHOLDER
-from tests.runtime.conftest import API_KEY, Api
+from tests.runtime.conftest import API_KEY, ONE_SERVER, REAL_HEAD_TOO, Api
 
 VOCABULARY = {"pending", "running", "ready", "failed", "crashloopbackoff", "not found", "unknown"}
 
@@ -138,6 +138,7 @@ def test_sandboxes_are_confined(api: Api) -> None:
     assert first_host_id != "0" or int(count) < 1 << 31  # never the host's own root
 
 
+@REAL_HEAD_TOO
 def test_12_a_living_session_is_found_and_a_stopped_one_started_anew(api: Api) -> None:
     first = started(api, session_id="again")
     second = started(api, session_id="again")
@@ -147,6 +148,7 @@ def test_12_a_living_session_is_found_and_a_stopped_one_started_anew(api: Api) -
     assert started(api, session_id="again")["runtime_id"] != first["runtime_id"]
 
 
+@REAL_HEAD_TOO
 def test_12_the_same_session_twice_at_once_is_one_sandbox(api: Api) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: api.start(image=IMAGE, command=api.serve, session_id="one").json(), range(8)))
@@ -159,6 +161,7 @@ def at_once(api: Api) -> int:
     return 5 if api.agent and api.manager.config.agent_start == "exec" else 16
 
 
+@REAL_HEAD_TOO
 def test_03_sixteen_starts_in_parallel(api: Api) -> None:
     def start_one(number: int) -> dict[str, Any]:
         return started(api, session_id=f"s{number}")
@@ -189,6 +192,7 @@ def test_15_the_last_lines_of_a_chatty_command_are_kept(api: Api) -> None:
     assert len(failed["pod_logs"]) < 20_000
 
 
+@REAL_HEAD_TOO
 def test_15_a_program_that_is_not_there_is_an_error_or_failed(api: Api) -> None:
     answer = api.start(image=IMAGE, command=NOT_THERE, session_id="nobody")
     if answer.status_code == 201:
@@ -209,6 +213,7 @@ def test_15_an_image_that_is_not_to_be_had(api: Api) -> None:
     eventually(lambda: api.manager.admission.slots.used == 0)
 
 
+@REAL_HEAD_TOO
 def test_24_a_sandbox_that_dies_is_seen_and_frees_its_slot(api: Api) -> None:
     sandbox = started(api, session_id="victim")
     api.run(api.engine.kill(f"sandbox-{sandbox['runtime_id']}"))
@@ -230,6 +235,7 @@ def test_21_polls_after_ready(api: Api) -> None:
     assert {api.client.get(path).json()["pod_status"] for _ in range(1000)} == {"ready"}
 
 
+@REAL_HEAD_TOO
 def test_27_list_has_only_the_living(api: Api) -> None:
     first, second = started(api), started(api)
     api.client.post("/stop", json={"runtime_id": first["runtime_id"]})
@@ -239,6 +245,7 @@ def test_27_list_has_only_the_living(api: Api) -> None:
     assert listed["runtimes"][0]["session_id"] == second["session_id"]
 
 
+@REAL_HEAD_TOO
 def test_28_stop_removes_and_may_be_repeated(api: Api) -> None:
     runtime_id = started(api)["runtime_id"]
     for _ in range(2):
@@ -270,6 +277,7 @@ def test_labels_say_whose_container_it_is(api: Api) -> None:
     assert labels["skyrl.job"] == "4711"
 
 
+@ONE_SERVER
 def test_an_orphan_of_a_dead_server_is_removed_and_one_of_a_living_server_is_not(api: Api) -> None:
     from slurm_runtime.ownership import process_mark
     from slurm_runtime.podman import ContainerSpec
@@ -286,6 +294,7 @@ def test_an_orphan_of_a_dead_server_is_removed_and_one_of_a_living_server_is_not
     api.run(api.engine.remove("neighbour"))
 
 
+@ONE_SERVER
 def test_what_a_dead_server_left_is_taken_over(api: Api) -> None:
     from slurm_runtime.labels import Notes
     from slurm_runtime.ownership import process_mark
