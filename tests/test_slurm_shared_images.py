@@ -46,23 +46,7 @@ def start(run: Run, session: str) -> None:
     assert answer.status_code == 201, answer.text
 
 
-def test_images_are_left_for_other_nodes_as_long_as_the_run_lasts(
-    user: OrdinaryUser, checkout: Path, jobs_base: Path, served: Registry, nothing_left: Callable[[], None]
-) -> None:
-    mirror = f"REGISTRY_MIRRORS={UPSTREAM}=http://{served.name}"
-    nodes = ("RUNTIME_NODES=2", "RUNTIME_DRAIN_LEAD=9", "CPUS_FOR_RUNTIME=4")
-    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=sleep 300", *nodes, mirror)
-    until("ready", lambda: run.text("runtime_ready.flag"), 60)
-    start(run, "one")
-    left = run.directory / "images"
-    until("the archive", (left / archive_name(IMAGE)).is_file, 60)
-    assert served.requests("manifests", NAME) == 1
-    user.run(["scancel", *run.jobs.values()])
-    run.wait_over(seconds=40)
-    assert not left.exists()
-
-
-def test_two_nodes_of_a_run_pull_an_image_once(
+def test_two_nodes_of_a_run_pull_an_image_once_and_leave_it_as_long_as_the_run_lasts(
     user: OrdinaryUser, checkout: Path, jobs_base: Path, served: Registry, nothing_left: Callable[[], None]
 ) -> None:
     mirror = f"REGISTRY_MIRRORS={UPSTREAM}=http://{served.name}"
@@ -83,6 +67,7 @@ def test_two_nodes_of_a_run_pull_an_image_once(
     assert [node["used"] for node in told] == [2, 2], told
     assert served.requests("manifests", NAME) == 1
     assert served.requests("blobs", NAME) <= 3, "a configuration and two layers"
+    assert (run.directory / "images" / archive_name(IMAGE)).is_file()
     user.run(["scancel", *run.jobs.values()])
     run.wait_over(seconds=60)
     assert not (run.directory / "images").exists()

@@ -11,6 +11,8 @@ from pathlib import Path
 USER_NAME = os.environ.get("SKYRL_TEST_USER", "skyrl-test")  # another name lets two test runs share a machine
 OTHER_NAME = f"{USER_NAME}-other"  # for what one user may not see of another
 
+ALREADY_THERE = 9  # useradd's: another test run that began at the same time has made it
+
 
 def ordinary_user() -> pwd.struct_passwd:
     """Ourselves, or for root the tests' user, made where it is missing."""
@@ -22,7 +24,9 @@ def made_user(name: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(name)
     except KeyError:
-        subprocess.run(["useradd", "-m", "-s", "/bin/bash", name], check=True)
+        done = subprocess.run(["useradd", "-m", "-s", "/bin/bash", name], check=False)
+        if done.returncode not in (0, ALREADY_THERE):
+            done.check_returncode()
         return pwd.getpwnam(name)
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.podman
 MakeApi = Callable[..., Api]
 
 
-# What a server does by itself, whoever asked it: shown once, on real Podman.
+# What a node does by itself, whoever asked it, or a head by the same code: shown once, on real Podman.
 BY_ITSELF = pytest.mark.parametrize("make", ["server"], indirect=True)
 
 
@@ -103,6 +103,7 @@ def test_02_22_25_answers_have_the_fields_and_types_that_clients_read(make: Make
         assert isinstance(answer.json()["detail"], str)
 
 
+@BY_ITSELF
 def test_04_an_idle_connection_stays_usable(make: MakeApi) -> None:
     api = make()
     with socket.create_connection(("127.0.0.1", api.client.base_url.port or 0), 5) as connection:
