@@ -52,12 +52,20 @@ class Wire:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _cut(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        await self._accept_no_more()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept_no_more(self) -> None:
+        """asyncio leaves a connection open whose server is closed between its acceptance and its transport."""
+        for listening in self._server.sockets if self._server else ():
+            self._loop.remove_reader(listening.fileno())
+        for _ in range(2):
+            await asyncio.sleep(0)
+        if self._server is not None:
+            self._server.close()
 
     async def _end(self) -> None:
         """Also of connections that were being accepted as it was cut: they begin, and then end like the others."""
