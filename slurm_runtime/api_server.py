@@ -18,7 +18,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,6 +50,7 @@ STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # the SDK's polls are up to 10 s apart on one connection
 LEAST_IDLE_S = 600  # as long as a client's longest command
+GOODBYE_FIRST_S = 0.5  # for the head of a node that stops, before sandboxes are removed
 LAST_ANSWERS_S = 2  # for requests that are being answered when the server stops
 
 
@@ -673,8 +675,8 @@ async def _serve_until(
     await asyncio.wait([serving, watching, stopped], return_when=asyncio.FIRST_COMPLETED)
     on_request = stopped.done()
     watching.cancel()
-    goodbye = [membership.leave()] if membership else []
-    *_, left = await asyncio.gather(*goodbye, manager.close(stop_timeout_s))
+    async with _goodbye_first(membership) as spent_s:
+        left = await manager.close(max(0.0, stop_timeout_s - spent_s))
     server.should_exit = True
     outcomes = await asyncio.gather(serving, watching, return_exceptions=True)
     stopped.cancel()
@@ -702,6 +704,22 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
             check_image_sources(args, config)
             tree = None if config.agent_image else agent_tree(config)
             return asyncio.run(serve(args, config, listening, podman, slots, tree))
+
+
+@contextlib.asynccontextmanager
+async def _goodbye_first(membership: Membership | None) -> AsyncIterator[float]:
+    """Tell the head before sandboxes are removed, which it would else hear of as stopped without a reason; the seconds.
+
+    A head that does not answer is waited for during the removal.
+    """
+    began = time.monotonic()
+    leaving = [asyncio.create_task(membership.leave())] if membership else []
+    if leaving:
+        await asyncio.wait(leaving, timeout=GOODBYE_FIRST_S)
+    try:
+        yield time.monotonic() - began
+    finally:
+        await asyncio.gather(*leaving)
 
 
 def allow_many_files() -> None:

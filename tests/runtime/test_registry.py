@@ -203,7 +203,7 @@ def test_a_login_shows_in_no_command_line_and_no_log(place: Place, tmp_path: Pat
     variables = {"REGISTRY_AUTH_FILE": str(path)} if by_environment else {}
     with (
         Sampler() as sampler,
-        server_process(tmp_path, place.podman.socket, "--verbose", *flags, **variables) as api,
+        server_process(tmp_path, place.podman.socket, "--verbose", *flags, ends_with=0, **variables) as api,
     ):
         answer = api.start(image=image)
         assert answer.status_code == 201, answer.text
