@@ -78,7 +78,7 @@ class Starts:
         self._under_way: dict[str, Start] = {}
         self._stand_ins: dict[str, Start] = {}
         self._aliases: dict[str, str] = {}  # of stand-ins that somebody has read
-        self._ending: dict[str, asyncio.Task[None]] = {}
+        self._ending: dict[str, asyncio.Task[Any]] = {}  # what a next start of the session waits for
         self._closing = False
 
     # What is read of them.
@@ -148,7 +148,7 @@ class Starts:
         told = waiting(start.stand_in, wish.session_id, wish.image, "")
         gone = changed(known(NOBODY, told, 0), 0, state="stopped", pod_status="not found", reason="stopped on request")
         self.directory.answered(gone)
-        start.task.cancel()
+        self._give_up(start)
 
     def close(self) -> None:
         """Start nothing more; whoever waits hears that the head is stopping."""
@@ -170,8 +170,25 @@ class Starts:
         start.task.add_done_callback(lambda _task: self._ended(start))
         return start
 
+    def _give_up(self, start: Start) -> None:
+        """End it, which closes the connection to its node; whoever asks for the session from now on begins anew."""
+        session_id = start.wish.session_id
+        if self._under_way.get(session_id) is start:
+            del self._under_way[session_id]
+            self._next_waits_for(session_id, start.task)
+        start.task.cancel()
+
+    def _next_waits_for(self, session_id: str, task: asyncio.Task[Any]) -> None:
+        def over(_task: object) -> None:
+            if self._ending.get(session_id) is task:
+                del self._ending[session_id]
+
+        self._ending[session_id] = task
+        task.add_done_callback(over)
+
     def _ended(self, start: Start) -> None:
-        self._under_way.pop(start.wish.session_id, None)
+        if self._under_way.get(start.wish.session_id) is start:
+            del self._under_way[start.wish.session_id]
         self._stand_ins.pop(start.stand_in, None)
         if start.is_read:
             found = self.directory.of_session(start.wish.session_id)
@@ -179,9 +196,8 @@ class Starts:
                 self._aliases[start.stand_in] = found.runtime_id
             if len(self._aliases) > ALIASES_KEPT:
                 del self._aliases[next(iter(self._aliases))]
-        if not start.task.cancelled():
-            start.task.exception()  # it is nobody's if all have left
-        elif start.is_sent and start.is_new and start.node is not None and not self._closing:
+        gave_up = start.task.cancelled() or isinstance(start.task.exception(), TooSlow)
+        if gave_up and start.is_sent and start.is_new and start.node is not None and not self._closing:
             self._clean_up(start.wish.session_id, start.node)
 
     def _hung_up(self, start: Start) -> None:
@@ -190,15 +206,13 @@ class Starts:
             return
         log.warning("the client of session %s hung up during /start; stopping it", start.wish.session_id)
         if not start.task.done():
-            start.task.cancel()  # which closes the connection to the node
+            self._give_up(start)
         elif not start.task.cancelled() and start.task.exception() is None and start.is_new and start.node:
             self._clean_up(start.wish.session_id, start.node)
 
     def _clean_up(self, session_id: str, node: str) -> None:
         """See to it that a start whose clients have left leaves nothing; another one of the session waits for that."""
-        task = self._background.own(self._leave_nothing(session_id, node))
-        self._ending[session_id] = task
-        task.add_done_callback(lambda _task: self._ending.pop(session_id, None))
+        self._next_waits_for(session_id, self._background.own(self._leave_nothing(session_id, node)))
 
     async def _leave_nothing(self, session_id: str, node: str) -> None:
         reply = await self.members.ask_patiently(node, "GET", f"/sessions/{quote(session_id, safe='')}")
@@ -214,8 +228,7 @@ class Starts:
 
     async def _run(self, start: Start) -> Reply:
         """Try one node after the other until one answers; the claims that were made are given back on every path."""
-        ending = self._ending.get(start.wish.session_id)
-        if ending is not None:
+        while start.left_s > 0 and (ending := self._ending.get(start.wish.session_id)) is not None:
             await asyncio.wait([ending], timeout=start.left_s)
         refused: set[str] = set()
         while True:

@@ -237,6 +237,20 @@ def test_a_client_that_leaves_during_its_start_leaves_nothing_on_the_node(
     assert started(head)["pod_status"] == "ready"
 
 
+def test_who_asks_for_a_session_in_the_moment_that_its_client_leaves_gets_it_anew(
+    make_node: MakeNode, make_head: MakeHead
+) -> None:
+    head = make_head(make_node("cpu-a", 1, FakePodman(delay_s=0.3)))
+    body = {"image": IMAGE, "command": SERVE, "session_id": "again"}
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url_of(head)}/start", json=body, headers={"X-API-Key": API_KEY}, timeout=0.15)
+        answer = head.client.post("/start", json=body)
+        assert answer.status_code == 201, answer.text
+        assert head.names() == [f"sandbox-{answer.json()['runtime_id']}"]
+        head.client.post("/stop", json={"runtime_id": answer.json()["runtime_id"]})
+
+
 def test_a_session_stays_while_one_of_its_clients_does(
     make_node: MakeNode, make_head: MakeHead, pool: ThreadPoolExecutor
 ) -> None:
@@ -423,6 +437,7 @@ def test_a_new_head_answers_once_it_knows_what_the_one_before_it_knew(
     asked = pool.submit(lambda: head.client.get("/sessions/old"))
     assert head.client.get("/health", timeout=1).status_code == 200
     assert head.join(node).status_code == 200
+    assert asked.result().status_code == 200
     assert asked.result().json()["runtime_id"] == sandbox["runtime_id"]
     assert head.start(image=IMAGE, command=SERVE, session_id="old").json()["runtime_id"] == sandbox["runtime_id"]
 
