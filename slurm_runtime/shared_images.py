@@ -61,6 +61,7 @@ class Wait:
     """What one who waits for an image remembers from look to look."""
 
     silent_s: float
+    clock: Callable[[], float] = time.monotonic
     began: float = field(default_factory=time.monotonic)
     broken: set[tuple[int, int, int]] = field(default_factory=set)
     tokens: set[str] = field(default_factory=set)
@@ -70,7 +71,7 @@ class Wait:
 
     def is_over(self, seen: Seen) -> bool:
         """Whether the owner is dead, or has given no sign of life for too long."""
-        now = time.monotonic()
+        now = self.clock()
         self.tokens.add(seen.owner.token)
         if seen != self._seen:
             self._seen, self._since = seen, now
@@ -217,12 +218,12 @@ class SharedImages:
         async with self._held(claim):
             try:
                 await work.pull()
-            except EngineError as problem:
+            except Exception as problem:  # for who asked; this task has no more to do
                 await self._note_failure(claim, problem)
                 _settle(pulled, problem)
                 return
-            except BaseException as problem:
-                _settle(pulled, problem)
+            except asyncio.CancelledError:
+                pulled.cancel()
                 raise
             _settle(pulled, None)
             await asyncio.to_thread(self.claims.forget_failure, image)
@@ -244,7 +245,7 @@ class SharedImages:
             while await asyncio.to_thread(claim.beat):
                 await asyncio.sleep(self.beat_s)
 
-    async def _note_failure(self, claim: Claim, problem: EngineError) -> None:
+    async def _note_failure(self, claim: Claim, problem: Exception) -> None:
         """Only what the registry said is the same for all; a full disk or a missing route may be this node's own."""
         if isinstance(problem, PullFailed) and is_registrys_word(str(problem), claim.owner.image):
             with contextlib.suppress(OSError):
@@ -275,13 +276,11 @@ class SharedImages:
         )
 
 
-def _settle(future: asyncio.Future[None], problem: BaseException | None) -> None:
+def _settle(future: asyncio.Future[None], problem: Exception | None) -> None:
     """Tell who waits, if anybody still does."""
     if future.done():
         return
-    if isinstance(problem, asyncio.CancelledError):
-        future.cancel()
-    elif problem is not None:
+    if problem is not None:
         future.set_exception(problem)
     else:
         future.set_result(None)

@@ -22,13 +22,13 @@ from urllib.parse import urlencode
 import httpx
 import pytest
 
-from slurm_runtime.claims import Claims, Owner, parse_failure, parse_owner
+from slurm_runtime.claims import Claims, Owner, Seen, parse_failure, parse_owner
 from slurm_runtime.deadlines import within
 from slurm_runtime.images import Images
-from slurm_runtime.podman import BadArchive, EngineError, NoSuchImage, PullFailed
+from slurm_runtime.podman import BadArchive, EngineError, NoSuchImage, PullFailed, ignored
 from slurm_runtime.references import archive_name
 from slurm_runtime.refusals import Patience
-from slurm_runtime.shared_images import SharedImages
+from slurm_runtime.shared_images import SharedImages, Wait
 from tests.runtime import local_registry, podman_service
 from tests.runtime.commands import IMAGE, SERVE
 from tests.runtime.fake_podman import FakePodman
@@ -41,16 +41,25 @@ from tests.users import ordinary_user, subordinate_uids
 
 NEW = "docker.io/example/new:1"
 UNKNOWN = "reading manifest 1 in docker.io/example/new: manifest unknown"
+LONG_S = 90.0  # for what takes seconds where the machine has nothing else to do
 HURRIED = Patience(limited_s=1, limited_first_s=0.01, longest_s=0.02, first_s=0.01)
 
 
 @dataclass
 class Store(FakePodman):
-    """A fake whose archives say themselves which image they hold; writing one takes ``save_s``, or fails."""
+    """A fake whose archives say themselves which image they hold; writing one takes ``save_s``, or fails.
 
+    A pull is not over before ``hold`` is true.
+    """
+
+    hold: Callable[[], bool] = lambda: True
     save_s: float = 0.0
     save_fails: BaseException | None = None
     saves: int = 0
+
+    async def pull(self, image: str, policy: str, on_line: Callable[[str], None] = ignored) -> None:
+        await super().pull(image, policy, on_line)
+        await until(self.hold)
 
     async def save(self, image: str, target: Path) -> None:
         self.saves += 1
@@ -118,7 +127,7 @@ def left(folder: Path) -> list[str]:
 
 
 async def until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 30
     while not what():
         assert time.monotonic() < end
         await asyncio.sleep(0.01)
@@ -128,7 +137,9 @@ async def until(what: Callable[[], bool]) -> None:
 
 
 def test_one_node_fetches_and_the_others_load(tmp_path: Path) -> None:
-    made = nodes(tmp_path, *(Store(pull_delay_s=0.3, registry={NEW}) for _ in range(4)))
+    made = nodes(tmp_path, *(Store(registry={NEW}) for _ in range(4)))
+    for node in made:
+        node.store.hold = lambda: sum(f"to fetch image {NEW}" in " ".join(one.heard) for one in made) == 3
 
     async def work(made: list[Node]) -> None:
         await asyncio.gather(*(node.need() for node in made for _ in range(8)))
@@ -222,33 +233,48 @@ def claimed(folder: Path, owner: Owner) -> Path:
 
 def test_an_owner_without_a_sign_of_life_is_replaced(tmp_path: Path) -> None:
     claimed(tmp_path, elsewhere())
-    made = nodes(tmp_path, Store(registry={NEW}, pull_delay_s=0.3), Store(registry={NEW}), silent_s=1.0)
-
-    async def work(made: list[Node]) -> None:
-        await asyncio.gather(*(node.need() for node in made))
-
-    together(made, work)
+    made = nodes(tmp_path, Store(registry={NEW}), silent_s=0.5)
+    together(made, lambda made: made[0].need())
     assert pulls(made) == [NEW]
-    assert any("waits for cpu-x" in line for node in made for line in node.heard)
+    assert f"waits for cpu-x to fetch image {NEW}" in made[0].heard
     assert left(tmp_path) == []
 
 
-def test_one_that_gives_signs_of_life_is_waited_for(tmp_path: Path) -> None:
-    path = claimed(tmp_path, elsewhere())
-    made = nodes(tmp_path, Store(), silent_s=1.0)
+def test_silence_is_that_of_ones_own_clock() -> None:
+    now = 0.0
+    wait, owner = Wait(60.0, clock=lambda: now), elsewhere()
+    for now, changed_ns, is_over in [
+        (0, 7, False),
+        (59, 7, False),
+        (59.5, 9, False),
+        (119, 9, False),
+        (119.6, 9, True),
+    ]:
+        assert wait.is_over(Seen(owner, changed_ns)) is is_over, now
+
+
+def test_who_fetches_gives_signs_of_life(tmp_path: Path) -> None:
+    made = nodes(tmp_path, Store(registry={NEW}, pull_delay_s=30))
 
     async def work(made: list[Node]) -> None:
-        waiting = asyncio.create_task(made[0].need())
-        for _ in range(20):
-            await asyncio.sleep(0.1)
-            os.utime(path)
-        assert not waiting.done()
-        (tmp_path / "images" / archive_name(NEW)).write_text(NEW)
-        path.unlink()
-        await waiting
+        asking = asyncio.create_task(made[0].need())
+        await until(lambda: bool(made[0].store.pulls))
+        (claim,) = (tmp_path / "images").glob(".claim-*")
+        first = claim.stat().st_mtime_ns
+        await until(lambda: claim.stat().st_mtime_ns > first)
+        asking.cancel()
+        await made[0].images.close()
 
     together(made, work)
-    assert pulls(made) == []
+    assert left(tmp_path) == []
+
+
+def test_no_wait_is_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm_runtime.shared_images.WAIT_S", 0.5)
+    claimed(tmp_path, elsewhere())
+    made = nodes(tmp_path, Store(registry={NEW}))
+    together(made, lambda made: made[0].need())
+    assert pulls(made) == [NEW]
 
 
 def test_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
@@ -441,7 +467,8 @@ def node_of(place: Place, number: int, folder: Path, *flags: str, ends_with: int
 
 
 def start(server: Server, image: str, session: str) -> httpx.Response:
-    return server.start(image=image, command=SERVE, session_id=session)
+    wish = {"image": image, "command": SERVE, "session_id": session}
+    return server.request("POST", "/start", wish, timeout=LONG_S)
 
 
 @pytest.mark.podman
@@ -455,7 +482,7 @@ def test_each_blob_is_pulled_once_by_two_nodes(place: Place, tmp_path: Path) -> 
         wanted = [(server, image, f"s-{number}") for number in range(4) for server in (one, other)]
         answers = list(pool.map(lambda words: start(*words), wanted))
         assert [answer.status_code for answer in answers] == [201] * 8, [answer.text for answer in answers]
-        eventually(lambda: (tmp_path / "images" / archive_name(image)).is_file(), 20)
+        eventually(lambda: (tmp_path / "images" / archive_name(image)).is_file(), LONG_S)
     blobs = place.asked("shared", "blobs")
     assert blobs and len(blobs) == len(set(blobs)), blobs
     assert len(place.asked("shared", "manifests")) == 1
@@ -464,23 +491,24 @@ def test_each_blob_is_pulled_once_by_two_nodes(place: Place, tmp_path: Path) -> 
 @pytest.mark.podman
 def test_when_the_node_that_fetches_is_killed_another_does_it(place: Place, tmp_path: Path) -> None:
     image = place.push("orphaned")
-    place.refuser.delay_s = 2.0
+    place.refuser.delay_s = LONG_S
     with (
         contextlib.ExitStack() as first,
         node_of(place, 1, tmp_path) as other,
         ThreadPoolExecutor(2) as pool,
     ):
+        first.callback(setattr, place.refuser, "delay_s", 0.0)
         one = first.enter_context(node_of(place, 0, tmp_path, ends_with=-signal.SIGKILL))
         lost = pool.submit(start, one, image, "lost")
-        eventually(lambda: place.asked("orphaned", "blobs"), 20)
+        eventually(lambda: place.asked("orphaned", "blobs"), LONG_S)
         found = pool.submit(start, other, image, "found")
         words = f"waits for {socket.gethostname()} to fetch image {image}"
-        eventually(lambda: words in other.request("GET", "/sessions/found").text, 20)
+        eventually(lambda: words in other.request("GET", "/sessions/found").text, LONG_S)
         one.process.kill()
-        with pytest.raises(httpx.TransportError):
-            lost.result(20)
         place.refuser.delay_s = 0.0
-        assert found.result(30).status_code == 201, found.result().text
+        with pytest.raises(httpx.TransportError):
+            lost.result(LONG_S)
+        assert found.result(LONG_S).status_code == 201, found.result().text
         assert "another node does" in other.log()
 
 
@@ -498,6 +526,6 @@ def test_what_one_node_builds_another_starts(place: Place, tmp_path: Path) -> No
         begun = httpx.post(url, files=parts(image, context=context), headers=headers, trust_env=False)
         assert begun.status_code == 200, begun.text
         build_id = begun.json()["build_id"]
-        eventually(lambda: ask(one, "/build_status", build_id=build_id)["status"] == "SUCCESS", 60)
+        eventually(lambda: ask(one, "/build_status", build_id=build_id)["status"] == "SUCCESS", LONG_S)
         assert ask(other, "/image_exists", image=image)["exists"]
         assert start(other, image, "built").status_code == 201
