@@ -45,7 +45,7 @@ class Link:
     """The connections to one node. ``close`` cuts off whatever is under way."""
 
     url: str
-    key: str
+    key: str = field(repr=False)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _closed: bool = False
 
@@ -100,7 +100,7 @@ def _reply(status: int, body: bytes, headers: object) -> Reply:
         status,
         body,
         get("Content-Type", "application/json"),
-        int(upto) if upto.isdigit() else -1,
+        int(upto) if upto.isdecimal() and len(upto) < 20 else -1,
         get(REFUSED, ""),
     )
 
