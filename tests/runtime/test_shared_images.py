@@ -209,9 +209,7 @@ def test_an_old_failure_does_not_count(tmp_path: Path) -> None:
             await made[0].need()
         (note,) = (path for path in (tmp_path / "images").iterdir() if path.name.startswith(".failed-"))
         os.utime(note, (time.time() - 3600, time.time() - 3600))
-        await until(
-            lambda: not made[0].shared._tasks
-        )  # else it waits for the claim that is still held, and hears of it
+        await until(lambda: not made[0].shared._tasks)  # else it hears of the claim that is held
         await made[0].need()
 
     together(made, work)
