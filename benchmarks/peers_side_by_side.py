@@ -56,7 +56,8 @@ class Capacity:
     skipped: str = ""
 
     def __str__(self) -> str:
-        return self.skipped or f"{self.up} of {self.requested}, {self.last_s:.1f} s"
+        last = f", {self.last_s:.1f} s" if self.up else ""
+        return self.skipped or f"{self.up} of {self.requested}{last}"
 
 
 @dataclass

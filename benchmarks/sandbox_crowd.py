@@ -39,7 +39,8 @@ from slurm.lib.processes import pids
 IN_FLIGHT = 32
 TOKEN_FILE = "/workspace/token"
 EACH_MB = 26  # what a sandbox takes, roughly, with all that belongs to it
-POLL_MS, API_SERVER_MB, SANDBOXES_GB = 50.0, 250.0, 12.0  # the last for 512 sandboxes
+POLL_MS, API_SERVER_MB = 50.0, 250.0
+SANDBOXES_GB, SHARED_GB = 12.0, 1.0  # of 512 sandboxes, and of that what they share
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ async def crowd(found: Server, place: Room, arguments: argparse.Namespace) -> Re
 
 
 def most_gb(count: int) -> float:
-    """The bound for so many sandboxes; what they share weighs as much for a few as for 64."""
-    return SANDBOXES_GB * max(count, 64) / 512
+    """The bound for so many sandboxes: what they share, and each one's own."""
+    return SHARED_GB + (SANDBOXES_GB - SHARED_GB) * count / 512
 
 
 def aims(result: Result) -> list[measure.Aim]:

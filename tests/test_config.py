@@ -200,6 +200,7 @@ BASH_SUITE = {
     "PAIRING": "jobs", "RESTARTS": 0, "RESTART_LEAD": 900, "MIN_RUN_TIME": 0, "RUNTIME_IDLE_LIMIT": 0,
     "TRAINING_COMMAND_IS_VERL": False,
     "RUNTIME_NODES": 1, "RUNTIME_MODE": "array", "RUNTIME_MIN_SLOTS": None, "RUNTIME_DRAIN_LEAD": 1800,
+    "WARM_SANDBOXES": 0,
 }  # fmt: skip
 
 
@@ -322,6 +323,9 @@ def test_a_runtime_that_gives_up_before_the_training_is_warned_of(load: Loader) 
     assert "loses its age in the queue; give it 300 s or more, or set PAIRING=het" in str(warning)
     (warning,) = load("", "TRAINING_COMMAND_IS_VERL=true").warnings
     assert "TRAINING_COMMAND_IS_VERL has no effect" in str(warning)
+    (warning,) = load("", "WARM_SANDBOXES=8", "AGENT_START=exec").warnings
+    assert "WARM_SANDBOXES=8 saves little with AGENT_START=exec" in str(warning)
+    assert load("", "WARM_SANDBOXES=8").warnings == ()
     assert load("", "SKYRL_BACKEND=local", "RESTARTS=1", "SAVE_FREQ=-1").warnings
     (warning,) = load("", "RUNTIME_IDLE_LIMIT=60", "PAIRING=het").warnings
     assert str(warning).startswith("--set RUNTIME_IDLE_LIMIT: RUNTIME_IDLE_LIMIT=60 has no effect: with PAIRING=het")

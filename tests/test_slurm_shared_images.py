@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pwd
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -59,3 +60,29 @@ def test_images_are_left_for_other_nodes_as_long_as_the_run_lasts(
     user.run(["scancel", *run.jobs.values()])
     run.wait_over(seconds=40)
     assert not left.exists()
+
+
+def test_two_nodes_of_a_run_pull_an_image_once(
+    user: OrdinaryUser, checkout: Path, jobs_base: Path, served: Registry, nothing_left: Callable[[], None]
+) -> None:
+    mirror = f"REGISTRY_MIRRORS={UPSTREAM}=http://{served.name}"
+    slots = (
+        "RUNTIME_NODES=2",
+        "RUNTIME_DRAIN_LEAD=9",
+        "CPUS_FOR_RUNTIME=60",
+        "CPUS_PER_WORKER=30",
+        "RUNTIME_MIN_SLOTS=4",
+    )
+    run = launch(user, checkout, jobs_base, "TRAINING_COMMAND=sleep 300", *slots, mirror)
+    until("ready", lambda: run.text("runtime_ready.flag"), 90)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: start(run, f"s-{number}"), range(4)))
+    headers = {"X-API-Key": run.text("runtime_api_key.txt").strip()}
+    url = f"{run.text('runtime_url.txt').strip()}/nodes"
+    told = httpx.get(url, headers=headers, timeout=30, trust_env=False).json()["nodes"]
+    assert [node["used"] for node in told] == [2, 2], told
+    assert served.requests("manifests", NAME) == 1
+    assert served.requests("blobs", NAME) <= 3, "a configuration and two layers"
+    user.run(["scancel", *run.jobs.values()])
+    run.wait_over(seconds=60)
+    assert not (run.directory / "images").exists()

@@ -20,7 +20,7 @@ from slurm.lib.interpreter import MARK_NAME
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.ray_steps import RAY, node_step, ray_python, wanted
-from slurm.lib.run_record import WORKER_NAME, WORKERS
+from slurm.lib.run_record import MORE_WORKERS, WORKER_NAME, WORKERS
 from slurm.lib.secrets import is_secret_name, mask_values, masked, secret_values
 from slurm.lib.settings import Settings, gpu_gres, slurm_seconds
 from slurm.lib.trainer import snapshot_variables, trainer_of
@@ -506,7 +506,10 @@ class _Builder:
     def _array(self, kind: str, tasks: tuple[int, ...]) -> JobPlan:
         directory = self.directory_of(RUNTIME_ID)
         script = self.script("runtime_worker.py")
-        first = (f"--dependency=after:{RUNTIME_ID}", "--kill-on-invalid-dep=yes", array_option(tasks))
+        # Slurm may start a task of each array in turn: what is not needed would take the place of what is.
+        needed = fleet(self.settings).needed if kind == MORE_WORKERS else ()
+        dependency = f"--dependency={started(RUNTIME_ID, WORKERS_ID, needed)}"
+        first = (dependency, "--kill-on-invalid-dep=yes", array_option(tasks))
         options = worker_options(self.settings) + _logs("worker", self.base, directory, ARRAY_TASK_ID)
         environment = self.environment(directory) | {"SKYRL_RUNTIME_JOB_ID": RUNTIME_ID}
         argv = (*self.sbatch, *first, *options, str(script))
@@ -577,16 +580,11 @@ def _command_lines(plan: LaunchPlan) -> list[str]:
     for job in plan.submissions:
         lines += [f"# {_title(plan, job)}", _readable(job.argv), ""]
     first, *others = plan.submissions
-    titles = [*(["# then, with the run directory complete"] if others else []), *[""] * len(others[1:])]
-    last = (
-        "# and last, which lets all start"
-        if plan.workers
-        else "# and last, which lets both start"
-        if others
-        else "# then, with the run directory complete"
-    )
-    for title, job in zip([*titles, last], [*others, first], strict=True):
-        lines += [*filter(None, [title]), f"scontrol release {shlex.quote(SHOWN_IDS[job.kind])}", ""]
+    lines += ["# then, with the run directory complete"]
+    for job in others:
+        lines += [f"scontrol release {shlex.quote(SHOWN_IDS[job.kind])}", ""]
+    lines += [f"# and last, which lets {'all' if plan.workers else 'both'} start"] if others else []
+    lines += [f"scontrol release {shlex.quote(SHOWN_IDS[first.kind])}", ""]
     return lines
 
 

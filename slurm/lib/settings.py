@@ -1015,7 +1015,16 @@ def gpu_gres(settings: Settings) -> str:
 def doubts(settings: Settings) -> list[tuple[tuple[str, ...], str, str]]:
     """What holds together and is hardly meant: the keys involved, the one to change first; a sentence; what to do."""
     local = settings.skyrl_backend == "local"
-    return list(_without_effect(settings) if local else _queued_doubts(settings))
+    return [*(_without_effect(settings) if local else _queued_doubts(settings)), *_sandbox_doubts(settings)]
+
+
+def _sandbox_doubts(settings: Settings) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    if settings.warm_sandboxes and settings.agent_start == "exec":
+        sentence = (
+            f"WARM_SANDBOXES={settings.warm_sandboxes} saves little with AGENT_START=exec: each agent server still "
+            "imports for seconds once its container runs"
+        )
+        yield ("WARM_SANDBOXES", "AGENT_START"), sentence, "leave AGENT_START unset"
 
 
 SHORT_WAIT_S = 300  # GPUs that come free now and then do so within minutes

@@ -41,7 +41,7 @@ def client_of(head: HeadApi, seed: int, end: float) -> list[str]:
                         answer = http.post("/stop", json={"runtime_id": found.json()["runtime_id"]})
                 else:
                     answer = http.get("/list" if verb == "list" else f"/sessions/{session_id}")
-                if answer.status_code not in {200, 201, 404, 409, 502, 503}:
+                if answer.status_code not in {200, 201, 404, 409, 502, 503, 504}:
                     wrong.append(f"{verb}: {answer.status_code} {answer.text}")
     return wrong
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from slurm.lib.api_server_child import own_flags
+from slurm.lib.podman_storage import PodmanStorage
+from slurm.lib.settings import Settings
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.agent_support import Start, StartPlan
+from slurm_runtime.api_server import build_parser
 from slurm_runtime.podman import ContainerState
 from slurm_runtime.ports import Reservation
 from slurm_runtime.sandbox import Dialect, Mount, Specification
@@ -77,6 +84,17 @@ def test_what_waits_is_kept_where_it_is_still_wanted() -> None:
     surplus, missing = compared([first, second, third], [WISH, b, b])
     assert (len(surplus), surplus[0] in (first, second), missing) == (1, True, [b])
     assert units_of([first, warm(replace(WISH, resource_factor=2.5))]) == 4
+
+
+@pytest.mark.parametrize(("key", "said"), [(0, False), (12, True)])
+def test_a_runs_key_reaches_its_server(key: int, said: bool, tmp_path: Path) -> None:
+    job: Any = SimpleNamespace(
+        settings=Settings(warm_sandboxes=key, skyrl_jobs_base=tmp_path), is_local=True, job_id="1"
+    )
+    with socket.socket() as listener:
+        flags = own_flags(job, listener, tmp_path / "key", PodmanStorage(tmp_path))
+    assert ("--warm" in flags) == said
+    assert build_parser().parse_args(flags).warm == key
 
 
 MakeApi = Callable[..., Api]

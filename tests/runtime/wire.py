@@ -60,12 +60,10 @@ class Wire:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _end(self) -> None:
-        """Also connections that were accepted as it was cut; their transports close in the next rounds of the loop."""
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.sleep(0.01)
+        """Also of connections that were being accepted as it was cut: they begin, and then end like the others."""
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+            await self._cut()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
