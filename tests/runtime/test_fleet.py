@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -456,6 +458,32 @@ def test_nodes_need_the_key(make_head: MakeHead) -> None:
     for method, path in (("POST", "/nodes"), ("GET", "/nodes"), ("DELETE", "/nodes/x"), ("POST", "/nodes/x/drain")):
         answer = httpx.request(method, url + path, headers={"X-API-Key": "wrong"}, trust_env=False)
         assert answer.status_code == 401
+
+
+def test_a_node_leads_the_head_and_its_key_nowhere_else(make_head: MakeHead) -> None:
+    came: list[str] = []
+
+    class Redirects(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            came.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", f"http://{self.headers['Host']}/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_said: object) -> None:
+            pass
+
+    head = make_head()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirects) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        wish = {"name": "cpu-x", "url": f"http://127.0.0.1:{server.server_port}", "boot": "1"}
+        assert head.client.post("/nodes", json=wish).status_code == 200
+        eventually(lambda: len(came) > 1)
+        [line] = head.client.get("/nodes").json()["nodes"]
+        server.shutdown()
+    assert "answers GET /changes with 307" in line["reason"]
+    assert not any("elsewhere" in path for path in came)
 
 
 # A head after another.
