@@ -17,6 +17,7 @@ import pytest
 
 from slurm_runtime.head.answers import Known
 from slurm_runtime.head.config import HeadConfig
+from slurm_runtime.head.link import CutOff, Link
 from tests.runtime.commands import IMAGE, SERVE, SILENT
 from tests.runtime.conftest import API_KEY, CONFIG, Api, serving
 from tests.runtime.fake_podman import FakePodman
@@ -484,6 +485,25 @@ def test_a_node_leads_the_head_and_its_key_nowhere_else(make_head: MakeHead) -> 
         server.shutdown()
     assert "answers GET /changes with 307" in line["reason"]
     assert not any("elsewhere" in path for path in came)
+
+
+def test_an_answer_without_end_is_not_read() -> None:
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(bytes(1 << 16))
+                await writer.drain()
+
+    async def asked() -> None:
+        async with await asyncio.start_server(endless, "127.0.0.1", 0) as server:
+            link = Link(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", API_KEY)
+            with pytest.raises(CutOff, match="without an end"):
+                await link.ask("GET", "/changes", timeout_s=1.0)
+            await link.close()
+
+    asyncio.run(asked())
 
 
 # A head after another.
