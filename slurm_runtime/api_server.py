@@ -49,6 +49,7 @@ EXIT_SIGNAL_BASE = 128
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # the SDK's polls are up to 10 s apart on one connection
+YEAR_10000 = 253402300800  # from which on there is no date
 LEAST_IDLE_S = 600  # as long as a client's longest command
 GOODBYE_FIRST_S = 0.5  # for the head of a node that stops, before sandboxes are removed
 LAST_ANSWERS_S = 2  # for requests that are being answered when the server stops
@@ -243,7 +244,7 @@ def _add_node(group: argparse._ArgumentGroup) -> None:
     add("--node-name", type=_node_name, metavar="NAME", help="name of this node (default: the host's name)")
     add(
         "--until",
-        type=_positive,
+        type=_epoch,
         metavar="EPOCH",
         help="when this node ends, in seconds since the epoch (default: not known)",
     )
@@ -357,6 +358,10 @@ def _natural(text: str) -> Any:
 
 def _positive(text: str) -> Any:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def _epoch(text: str) -> Any:
+    return _number(text, float, lambda value: 0 < value < YEAR_10000, "a time in seconds since the epoch")
 
 
 def _head_url(text: str) -> str:

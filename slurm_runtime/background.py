@@ -24,9 +24,11 @@ class Background:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Begin work that nobody waits for; its error goes to the log."""
-        self.own(work).add_done_callback(_log_failure)
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begin work whose outcome nobody asks for; its error goes to the log."""
+        task = self.own(work)
+        task.add_done_callback(_log_failure)
+        return task
 
     async def close(self) -> None:
         """Cancel what still goes on."""

@@ -35,7 +35,7 @@ class ServerConfig:
     most ``warm`` containers wait for the next sandboxes.
     """
 
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     adopt: bool = False
     failures_file: Path | None = None
     statistics_file: Path | None = None

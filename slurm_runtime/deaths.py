@@ -13,7 +13,7 @@ class Deaths:
     def __init__(self) -> None:
         self._watched: dict[int, int] = {}  # process id → descriptor
 
-    def watch(self, pid: int, on_end: Callable[[], None]) -> bool:
+    def watch(self, pid: int, on_end: Callable[[], object]) -> bool:
         """Call ``on_end`` once when process ``pid`` has ended; False where that cannot be told."""
         if not pid or not hasattr(os, "pidfd_open"):
             return False
@@ -40,6 +40,6 @@ class Deaths:
         for pid in list(self._watched):
             self.forget(pid)
 
-    def _ended(self, pid: int, on_end: Callable[[], None]) -> None:
+    def _ended(self, pid: int, on_end: Callable[[], object]) -> None:
         self.forget(pid)
         on_end()

@@ -64,7 +64,7 @@ class NodeFacts(Answer):
     """Whether new sandboxes are refused (503)."""
     reason: str = ""
     """Why it is draining; empty where it is not."""
-    until: float | None = None
+    until: Annotated[float | None, Field(allow_inf_nan=False)] = None
     """When the node ends, as seconds since the epoch; absent where that is not known."""
     images: list[str] | None = None
     """Full names of images in the node's store, as far as they are known there, at most ``MOST_IMAGES``; absent in
@@ -103,7 +103,7 @@ class NodeWish(Wire):
     """As in ``NodeFacts``."""
     job: Annotated[str, Field(max_length=64)] = ""
     """The Slurm job it belongs to, as ``123_4``; empty outside of one."""
-    until: float | None = None
+    until: Annotated[float | None, Field(allow_inf_nan=False)] = None
     """As in ``NodeFacts``."""
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -203,6 +205,7 @@ class SharedImages:
     def _prepare(self) -> None:
         if not self._is_prepared:
             self.archives.folder.mkdir(mode=0o700, exist_ok=True)  # in a run's directory, which is there or has ended
+            _check_owner(self.archives.folder)
             self.archives.prepare()
             self._is_prepared = True
 
@@ -274,6 +277,13 @@ class SharedImages:
             self.archives.folder,
             problem.strerror or problem,
         )
+
+
+def _check_owner(folder: Path) -> None:
+    """``OSError`` where others could put an image of their own making in the place of one that is asked for."""
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "it is another user's, or others may write there (chmod go-w)")
 
 
 def _settle(future: asyncio.Future[None], problem: Exception | None) -> None:

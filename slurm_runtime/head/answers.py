@@ -26,7 +26,7 @@ class Known:
     """One sandbox: where it is, its names, and what is answered of it.
 
     ``at`` is the number of the node's change that it tells of. ``given_up`` says that its node was lost, so that it
-    counts as failed although it may live; ``unwanted`` that somebody has stopped it since.
+    counts as failed although it may live; ``unwanted`` that somebody has stopped it since, or was told that it failed.
     """
 
     node: str

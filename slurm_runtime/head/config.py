@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.node_models import BEAT_S, PATIENCE_S
@@ -16,7 +16,7 @@ class HeadConfig:
     a node may say nothing.
     """
 
-    api_key: str
+    api_key: str = field(repr=False)
     string_patience_s: float = ServerConfig.string_patience_s
     list_patience_s: float = ServerConfig.list_patience_s
     gather_s: float = 2 * BEAT_S

@@ -55,6 +55,12 @@ class Directory:
     def of_runtime(self, runtime_id: str) -> Known | None:
         return self._known.get(runtime_id)
 
+    def told(self, sandbox: Known) -> bytes:
+        """What a client is answered of it. One that is told as failed stays so: nobody asks for it any more."""
+        if sandbox.given_up and not sandbox.unwanted:
+            self.put(unwanted(sandbox))
+        return sandbox.body
+
     def living(self) -> Iterator[Known]:
         """All that live, in the order in which they were first heard of."""
         return (sandbox for sandbox in self._known.values() if not sandbox.is_dead)
@@ -118,10 +124,9 @@ class Directory:
         return news.complete or before is None or before.given_up or before.at <= news.upto
 
     def _take(self, sandbox: Known, earlier: Collection[str]) -> Double | None:
-        before = self._known.get(sandbox.runtime_id)
-        if before is not None and before.unwanted and not sandbox.is_dead:
-            return Double(sandbox, before)
-        current = self.of_session(sandbox.session_id)
+        before, current = self._known.get(sandbox.runtime_id), self.of_session(sandbox.session_id)
+        if before is not None and not sandbox.is_dead and _is_over(before, current):
+            return Double(sandbox, current or before)
         if self._is_double(sandbox, current):
             assert current is not None
             return self._settle(sandbox, current)
@@ -185,5 +190,10 @@ class Directory:
 
 
 def unwanted(sandbox: Known) -> Known:
-    """One of a lost node that somebody has stopped: if the node comes back, it is stopped there."""
+    """One of a lost node that nobody will ask for: if the node comes back, it is stopped there."""
     return replace(sandbox, unwanted=True)
+
+
+def _is_over(before: Known, current: Known | None) -> bool:
+    """Whether a sandbox may not live again: it is unwanted, or its session has had another one since. Pure."""
+    return before.unwanted or (before.given_up and current is not before)

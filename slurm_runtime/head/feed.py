@@ -51,12 +51,16 @@ class Feed:
                 await self._poll()
             except (NotSent, CutOff, BadNews) as problem:
                 self._say(str(problem))
-                await asyncio.sleep(pause_s)
-                pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
+            except Exception as fault:  # a fault of ours: with nobody to follow it the node would stay as it was
+                self._say(f"what it tells cannot be taken over: {fault!r:.300}")
+                self.upto = -1
+            else:
+                self._say("")
+                pause_s = FIRST_PAUSE_S
+                await self._rest()
                 continue
-            self._say("")
-            pause_s = FIRST_PAUSE_S
-            await self._rest()
+            await asyncio.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
 
     async def until(self, upto: int, timeout_s: float) -> bool:
         """Whether change ``upto`` was heard within ``timeout_s``; rests no longer meanwhile."""

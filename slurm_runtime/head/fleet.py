@@ -117,7 +117,7 @@ def ended(node: Node, end: Standing, reason: str) -> Node:
 
 def wanted(node: Node, reason: str) -> Node:
     """The node once the head has it drained; the first reason stays."""
-    return replace(node, wanted=node.wanted or reason.strip() or "on request")
+    return replace(node, wanted=node.wanted or " ".join(reason.split()) or "on request")
 
 
 def shifted(node: Node, seconds: float) -> Node:

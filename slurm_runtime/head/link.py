@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 IDLE_S = 30.0  # below the 75 s after which a node closes an idle connection
+MOST_ANSWER_BYTES = 256 << 20  # thousands of sandboxes with their last lines
 ANSWER_S = 60.0  # for what a node answers by itself; Podman has 20 s to come back
 
 
@@ -45,7 +46,7 @@ class Link:
     """The connections to one node. ``close`` cuts off whatever is under way."""
 
     url: str
-    key: str
+    key: str = field(repr=False)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _closed: bool = False
 
@@ -65,6 +66,8 @@ class Link:
             async with self._open().request(
                 method, self.url + path, data=body, headers=headers, timeout=deadline, allow_redirects=False
             ) as answer:
+                if not 0 <= _length(answer) <= MOST_ANSWER_BYTES:
+                    raise CutOff(f"{self.url} begins an answer without an end, or above {MOST_ANSWER_BYTES} bytes")
                 return _reply(answer.status, await answer.read(), answer.headers)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
             raise NotSent(f"{self.url} cannot be connected to: {_words(problem)}") from None
@@ -93,6 +96,11 @@ class Link:
             await self._session.close()
 
 
+def _length(answer: aiohttp.ClientResponse) -> int:
+    """As the answer says; -1 where it does not, which no node does."""
+    return -1 if answer.content_length is None else answer.content_length
+
+
 def _reply(status: int, body: bytes, headers: object) -> Reply:
     get = headers.get  # type: ignore[attr-defined]  # multidict's view, whose type comes with aiohttp
     upto = get(UPTO, "")
@@ -100,7 +108,7 @@ def _reply(status: int, body: bytes, headers: object) -> Reply:
         status,
         body,
         get("Content-Type", "application/json"),
-        int(upto) if upto.isdigit() else -1,
+        int(upto) if upto.isdecimal() and len(upto) < 20 else -1,
         get(REFUSED, ""),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from slurm_runtime.background import Background
-from slurm_runtime.head.answers import Known
+from slurm_runtime.head.answers import Known, packed
 from slurm_runtime.head.directory import Directory, Double, News
 from slurm_runtime.head.feed import Feed
 from slurm_runtime.head.fleet import ENDED, Node, Standing, ended, heard, joined, shifted, wanted
@@ -66,6 +66,7 @@ class Members:
         self._patience_s = patience_s
         self._clock = clock
         self._ties: dict[str, Tie] = {}
+        self._stopping: dict[tuple[str, str], asyncio.Task[None]] = {}  # by node and session
         self._began = clock()
         self._settled = False
 
@@ -163,7 +164,7 @@ class Members:
         """A node says that it ends."""
         node = self.get(name)
         if node.is_here:
-            self._end(node, Standing.LEFT, reason or "it has ended")
+            self._end(node, Standing.LEFT, " ".join(reason.split()) or "it has ended")
         return self.nodes[name]
 
     async def drain(self, name: str, reason: str) -> Node:
@@ -171,8 +172,8 @@ class Members:
         node = self.get(name)
         if not node.is_here:
             raise NodeAway(f"{node.called} is not here any more: {node.reason}")
-        self._become(wanted(node, reason))
-        log.info("%s drains: %s", node.called, reason)
+        node = self._become(wanted(node, reason))
+        log.info("%s drains: %s", node.called, node.wanted)
         await self._pass_drain_on(name)
         return self.nodes[name]
 
@@ -244,12 +245,24 @@ class Members:
             if extra.runtime_id == kept.runtime_id
             else f"the session has another on node {kept.node}",
         )
-        self._background.start(self.stop_there(extra))
+        place = (extra.node, extra.session_id)
+        task = self._stopping[place] = self._background.start(self.stop_there(extra))
+
+        def over(_task: object) -> None:
+            if self._stopping.get(place) is task:
+                del self._stopping[place]
+
+        task.add_done_callback(over)
+
+    async def stopped_there(self, node: str, session_id: str, timeout_s: float) -> None:
+        """Wait until a node has stopped what it is to stop of a session: a start would find it, and lose it then."""
+        task = self._stopping.get((node, session_id))
+        if task is not None:
+            await asyncio.wait([task], timeout=max(0.0, timeout_s))
 
     async def stop_there(self, sandbox: Known) -> None:
         """Stop a sandbox that nobody waits for, as soon as its node answers; one of a lost node when that is back."""
-        body = b'{"runtime_id":"%s"}' % sandbox.runtime_id.encode()
-        reply = await self.ask_patiently(sandbox.node, "POST", "/stop", body)
+        reply = await self.ask_patiently(sandbox.node, "POST", "/stop", packed({"runtime_id": sandbox.runtime_id}))
         if reply is not None and not reply.is_good and reply.status != 404:
             log.error("node %s does not stop %s: %s", sandbox.node, sandbox.runtime_id, reply.body[:300])
 

@@ -280,6 +280,7 @@ class Starts:
     async def _at(self, start: Start, node: str) -> Reply | None:
         """What this node answers; None if it surely has not begun the start, or is lost with what it had begun."""
         start.node, may_be_there = node, False
+        await self.members.stopped_there(node, start.wish.session_id, start.left_s)
         while True:
             link = self.members.link(node)
             if link is None:

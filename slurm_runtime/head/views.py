@@ -22,12 +22,12 @@ class Views:
         found, start = self.directory.of_session(session_id), self.starts.of_session(session_id)
         if start is not None and (found is None or found.is_dead):
             return self.starts.told(start)
-        return None if found is None else found.body
+        return None if found is None else self.directory.told(found)
 
     def runtime(self, runtime_id: str) -> bytes | None:
         found = self.directory.of_runtime(self.starts.meant_by(runtime_id))
         if found is not None:
-            return found.body
+            return self.directory.told(found)
         start = self.starts.of_stand_in(runtime_id)
         return None if start is None else self.session(start.wish.session_id)
 

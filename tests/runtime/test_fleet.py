@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
 
+from slurm_runtime.head.answers import Known
 from slurm_runtime.head.config import HeadConfig
+from slurm_runtime.head.link import CutOff, Link
 from tests.runtime.commands import IMAGE, SERVE, SILENT
 from tests.runtime.conftest import API_KEY, CONFIG, Api, serving
 from tests.runtime.fake_podman import FakePodman
@@ -340,7 +345,8 @@ def test_what_a_lost_node_still_has_is_known_again_when_it_is_back_unless_it_was
     head = make_head(silence_s=SILENCE_S)
     node = make_node("cpu-b", 8)
     wire = wired(stack, head, node)
-    kept, replaced, unwanted = (started(head, session_id=name) for name in ("kept", "replaced", "unwanted"))
+    names = ("kept", "replaced", "unwanted", "over", "told")
+    kept, replaced, unwanted, _, _ = (started(head, session_id=name) for name in names)
     wire.cut()
     eventually(lambda: head.states() == {"cpu-b": "lost"}, 20)
     other = make_node("cpu-a")
@@ -348,15 +354,45 @@ def test_what_a_lost_node_still_has_is_known_again_when_it_is_back_unless_it_was
     assert head.join(other).status_code == 200
     anew = started(head, session_id="replaced")
     assert head.client.post("/stop", json={"runtime_id": unwanted["runtime_id"]}).status_code == 200
+    ended = started(head, session_id="over")
+    assert head.client.post("/stop", json={"runtime_id": ended["runtime_id"]}).status_code == 200
+    assert session(head, "told")["pod_status"] == "failed"
     wire.mend()
     assert head.join(node, url=wire.url).status_code == 200
-    eventually(lambda: session(head, "kept")["pod_status"] == "ready")
-    assert session(head, "kept")["runtime_id"] == kept["runtime_id"]
     eventually(lambda: node.names() == [f"sandbox-{kept['runtime_id']}"])
+    assert session(head, "kept")["pod_status"] == "ready"
+    assert session(head, "kept")["runtime_id"] == kept["runtime_id"]
     assert session(head, "replaced")["runtime_id"] == anew["runtime_id"]
     assert session(head, "replaced")["pod_status"] == "ready"
     assert session(head, "unwanted")["status"] == "stopped"
     assert head.client.get(f"/runtime/{replaced['runtime_id']}").json()["status"] == "stopped"
+
+
+def test_who_was_told_of_a_lost_sandbox_and_asks_anew_gets_another_on_the_same_node_too(
+    stack: contextlib.ExitStack, make_node: MakeNode, make_head: MakeHead, pool: ThreadPoolExecutor
+) -> None:
+    head = make_head(silence_s=SILENCE_S)
+    members, node = head.head.members, make_node("cpu-b", 8)
+    stop_there = members.stop_there
+
+    async def late(sandbox: Known) -> None:
+        await asyncio.sleep(0.5)  # on the way: a start that does not wait for it finds what it stops
+        await stop_there(sandbox)
+
+    members.stop_there = late  # type: ignore[method-assign]
+    wire = wired(stack, head, node)
+    lost = started(head, session_id="told")
+    wire.cut()
+    eventually(lambda: head.states() == {"cpu-b": "lost"}, 20)
+    assert session(head, "told")["pod_status"] == "failed"
+    asked = in_line(head, pool, "told")
+    wire.mend()
+    assert head.join(node, url=wire.url).status_code == 200
+    anew = asked.result().json()
+    assert anew["runtime_id"] != lost["runtime_id"]
+    eventually(lambda: node.names() == [f"sandbox-{anew['runtime_id']}"])
+    eventually(lambda: session(head, "told")["pod_status"] == "ready")
+    assert session(head, "told")["runtime_id"] == anew["runtime_id"]
 
 
 def test_a_node_that_cannot_be_connected_to_costs_a_start_nothing(
@@ -423,6 +459,51 @@ def test_nodes_need_the_key(make_head: MakeHead) -> None:
     for method, path in (("POST", "/nodes"), ("GET", "/nodes"), ("DELETE", "/nodes/x"), ("POST", "/nodes/x/drain")):
         answer = httpx.request(method, url + path, headers={"X-API-Key": "wrong"}, trust_env=False)
         assert answer.status_code == 401
+
+
+def test_a_node_leads_the_head_and_its_key_nowhere_else(make_head: MakeHead) -> None:
+    came: list[str] = []
+
+    class Redirects(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            came.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", f"http://{self.headers['Host']}/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_said: object) -> None:
+            pass
+
+    head = make_head()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirects) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        wish = {"name": "cpu-x", "url": f"http://127.0.0.1:{server.server_port}", "boot": "1"}
+        assert head.client.post("/nodes", json=wish).status_code == 200
+        eventually(lambda: len(came) > 1)
+        [line] = head.client.get("/nodes").json()["nodes"]
+        server.shutdown()
+    assert "answers GET /changes with 307" in line["reason"]
+    assert not any("elsewhere" in path for path in came)
+
+
+def test_an_answer_without_end_is_not_read() -> None:
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(bytes(1 << 16))
+                await writer.drain()
+
+    async def asked() -> None:
+        async with await asyncio.start_server(endless, "127.0.0.1", 0) as server:
+            link = Link(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", API_KEY)
+            with pytest.raises(CutOff, match="without an end"):
+                await link.ask("GET", "/changes", timeout_s=1.0)
+            await link.close()
+
+    asyncio.run(asked())
 
 
 # A head after another.

@@ -6,20 +6,26 @@ import asyncio
 import json
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm_runtime import __version__
-from slurm_runtime.deadlines import at_once_or_within
+from slurm_runtime.config import ServerConfig
+from slurm_runtime.deadlines import at_once_or_within, within
 from slurm_runtime.head.answers import BadNews, Known, known, stopped
 from slurm_runtime.head.choice import Room, Wanted, choose, grants
+from slurm_runtime.head.config import HeadConfig
 from slurm_runtime.head.directory import Directory, News, unwanted
-from slurm_runtime.head.feed import read
+from slurm_runtime.head.feed import Feed, read
 from slurm_runtime.head.fleet import NameTaken, Node, Standing, ended, heard, joined, wanted
 from slurm_runtime.head.line import Line
+from slurm_runtime.head.link import Link, Reply
+from slurm_runtime.head.starts import Starts
+from slurm_runtime.head.views import Views
 from slurm_runtime.head.wish import read_start
 from slurm_runtime.node_models import NodeFacts, NodeWish
 from slurm_runtime.wishes import BadRequest
@@ -244,6 +250,52 @@ def test_what_was_given_up_comes_back_unless_it_is_unwanted() -> None:
     [double] = directory.hear("cpu-a", News(1, True, (sandbox("r"), sandbox("u", "t"))))
     assert double.extra.runtime_id == "u"
     assert [one.runtime_id for one in directory.living()] == ["r"]
+
+
+def test_what_was_told_as_failed_or_was_replaced_does_not_live_again() -> None:
+    directory = Directory()
+    all_of_a = News(1, True, (sandbox("told", "t"), sandbox("old", "o"), sandbox("unread", "u")))
+    directory.hear("cpu-a", all_of_a)
+    directory.give_up("cpu-a", "node cpu-a was lost")
+    found = Views(directory, cast("Starts", SimpleNamespace(of_session=lambda _: None))).session("t")
+    assert b"node cpu-a was lost" in (found or b"")
+    directory.hear("cpu-b", News(1, True, (sandbox("new", "o", on="cpu-b"),)))
+    directory.hear("cpu-b", News(2, False, (sandbox("new", "o", on="cpu-b", pod_status="failed", at=2),)))
+    doubles = directory.hear("cpu-a", all_of_a)
+    assert [(one.extra.runtime_id, one.kept.runtime_id) for one in doubles] == [("told", "told"), ("old", "new")]
+    assert [one.runtime_id for one in directory.living()] == ["unread"]
+
+
+def test_a_fault_in_what_is_done_with_news_loses_no_node() -> None:
+    told = {"node": facts().model_dump(), "upto": 3, "complete": True, "sandboxes": []}
+    asked: list[str] = []
+
+    async def ask(_method: str, path: str, **_more: Any) -> Reply:
+        asked.append(path)
+        return Reply(200, json.dumps(told).encode())
+
+    async def followed() -> None:
+        heard_out: asyncio.Future[News] = asyncio.get_running_loop().create_future()
+
+        def hear(_facts: NodeFacts, news: News) -> None:
+            if len(asked) == 1:
+                raise KeyError("a fault")
+            heard_out.set_result(news)
+
+        following = asyncio.create_task(
+            Feed("cpu-a", cast("Link", SimpleNamespace(ask=ask)), hear, lambda: 60.0, 5.0).follow()
+        )
+        assert await within(10, heard_out)
+        following.cancel()
+        await asyncio.wait([following])
+
+    finished(followed())
+    assert [path.split("&")[0] for path in asked] == ["/changes?since=-1"] * 2
+
+
+def test_what_people_read_of_the_head_does_not_tell_its_key() -> None:
+    assert "secret" not in repr(HeadConfig("secret")) + repr(Link("http://x:1", "secret"))
+    assert "secret" not in repr(ServerConfig("secret"))
 
 
 def test_the_dead_are_remembered_up_to_a_number_and_the_living_all() -> None:

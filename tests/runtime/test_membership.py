@@ -292,7 +292,8 @@ def test_a_host_whose_name_a_head_does_not_take_is_told_how_to_name_the_node(mon
         (["--head", "http://cpu-a:8000/path"], "http://cpu-a:8000"),
         (["--head", "http://user:secret@cpu-a:8000"], "is no address of a head"),
         (["--node-name", "a b"], "cannot be a node's name"),
-        (["--until", "tomorrow"], "'tomorrow' is not a number above 0"),
+        (["--until", "tomorrow"], "'tomorrow' is not a time in seconds since the epoch"),
+        (["--until", "1e12"], "'1e12' is not a time in seconds since the epoch"),
         (["--drain-lead", "-1"], "'-1' is not a whole number"),
     ],
 )
