@@ -48,6 +48,8 @@ def test_what_is_said_names_what_never_joined_in_slurms_words() -> None:
     assert "(cpu-c.8_2: not heard of for 15 s; 8_1: FAILED, NonZeroExitCode, on cpu-b); read" in verdict(
         24, 8, (OWN, LOST), Hope(ended=ended), 1, 600
     )
+    why = verdict(24, 8, (OWN, FIRST), Hope(ended=ended), 1, 600)
+    assert "(8_2: FAILED, JobLaunchFailure, on cpu-c); is its run directory there on that node, and writable?" in why
 
 
 def test_a_step_has_joined_by_its_node() -> None:

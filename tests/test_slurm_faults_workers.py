@@ -115,14 +115,7 @@ def test_the_training_ends_while_slurm_is_silent(user: OrdinaryUser, checkout: P
     assert {run.exit_code(kind) for kind in run.jobs} == {"0"}
 
 
-POINTS = (
-    "sbatch 2 after",
-    "sbatch 3 before",
-    "sbatch 3 after",
-    "sbatch 4 after",
-    "scontrol 1 after",
-    "scontrol 4 before",
-)
+POINTS = ("sbatch 2 after", "sbatch 3 after", "scontrol 1 after", "scontrol 4 before")
 
 
 def test_a_launcher_killed_between_its_calls_for_a_runtime_on_several_nodes(

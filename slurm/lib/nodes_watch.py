@@ -16,6 +16,7 @@ from slurm.lib.errors import EXIT_TIMEOUT, EXIT_UNAVAILABLE
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout
+from slurm.lib.partner import NOT_LAUNCHED
 from slurm.lib.run_record import workers_of
 from slurm.lib.runtime_client import RuntimeClient
 from slurm.lib.sandbox_room import sandbox_room
@@ -97,7 +98,9 @@ def verdict(wanted: int, each: int, nodes: tuple[JoinedNode, ...], hope: Hope, s
     ends = "; ".join(f"{name}: {words}" for name, words in (*over, *left.ended))
     if slots + each * len(left.running) < wanted:
         told = f" ({ends})" if ends else ""
-        return f"{have}, and the workers that are left cannot bring the rest{told}; read the logs worker_*.err"
+        name, question = NOT_LAUNCHED
+        look = question if name in ends else "; read the logs worker_*.err"
+        return f"{have}, and the workers that are left cannot bring the rest{told}{look}"
     if still_s > most_s:
         silent = ", ".join(left.running)
         return f"{have}; the workers {silent} run, and have not joined for {most_s:g} s (RUNTIME_READY_TIMEOUT)"
