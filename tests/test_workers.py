@@ -133,6 +133,13 @@ def test_a_worker_that_waits_or_is_lost_is_no_failed_run(
     assert sorted(call.argv[call.argv.index("-j") + 1].split(",")) == [RUNTIME, ARRAY, MORE, TRAINING], "one question"
 
 
+def test_what_a_cancelled_worker_waited_for_is_no_reason_of_its_end(slurm: FakeSlurm, door: Slurm) -> None:
+    ended = line(f"{ARRAY}_1", "FAILED", "JobLaunchFailure") + line(f"{MORE}_3", "CANCELLED", "Dependency")
+    workers = {one.job_id: one for one in looked(slurm, door, run_in(slurm.jobs), PAIR, ended).pairs[0].workers}
+    assert workers[f"{ARRAY}_1"].end_reason == "Slurm says FAILED (JobLaunchFailure)"
+    assert workers[f"{MORE}_3"].end_reason == "Slurm says CANCELLED"
+
+
 def test_a_line_for_each_array(slurm: FakeSlurm, door: Slurm) -> None:
     run = run_in(slurm.jobs)
     view = looked(slurm, door, run, PAIR, line(f"{ARRAY}_1", number="21"), line(f"{ARRAY}_2", "PENDING", "Priority"))
@@ -459,7 +466,7 @@ def test_cancel_ends_the_workers_too_and_tells_of_those_alike_in_a_line(slurm: F
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
     assert "  worker 14_3: was PENDING, Priority; taken out of the queue; ended after" in "\n".join(told)
-    assert sum("workers 13_[1-2]: was RUNNING, on n1; told to end; ended after" in shown for shown in told) == 1
+    assert sum("workers 13_[1-2]: were RUNNING, on n1; told to end; ended after" in shown for shown in told) == 1
     asked = [call.argv[-1] for call in slurm.everything if call.words[:3] == ["scontrol", "show", "job"]]
     assert sorted(asked) == [RUNTIME, ARRAY, MORE, TRAINING], "whose each is, of an array once"
 
