@@ -49,6 +49,7 @@ STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
 KEEP_ALIVE_S = 75  # the SDK's polls are up to 10 s apart on one connection
 LEAST_IDLE_S = 600  # as long as a client's longest command
+GOODBYE_FIRST_S = 0.5  # for a head to hear that this node leaves, before its sandboxes are removed
 LAST_ANSWERS_S = 2  # for requests that are being answered when the server stops
 
 
@@ -673,8 +674,11 @@ async def _serve_until(
     await asyncio.wait([serving, watching, stopped], return_when=asyncio.FIRST_COMPLETED)
     on_request = stopped.done()
     watching.cancel()
-    goodbye = [membership.leave()] if membership else []
-    *_, left = await asyncio.gather(*goodbye, manager.close(stop_timeout_s))
+    leaving = [asyncio.create_task(membership.leave())] if membership else []
+    if leaving:  # first: the head then says of this node's sandboxes that it has left, and not only that they are gone
+        await asyncio.wait(leaving, timeout=GOODBYE_FIRST_S)
+    left = await manager.close(stop_timeout_s)
+    await asyncio.gather(*leaving)
     server.should_exit = True
     outcomes = await asyncio.gather(serving, watching, return_exceptions=True)
     stopped.cancel()

@@ -191,6 +191,7 @@ def test_a_job_that_knows_of_no_directory_writes_nothing(
 BODIES = {
     "prebuild_images.py": "prebuild_job.py",
     "runtime_server.py": "runtime_job.py",
+    "runtime_worker.py": "worker_job.py",
     "verl_training.py": "training_job.py",
 }
 # What the release before had: it wrote the reason, and ended by sys.exit.
@@ -219,7 +220,7 @@ def test_a_run_with_an_older_releases_code_can_be_joined(code: Path, tmp_path: P
     assert (done.returncode, done.stderr) == (71, "no suitable Python\n")
     said = [parse_flag(path.read_text()) for path in (tmp_path / "run").iterdir()]
     assert [flag and flag.reason for flag in said] == (
-        [] if job == "prebuild_images.py" else ["no suitable Python; its log says more"]
+        [] if job in {"prebuild_images.py", "runtime_worker.py"} else ["no suitable Python; its log says more"]
     )
 
 
@@ -257,7 +258,7 @@ def test_the_numbers_agree_with_those_of_the_suite() -> None:
 
 def test_the_job_scripts_find_their_code_in_the_same_way() -> None:
     """Slurm runs copies of single files, so they cannot share these functions; they must stay equal."""
-    assert JOBS == ["prebuild_images.py", "runtime_server.py", "verl_training.py"]
+    assert JOBS == ["prebuild_images.py", "runtime_server.py", "runtime_worker.py", "verl_training.py"]
     trees = [ast.parse((ROOT / "slurm" / "jobs" / name).read_text()) for name in JOBS]
     functions = [
         {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)} for tree in trees

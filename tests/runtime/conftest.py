@@ -136,7 +136,7 @@ def serving(
             yield api
         finally:
             box["loop"].call_soon_threadsafe(box["stop"].set)
-            thread.join(30)
+            thread.join(90)  # a copy of an agent tree has 20,000 files to remove
     assert not thread.is_alive(), "\n".join(str(task) for task in asyncio.all_tasks(box["loop"]))
     assert box["left"] == []
 
