@@ -349,7 +349,11 @@ class Manager:
     async def _end_for_good(self, entry: Entry) -> None:
         if entry.sandbox.url is None:
             entry.problem = entry.problem or Stopping("the server is stopping and starts no more sandboxes")
-        await self._end(entry, Diagnosis("the server is stopping", "", kind=SERVER_STOPS))
+        await self._end(entry, Diagnosis(self._why_it_stops(), "", kind=SERVER_STOPS))
+
+    def _why_it_stops(self) -> str:
+        """For clients of a head, which goes on without this node."""
+        return f"node {self.node.name} left: its API server stops" if self.node.head else "the server is stopping"
 
 
 def _read_outcomes(tasks: Sequence[asyncio.Task[Any]]) -> None:

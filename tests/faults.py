@@ -460,6 +460,37 @@ DISK_FILLED = Case(
     "it has failed with its reason, and its files are gone; others with some files go on",
     2,
 )
+ITS_SANDBOXES = (
+    "its sandboxes end, their reason has its name; the others' answer; the run goes on; nothing of it is left"
+)
+WORKER_CANCELLED = Case(23, "`scancel` of a worker of a runtime on several nodes", ITS_SANDBOXES, 15)
+WORKER_KILLED = Case(23, "`kill -9` of a worker's body", ITS_SANDBOXES, 30)
+HEAD_JOB_KILLED = Case(
+    23,
+    "`kill -9` of the body of a runtime job that has workers, one of which waits in the queue",
+    "both jobs end, and all workers: those that run by themselves, the other is taken out of the queue by the training "
+    "job",
+    15,
+    "is gone: ended badly (FAILED",
+)
+STEPS_JOB_KILLED = Case(
+    23,
+    "the same with `RUNTIME_MODE=allocation`",
+    "both jobs end, and nothing is left on any node",
+    15,
+    "is gone: ended badly (FAILED",
+)
+WORKERS_UNLED = Case(
+    23,
+    "`slurmctld` does not answer (SIGSTOP), and the training of a runtime on several nodes ends",
+    "the runtime job and all workers end by the run's flags; nothing is left on any node",
+    30,
+)
+KILLED_AT_A_CALL_MANY = Case(
+    12,
+    "`kill -9` of `launch.py` between the calls of a launch with `RUNTIME_NODES=3`, which has two job arrays besides",
+    "nothing that can start is left, or the whole run; the next launch removes the rest",
+)
 WRONG_KEYS = Case(
     17,
     "20,000 requests without a key, with a wrong one or with another run's, on few connections, of a server that logs "
@@ -489,6 +520,7 @@ CASES = (
     KILLED_ANY_TIME,
     KILLED_AT_A_CALL_HET,
     KILLED_ANY_TIME_HET,
+    KILLED_AT_A_CALL_MANY,
     NOT_ITS_OWN,
     SILENT_CONTROLLER,
     NO_CONTROLLER,
@@ -584,6 +616,11 @@ CASES = (
     WRONG_KEYS,
     HOSTILE_UPLOADS,
     HOSTILE_BODIES,
+    WORKER_CANCELLED,
+    WORKER_KILLED,
+    HEAD_JOB_KILLED,
+    STEPS_JOB_KILLED,
+    WORKERS_UNLED,
 )
 
 

@@ -42,6 +42,16 @@ def test_what_is_said_names_what_was_lost_and_what_is_silent() -> None:
     )
 
 
+def test_what_is_said_names_what_never_joined_in_slurms_words() -> None:
+    """One whose log could not be made has left none."""
+    ended = (("8_1", "FAILED, NonZeroExitCode, on cpu-b"), ("8_2", "FAILED, JobLaunchFailure, on cpu-c"))
+    assert "(cpu-c.8_2: not heard of for 15 s; 8_1: FAILED, NonZeroExitCode, on cpu-b); read" in verdict(
+        24, 8, (OWN, LOST), Hope(ended=ended), 1, 600
+    )
+    why = verdict(24, 8, (OWN, FIRST), Hope(ended=ended), 1, 600)
+    assert "(8_2: FAILED, JobLaunchFailure, on cpu-c); is its run directory there on that node, and writable?" in why
+
+
 def test_a_step_has_joined_by_its_node() -> None:
     """Slurm knows it by its job alone, which is the head's own."""
     node = JoinedNode("cpu-b", "7", "ready", 8)
@@ -51,8 +61,9 @@ def test_a_step_has_joined_by_its_node() -> None:
 
 def test_slurms_words_about_tasks() -> None:
     states = [JobState.PENDING, JobState.RUNNING, JobState.UNKNOWN, JobState.ENDED_BADLY, JobState.PURGED]
-    said = {f"8_{number}": JobStatus(state, "") for number, state in enumerate(states)}
-    assert hope_of(said) == Hope(pending=("8_0", "8_2"), running=("8_1",))
+    said = {f"8_{number}": JobStatus(state, state.name) for number, state in enumerate(states)}
+    ended = (("8_3", "ENDED_BADLY"), ("8_4", "PURGED"))
+    assert hope_of(said) == Hope(pending=("8_0", "8_2"), running=("8_1",), ended=ended)
 
 
 @pytest.mark.parametrize("said", [None, [], {}, {"nodes": 3}, {"nodes": [1, None]}, "x"])

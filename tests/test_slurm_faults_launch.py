@@ -144,14 +144,14 @@ def desk(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Iterator[Desk]:
 
 
 def assert_nothing_can_start(desk: Desk) -> None:
-    """What may start belongs to a run with its whole directory and both jobs."""
+    """What may start belongs to a run with its whole directory and all jobs."""
     jobs = desk.queue()
     whole = desk.whole_runs()
     for job in jobs:
         ids = next((ids for ids in whole.values() if job.job_id in ids), set())
         if job.can_start:
             assert ids, jobs
-            assert len(ids) == 2, jobs
+            assert len(ids) in {2, 4}, jobs  # with the arrays of a runtime on several nodes
         if job.reason == "Dependency":
             runtime = [other for other in jobs if other.name == "skyrl-runtime" and other.reason == "JobHeldUser"]
             assert ids or runtime, jobs

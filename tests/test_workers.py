@@ -17,6 +17,7 @@ import pytest
 from slurm.lib.cancel import Act, SlurmHand, Watched
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.errors import NotRunning, UsageError
+from slurm.lib.job_context import JobContext
 from slurm.lib.leftovers import clear, write_marker
 from slurm.lib.observe.log_files import log_names, origins
 from slurm.lib.observe.nodes import Node, Nodes, of_worker, parse_nodes
@@ -29,19 +30,26 @@ from slurm.lib.observe.sandboxes import Sandboxes, parse_metrics
 from slurm.lib.observe.survey import LEAVING_S, Survey
 from slurm.lib.observe.timeline import Mark
 from slurm.lib.observe.whereabouts import Whereabouts, chosen, parse_list
+from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.reports.node_rows import ALL, COLUMNS, news_of, node_rows, worker_lines
 from slurm.lib.reports.page import page
 from slurm.lib.reports.run_words import run_dict
 from slurm.lib.reports.worker_words import array_lines, node_lines
 from slurm.lib.runs import FoundRun, RunJob, find
+from slurm.lib.runtime_job import RuntimeJob
 from slurm.lib.scheduler import JobState, JobStatus, Slurm
+from slurm.lib.settings import Settings
 from slurm.lib.signals import SignalNotes
+from slurm.lib.supervisor import Outcome, Stop, Supervisor
 from slurm.lib.verbs.list_runs import row
 from slurm.lib.verbs.logs import labels
 from slurm.lib.verbs.report_text import as_text
 from slurm.lib.verbs.shell import wanted_job
+from slurm.lib.worker_recall import Recall, withdraw
+from slurm.lib.worker_steps import WorkerStep, WorkerSteps
 from tests.fake_slurm import FakeSlurm
 from tests.observed_runs import folder_of
+from tests.test_partner import FakeScheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME, TRAINING, ARRAY, MORE = "11", "15", "13", "14"
@@ -123,6 +131,13 @@ def test_a_worker_that_waits_or_is_lost_is_no_failed_run(
     assert row(view)[6] == f"{RUNTIME},{TRAINING}", "the columns of list are as they were"
     (call,) = slurm.of("squeue")
     assert sorted(call.argv[call.argv.index("-j") + 1].split(",")) == [RUNTIME, ARRAY, MORE, TRAINING], "one question"
+
+
+def test_what_a_cancelled_worker_waited_for_is_no_reason_of_its_end(slurm: FakeSlurm, door: Slurm) -> None:
+    ended = line(f"{ARRAY}_1", "FAILED", "JobLaunchFailure") + line(f"{MORE}_3", "CANCELLED", "Dependency")
+    workers = {one.job_id: one for one in looked(slurm, door, run_in(slurm.jobs), PAIR, ended).pairs[0].workers}
+    assert workers[f"{ARRAY}_1"].end_reason == "Slurm says FAILED (JobLaunchFailure)"
+    assert workers[f"{MORE}_3"].end_reason == "Slurm says CANCELLED"
 
 
 def test_a_line_for_each_array(slurm: FakeSlurm, door: Slurm) -> None:
@@ -451,7 +466,7 @@ def test_cancel_ends_the_workers_too_and_tells_of_those_alike_in_a_line(slurm: F
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
     assert "  worker 14_3: was PENDING, Priority; taken out of the queue; ended after" in "\n".join(told)
-    assert sum("workers 13_[1-2]: was RUNNING, on n1; told to end; ended after" in shown for shown in told) == 1
+    assert sum("workers 13_[1-2]: were RUNNING, on n1; told to end; ended after" in shown for shown in told) == 1
     asked = [call.argv[-1] for call in slurm.everything if call.words[:3] == ["scontrol", "show", "job"]]
     assert sorted(asked) == [RUNTIME, ARRAY, MORE, TRAINING], "whose each is, of an array once"
 
@@ -520,3 +535,54 @@ def test_the_workers_of_a_run_are_offered_at_a_tab(slurm: FakeSlurm, monkeypatch
     offered: Mapping[str, object] = {"prefix": "", "action": action, "parsed_args": Namespace(run=run.name)}
     assert completion.worker_numbers(**offered) == ["1", "2", "3"]  # type: ignore[arg-type]
     assert action.completer is completion.worker_numbers  # type: ignore[attr-defined]
+
+
+# --- who takes them out of the queue ----------------------------------------------------------------------------------
+
+
+def of_job(run: FoundRun, door: Slurm, job_id: str) -> JobContext:
+    assert run.directory
+    return JobContext(job_id, run.directory, Settings(), {}, door, ROOT, own_dir=True)
+
+
+def cancelled(slurm: FakeSlurm) -> list[list[str]]:
+    return [call.argv for call in slurm.calls if call.name == "scancel"]
+
+
+def shown(array: str, folder: Path) -> str:
+    return f"JobId={array} ArrayJobId={array} JobName=skyrl-worker\n   StdOut={folder}/worker_{array}_1.out\n"
+
+
+def test_the_training_takes_out_of_the_queue_what_waits_for_a_runtime_that_is_gone(
+    slurm: FakeSlurm, door: Slurm
+) -> None:
+    run = run_in(slurm.jobs)
+    withdraw(of_job(run, door, TRAINING), "12")
+    assert cancelled(slurm) == [], "those of another attempt are another runtime's"
+    withdraw(of_job(run, door, TRAINING), RUNTIME)
+    assert cancelled(slurm) == [["--state=PENDING", MORE, ARRAY]]
+
+
+@pytest.mark.parametrize("as_planned", [True, False])
+def test_the_runtime_job_ends_its_arrays_and_no_other_runs(slurm: FakeSlurm, door: Slurm, as_planned: bool) -> None:
+    run = run_in(slurm.jobs)
+    other = slurm.jobs / "20260102_000000_99"
+    other.mkdir()
+    (other / "run.json").write_text(json.dumps({"jobs": {"runtime": {"id": "99"}, "workers": WORKERS["more_workers"]}}))
+    slurm.answer("scontrol", {"stdout": shown(MORE, other)}, {"stdout": shown(ARRAY, slurm.jobs / run.name)})
+    with Recall(of_job(run, door, RUNTIME)) as recall:
+        recall.begin(as_planned=as_planned)
+    first = [["--state=PENDING", ARRAY]] if as_planned else []
+    assert cancelled(slurm) == [*first, [ARRAY]]
+
+
+def test_steps_are_told_to_end_at_the_first_word_of_the_end(tmp_path: Path) -> None:
+    """While the job's own server stops: Slurm's KillWait may be running."""
+    spec = ChildSpec(("sh", "-c", "cat >/dev/null"), dict(os.environ), "a step", stdin_pipe=True)
+    step = WorkerStep("cpu-b", "11_1", Child(spec, 5.0), tmp_path / "worker.err")
+    job = JobContext(RUNTIME, CoordinationDir(tmp_path), Settings(), {}, FakeScheduler(), ROOT, own_dir=True)
+    body = RuntimeJob(job, SignalNotes(), Supervisor(has_head=True), steps=WorkerSteps([step]))
+    body.do(Stop(Outcome(143, "ended by SIGTERM")))
+    assert step.child.wait(10)
+    assert (step.is_told, body.steps.living()) == (True, ())
+    body.steps.stop(1.0)

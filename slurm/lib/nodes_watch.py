@@ -16,6 +16,7 @@ from slurm.lib.errors import EXIT_TIMEOUT, EXIT_UNAVAILABLE
 from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.lookout import Lookout
+from slurm.lib.partner import NOT_LAUNCHED
 from slurm.lib.run_record import workers_of
 from slurm.lib.runtime_client import RuntimeClient
 from slurm.lib.sandbox_room import sandbox_room
@@ -57,25 +58,29 @@ def _joined_node(row: Mapping[str, object]) -> JoinedNode:
 class Hope:
     """What may still join: workers that are pending, and those that run, by their ids; steps by their nodes.
 
-    ``is_known``: whether anything is known of them; nothing is of workers that a person submits by hand.
+    ``is_known``: whether anything is known of them; nothing is of workers that a person submits by hand. ``ended``: how
+    those ended that cannot join, in Slurm's words by their ids.
     """
 
     pending: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     is_known: bool = True
+    ended: tuple[tuple[str, str], ...] = ()
 
     def beside(self, nodes: tuple[JoinedNode, ...]) -> Hope:
         """The same without those that have joined."""
         there = [node for node in nodes if node.state == TAKES_SANDBOXES or node.state in IS_OVER]
         known = {name for node in there for name in (node.job, node.name)}
         running = tuple(one for one in self.running if one not in known)
-        return Hope(self.pending, running, self.is_known)
+        ended = tuple((one, words) for one, words in self.ended if one not in known)
+        return Hope(self.pending, running, self.is_known, ended)
 
 
 def hope_of(tasks: Mapping[str, JobStatus]) -> Hope:
     """What Slurm's word about the tasks of worker arrays lets hope for."""
     by_state = {state: tuple(task for task, status in tasks.items() if status.state is state) for state in JobState}
-    return Hope(by_state[JobState.PENDING] + by_state[JobState.UNKNOWN], by_state[JobState.RUNNING])
+    ended = tuple((task, status.words) for task, status in tasks.items() if status.state.is_final)
+    return Hope(by_state[JobState.PENDING] + by_state[JobState.UNKNOWN], by_state[JobState.RUNNING], ended=ended)
 
 
 def verdict(wanted: int, each: int, nodes: tuple[JoinedNode, ...], hope: Hope, still_s: float, most_s: float) -> str:
@@ -89,10 +94,13 @@ def verdict(wanted: int, each: int, nodes: tuple[JoinedNode, ...], hope: Hope, s
     if not hope.is_known or left.pending:
         return ""
     have = f"{slots} of {wanted} slots have joined"
-    ends = "; ".join(f"{node.name}: {node.reason or node.state}" for node in nodes if node.state in IS_OVER)
+    over = [(node.name, node.reason or node.state) for node in nodes if node.state in IS_OVER]
+    ends = "; ".join(f"{name}: {words}" for name, words in (*over, *left.ended))
     if slots + each * len(left.running) < wanted:
         told = f" ({ends})" if ends else ""
-        return f"{have}, and the workers that are left cannot bring the rest{told}; read the logs worker_*.err"
+        name, question = NOT_LAUNCHED
+        look = question if name in ends else "; read the logs worker_*.err"
+        return f"{have}, and the workers that are left cannot bring the rest{told}{look}"
     if still_s > most_s:
         silent = ", ".join(left.running)
         return f"{have}; the workers {silent} run, and have not joined for {most_s:g} s (RUNTIME_READY_TIMEOUT)"

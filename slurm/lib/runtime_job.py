@@ -85,10 +85,11 @@ def say_what_to_submit(job: JobContext) -> None:
 
 @dataclass
 class RuntimeJob(ServingBody):
-    """The runtime job's edge of the supervisor. ``recall`` ends its worker arrays."""
+    """The runtime job's edge of the supervisor. ``recall`` ends its worker arrays; ``steps`` are workers too."""
 
     withdrawn: tuple[End, ...] = ()
     recall: Recall | None = None
+    steps: WorkerSteps = field(default_factory=WorkerSteps)
     watch: RunWatch = field(init=False)
 
     kind = "runtime"
@@ -108,7 +109,7 @@ class RuntimeJob(ServingBody):
             yield key, None
             return
         with head_of(job, ground, key) as head, worker_steps(job) as steps:
-            self.watch.head = head
+            self.watch.head, self.steps = head, steps
             self.restarts[Part.HEAD] = head.restart
             await_health(head, self)
             admit(job, head)
@@ -130,14 +131,19 @@ class RuntimeJob(ServingBody):
             self.watch.serves(face)
             publish(self.job, face)
         elif isinstance(action, Stop):
-            if self.recall:
-                self.recall.begin(as_planned=action.outcome.as_planned)
+            self.let_workers_go(action.outcome)
         elif isinstance(action, TellTraining):
             tell_training(self.job, action.outcome)
         elif isinstance(action, Withdraw):
             self.withdrawn = withdraw_training(self.job, action.outcome, self.watch.training.launched_with)
         elif isinstance(action, NoteEnd):
             self.conclude(action)
+
+    def let_workers_go(self, outcome: Outcome) -> None:
+        """Have the workers end while this job stops everything else: Slurm's KillWait may be running."""
+        self.steps.let_go()
+        if self.recall:
+            self.recall.begin(as_planned=outcome.as_planned)
 
     def conclude(self, action: NoteEnd) -> None:
         """The last word, in the log and in the run's record."""

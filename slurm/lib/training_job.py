@@ -80,6 +80,7 @@ from slurm.lib.trainer import (
 )
 from slurm.lib.usage_sampler import sampled
 from slurm.lib.waiting import wait_for
+from slurm.lib.worker_recall import withdraw
 
 LOOK_EVERY_S = 0.2
 CHATTER = re.compile(rb"\b(INFO|DEBUG)\b")  # lines that a logger calls neither warning nor error
@@ -147,6 +148,7 @@ def attempt(session: TrainingSession) -> int:
         session.chain.conclude(outcome.ended, session.left_s())
         told = session.tell(outcome)
         session.note_ends(outcome)
+        session.withdraw_workers(outcome)
         told.finish(patience_s(session.notes))
     return outcome.exit_code
 
@@ -213,9 +215,16 @@ class TrainingSession:
         own = End("training", self.job.job_id, outcome.exit_code, outcome.reason, "training")
         flag = self.failed.read()
         gone = End("runtime", self.runtime_job_id, None, outcome.reason, "training")
-        is_gone = outcome.exit_code == PartnerGone.exit_code and bool(self.runtime_job_id)
-        others = [End.of_flag("runtime", flag)] if flag else [gone] if is_gone else []
+        others = [End.of_flag("runtime", flag)] if flag else [gone] if self._has_lost_runtime(outcome) else []
         note_ends(self.job.directory, own, *others)
+
+    def _has_lost_runtime(self, outcome: Outcome) -> bool:
+        return outcome.exit_code == PartnerGone.exit_code and bool(self.runtime_job_id)
+
+    def withdraw_workers(self, outcome: Outcome) -> None:
+        """Take out of the queue what waits there for a runtime that is gone without a word."""
+        if self._has_lost_runtime(outcome) and not self.failed.read():
+            withdraw(self.job, self.runtime_job_id)
 
     def tell(self, outcome: Outcome) -> Sending:
         """Begin to tell the people in NOTIFY, unless the run goes on."""

@@ -1,8 +1,8 @@
 """The end of a runtime's worker arrays: they are the runtime job's, which takes them out of the queue as it ends.
 
 Whatever the reason. A worker that runs sees the end of the run by itself; so where that was planned it gets a moment to
-end in order, and where the body of the runtime job is killed nothing is left but what is pending, which then starts and
-sees at once that there is nothing to join.
+end in order. Where the body of the runtime job is killed, or its node lost, the training job takes what is pending out
+of the queue; where there is no training, that starts, and sees at once that there is nothing to join.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from slurm.lib.logs import log
 from slurm.lib.run_record import WorkerArray, workers_of
 from slurm.lib.runs import stranger
 from slurm.lib.scheduler import Slurm
+from slurm.lib.worker_steps import IN_ORDER_S
 
 ASK_S = 5.0  # whose an array is; Slurm's KillWait may be running
-IN_ORDER_S = 6.0  # from the end of the run to that of a worker
 PATIENCE_S = 10.0  # with a Slurm that is silent
 
 
@@ -52,23 +52,13 @@ class Recall:
         if not isinstance(slurm, Slurm):
             return
         with contextlib.suppress(OSError):  # a directory that is gone names none
-            arrays = [array for array in self._arrays() if self._is_own(array, slurm)]
-            ids = [array.job_id for array in arrays]
+            ids = own_arrays(self.job, self.job.job_id, slurm)
             if ids and as_planned:
                 slurm.cancel_pending(*ids, timeout_s=ASK_S)
                 self._await_end(ids, slurm)
             complaint = slurm.cancel(ids, timeout_s=ASK_S) if ids else None
             if complaint:
                 log.warning("the workers %s could not be cancelled: %s", " ".join(ids), complaint)
-
-    def _arrays(self) -> tuple[WorkerArray, ...]:
-        return tuple(reversed(workers_of(self.job.directory, self.job.job_id)))
-
-    def _is_own(self, array: WorkerArray, slurm: Slurm) -> bool:
-        whose = stranger(array.job_id, self.job.directory, slurm, ASK_S)
-        if whose:
-            log.warning("a record here names the workers %s, which %s; they stay", array.job_id, whose)
-        return not whose
 
     @staticmethod
     def _await_end(ids: list[str], slurm: Slurm) -> None:
@@ -77,3 +67,28 @@ class Recall:
             if all(status.state.is_final for status in slurm.statuses(ids, ASK_S).values()):
                 return
             time.sleep(0.5)
+
+
+def withdraw(job: JobContext, runtime_job_id: str) -> None:
+    """Take the workers out of the queue that wait for a runtime job which is gone, and could not do so itself."""
+    slurm = job.scheduler
+    if not isinstance(slurm, Slurm):
+        return
+    with contextlib.suppress(OSError):
+        ids = own_arrays(job, runtime_job_id, slurm)
+        complaint = slurm.cancel_pending(*ids, timeout_s=ASK_S) if ids else None
+        if complaint:
+            log.warning("the workers %s may still wait in the queue: %s", " ".join(ids), complaint)
+
+
+def own_arrays(job: JobContext, runtime_job_id: str, slurm: Slurm) -> list[str]:
+    """The ids of a runtime job's worker arrays, the last first; without those that Slurm says are another run's."""
+    arrays = reversed(workers_of(job.directory, runtime_job_id))
+    return [array.job_id for array in arrays if _is_own(array, job, slurm)]
+
+
+def _is_own(array: WorkerArray, job: JobContext, slurm: Slurm) -> bool:
+    whose = stranger(array.job_id, job.directory, slurm, ASK_S)
+    if whose:
+        log.warning("a record here names the workers %s, which %s; they stay", array.job_id, whose)
+    return not whose

@@ -31,7 +31,8 @@ from slurm.lib.worker_plan import has_arrays, has_head
 
 LOOK_EVERY_S = 0.5
 TELL_S = 5.0  # the head, that a node is lost
-STEP_END_S = 2.0  # from the end of a worker's body to that of its srun
+IN_ORDER_S = 6.0  # from the end of the run to that of a worker's body, where Slurm's KillWait is not shorter
+STEP_END_S = 2.0  # from that to the end of its srun
 LAST_WORDS, SHOWN_LOG_LINES = 4096, 2
 
 
@@ -85,13 +86,17 @@ class WorkerSteps:
             path = f"/nodes/{quote(step.node, safe='')}?reason={quote(why, safe='')}"
             RuntimeClient(head.local_url, head.key).ask("DELETE", path, TELL_S)
 
-    def stop(self, seconds: float) -> None:
-        """Have all of them end, at the same time; kill what has not after so many seconds."""
+    def let_go(self) -> None:
+        """Have all of them end, at the same time, and wait for none."""
         for step in self.steps:
             step.is_told = True
             with contextlib.suppress(OSError):
                 assert step.child.process.stdin
                 step.child.process.stdin.close()
+
+    def stop(self, seconds: float) -> None:
+        """Have all of them end; kill what has not after so many seconds."""
+        self.let_go()
         end = time.monotonic() + seconds
         for step in self.steps:
             if not step.child.wait(max(0.0, end - time.monotonic())):
@@ -112,7 +117,7 @@ def worker_steps(job: JobContext) -> Iterator[WorkerSteps]:
     nodes = [node for node in slurm.hostnames(job.environment.get("SLURM_JOB_NODELIST", "")) if node != own]
     kill_wait_s = slurm.kill_wait_s()  # now: at the end there may be no time to wait for Slurm's answer
     with contextlib.ExitStack() as stack:
-        stack.callback(steps.stop, kill_wait_s + STEP_END_S)
+        stack.callback(steps.stop, min(kill_wait_s, IN_ORDER_S) + STEP_END_S)
         for number, node in enumerate(nodes, 1):
             steps.steps.append(start(job, node, f"{job.job_id}_{number}"))
         log.info("starting workers on %s", ", ".join(nodes) or "no further node: Slurm gave this job one")

@@ -232,7 +232,8 @@ def _by_slurm(job: RecordedJob, word: Word) -> JobView:
         return replace(view, stage=Stage[word.state.name])
     if word.state is JobState.UNKNOWN:
         return replace(view, why_unknown=f"Slurm says {word.word}")
-    words = f"Slurm says {word.word}" + (f" ({word.reason})" if word.reason else "")
+    reason = "" if word.word == "CANCELLED" else word.reason  # what it waited for before
+    words = f"Slurm says {word.word}" + (f" ({reason})" if reason else "")
     code = 0 if word.word == "COMPLETED" and word.exit_code is None else word.exit_code
     ended = _ENDED_WORDS.get(word.word, "")
     return replace(view, stage=Stage.ENDED, exit_code=code, ended=ended, end_reason=words)

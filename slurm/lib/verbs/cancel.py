@@ -231,7 +231,13 @@ def _worker_lines(workers: Sequence[Watched]) -> list[str]:
     """A line for all workers of which the same became."""
     fates = dict.fromkeys(worker.fate for worker in workers)
     alike = {fate: [worker.job.job_id for worker in workers if worker.fate == fate] for fate in fates}
-    return [f"{'workers' if ids[1:] else 'worker'} {folded(ids)}: {fate}" for fate, ids in alike.items()]
+    return [_line(ids, fate) for fate, ids in alike.items()]
+
+
+def _line(ids: Sequence[str], fate: str) -> str:
+    if not ids[1:]:
+        return f"worker {folded(ids)}: {fate}"
+    return f"workers {folded(ids)}: {'were ' + fate[4:] if fate.startswith('was ') else fate}"
 
 
 def as_json(done: Sequence[Done]) -> str:
