@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.simulator.parts import Growth
 
 SIZE = (9.0, 3.6)
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "head"}  # text stays text; the same picture for the same figures
 
 
 def plot(found: Sequence[Growth], to: Path) -> None:
@@ -15,7 +16,7 @@ def plot(found: Sequence[Growth], to: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "head"  # the same picture for the same figures
+    matplotlib.rcParams.update(STYLE)
     from matplotlib import pyplot
 
     nodes = [one.nodes for one in found]
