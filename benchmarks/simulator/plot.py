@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.simulator.parts import Growth
 
 SIZE = (9.0, 3.6)
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "head"}  # text stays text; the same picture for the same figures
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "head"}  # text stays text; the same picture for the same figures
 
 
 def plot(found: Sequence[Growth], to: Path) -> None:
