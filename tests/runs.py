@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
 import shutil
@@ -248,7 +249,7 @@ def answers(url: str, timeout_s: float = 5) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=timeout_s) as answer:
             return bool(answer.read() == b"ok\n")
-    except OSError:
+    except (OSError, http.client.HTTPException):  # one that is being ended may stop within its answer
         return False
 
 

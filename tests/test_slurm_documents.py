@@ -24,7 +24,7 @@ import pytest
 from tests.conftest import OrdinaryUser, belongings, copy_checkout, environment_folder, fresh_folder, sweep
 from tests.doc_blocks import all_blocks, script, with_blocks_to_run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.verbs]
+pytestmark = [pytest.mark.slurm]
 
 DEADLINE_S = 900.0
 END_S = 10.0
