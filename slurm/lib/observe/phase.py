@@ -52,20 +52,22 @@ _WORKER = (
 _MARKS = {"training": _TRAINING, "runtime": _RUNTIME, "worker": _WORKER}
 
 
+def _plain(pattern: str) -> tuple[str, ...]:
+    """Plain words, one of which every line has that matches the pattern: they are found faster than it."""
+    parts = (re.sub(r"\\[A-Za-z]", "|", part) for part in pattern.replace(_OURS, "").split("|"))
+    return tuple(max(re.findall(r"[A-Za-z ]+", part), key=len) for part in parts)
+
+
 @cache
-def _marks(kind: str) -> list[tuple[re.Pattern[str], str]]:
-    """The lines of a kind of job; made when the first log is read."""
-    marks = _MARKS[kind]
-    return [(re.compile(pattern), words) for pattern, words in marks]
+def _marks(kind: str) -> list[tuple[tuple[str, ...], str, str]]:
+    """The lines of a kind of job, each with its plain words; a pattern is compiled once a line has one of those."""
+    return [(_plain(pattern), pattern, words) for pattern, words in _MARKS[kind]]
 
 
 @cache
 def mark_words(kind: str) -> tuple[str, ...]:
-    """Plain words, some of which every line has that marks a phase: they are found faster than the marks."""
-    marks = _MARKS[kind]
-    patterns = [one.replace(_OURS, "") for pattern, _words in marks for one in pattern.split("|")]
-    plain = (re.findall(r"[A-Za-z ]+", re.sub(r"\\[A-Za-z]", "|", pattern)) for pattern in patterns)
-    return tuple(dict.fromkeys(max(words, key=len) for words in plain))
+    """Plain words, some of which every line has that marks a phase."""
+    return tuple(dict.fromkeys(word for plain, _pattern, _words in _marks(kind) for word in plain))
 
 
 SHOWN = 400  # characters of a line that are looked at
@@ -106,7 +108,9 @@ def phase_in(kind: str, lines: Sequence[str]) -> Phase:
 def mark_in(kind: str, line: str) -> str | None:
     """What a job of a kind does from this line of its log on; None for a line that marks nothing."""
     if line.startswith("20") or "Ray" in line:  # a log may have thousands of others
-        return next((words for mark, words in _marks(kind) if mark.search(line[:SHOWN])), None)
+        said = line[:SHOWN]
+        marks = (mark for mark in _marks(kind) if any(word in said for word in mark[0]))
+        return next((words for _plain, pattern, words in marks if re.search(pattern, said)), None)
     return None
 
 
@@ -138,19 +142,19 @@ def last_error(log: LogEnds) -> str:
 def last_failed_start(log: LogEnds) -> str:
     """What the ``.err`` of a runtime job says of the last sandbox that did not start, or ended by itself."""
     lines = (" ".join(printable(raw).split()) for raw in reversed(log.tail.splitlines()))
-    return next((match[1] for line in lines if (match := _SANDBOX.match(line))), "")
+    return next((match[1] for line in lines if (match := re.match(_SANDBOX, line))), "")
 
 
-_SANDBOX = re.compile(rf"{_OURS}sandbox \S+ of session .*?: (.+)")
+_SANDBOX = rf"{_OURS}sandbox \S+ of session .*?: (.+)"
 
 
 def end_of_worker(log: LogEnds) -> str:
     """Why a worker has ended, by its ``.out``; empty where it does not say."""
     lines = (" ".join(printable(raw).split()) for raw in reversed(log.tail.splitlines()))
-    return next((match[1] for line in lines if (match := _WORKER_END.match(line))), "")
+    return next((match[1] for line in lines if (match := re.match(_WORKER_END, line))), "")
 
 
-_WORKER_END = re.compile(rf"{_OURS}worker \S+ ends: (.+)")
+_WORKER_END = rf"{_OURS}worker \S+ ends: (.+)"
 _LAST_WORD = re.compile(rf"{_OURS}(?:(?:training|runtime) job|worker) \S+ ends(?: with exit code|:)")
 _ERROR = re.compile(
     r"\[(?:ERROR|CRITICAL)\]"

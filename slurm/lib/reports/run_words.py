@@ -8,14 +8,14 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from slurm.lib.observe.nodes import Nodes
 from slurm.lib.observe.phase import Phase
 from slurm.lib.observe.run_view import JobView, PairView, RunView, Stage
-from slurm.lib.observe.sandboxes import Sandboxes
 from slurm.lib.observe.unknown import Unknown
 
 if TYPE_CHECKING:
     from slurm.lib.observe.gpus import Gpu
+    from slurm.lib.observe.nodes import Nodes
+    from slurm.lib.observe.sandboxes import Sandboxes
 
 SCHEMA = 1
 GREEN, YELLOW, RED, DIM = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[2m"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from slurm.lib.job_arrays import folded
-from slurm.lib.observe.nodes import Node, Nodes
 from slurm.lib.observe.run_view import JobView, Stage
 from slurm.lib.observe.unknown import Unknown
 from slurm.lib.reports.run_words import about, job_words, shortened
+
+if TYPE_CHECKING:
+    from slurm.lib.observe.nodes import Node, Nodes
 
 MOST_ENDS = 3  # told by their ids in a line
 REASON = 60  # characters of one in the table

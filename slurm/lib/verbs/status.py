@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slurm.lib.command_line import Parser, say
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from slurm.lib.observe.run_view import RunView
 
 EVERY_S, LEAST_S = 10.0, 5.0  # between two looks; each costs Slurm one squeue
-CLEAR = "\x1b[H\x1b[2J"
 EPILOG = """\
 exit codes: 0 the runs are shown, however they are (wait tells by its code); 2 a name means no run; 71 SKYRL_JOBS_BASE
 cannot be read. --watch ends with 0 once all runs shown have ended, with 130 by Ctrl-C. Where Slurm does not answer,
@@ -71,6 +68,8 @@ def main(argv: Sequence[str], notes: SignalNotes) -> int:
     views = survey.look(runs, select=chosen, meanwhile=import_words)
     if arguments.watch and views:
         runs = [run for run in runs if any(is_of(view, run) for view in views)]
+        from slurm.lib.verbs.status_watch import Watch
+
         return Watch(survey, runs, arguments.every, arguments.json, notes).go_on(views)
     warn_of_silence(survey)
     views = with_gpus(views, survey.slurm) if arguments.gpu else views
@@ -106,47 +105,3 @@ def with_gpus(views: Sequence[RunView], slurm: Slurm) -> list[RunView]:
 def is_of(view: RunView, run: FoundRun) -> bool:
     """Whether the view is one of this run."""
     return view.record.directory == run.directory if run.directory else view.record.name == run.name
-
-
-# --- again and again --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Watch:
-    """Looks at runs until all of them have ended; Ctrl-C raises ``Interrupted``."""
-
-    survey: Survey
-    runs: Sequence[FoundRun]
-    every_s: float
-    as_json: bool
-    notes: SignalNotes
-    _told: dict[str, object] = field(default_factory=dict)
-
-    def go_on(self, views: Sequence[RunView]) -> int:
-        """Show the runs, and again; returns the exit code."""
-        show = self._redraw if sys.stdout.isatty() and not self.as_json else self._changes
-        while True:
-            if not say(show(views)):
-                return EXIT_ENVIRONMENT
-            if all(view.state.is_over or view.pair is None for view in views):
-                return EXIT_OK
-            self.notes.sleep(self.every_s)
-            self.notes.check()
-            views = self.survey.look(self.runs)
-            self.notes.check()
-
-    def _redraw(self, views: Sequence[RunView]) -> str:
-        silent = "" if self.survey.heard else "; Slurm does not answer"
-        title = f"every {self.every_s:g} s, now {time.strftime('%H:%M:%S')}{silent}; Ctrl-C ends this, not the runs\n\n"
-        from slurm.lib.verbs.status_text import as_text
-
-        return CLEAR + title + as_text(views)
-
-    def _changes(self, views: Sequence[RunView]) -> str:
-        """A line for each run of which something has changed."""
-        from slurm.lib.verbs.status_text import change_line, json_line, told
-
-        line = json_line if self.as_json else change_line
-        changed = [view for view in views if self._told.get(view.record.name) != told(view)]
-        self._told |= {view.record.name: told(view) for view in changed}
-        return "".join(line(view) for view in changed)
