@@ -89,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_listening(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="0.0.0.0", help="address to listen on (default: %(default)s)")
-    group.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    group.add_argument(
+        "--port", type=port_number, default=8000, help="port to listen on, 0 for a free one (default: 8000)"
+    )
     group.add_argument(
         "--fd", type=int, metavar="N", help="serve on this inherited, listening socket instead of --host and --port"
     )
@@ -122,7 +124,7 @@ def _add_sandboxes(group: argparse._ArgumentGroup) -> None:
     add("--cpus", type=_count, metavar="N", help="CPUs to share out (default: those this process may use)")
     add(
         "--cpus-per-worker",
-        type=_positive,
+        type=positive,
         default=1.0,
         metavar="N",
         help="CPUs of a sandbox, may be a fraction (default: 1)",
@@ -283,14 +285,14 @@ def _add_life(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--worker-startup-timeout",
-        type=_positive,
+        type=positive,
         default=600.0,
         metavar="S",
         help="seconds until a sandbox that does not answer has failed (default: 600)",
     )
     add(
         "--stop-timeout",
-        type=_positive,
+        type=positive,
         default=5.0,
         metavar="S",
         help="seconds for removing all sandboxes at the end (default: 5)",
@@ -344,7 +346,7 @@ def _number(text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool
     return value
 
 
-def _port(text: str) -> Any:
+def port_number(text: str) -> Any:
     return _number(text, int, lambda value: 0 <= value < 65536, "a port (0 to 65535)")
 
 
@@ -356,7 +358,7 @@ def _natural(text: str) -> Any:
     return _number(text, int, lambda value: value >= 0, "a whole number, 0 or more")
 
 
-def _positive(text: str) -> Any:
+def positive(text: str) -> Any:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
@@ -611,7 +613,7 @@ async def serve(
         agent.provide(tree)
     manager = Manager(config, engine, prober, slots, agent, Warden, prober.idle_s)
     app = create_app(manager, config, Heartbeats())
-    server = _http_server(app)
+    server = http_server(app)
     membership = membership_of(args, config, manager, listening)
     try:
         with StatisticsFile(config.statistics_file, manager.counted) as statistics:
@@ -642,7 +644,7 @@ def membership_of(
     return Membership(args.head, config.api_key, manager.node, own_url, job_of(os.environ))
 
 
-def _http_server(app: Any) -> uvicorn.Server:
+def http_server(app: Any) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -734,22 +736,26 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Parse, serve, exit."""
-    args = build_parser().parse_args(argv)
+def run_process(args: argparse.Namespace, life: Callable[[argparse.Namespace, Mapping[str, str]], int]) -> NoReturn:
+    """The process of a server around its ``life``, which the head has too: signals, log, limits, exit code."""
     if args.stop_with_stdin:  # before anything slow: scancel reaches all processes of a job at once
         for number in STOPPING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     setup(args.verbose)
     allow_many_files()
     try:
-        code = run(args, os.environ)
+        code = life(args, os.environ)
     except StartProblem as problem:
         log.error("%s", problem)
         code = problem.exit_code
     except KeyboardInterrupt:  # before the event loop heeds signals
         code = EXIT_SIGNAL_BASE + signal.SIGINT
     sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse, serve, exit."""
+    run_process(build_parser().parse_args(argv), run)
 
 
 if __name__ == "__main__":

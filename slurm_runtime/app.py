@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,7 +11,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Scope
 
 from slurm_runtime import __version__
-from slurm_runtime.builds import Builder, Builds, NoDisk, TooManyBuilds, UnknownBuild
+from slurm_runtime.builds import Builds, NoDisk, TooManyBuilds, UnknownBuild
 from slurm_runtime.changes import TooManyPolls
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.entries import (
@@ -90,7 +88,7 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     app = FastAPI(
         title="SkyRL sandbox API server", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    builds = Builds(_noting(manager), lambda image: manager.images.offer(image))
+    builds = Builds(lambda *build: manager.engine.build(*build), lambda image: manager.images.offer(image))
     traffic = Traffic()
 
     def heard(scope: Scope, status: int, seconds: float) -> None:
@@ -110,16 +108,6 @@ def create_app(manager: Manager, config: ServerConfig, heartbeats: Heartbeats, b
     add_operator_routes(app, manager, builds, traffic)
     add_node_routes(app, manager)
     return app
-
-
-def _noting(manager: Manager) -> Builder:
-    """Podman's build; what was built is in the store from then on."""
-
-    async def build(context: Path, tag: str, on_line: Callable[[str], None]) -> None:
-        await manager.engine.build(context, tag, on_line)
-        manager.images.known.note([tag])
-
-    return build
 
 
 def error_answer(problem: Exception, more: StatusCodes = ()) -> JSONResponse:

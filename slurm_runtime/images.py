@@ -130,8 +130,9 @@ class Images:
         return await self.need(image, "missing")
 
     async def offer(self, image: str) -> None:
-        """Let other nodes have an image that was built here."""
+        """Note an image that was built here, and let other nodes have it."""
         self._facts.pop(image, None)  # those of an older one of the same name
+        self.known.note([image])
         if self.shared is not None:
             await self.shared.offer(image)
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import os
-import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,18 +18,15 @@ from slurm_runtime import __version__
 from slurm_runtime.api_server import (
     EXIT_INTERNAL,
     EXIT_OK,
-    EXIT_SIGNAL_BASE,
-    STOPPING_SIGNALS,
-    StartProblem,
     StopWish,
-    _http_server,
-    _port,
-    _positive,
-    allow_many_files,
     api_key,
+    http_server,
     listening_socket,
+    port_number,
+    positive,
+    run_process,
 )
-from slurm_runtime.logs import log, setup
+from slurm_runtime.logs import log
 
 if TYPE_CHECKING:
     import uvicorn
@@ -57,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"slurm_runtime {__version__}")
     add("--verbose", action="store_true", help="debug lines, and one line for each request")
     add("--host", default="0.0.0.0", help="address to listen on (default: %(default)s)")
-    add("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    add("--port", type=port_number, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     add("--fd", type=int, metavar="N", help="serve on this inherited, listening socket instead of --host and --port")
     add(
         "--api-key-file",
@@ -68,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--public-host", metavar="NAME", help="the name under which clients and nodes reach the head, for its log")
     add(
         "--stop-timeout",
-        type=_positive,
+        type=positive,
         default=5.0,
         metavar="S",
         help="seconds for the last answers at the end (default: 5)",
@@ -99,7 +93,7 @@ async def serve(args: argparse.Namespace, config: HeadConfig, listening: socket.
     wish = StopWish(asyncio.get_running_loop(), asyncio.Event())
     wish.heed_stdin() if args.stop_with_stdin else wish.heed_signals()
     head = Head.of(config)
-    server = _http_server(create_app(head, config))
+    server = http_server(create_app(head, config))
     collect_seldom()
     return await _serve_until(wish.event, server, listening, head, args.stop_timeout)
 
@@ -143,20 +137,7 @@ def run(args: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse, serve, exit."""
-    args = build_parser().parse_args(argv)
-    if args.stop_with_stdin:  # before anything slow: scancel reaches all processes of a job at once
-        for number in STOPPING_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-    setup(args.verbose)
-    allow_many_files()
-    try:
-        code = run(args, os.environ)
-    except StartProblem as problem:
-        log.error("%s", problem)
-        code = problem.exit_code
-    except KeyboardInterrupt:  # before the event loop heeds signals
-        code = EXIT_SIGNAL_BASE + signal.SIGINT
-    sys.exit(code)
+    run_process(build_parser().parse_args(argv), run)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 
 from slurm_runtime.agent.tree import AgentTree
 from slurm_runtime.agent_support import AgentSupport
-from slurm_runtime.api_server import _http_server, listening_socket
+from slurm_runtime.api_server import http_server, listening_socket
 from slurm_runtime.app import create_app
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.heartbeats import Heartbeats
@@ -110,7 +110,7 @@ def serving(
             agent.provide(tree)
         shares = Slots(slots, config.cpus_per_worker) if isinstance(slots, int) else slots
         manager = Manager(config, engine, prober, shares, agent, Warden if warden else None, prober.idle_s)
-        server = _http_server(create_app(manager, config, Heartbeats()))
+        server = http_server(create_app(manager, config, Heartbeats()))
         box.update(manager=manager, loop=asyncio.get_running_loop(), stop=asyncio.Event())
         tasks = [asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(manager.run())]
         started.set()

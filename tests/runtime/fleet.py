@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from slurm_runtime.api_server import _http_server, build_parser, listening_socket
+from slurm_runtime.api_server import build_parser, http_server, listening_socket
 from slurm_runtime.head.app import Head, create_app
 from slurm_runtime.head.config import HeadConfig
 from tests.runtime.conftest import API_KEY, Api
@@ -124,7 +124,7 @@ def head_over(nodes: Sequence[Api], config: HeadConfig = HEAD_CONFIG, shares: bo
 
     async def live() -> None:
         head = Head.of(config)
-        server = _http_server(create_app(head, config))
+        server = http_server(create_app(head, config))
         box.update(head=head, loop=asyncio.get_running_loop(), stop=asyncio.Event())
         tasks = [asyncio.create_task(server.serve(sockets=[listening])), asyncio.create_task(head.run())]
         started.set()
