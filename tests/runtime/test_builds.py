@@ -159,6 +159,13 @@ def test_35_a_build_succeeds_under_all_its_names(api: Api, engine: BuildingPodma
     eventually(lambda: nothing_left(tmp_path))
 
 
+def test_what_was_built_is_told_to_a_head(api: Api) -> None:
+    names = {TARGET, "localhost/skyrl/runtime:lock"}
+    assert not names & set(api.client.get("/node").json()["images"])
+    assert ended(api, post(api, tags=tuple(names)).json()["build_id"])["status"] == "SUCCESS"
+    assert names <= set(api.client.get("/node").json()["images"])
+
+
 def test_35_a_failed_build_says_why(api: Api, tmp_path: Path) -> None:
     found = ended(api, post(api, f"{TARGET}bad").json()["build_id"])
     assert found["status"] == "FAILURE"
