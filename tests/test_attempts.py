@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.job_environment import without_slurm
 from slurm.lib.launch_mark import PREFIX
 from slurm.lib.plan import Request, make_plan
+from slurm.lib.processes import descendants
 from slurm.lib.restarts import Cause, Ended
 from slurm.lib.run_record import Provenance, partner_of, read_jobs
 from slurm.lib.scheduler import Slurm
@@ -302,6 +304,21 @@ def test_the_end_does_not_wait_longer_than_slurm_lets_it(
     chain.conclude(Ended.CANCELLED, left_s=0.1)
     assert "was still being queued; what is left of it is held" in caplog.text
     assert chain.settle(60.0)
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_no_command_of_slurms_outlives_the_end(slurm: FakeSlurm, impatient: None, answered: int) -> None:
+    """Neither the one that hangs then, nor those by which what it did is looked for and taken back."""
+    directory = launched(slurm)
+    slurm.answer("sbatch", {}, {}, *[{}] * answered, {"after_s": 600.0})
+    slurm.answer("squeue --user", *[{"after_s": 600.0}] * 5)
+    slurm.answer("scancel", *[{"after_s": 600.0}] * 5)
+    chain = Chain(first(slurm, directory))
+    chain.begin("101", SignalNotes().check)
+    until(lambda: len(slurm.of("sbatch")) == 3 + answered)
+    chain.conclude(Ended.CANCELLED, left_s=0.1)
+    until(lambda: chain.settle(0.0))
+    assert not descendants({os.getpid()})
 
 
 def test_a_job_is_not_submitted_once_more_when_nobody_wants_it(slurm: FakeSlurm, impatient: None) -> None:

@@ -20,7 +20,7 @@ from slurm.lib.errors import EnvironmentProblem, SubmissionError, SuiteError
 from slurm.lib.launch_mark import new_mark
 from slurm.lib.leftovers import discard, write_marker
 from slurm.lib.logs import log
-from slurm.lib.plan import JobPlan, LaunchPlan
+from slurm.lib.plan import LaunchPlan
 from slurm.lib.run_record import Provenance, furnish, write_record
 from slurm.lib.scheduler import Slurm
 from slurm.lib.signals import Interrupted, SignalNotes
@@ -103,14 +103,15 @@ def submit(
     checkout: Path,
     release: Callable[[Slurm, str], None] | None = None,
     patience_s: float = 0.0,
+    still_asked: Callable[[], None] | None = None,
 ) -> Submitted:
     """Submit the plan's jobs and let them start; in place of the last step, the first job's release, ``release``.
 
     A Slurm that is silent is waited for, ``patience_s`` seconds in all. ``SubmissionError`` says why not, and names
-    what could not be taken back.
+    what could not be taken back. ``still_asked`` may raise ``WaitTimeout``, which ends Slurm's command of that moment.
     """
     jobs: dict[str, str] = {}
-    slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
+    slurm = Slurm({**plan.inherited, **plan.environment}, still_asked)  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
     insistence = Insistence(notes, patience_s)
     make_base(Path(plan.directory))  # without one no launch would know later what became of these jobs
@@ -123,7 +124,7 @@ def submit(
             notes.check()
             mark = new_mark()
             planned = job.with_ids(jobs).with_mark(mark)
-            jobs[job.kind] = _submitted(_slurm_for(plan, planned), planned.argv, mark, undo)
+            jobs[job.kind] = _submitted(slurm.plus(planned.environment), planned.argv, mark, undo)
         if plan.combined:
             jobs["runtime"] = _runtime_component(slurm, jobs["training"])
         directory = _directory(plan, jobs, undo)
@@ -189,10 +190,6 @@ def _runtime_component(slurm: Slurm, job_id: str) -> str:
     if len(components) != 2:
         raise SubmissionError(f"job {job_id} has {len(components)} components in Slurm, not 2")
     return components[1]
-
-
-def _slurm_for(plan: LaunchPlan, job: JobPlan) -> Slurm:
-    return Slurm({**plan.inherited, **plan.environment, **job.environment})
 
 
 def _directory(plan: LaunchPlan, jobs: dict[str, str], undo: _Undo) -> CoordinationDir:

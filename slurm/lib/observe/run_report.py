@@ -215,12 +215,13 @@ def without_log(job: JobView, submitted: float | None) -> JobReport:
     """A job that has not begun to write its log: in the queue, or ended there."""
     started = job.starts_at if job.stage is Stage.RUNNING else None
     ended = utc_epoch(job.end_time)
+    submitted = _believed(submitted, started if started is not None else ended)
     queue = _queue_span(submitted, started if started is not None else ended, job.stage is Stage.PENDING)
     return JobReport(job, submitted, started, ended, queue)
 
 
 def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
-    """A job by its log. What was submitted after its begin, by another clock or another launch, is not believed."""
+    """A job by its log."""
     told = utc_epoch(job.end_time)
     shift = zone_shift(log.marks, told)
     marks = [Mark(mark.at + shift, mark.words) for mark in log.marks]
@@ -228,8 +229,7 @@ def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
     goes_on = job.may_run and told is None
     by_slurm = job.starts_at if job.stage is Stage.RUNNING else None  # its log is empty yet
     started = marks[0].at if marks else by_slurm
-    if submitted is not None and started is not None and submitted > started + SLACK_S:
-        submitted = None
+    submitted = _believed(submitted, started)
     last = marks[-1].at if marks else None
     ended = told if told is not None else _latest(last, _end_by_slurm(job)) if not goes_on else None
     found = spans(marks, steps, ended, goes_on)
@@ -237,6 +237,16 @@ def job_report(job: JobView, log: JobLog, submitted: float | None) -> JobReport:
     nodes = tuple(Mark(mark.at + shift, mark.words) for mark in log.nodes)
     done = (*_queue_span(submitted, started), *found)
     return JobReport(job, submitted, started, ended, done, steps, log.cut, nodes=nodes)
+
+
+def _believed(submitted: float | None, started: float | None) -> float | None:
+    """When a job that began then was submitted. What is noted long after its begin, by another launch, is not believed.
+
+    A submission is noted once Slurm has taken it, in whole seconds: the job may have begun in the second before.
+    """
+    if submitted is None or started is None:
+        return submitted
+    return None if submitted > started + SLACK_S else min(submitted, started)
 
 
 def _end_by_slurm(job: JobView) -> float | None:
@@ -252,7 +262,7 @@ def _latest(*moments: float | None) -> float | None:
 def _queue_span(submitted: float | None, until: float | None, goes_on: bool = False) -> tuple[Span, ...]:
     if submitted is None or (until is None and not goes_on):
         return ()
-    return (Span(QUEUE, submitted, None if until is None else max(submitted, until)),)
+    return (Span(QUEUE, submitted, until),)
 
 
 def with_measurements(report: JobReport, samples: str | Unknown, statistics: str | Unknown) -> JobReport:
