@@ -86,7 +86,7 @@ def room(scratch: Path, image: str | None, archive: Path | None) -> Iterator[Roo
         sys.exit("there is no agent tree; make one with: python -m slurm_runtime.agent build")
     with (
         podman_storage(scratch, f"bench{os.getpid()}", []) as storage,
-        podman_service(storage, os.environ, lambda: None, 2.0),
+        podman_service(storage, os.environ, lambda: None, 2.0, log=sys.stderr),  # the other is for values
     ):
         made = Room(storage, image or DEFAULT_NAME, tree)
         source = archive or ensure_archive(storage.root / "image.tar")

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.podman_storage import PodmanStorage
@@ -43,19 +44,22 @@ def answers(path: Path) -> bool:
 
 
 class PodmanService:
-    """The running service; ``exit_code`` is None while it runs."""
+    """The running service; ``exit_code`` is None while it runs. Its words go to ``log``, or to standard output."""
 
-    def __init__(self, storage: PodmanStorage, environment: Mapping[str, str], stop_grace_s: float) -> None:
+    def __init__(
+        self, storage: PodmanStorage, environment: Mapping[str, str], stop_grace_s: float, log: IO[str] | None = None
+    ) -> None:
         argv = ("podman", "system", "service", "--time=0", storage.url)
         self._storage = storage
         self._spec = ChildSpec(argv, storage.environment(environment), "the Podman service", stderr=subprocess.PIPE)
         self._stop_grace_s = stop_grace_s
+        self._log = log or sys.stdout
         self._start()
 
     def _start(self) -> None:
         self._last_words: deque[bytes] = deque(maxlen=5)
         self._child = Child(self._spec, self._stop_grace_s)
-        self._child.copy_stderr(_keep_errors(self._last_words), write_through(sys.stdout))
+        self._child.copy_stderr(_keep_errors(self._last_words), write_through(self._log))
 
     def __enter__(self) -> PodmanService:
         return self
@@ -103,10 +107,14 @@ def _keep_errors(last_words: deque[bytes]) -> Callable[[bytes], None]:
 
 @contextlib.contextmanager
 def podman_service(
-    storage: PodmanStorage, environment: Mapping[str, str], check: Callable[[], None], stop_grace_s: float
+    storage: PodmanStorage,
+    environment: Mapping[str, str],
+    check: Callable[[], None],
+    stop_grace_s: float,
+    log: IO[str] | None = None,
 ) -> Iterator[PodmanService]:
     """The service on the job's storage, answering; ``check`` raises if waiting for it is to end early."""
-    with PodmanService(storage, environment, stop_grace_s) as service:
+    with PodmanService(storage, environment, stop_grace_s, log) as service:
         _await(storage, service, check)
         yield service
 

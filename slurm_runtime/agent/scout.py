@@ -36,6 +36,7 @@ def exercise(port: int, before: set[str], out: int) -> None:
     else:
         os._exit(1)
     for path, body in (
+        ("/health", None),  # in a thread, as others are
         ("/server_info", None),
         ("/api/bash/start_bash_command", {"command": "true"}),
         ("/api/bash/execute_bash_command", {"command": "true", "timeout": 10}),

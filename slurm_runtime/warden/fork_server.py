@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, "/opt/skyrl-warden")
 
-from slurm_runtime.warden import confinement, first_look, pages, seccomp, ticks
+from slurm_runtime.warden import confinement, first_look, immortal, pages, seccomp, ticks
 from slurm_runtime.warden.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_MM,
@@ -125,7 +125,7 @@ def logging_kept() -> Iterator[None]:
 
 
 def import_server(modules: list[str]) -> Imported:
-    """Import all of it with the collector off, and take it out of the collector's sight: pages stay shared."""
+    """Import all of it with the collector off, and take it out of the collector's sight, so that pages stay shared."""
     gc.disable()
     environment = dict(os.environ)
     with ReadNames() as noted:
@@ -139,6 +139,8 @@ def import_server(modules: list[str]) -> Imported:
     ticks.calm(importlib.import_module("uvicorn").Server)
     first_look.hold(getattr(sys.modules.get("openhands.agent_server.bash_service"), "BashEventService", None))
     gc.collect()
+    immortal.immortalise()
+    pages.fill_gaps()
     gc.freeze()
     gc.enable()
     pages.collapse()
