@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from benchmarks.client import connected, start
-from benchmarks.room import Room, Server, room, server
+from benchmarks.room import Room, Server, add_room, room, server
 
 Seconds = dict[str, list[float]]
 DRIVER = Path(__file__).resolve().with_name("sdk_commands.py")
@@ -91,9 +90,7 @@ def report(found: dict[str, Seconds]) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=40, help="commands of each kind")
-    parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
-    parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+    add_room(parser)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
 

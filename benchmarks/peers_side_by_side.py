@@ -23,7 +23,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure, oci
 from benchmarks.client import connected, start, stdout_of
 from benchmarks.peers.install import SWE_REX, Peers, installed
-from benchmarks.room import Room, Server, room, server
+from benchmarks.room import Room, Server, add_room, room, server
 
 CAPACITY_S = 90.0
 SPARE_MB = 2000  # of the machine's memory, which a crowd of sandboxes leaves alone
@@ -376,9 +375,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-peers", action="store_true", help="leave SWE-ReX and OpenHands' workspaces out")
     parser.add_argument("--runc", default="runc", help="the program (%(default)s)")
     parser.add_argument("--crun", default="crun", help="the program (%(default)s)")
-    parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
-    parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+    add_room(parser)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "peers"
     parser.add_argument("--peers-cache", type=Path, default=cache, help="where peers are installed (%(default)s)")
     parser.add_argument("--json", action="store_true")

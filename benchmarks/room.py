@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,18 @@ PODMAN_DEADLINE_S = 300.0
 SANDBOX_PORT = 60000
 RAW = "skyrl.benchmark=raw"
 AGENT_COMMAND = f"/usr/local/bin/openhands-agent-server --port {SANDBOX_PORT}"
+
+
+def add_scratch(parser: ArgumentParser) -> None:
+    """The option that says where a room is made."""
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+
+
+def add_room(parser: ArgumentParser) -> None:
+    """The options that say where a room is made and which image is in it."""
+    parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
+    parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
+    add_scratch(parser)
 
 
 @dataclass(frozen=True)

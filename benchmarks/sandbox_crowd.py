@@ -22,7 +22,6 @@ import resource
 import secrets
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from benchmarks.client import connected, start, stdout_of
-from benchmarks.room import Room, Server, room, server
+from benchmarks.room import Room, Server, add_scratch, room, server
 from slurm.lib.processes import pids
 
 IN_FLIGHT = 32
 TOKEN_FILE = "/workspace/token"
-EACH_MB = 26  # what a sandbox takes, roughly, with all that belongs to it
+EACH_MB = 16  # what a sandbox takes, roughly, with all that belongs to it
 POLL_MS, API_SERVER_MB = 50.0, 250.0
 SANDBOXES_GB, SHARED_GB = 12.0, 1.0  # of 512 sandboxes, and of that what they share
 
@@ -208,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=512, help="sandboxes, each with a client")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long they are polled")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two polls of a client")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+    add_scratch(parser)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     needed, there = EACH_MB * arguments.count, measure.available_mb()

@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from benchmarks.client import connected, start
 from benchmarks.peers.install import installed
-from benchmarks.room import SANDBOX_PORT, Room, Server, room, server
+from benchmarks.room import SANDBOX_PORT, Room, Server, add_room, room, server
 from slurm_runtime.config import ServerConfig
 
 IN_FLIGHT = 32
@@ -252,9 +251,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--many", type=int, default=96, help=f"starts with {IN_FLIGHT} in flight")
     parser.add_argument("--starters", type=int, default=ServerConfig.starters, help="containers started at once")
     parser.add_argument("--no-peers", action="store_true", help="leave DockerWorkspace and SWE-ReX out")
-    parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
-    parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+    add_room(parser)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "peers"
     parser.add_argument("--peers-cache", type=Path, default=cache, help="where peers are installed (%(default)s)")
     parser.add_argument("--json", action="store_true")

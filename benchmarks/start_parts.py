@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from benchmarks.room import SANDBOX_PORT, Room, free_port, room
+from benchmarks.room import SANDBOX_PORT, Room, add_room, free_port, room
 from slurm_runtime.podman import SLOW_S, ContainerSpec, Podman, create_body
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -113,9 +112,7 @@ def report(found: Mapping[str, Sequence[Sequence[float]]]) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="containers of each kind")
-    parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
-    parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+    add_room(parser)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
 

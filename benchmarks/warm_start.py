@@ -16,7 +16,6 @@ import asyncio
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import client, measure
-from benchmarks.room import Room, room, server
+from benchmarks.room import Room, add_room, room, server
 from benchmarks.sandbox_start import IN_FLIGHT, Client, Figures, breakdown, in_turn, raw, raw_rate
 
 WORKERS = 4  # of raw Podman: the best number, by sandbox_start.py
@@ -136,9 +135,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=20, help="starts one at a time")
     parser.add_argument("--many", type=int, default=48, help=f"starts with {IN_FLIGHT} in flight")
     parser.add_argument("--rounds", type=int, default=4, help="how often these are repeated")
-    parser.add_argument("--image", help="the image in --archive (default: the small one that the suite makes)")
-    parser.add_argument("--archive", type=Path, help="an image archive, as 'podman save' writes it")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on this node's disk")
+    add_room(parser)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
 
