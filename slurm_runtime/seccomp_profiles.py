@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from slurm_runtime.warden.seccomp import NATIVE
+
+PREFIX = "skyrl-seccomp-"
 
 
 def profile_in(oci_config: str) -> Mapping[str, Any] | None:
@@ -34,23 +37,51 @@ def native_only(profile: Mapping[str, Any], machine: str) -> Mapping[str, Any] |
 
 
 class ProfileFile:
-    """The profile as a file for Podman, from ``write`` to ``remove``; ``path`` is empty where there is none."""
+    """The profile as a file for Podman, from ``write`` to ``remove``; ``path`` is empty where there is none.
+
+    It is locked for as long as its process lives. So the next server finds those of servers that were killed.
+    """
 
     def __init__(self) -> None:
         self.path = ""
+        self._lock: int | None = None
 
     def write(self, profile: Mapping[str, Any] | None) -> None:
         """Make it; without one, or where the disk is full, containers keep Podman's own profile."""
         if profile is None:
             return
+        remove_left()
         with contextlib.suppress(OSError):
-            descriptor, path = tempfile.mkstemp(prefix="skyrl-seccomp-", suffix=".json")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                os.fchmod(descriptor, 0o644)  # Podman's service may be another user's
-                json.dump(profile, file)
-            self.path = path
+            self._lock, self.path = tempfile.mkstemp(prefix=PREFIX, suffix=".json")
+            try:
+                self._fill(self._lock, json.dumps(profile))
+            except OSError:
+                self.remove()
+
+    @staticmethod
+    def _fill(descriptor: int, text: str) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.fchmod(descriptor, 0o644)  # Podman's service may be another user's
+        with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
+            file.write(text)
+        if not os.fstat(descriptor).st_nlink:
+            raise FileNotFoundError("another server took it for one that was left, before it was locked")
 
     def remove(self) -> None:
-        if self.path:
+        if self._lock is not None:
             Path(self.path).unlink(missing_ok=True)
-            self.path = ""
+            os.close(self._lock)
+            self.path, self._lock = "", None
+
+
+def remove_left() -> None:
+    """Remove the files of this user's servers that live no more."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*.json"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # anybody may put anything there
+            try:
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(descriptor)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ import pytest
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.podman import ContainerState
-from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in
+from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in, remove_left
 
+ROOT = Path(__file__).parents[2]
 PROFILE = {
     "defaultAction": "SCMP_ACT_ERRNO",
     "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
@@ -61,6 +66,45 @@ def test_the_file_can_be_read_by_podmans_user_and_goes(tmp_path: Path, monkeypat
     assert stat.S_IMODE(Path(file.path).stat().st_mode) == 0o644
     file.remove()
     file.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_servers_left_goes_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = f"""
+import tempfile, time
+from slurm_runtime import seccomp_profiles
+tempfile.tempdir = {str(tmp_path)!r}
+file = seccomp_profiles.ProfileFile()
+file.write({PROFILE!r})
+print(file.path, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout
+        try:
+            theirs = Path(other.stdout.readline().strip())
+            (tmp_path / "skyrl-seccomp-link.json").symlink_to(theirs)
+            os.mkfifo(tmp_path / "skyrl-seccomp-fifo.json", 0o200)
+            remove_left()
+            assert theirs.exists(), "its server lives"
+        finally:
+            other.kill()
+    remove_left()
+    assert not theirs.exists()
+    assert (tmp_path / "skyrl-seccomp-link.json").is_symlink()
+
+
+def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = ProfileFile()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # EFBIG in place of ENOSPC
+    try:
+        file.write(PROFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.path == ""
     assert list(tmp_path.iterdir()) == []
 
 
