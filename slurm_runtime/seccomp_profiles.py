@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slurm_runtime.warden.seccomp import NATIVE
-
-PREFIX = "skyrl-seccomp-"
 
 
 def profile_in(oci_config: str) -> Mapping[str, Any] | None:
@@ -37,14 +37,20 @@ def native_only(profile: Mapping[str, Any], machine: str) -> Mapping[str, Any] |
 
 
 class ProfileFile:
-    """The profile as a file for Podman, from ``write`` to ``remove``; ``path`` is empty where there is none.
+    """The profile as a file for Podman, from ``write`` to ``remove``.
 
-    It is locked for as long as its process lives. So the next server finds those of servers that were killed.
+    It is locked for as long as its process lives. So the next server on this host finds those of servers that were
+    killed; where there are no locks, they stay.
     """
 
     def __init__(self) -> None:
-        self.path = ""
+        self._path = ""
         self._lock: int | None = None
+
+    @property
+    def path(self) -> str:
+        """Where it is; empty where there is none, or none any more: a start with a path to nothing would fail."""
+        return self._path if self._path and Path(self._path).exists() else ""
 
     def write(self, profile: Mapping[str, Any] | None) -> None:
         """Make it; without one, or where the disk is full, containers keep Podman's own profile."""
@@ -52,31 +58,34 @@ class ProfileFile:
             return
         remove_left()
         with contextlib.suppress(OSError):
-            self._lock, self.path = tempfile.mkstemp(prefix=PREFIX, suffix=".json")
-            try:
-                self._fill(self._lock, json.dumps(profile))
-            except OSError:
-                self.remove()
+            self._make(json.dumps(profile))
 
-    @staticmethod
-    def _fill(descriptor: int, text: str) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        os.fchmod(descriptor, 0o644)  # Podman's service may be another user's
-        with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
-            file.write(text)
-        if not os.fstat(descriptor).st_nlink:
-            raise FileNotFoundError("another server took it for one that was left, before it was locked")
+    def _make(self, text: str) -> None:
+        self._lock, self._path = tempfile.mkstemp(prefix=prefix(), suffix=".json")
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+            os.fchmod(self._lock, 0o644)  # Podman's service may be another user's
+            with os.fdopen(os.dup(self._lock), "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            self.remove()
 
     def remove(self) -> None:
         if self._lock is not None:
-            Path(self.path).unlink(missing_ok=True)
+            Path(self._path).unlink(missing_ok=True)
             os.close(self._lock)
-            self.path, self._lock = "", None
+            self._path, self._lock = "", None
+
+
+def prefix() -> str:
+    """Of the files' names, with this host's name: another one's locks may not be seen here."""
+    return f"skyrl-seccomp-{socket.gethostname()}-"
 
 
 def remove_left() -> None:
     """Remove the files of this user's servers that live no more."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*.json"):
+    for path in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix())}*.json"):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # anybody may put anything there
             try:

@@ -52,7 +52,7 @@ FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw befo
 START_S, QUEUE_PATIENCE_S = 15.0, 600.0
 # As this job ends, there is so much time to take back what was begun: launch.py cancel gives a job 8 s, Slurm KillWait.
 TAKE_BACK_S = 7.0
-GIVEN_UP_S = 1.0  # in which Slurm's command that is not waited for any longer is killed and reaped
+GIVEN_UP_S = 2.0  # in which Slurm's command is killed and reaped; between two looks for a job lie 1.5 s
 ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
 STDERR_TAIL = 4096  # bytes
 
@@ -299,7 +299,8 @@ class Chain:
         if not self.settle(left_s):
             self._give_up()
             log.warning(
-                "the next attempt was still being queued; what is left of it is held: a later launch removes it"
+                "the next attempt was still being queued; what Slurm may have taken of it is held: "
+                "a later launch removes it"
             )
         if ended is Ended.INTERRUPTED and self.successor:
             log.info("it goes on in the jobs %s", ", ".join(self.successor.values()))

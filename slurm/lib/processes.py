@@ -92,14 +92,21 @@ def run(
         try:
             out, err = _communicate(process, timeout_s, check, said)
         except WaitTimeout as problem:
-            process.kill()
+            _kill_group(process)
             raise WaitTimeout(f"{argv[0]}: {problem}: {' '.join(argv)[:200]}") from None
         except BaseException:
-            process.kill()
+            _kill_group(process)
             raise
     seconds = time.monotonic() - begin
     log.debug("ran for %.2f s, exit code %d: %s", seconds, process.returncode, " ".join(argv)[:200])
     return Completed(tuple(argv), process.returncode, out, err)
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    """Kill the leader of a session with all in its group: a site's sbatch may be a script that calls the real one."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def first_bytes(

@@ -495,7 +495,7 @@ def shell_argv(
 class Slurm:
     """Slurm as its commands on PATH; ``environment`` is what they are started with.
 
-    ``still_asked`` is called a few times a second while one runs; it raises ``WaitTimeout`` to end it as a silent one.
+    ``still_asked`` is called a few times a second while one runs; it raises ``WaitTimeout`` to have it fail.
     """
 
     def __init__(
@@ -732,7 +732,7 @@ class Slurm:
 
     def would_take(self, argv: Sequence[str]) -> Completed:
         """What Slurm says to ``sbatch --test-only``: nothing is queued."""
-        asking = Slurm({**self.environment, "SLURM_TIME_FORMAT": "standard"})
+        asking = self.plus({"SLURM_TIME_FORMAT": "standard"})
         return asking._ask(*argv, timeout_s=QUESTION_TIMEOUT_S)
 
     def partitions(self) -> Completed:

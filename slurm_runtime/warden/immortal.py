@@ -18,7 +18,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-KNOWN = frozenset({(3, 12), (3, 13)})  # the field's place and its number are those of Include/object.h there
+# The place of the field and the number in it are those of Include/object.h there.
+KNOWN = frozenset({("cpython", 3, 12), ("cpython", 3, 13)})
 IMMORTAL = 0xFFFFFFFF  # the lower half of the count, which comes first in memory
 # What runs, or is kept at a point of its run, holds what it has to give back when it ends.
 LEFT_MORTAL = frozenset({types.FrameType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
@@ -40,21 +41,29 @@ def immortalise() -> int:
 
 def is_known() -> bool:
     """Whether this Python counts references as is expected here; ``None``, which is immortal, shows the number."""
-    is_ours = sys.implementation.name == "cpython" and sys.version_info[:2] in KNOWN
-    is_plain = ctypes.sizeof(ctypes.c_void_p) == 8 and sys.byteorder == "little"
-    if not (is_ours and is_plain) or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return False
-    return ctypes.c_uint32.from_address(id(None)).value == IMMORTAL
+    python = (sys.implementation.name, *sys.version_info[:2])
+    layout = (ctypes.sizeof(ctypes.c_void_p), sys.byteorder)
+    number = ctypes.c_uint32.from_address(id(None)).value
+    return counts_so(python, layout, bool(sysconfig.get_config_var("Py_GIL_DISABLED")), number)
+
+
+def counts_so(python: tuple[str, int, int], layout: tuple[int, str], is_free_threaded: bool, number: int) -> bool:
+    """Whether the lower half of a count is where and what is written here. Pure.
+
+    ``layout`` is the size of a pointer in bytes and the byte order, ``number`` what stands there in ``None``.
+    """
+    return python in KNOWN and layout == (8, "little") and not is_free_threaded and number == IMMORTAL
 
 
 def _reachable(roots: Sequence[Any]) -> list[Any]:
     """The objects and all that they refer to. The list keeps them alive: none of them may be freed while it is used."""
     level = _by_id(roots)
-    # By its type: isinstance asks some objects for their class, and a few import packages to answer.
-    left = {name for name, one in level.items() if type(one) in LEFT_MORTAL}
-    found: dict[int, Any] = {name: level[name] for name in left}
+    found: dict[int, Any] = {}
+    left: set[int] = set()
     while level:
         found.update(level)
+        # By its type: isinstance asks some objects for their class, and a few import packages to answer.
+        left |= {name for name, one in level.items() if type(one) in LEFT_MORTAL}
         level = _by_id(gc.get_referents(*level.values()))
         for name in level.keys() & found.keys():
             del level[name]

@@ -75,9 +75,16 @@ def work_on() -> list[object]:
     return [gone() is None, asyncio.run(later()), said, re.sub(r"(\d)", r"<\1>", "a1"), json.dumps({"b": [None]})]
 
 
-def waits(ended: list[str]) -> Iterator[int]:
+class Held:
+    """Something of which there can be a weak reference."""
+
+
+def waits(ended: list[str], seen: list[weakref.ref[Held]]) -> Iterator[int]:
+    sys._getframe()  # makes an object of its frame, to which the generator then refers
     try:
         yield 1
+        held = Held()
+        seen.append(weakref.ref(held))
         yield 2
     finally:
         ended.append("ended")
@@ -88,7 +95,8 @@ def main() -> None:
     many = [bytes(64 - pages.BYTES_HEAD) for _ in range(100_000)]
     del many[::16]
     ended: list[str] = []
-    waiting = waits(ended)
+    seen: list[weakref.ref[Held]] = []
+    waiting = waits(ended, seen)
     next(waiting)
     told: dict[str, Any] = {"known": immortal.is_known()}
     told["mortal_kb"], told["in_gaps_kb"] = copied_kb(lambda: read_all(made)), copied_kb(make_small)
@@ -100,8 +108,9 @@ def main() -> None:
     told["count"] = sys.getrefcount(made[7][1]) & immortal.IMMORTAL
     told["work"] = work_on()
     made.clear()
+    next(waiting)
     del waiting
-    told["ended"] = ended
+    told["ended"], told["let go"] = ended, seen[0]() is None
     print("RESULT " + json.dumps(told), flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,32 @@ def test_what_a_child_makes_is_not_made_in_the_gaps_of_shared_pages(told: Any) -
 def test_everything_works_as_before(told: Any) -> None:
     assert told["work"] == [True, "later", "JSONDecodeError", "a<1>", '{"b": [null]}']
     assert told["ended"] == ["ended"], "what was in the midst of its run ends with its last reference"
+    assert told["let go"], "and gives back what it held"
 
 
-@pytest.mark.parametrize("python", [{(3, 9)}, {(4, 0)}])
-def test_a_python_that_is_not_known_is_left_alone(python: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(immortal, "KNOWN", python)
-    assert not immortal.is_known()
+PLAIN: Any = (("cpython", 3, 13), (8, "little"), False, immortal.IMMORTAL)
+
+
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        (0, ("cpython", 3, 11)),
+        (0, ("cpython", 3, 14)),
+        (0, ("pypy", 3, 12)),
+        (1, (4, "little")),
+        (1, (8, "big")),
+        (2, True),
+        (3, 3 << 30),
+    ],
+)
+def test_a_python_that_counts_otherwise_is_not_known(place: int, other: object) -> None:
+    assert immortal.counts_so(*PLAIN)
+    assert immortal.counts_so(("cpython", 3, 12), *PLAIN[1:])
+    found = list(PLAIN)
+    found[place] = other
+    assert not immortal.counts_so(*found)
+
+
+def test_a_python_that_is_not_known_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(immortal, "is_known", lambda: False)
     assert immortal.immortalise() == 0
-
-
-def test_a_number_that_is_another_one_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(immortal, "IMMORTAL", 12345)
-    monkeypatch.setattr(immortal, "KNOWN", frozenset({sys.version_info[:2]}))
-    assert not immortal.is_known()

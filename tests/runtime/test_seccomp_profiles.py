@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import pytest
 from slurm_runtime.config import ServerConfig
 from slurm_runtime.launcher import Launcher
 from slurm_runtime.podman import ContainerState
-from slurm_runtime.seccomp_profiles import ProfileFile, native_only, profile_in, remove_left
+from slurm_runtime.seccomp_profiles import ProfileFile, native_only, prefix, profile_in, remove_left
 
 ROOT = Path(__file__).parents[2]
 PROFILE = {
@@ -84,15 +85,34 @@ time.sleep(600)
         assert other.stdout
         try:
             theirs = Path(other.stdout.readline().strip())
-            (tmp_path / "skyrl-seccomp-link.json").symlink_to(theirs)
-            os.mkfifo(tmp_path / "skyrl-seccomp-fifo.json", 0o200)
+            (tmp_path / f"{prefix()}link.json").symlink_to(theirs)
+            os.mkfifo(tmp_path / f"{prefix()}fifo.json", 0o200)
+            (tmp_path / "skyrl-seccomp-other-host-1.json").touch()
             remove_left()
             assert theirs.exists(), "its server lives"
         finally:
             other.kill()
     remove_left()
     assert not theirs.exists()
-    assert (tmp_path / "skyrl-seccomp-link.json").is_symlink()
+    assert (tmp_path / f"{prefix()}link.json").is_symlink()
+    assert (tmp_path / "skyrl-seccomp-other-host-1.json").exists()
+
+
+def test_without_locks_there_is_a_profile_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    files = [ProfileFile(), ProfileFile()]
+    for file in files:
+        file.write(PROFILE)
+    assert all(json.loads(Path(file.path).read_text()) == PROFILE for file in files)
+    Path(files[0].path).unlink()
+    assert files[0].path == "", "Podman would refuse to start a container with a file that is not there"
+    for file in files:
+        file.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
