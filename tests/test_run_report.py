@@ -206,8 +206,9 @@ def test_spans_of_a_training() -> None:
     assert found == (
         Span("checking its node", 0.0, 2.0),
         Span("trainer started", 2.0, 10.0),
-        Span(TRAINING, 10.0, 30.0),
+        Span(TRAINING, 10.0, 31.0),  # the log tells whole seconds, and so does the flag, which came after
     )
+    assert spans([Mark(31.0, "ended")], (), 31.0, goes_on=False) == ()
     assert spans(marks[:2], steps, None, goes_on=True)[-1] == Span(TRAINING, 10.0, None), "it goes on"
     assert spans(marks[:2], (), None, goes_on=False)[-1] == Span("trainer started", 2.0, 2.0), "nobody said its end"
     assert spans((), (), None, goes_on=False) == ()

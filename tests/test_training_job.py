@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from slurm.lib.coordination import CoordinationDir, Counter, Flag
+from slurm.lib.errors import PartnerGone
 from slurm.lib.job_context import JobContext
 from slurm.lib.processes import Child, ChildSpec
 from slurm.lib.ray_cluster import RayCluster, Step
@@ -98,6 +99,20 @@ def test_a_signal_while_the_runtime_is_waited_for_says_why(
         said = outcome(session)
     word = "preemption" if preempted else "scancel"
     assert said == Outcome(1, f"ended by SIGTERM ({word}); the trainer failed with exit code 1", expected)
+
+
+@pytest.mark.parametrize(("step", "code"), [(RuntimeStep(job_id="7"), 143), (RuntimeStep(), 69)], ids=["het", "pair"])
+def test_a_signal_right_after_the_runtimes_own_word_is_the_reason_where_both_are_one_job(
+    session: TrainingSession, ending: Ending, step: RuntimeStep, code: int
+) -> None:
+    """scancel of a heterogeneous job ends its parts one after the other; another job's end is this one's reason."""
+    ending.preempted = False
+    session.step = step
+    gone = PartnerGone("the runtime job 7 failed: ended by SIGTERM (scancel)")
+    with signalled(session, 0.3):
+        said = session.failed_with(gone)
+    assert said.exit_code == code
+    assert said.reason.startswith("ended by signal SIGTERM before" if code == 143 else "the runtime job 7 failed")
 
 
 def test_a_signal_beside_the_runtimes_own_word_says_both(session: TrainingSession) -> None:

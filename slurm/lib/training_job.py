@@ -60,7 +60,7 @@ from slurm.lib.ray_cluster import RayCluster, ray_cluster
 from slurm.lib.restarts import Ended
 from slurm.lib.run_record import ensure_task_yaml, read_jobs
 from slurm.lib.runtime_client import QUICK_TIMEOUT_S, Answer, Heartbeat, RuntimeClient
-from slurm.lib.runtime_step import RuntimeStep, as_a_job_alone, runtime_step
+from slurm.lib.runtime_step import SIGNAL_SOON_S, RuntimeStep, as_a_job_alone, runtime_step
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.trainer import (
     KEY_NAME,
@@ -138,11 +138,9 @@ def attempt(session: TrainingSession) -> int:
     try:
         outcome = session.train()
     except Interrupted as stop:
-        cause = why_ended(session.job, "training", session.deadline.by_this_hosts_clock)
-        reason = f"ended by {stop} before the trainer started"
-        outcome = Outcome(EXIT_SIGNAL_BASE + stop.number, reason, cause.ended)
+        outcome = session.interrupted(stop)
     except SuiteError as problem:
-        outcome = Outcome(problem.exit_code, str(problem))
+        outcome = session.failed_with(problem)
     finally:
         session.record(outcome)
         session.chain.conclude(outcome.ended, session.left_s())
@@ -203,6 +201,21 @@ class TrainingSession:
             self.job.directory.publish(self.job.directory.training_complete, flag)
         except EnvironmentProblem as problem:
             log.error("%s; the runtime job will notice that this job has ended", problem)
+
+    def interrupted(self, stop: Interrupted) -> Outcome:
+        """The outcome where a signal came before the trainer started."""
+        cause = why_ended(self.job, "training", self.deadline.by_this_hosts_clock)
+        return Outcome(EXIT_SIGNAL_BASE + stop.number, f"ended by {stop} before the trainer started", cause.ended)
+
+    def failed_with(self, problem: SuiteError) -> Outcome:
+        """The outcome where a step failed: scancel of a job of both may end its other part first, and that is seen."""
+        if isinstance(problem, PartnerGone) and self.step.job_id:
+            self.notes.sleep(SIGNAL_SOON_S)
+            try:
+                self.notes.check()
+            except Interrupted as stop:
+                return self.interrupted(stop)
+        return Outcome(problem.exit_code, str(problem))
 
     def left_s(self) -> float:
         """Seconds of Slurm's KillWait that are left for what is taken back at the end; all of time without a signal."""

@@ -69,6 +69,8 @@ def zone_shift(marks: Sequence[Mark], ended: float | None) -> float:
 def spans(marks: Sequence[Mark], steps: Sequence[Step], ended: float | None, goes_on: bool) -> tuple[Span, ...]:
     """What a job did, one after the other. Steps are one span, from the begin of the first to what came after them."""
     points = _changes([*marks, *_training(marks, steps)])
+    if len(points) > 1 and points[-1].words == ENDED and ended is not None:
+        points.pop()  # told in whole seconds too, and perhaps in the one before
     if not points:
         return ()
     last = ended if ended is not None else None if goes_on else points[-1].at
