@@ -35,7 +35,9 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.sshfs", "9p"}
 )
 REMOVE_TIMEOUT_S = 20.0
-REMOVE_TRIES = 3  # a process that starts after the last look at all processes may make files once more
+# A process that starts after the last look at all processes may make files once more; one that was killed may, on a
+# busy node, be gone a moment later.
+REMOVE_TRIES, TRY_AGAIN_S = 5, 0.3
 SECCOMP_PROFILES = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))  # Podman's order
 KEY_CALLS = frozenset({"add_key", "keyctl", "request_key"})
 
@@ -385,6 +387,7 @@ def remove(storage: PodmanStorage) -> None:
     for again in range(REMOVE_TRIES):
         if again and time.monotonic() > end:
             break
+        time.sleep(again * TRY_AGAIN_S)
         kill_processes(storage)
         _unmount_below(storage.root)
         left = _remove_files(storage)
