@@ -34,6 +34,7 @@ from benchmarks import measure
 from benchmarks.client import connected, start, stdout_of
 from benchmarks.room import Room, Server, add_scratch, room, server
 from slurm.lib.processes import pids
+from slurm_runtime.warden.proc import proportional_bytes
 
 IN_FLIGHT = 32
 TOKEN_FILE = "/workspace/token"
@@ -72,11 +73,7 @@ class Result:
 
 def pss_mb(pid: int) -> float:
     """Proportional memory of a process; 0 where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return proportional_bytes(pid) / (1 << 20)
 
 
 def weigh(found: Server) -> Weight:

@@ -276,6 +276,7 @@ def test_the_benchmark_runs_and_its_figures_hold_together(capsys: pytest.Capture
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert [(one["summary"]["starts"], one["summary"]["failed"]) for one in found["raw"]] == [(4, 0), (12, 0)]
+    assert found["raw"][0]["simulator_ms"] > 0
     full = found["full"]
     assert (full["wanted"], full["held"], full["listed"], full["summary"]["failed"]) == (12, 12, 12, 0)
     assert full["empty_mb"] > 10

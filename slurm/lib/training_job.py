@@ -211,10 +211,8 @@ class TrainingSession:
         """The outcome where a step failed: scancel of a job of both may end its other part first, and that is seen."""
         if isinstance(problem, PartnerGone) and self.step.job_id:
             self.notes.sleep(SIGNAL_SOON_S)
-            try:
-                self.notes.check()
-            except Interrupted as stop:
-                return self.interrupted(stop)
+            if self.notes.stop_signal is not None:
+                return self.interrupted(Interrupted(self.notes.stop_signal))
         return Outcome(problem.exit_code, str(problem))
 
     def left_s(self) -> float:

@@ -14,12 +14,11 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, sys.argv[1])
 
-from slurm_runtime.warden import immortal, pages
+from slurm_runtime.warden import immortal, pages, proc
 
 
 def copied_kb(work: Callable[[], object]) -> int:
@@ -27,9 +26,9 @@ def copied_kb(work: Callable[[], object]) -> int:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        before = private_kb()
+        before = proc.private_bytes(os.getpid())
         kept = work()
-        os.write(writing, str(private_kb() - before).encode())
+        os.write(writing, str((proc.private_bytes(os.getpid()) - before) // 1024).encode())
         del kept
         os._exit(0)
     os.close(writing)
@@ -37,11 +36,6 @@ def copied_kb(work: Callable[[], object]) -> int:
         told = answer.read()
     assert os.waitpid(child, 0)[1] == 0
     return int(told)
-
-
-def private_kb() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
 
 
 def read_all(things: list[Any]) -> int:
