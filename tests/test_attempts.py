@@ -29,6 +29,7 @@ from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
+from slurm.lib.under_way import end_those_of_other_threads
 from slurm.lib.unheard import Insistence, submitted
 from tests.fake_slurm import FakeSlurm
 
@@ -307,7 +308,7 @@ def test_the_end_does_not_wait_longer_than_slurm_lets_it(
 
 
 @pytest.mark.parametrize("answered", [0, 1])
-def test_no_command_of_slurms_outlives_the_end(slurm: FakeSlurm, impatient: None, answered: int) -> None:
+def test_no_command_of_slurms_outlives_the_body(slurm: FakeSlurm, impatient: None, answered: int) -> None:
     """Neither the one that hangs then, nor those by which what it did is looked for and taken back."""
     before = descendants({os.getpid()})
     directory = launched(slurm)
@@ -318,6 +319,8 @@ def test_no_command_of_slurms_outlives_the_end(slurm: FakeSlurm, impatient: None
     chain.begin("101", SignalNotes().check)
     until(lambda: len(slurm.of("sbatch")) == 3 + answered)
     chain.conclude(Ended.CANCELLED, left_s=0.1)
+    end_those_of_other_threads()
+    assert not descendants({os.getpid()}) - before
     until(lambda: chain.settle(0.0))
     assert not descendants({os.getpid()}) - before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.guardian import end_session, guarded, session_members
-from slurm.lib.processes import Child, ChildSpec, descendants, kill_descendants, run, start_ticks, write_through
+from slurm.lib.processes import Child, ChildSpec, descendants, kill_descendants, pids, run, start_ticks, write_through
 
 CODE = Path(__file__).resolve().parent.parent
 
@@ -62,6 +63,53 @@ def test_a_missing_program_is_named() -> None:
 def test_a_command_that_hangs_is_ended() -> None:
     with pytest.raises(WaitTimeout, match="sleep: no answer within"):
         run(["sleep", "60"], timeout_s=0.1)
+
+
+BODY = """
+import sys, threading
+sys.path.insert(0, {code!r})
+from slurm.lib.edge import exit_code_of
+from slurm.lib.errors import WaitTimeout
+from slurm.lib.processes import run
+
+def ask(begun):
+    while True:
+        try:
+            begun.set()
+            run(("sh", "-c", "sleep 300 & wait"), timeout_s=600, environment=dict(PATH="/usr/bin:/bin", OF={mark!r}))
+        except WaitTimeout as problem:
+            assert "this process is ending" in str(problem)
+
+def work(notes):
+    for _ in range(4):
+        begun = threading.Event()
+        threading.Thread(target=ask, args=(begun,), daemon=True).start()
+        begun.wait()
+    print(run(["echo", "asked"], timeout_s=10).stdout, end="")
+    return 3
+
+code = exit_code_of(work, "%s")
+print(run(["echo", "the", "main", "thread", "goes", "on"], timeout_s=10).stdout, end="")
+sys.exit(code)
+"""
+
+
+def test_a_command_that_a_thread_waits_for_does_not_outlive_the_process() -> None:
+    """Nor one that it would start next, whenever it is at it."""
+    mark = f"SKYRL_TEST_{os.getpid()}"
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", BODY.format(code=str(CODE), mark=mark)], capture_output=True)
+        assert (done.returncode, done.stdout) == (3, b"asked\nthe main thread goes on\n"), done.stderr
+        assert not started_with(f"OF={mark}"), "left"
+
+
+def started_with(entry: str) -> list[int]:
+    found = []
+    for pid in pids():
+        with contextlib.suppress(OSError):
+            if entry.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
 
 
 def test_a_child_ends_with_its_block_with_all_its_group() -> None:

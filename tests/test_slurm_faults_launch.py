@@ -416,12 +416,42 @@ class Launches:
         assert len(self.desk.folders()) * 2 == len(taken)
 
 
+@contextlib.contextmanager
+def unheard_runtime(user: OrdinaryUser, run: Run) -> Iterator[None]:
+    """The API server of a run does nothing for the length of the block."""
+    servers = faults.runtime_processes(user, run, "slurm_runtime.api_server")
+    for pid in servers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in servers:
+            os.kill(pid, signal.SIGCONT)
+
+
+def questions(user: OrdinaryUser, run: Run) -> list[int]:
+    """What a job of the run asks Slurm at this moment about the other."""
+    words = tuple(f"-j {job_id} " for job_id in run.jobs.values())
+    asked = [pid for pid, line in user.processes().items() if line.startswith("squeue ")]
+    return [pid for pid in asked if any(word in user.processes().get(pid, "") for word in words)]
+
+
 def signalled(desk: Desk, run: Run, over_at: float) -> None:
-    """SIGTERM to the body of a training job; nobody has to hear Slurm for its end."""
-    begin = time.monotonic()
-    os.kill(body_pid(run, "training"), signal.SIGTERM)
-    check = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run)
-    until("the run's end on its nodes", lambda: run.completion and not check.now(), 60)
+    """SIGTERM to the body of a training job; nobody has to hear Slurm for its end.
+
+    Both bodies ask it just then: a ``squeue`` about one job goes on for 18 s where no controller runs.
+    """
+    with unheard_runtime(desk.user, run):
+        until("a question about each job", lambda: len(questions(desk.user, run)) == 2, 15)
+        begin = time.monotonic()
+        os.kill(body_pid(run, "training"), signal.SIGTERM)
+    check, left = faults.NothingLeftOfRun(desk.user, belongings(desk.user), run), ["everything"]
+    while left or not run.completion:
+        assert time.monotonic() - begin < 60, f"left, with the completion flag {run.completion}: {left}"
+        time.sleep(0.1)
+        seen, left = left, check.now()
+        if left != seen:
+            print(f"{time.monotonic() - begin:.1f} s after the signal: {left}")
     within(faults.SIGNAL_IN_SILENCE, time.monotonic() - begin)
     assert "if it is interrupted it goes on" not in run.log("training"), "it was still queueing its next attempt"
 

@@ -11,7 +11,6 @@ import json
 import math
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -52,7 +51,6 @@ FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw befo
 START_S, QUEUE_PATIENCE_S = 15.0, 600.0
 # As this job ends, there is so much time to take back what was begun: launch.py cancel gives a job 8 s, Slurm KillWait.
 TAKE_BACK_S = 7.0
-GIVEN_UP_S = 2.0  # in which Slurm's command is killed and reaped; between two looks for a job lie 1.5 s
 ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
 STDERR_TAIL = 4096  # bytes
 
@@ -151,16 +149,14 @@ def _withdraw(job: JobContext) -> None:
 # --- while an attempt runs -------------------------------------------------------------------------------------------
 
 
-def queue_next(
-    job: JobContext, number: int, notes: SignalNotes, still_asked: Callable[[], None] | None = None
-) -> dict[str, str]:
+def queue_next(job: JobContext, number: int, notes: SignalNotes) -> dict[str, str]:
     """Queue the attempt after this job, number ``number``; its jobs' ids by kind. ``SubmissionError`` says why not.
 
-    Waits for a Slurm that does not answer. ``still_asked`` raises once its commands are not waited for any longer.
+    Waits for a Slurm that does not answer.
     """
-    git, checkout = (lambda: recorded_git(job.directory)), plan_checkout(job)
     plan = next_plan(job, number)
-    return submit(plan, notes, git, checkout, patience_s=QUEUE_PATIENCE_S, still_asked=still_asked).jobs
+    checkout = plan_checkout(job)
+    return submit(plan, notes, lambda: recorded_git(job.directory), checkout, patience_s=QUEUE_PATIENCE_S).jobs
 
 
 def plan_checkout(job: JobContext) -> Path:
@@ -192,7 +188,6 @@ class Chain:
         self.successor: dict[str, str] = {}
         self._queueing: Lookout[bool] | None = None
         self._called_off = SignalNotes()  # by which the queueing is stopped, which knows of no other signal
-        self._given_up = threading.Event()  # by which its commands are ended, too
 
     def begin(self, runtime_job_id: str, still_possible: Callable[[], None]) -> None:
         """Record the attempt and queue the next one, where RESTARTS allows one. A refusal of Slurm's is a warning.
@@ -237,7 +232,7 @@ class Chain:
     def _queue_next(self, attempt: Attempt) -> bool:
         """Queue it, and say so in the log and in the attempt's record; True once there is nothing more to be done."""
         try:
-            self.successor = queue_next(self.job, self.number + 1, self._called_off, self._still_asked)
+            self.successor = queue_next(self.job, self.number + 1, self._called_off)
         except Interrupted:
             return True
         except SuiteError as problem:
@@ -264,15 +259,6 @@ class Chain:
         self.call_off()
         return not self._is_queueing(min(seconds, TAKE_BACK_S))
 
-    def _give_up(self) -> None:
-        """End the command by which Slurm is still asked, and any that would follow: none outlives this job's body."""
-        self._given_up.set()
-        self._is_queueing(GIVEN_UP_S)
-
-    def _still_asked(self) -> None:
-        if self._given_up.is_set():
-            raise WaitTimeout("this job has ended")
-
     def _by_hand(self) -> str:
         found = checkpoints_of(self.job.settings, self.job.directory)
         pairs = {"CHECKPOINT_DIR": found.folder, "WANDB_EXPERIMENT": found.experiment}
@@ -297,7 +283,6 @@ class Chain:
     def conclude(self, ended: Ended, left_s: float = math.inf) -> None:
         """At the end of this attempt, within ``left_s`` seconds: leave the next one in the queue, or take it out."""
         if not self.settle(left_s):
-            self._give_up()
             log.warning(
                 "the next attempt was still being queued; what Slurm may have taken of it is held: "
                 "a later launch removes it"

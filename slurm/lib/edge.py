@@ -7,6 +7,7 @@ from collections.abc import Callable
 from slurm.lib.errors import EXIT_SIGNAL_BASE, SuiteError
 from slurm.lib.logs import log
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.under_way import end_those_of_other_threads
 
 
 def exit_code_of(work: Callable[[SignalNotes], int], interrupted: str) -> int:
@@ -23,3 +24,5 @@ def exit_code_of(work: Callable[[SignalNotes], int], interrupted: str) -> int:
         except SuiteError as problem:
             log.error("%s", problem)
             return problem.exit_code
+        finally:
+            end_those_of_other_threads()

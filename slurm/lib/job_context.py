@@ -26,6 +26,7 @@ from slurm.lib.scheduler import LocalJobs, Scheduler, Slurm
 from slurm.lib.secrets import is_secret_name
 from slurm.lib.settings import Settings, contradictions
 from slurm.lib.signals import Interrupted, SignalNotes, noted_signals
+from slurm.lib.under_way import end_those_of_other_threads
 
 LOCAL_JOBS_NAME = "SKYRL_LOCAL_JOBS"
 
@@ -213,6 +214,7 @@ def run_body(kind: str, script: str, argv: Sequence[str], run: Callable[[JobCont
             tell_partner(kind, arguments.coord_dir, os.environ, words, EXIT_INTERNAL)
             return EXIT_INTERNAL
         finally:
+            end_those_of_other_threads()
             if complaint := flush_or_give_up():
                 say_at_slurm(complaint, os.environ)
 

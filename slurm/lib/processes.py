@@ -21,6 +21,7 @@ from typing import IO, Any
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
 from slurm.lib.signals import SignalNotes
+from slurm.lib.under_way import under_way
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -68,12 +69,30 @@ def run(
     """Run a command to its end; a failing exit code is a result, not an error. ``said`` is its standard input.
 
     Raises ``EnvironmentProblem`` if it cannot be started and ``WaitTimeout`` after ``timeout_s`` seconds. ``check``
-    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed. With
-    SKYRL_DEBUG each command is a line of the log.
+    runs a few times a second and may raise the reason to end the wait. In both cases the command is killed. One that a
+    thread waits for that is not waited for itself ends with the process. With SKYRL_DEBUG each command is a line of the
+    log.
     """
     begin = time.monotonic()
+    words = " ".join(argv)[:200]
     try:
-        process = subprocess.Popen(
+        with under_way(lambda: _started(argv, environment, cwd, said), _kill_group) as process, process:
+            try:
+                out, err = _communicate(process, timeout_s, check, said)
+            except BaseException:
+                _kill_group(process)
+                raise
+    except WaitTimeout as problem:
+        raise WaitTimeout(f"{argv[0]}: {problem}: {words}") from None
+    log.debug("ran for %.2f s, exit code %d: %s", time.monotonic() - begin, process.returncode, words)
+    return Completed(tuple(argv), process.returncode, out, err)
+
+
+def _started(
+    argv: Sequence[str], environment: Mapping[str, str] | None, cwd: Path | None, said: str | None
+) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL if said is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -88,18 +107,6 @@ def run(
         raise EnvironmentProblem(f"{argv[0]}: not found ({problem.strerror}); is it on PATH?") from None
     except OSError as problem:  # such as an environment that is too large for any command
         raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}") from None
-    with process:
-        try:
-            out, err = _communicate(process, timeout_s, check, said)
-        except WaitTimeout as problem:
-            _kill_group(process)
-            raise WaitTimeout(f"{argv[0]}: {problem}: {' '.join(argv)[:200]}") from None
-        except BaseException:
-            _kill_group(process)
-            raise
-    seconds = time.monotonic() - begin
-    log.debug("ran for %.2f s, exit code %d: %s", seconds, process.returncode, " ".join(argv)[:200])
-    return Completed(tuple(argv), process.returncode, out, err)
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -493,22 +493,16 @@ def shell_argv(
 
 
 class Slurm:
-    """Slurm as its commands on PATH; ``environment`` is what they are started with.
+    """Slurm as its commands on PATH; ``environment`` is what they are started with."""
 
-    ``still_asked`` is called a few times a second while one runs; it raises ``WaitTimeout`` to have it fail.
-    """
-
-    def __init__(
-        self, environment: Mapping[str, str] | None = None, still_asked: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         given = os.environ if environment is None else environment
         self.environment = {name: value for name, value in given.items() if not name.startswith(FILTERS)}
         self._controllers_lead: float | None = None
-        self._still_asked = still_asked
 
     def plus(self, environment: Mapping[str, str]) -> Slurm:
         """The same with more in its commands' environment."""
-        return Slurm({**self.environment, **environment}, self._still_asked)
+        return Slurm({**self.environment, **environment})
 
     @property
     def is_here(self) -> bool:
@@ -519,16 +513,14 @@ class Slurm:
 
     def _ask(self, *argv: str, timeout_s: float = ASK_TIMEOUT_S) -> Completed:
         try:
-            return run(argv, timeout_s=timeout_s, environment=self.environment, check=self._still_asked)
+            return run(argv, timeout_s=timeout_s, environment=self.environment)
         except (WaitTimeout, EnvironmentProblem) as problem:
             return Completed(argv, 124, "", str(problem))
 
     def submit(self, argv: Sequence[str], cwd: Path | None = None) -> str:
         """Submit and return the job's id; ``SubmissionError`` with Slurm's words if it was not taken."""
         try:
-            answer = run(
-                argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd, check=self._still_asked
-            )
+            answer = run(argv, timeout_s=SUBMIT_TIMEOUT_S, environment=self.environment, cwd=cwd)
         except WaitTimeout as problem:
             raise self._unheard(str(problem)) from None
         job_id = parse_job_id(answer)

@@ -103,15 +103,14 @@ def submit(
     checkout: Path,
     release: Callable[[Slurm, str], None] | None = None,
     patience_s: float = 0.0,
-    still_asked: Callable[[], None] | None = None,
 ) -> Submitted:
     """Submit the plan's jobs and let them start; in place of the last step, the first job's release, ``release``.
 
     A Slurm that is silent is waited for, ``patience_s`` seconds in all. ``SubmissionError`` says why not, and names
-    what could not be taken back. ``still_asked`` may raise ``WaitTimeout``, which ends Slurm's command of that moment.
+    what could not be taken back.
     """
     jobs: dict[str, str] = {}
-    slurm = Slurm({**plan.inherited, **plan.environment}, still_asked)  # a .conf may set PATH or SLURM_CONF
+    slurm = Slurm({**plan.inherited, **plan.environment})  # a .conf may set PATH or SLURM_CONF
     joining = plan.request.attach_dir is not None
     insistence = Insistence(notes, patience_s)
     make_base(Path(plan.directory))  # without one no launch would know later what became of these jobs
