@@ -393,8 +393,8 @@ def test_everything_is_gone_at_the_end(
         import os, subprocess
         from pathlib import Path
         from slurm.lib.guardian import guarded
-        with guarded(Path({str(checkout)!r})) as guardian, podman_storage(Path("/tmp"), "end", []) as storage:
-            guardian.own_storage(storage.root)
+        guardian = guarded(Path({str(checkout)!r}))
+        with guardian as ours, podman_storage(Path("/tmp"), "end", [], announce=ours.own_storage) as storage:
             environment = storage.environment(os.environ)
             subprocess.run(["podman", "import", "-q", {str(archive)!r}, "localhost/tiny"], env=environment, check=True)
             limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
@@ -408,4 +408,31 @@ def test_everything_is_gone_at_the_end(
     """
     done = python(user, checkout, code)
     assert "alive 3" in done.stdout, done.stderr
+    nothing_left()
+
+
+@pytest.mark.podman
+@pytest.mark.parametrize("moment", ["_furnish", "utc_now"])
+def test_a_store_whose_owner_is_killed_while_it_is_made_is_gone(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None], moment: str
+) -> None:
+    """With its name, and before it has one."""
+    code = f"""
+        import os
+        from pathlib import Path
+        from slurm.lib import podman_storage as made
+        from slurm.lib.guardian import guarded
+
+        def killed(*_):
+            print(*(path.name for path in Path("/tmp").glob(f"*skyrl-{{os.getuid()}}-making*")), flush=True)
+            os.kill(os.getpid(), 9)
+
+        made.{moment} = killed
+        with guarded(Path({str(checkout)!r})) as ours:
+            with podman_storage(Path("/tmp"), "making", [], announce=ours.own_storage):
+                pass
+    """
+    done = python(user, checkout, code)
+    assert done.returncode == -9, done.stderr
+    assert f"skyrl-{user.uid}-making" in done.stdout, "it was not there yet"
     nothing_left()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from slurm.lib.ray_cluster import (
     shared_environment,
     step_environment,
 )
-from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, sweep
+from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, remove_when_ownerless, sweep
 from slurm.lib.ray_node import Announcement, NodeSpec, node_environment, parse_announcement, start_argv
 from slurm.lib.ray_ports import BLOCK_SIZE, DEFAULT_RANGE, PortBlock, blocks, held, taken_port
 from slurm.lib.ray_steps import ray_python, wanted
@@ -103,6 +106,43 @@ def test_the_folder_is_private_and_goes(tmp_path: Path) -> None:
         assert root.stat().st_mode & 0o777 == 0o700
         (root / "session").mkdir()
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {code!r})
+from slurm.lib import ray_folder
+from slurm.lib.guardian import guarded
+
+def killed(*_):
+    os.kill(os.getpid(), 9)
+
+{moment} = killed
+with guarded(Path({code!r})) as guardian, ray_folder.ray_folder(Path({root!r}), announce=guardian.own_tree):
+    killed()
+"""
+
+
+@pytest.mark.parametrize("moment", ["ray_folder.fcntl.flock", "ray_folder.json.dumps", "Path.rename", "ray_folder._"])
+def test_the_folder_of_one_that_is_killed_while_it_makes_it_goes(tmp_path: Path, moment: str) -> None:
+    code = str(Path(__file__).resolve().parent.parent)
+    script = KILLED.format(code=code, moment=moment, root=str(tmp_path / "skyray-1-2t"))
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    end = time.monotonic() + 10
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < end, list(tmp_path.iterdir())
+        time.sleep(0.05)
+
+
+def test_a_folder_that_another_has_is_left_to_it_by_the_guardian(tmp_path: Path) -> None:
+    root = tmp_path / "skyray-1-2t"
+    with ray_folder(root):
+        remove_when_ownerless(root, deadline_s=0.2)
+        assert root.is_dir()
+    root.mkdir()
+    remove_when_ownerless(root)
+    assert not root.exists()
 
 
 def test_another_nodes_folder_is_shared_only_where_that_is_meant(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from slurm.lib.podman_storage import remove_when_ownerless
+from slurm.lib.podman_storage import remove_when_ownerless as remove_storage
 from slurm.lib.processes import ignore_stops, living_fields, pids, start_ticks
-from slurm.lib.ray_folder import remove as remove_folder
+from slurm.lib.ray_folder import remove_when_ownerless as remove_folder
 
 
 class Guardian:
@@ -40,10 +40,11 @@ class Guardian:
             self._pipe.flush()
 
     def own_storage(self, root: Path) -> None:
+        """Podman storage, from before it is made; another's that has its name stays."""
         self._say(f"storage {root}")
 
     def own_tree(self, root: Path) -> None:
-        """A folder with all that is in it, removed after the processes have ended."""
+        """A folder with all that is in it, removed after the processes have ended; from before it is made."""
         self._say(f"tree {root}")
 
     def own_session(self, sid: int) -> None:
@@ -121,7 +122,7 @@ def end(line: str) -> None:
     elif kind == "marker":
         end_marked(name.encode())
     elif kind == "storage":
-        remove_when_ownerless(Path(name))
+        remove_storage(Path(name))
     elif kind == "tree":
         remove_folder(Path(name))
 

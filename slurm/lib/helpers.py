@@ -253,14 +253,20 @@ def setup_python_for_uv(agent: str | None = None, environment: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, str]]:
-    """Podman storage of one's own for the block; yields the environment that leads Podman there."""
+def isolated_podman_storage(
+    job_id: str | None = None, announce: Callable[[Path], None] = lambda root: None
+) -> Iterator[Mapping[str, str]]:
+    """Podman storage of one's own for the block; yields the environment that leads Podman there.
+
+    ``announce`` is told the folder that it will be in, before that is made.
+    """
     from slurm.lib import podman_storage
     from slurm.lib.job_environment import scratch_folders
 
     name = job_id or os.environ.get("SLURM_JOB_ID") or f"pid{os.getpid()}"
     scratch = podman_storage.choose_scratch(scratch_folders(os.environ.get("LOCAL_SCRATCH"), os.environ), name)
-    with podman_storage.podman_storage(scratch, name, podman_storage.readable_stores(os.environ)) as storage:
+    stores = podman_storage.readable_stores(os.environ)
+    with podman_storage.podman_storage(scratch, name, stores, announce=announce) as storage:
         yield storage.environment(os.environ)
 
 
@@ -269,8 +275,11 @@ def hold_podman_storage() -> int:
     from slurm.lib.guardian import guarded
     from slurm.lib.signals import noted_signals
 
-    with noted_signals() as notes, guarded(CODE) as guardian, isolated_podman_storage() as environment:
-        guardian.own_storage(Path(environment["TMPDIR"]).parent)
+    with (
+        noted_signals() as notes,
+        guarded(CODE) as guardian,
+        isolated_podman_storage(announce=guardian.own_storage) as environment,
+    ):
         own = {name: value for name, value in environment.items() if os.environ.get(name) != value}
         sys.stdout.write(_exports(own) + "# end\n")
         sys.stdout.flush()

@@ -17,7 +17,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -240,14 +240,20 @@ def readable_stores(environment: Mapping[str, str]) -> list[Path]:
 
 @contextlib.contextmanager
 def podman_storage(
-    scratch: Path, job_id: str, image_stores: Sequence[Path], registries: str = ""
+    scratch: Path,
+    job_id: str,
+    image_stores: Sequence[Path],
+    registries: str = "",
+    announce: Callable[[Path], None] = lambda root: None,
 ) -> Iterator[PodmanStorage]:
     """The store of job ``job_id`` below ``scratch``: made here, and with all its processes gone afterwards.
 
-    ``registries`` is the text of its registries.conf, empty for the site's own.
+    ``registries`` is the text of its registries.conf, empty for the site's own. ``announce`` is told the store's root
+    before there is anything of it, so that a guardian knows of it whenever this process is killed.
     """
     sweep(scratch)
     storage = PodmanStorage(_root_of(scratch, job_id))
+    announce(storage.root)
     with _made_and_locked(storage, image_stores, registries):
         try:
             yield storage
@@ -498,8 +504,12 @@ def _owners_host(text: str) -> str:
 
 
 def remove_when_ownerless(root: Path, deadline_s: float = 10.0) -> None:
-    """What the guardian does after the owner's death: take the lock over, then remove the store."""
+    """What the guardian does after the owner's death: take the lock over, then remove the store, if there is one."""
     storage = PodmanStorage(root)
+    for half_made in own_folders(root.parent, f".{root.name}.*"):
+        with _dead_owners_lock(PodmanStorage(half_made)) as dead:
+            if dead:
+                shutil.rmtree(half_made, ignore_errors=True)
     end = time.monotonic() + deadline_s
     while storage.lock.exists() and time.monotonic() < end:
         with _dead_owners_lock(storage) as dead:

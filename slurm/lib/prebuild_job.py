@@ -84,14 +84,16 @@ def run(settings: Settings, environment: Mapping[str, str], notes: SignalNotes) 
     scratch = choose_scratch(scratch_folders(settings.local_scratch, environment), job_id)
     registries = registries_conf(settings.registry_mirrors, site_conf(environment))
     stores = readable_stores(os.environ)
-    with guarded(code) as guardian, podman_storage(scratch, job_id, stores, registries) as storage:
-        guardian.own_storage(storage.root)
-        with podman_service(storage, open_environment, notes.check, grace_s / 4) as service:
-            spec = child_spec(settings, storage, open_environment, code)
-            with Child(spec, stop_grace_s=grace_s) as child:
-                guardian.own_session(child.pid)
-                copy_log(child, deque(maxlen=1))
-                exit_code = await_end(child, service, notes)
+    with (
+        guarded(code) as guardian,
+        podman_storage(scratch, job_id, stores, registries, guardian.own_storage) as storage,
+        podman_service(storage, open_environment, notes.check, grace_s / 4) as service,
+    ):
+        spec = child_spec(settings, storage, open_environment, code)
+        with Child(spec, stop_grace_s=grace_s) as child:
+            guardian.own_session(child.pid)
+            copy_log(child, deque(maxlen=1))
+            exit_code = await_end(child, service, notes)
     log.info("prebuild job %s ends with exit code %d", job_id, exit_code)
     return exit_code
 

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -62,12 +62,18 @@ def _fault(folder: Path, name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def ray_folder(root: Path, *, shared: bool = False) -> Iterator[bool]:
+def ray_folder(
+    root: Path, *, shared: bool = False, announce: Callable[[Path], None] = lambda root: None
+) -> Iterator[bool]:
     """The folder ``root``, private and empty, and gone afterwards; yields whether it is this process's.
 
     ``shared`` allows that it is another node's of the same run, where the nodes share that disk; then it stays.
+    ``announce`` is told of one that is to be made, before it is: so a guardian knows of it whenever this process is
+    killed.
     """
     sweep(root.parent)
+    if not root.exists():
+        announce(root)
     try:
         lock = _made(root)
     except OSError as problem:
@@ -84,7 +90,7 @@ def ray_folder(root: Path, *, shared: bool = False) -> Iterator[bool]:
 
 def _made(root: Path) -> IO[str]:
     """Make the folder; returns the lock that its owner holds, taken before the folder gets its name."""
-    making = Path(tempfile.mkdtemp(prefix=f".{PREFIX}.", dir=root.parent))
+    making = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     lock = (making / LOCK_NAME).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -119,9 +125,25 @@ def _contents(root: Path) -> list[Path]:
         return []
 
 
+def remove_when_ownerless(root: Path, deadline_s: float = 10.0) -> None:
+    """What the guardian does after the owner's death: remove the folder, made or half-made, unless another has it.
+
+    One without a lock is nobody's.
+    """
+    for half_made in own_folders(root.parent, f".{root.name}.*"):
+        if _is_ownerless(half_made):
+            shutil.rmtree(half_made, ignore_errors=True)
+    end = time.monotonic() + deadline_s
+    while root.exists() and time.monotonic() < end:
+        if not (root / LOCK_NAME).exists() or _is_ownerless(root):
+            remove(root)
+            return
+        time.sleep(0.05)
+
+
 def sweep(scratch: Path) -> None:
     """Remove what dead runs of this user left below ``scratch``."""
-    remove_half_made(scratch, f".{PREFIX}.*")
+    remove_half_made(scratch, f".{PREFIX}*")
     for root in own_folders(scratch, f"{PREFIX}-{os.getuid()}-*"):
         if _is_ownerless(root):
             log.info("removing %s, which a dead run left", root)
@@ -129,10 +151,14 @@ def sweep(scratch: Path) -> None:
 
 
 def _is_ownerless(root: Path) -> bool:
-    """Whether its lock is free, and was this host's: some network file systems lock on each node by itself."""
+    """Whether its lock is free, and was this host's: some network file systems lock on each node by itself.
+
+    Its owner may have died before it had written into it, here.
+    """
     try:
         with (root / LOCK_NAME).open("r+") as lock:
-            if json.loads(lock.read())["host"] != socket.gethostname():
+            text = lock.read()
+            if text and json.loads(text)["host"] != socket.gethostname():
                 return False
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (OSError, ValueError, KeyError):

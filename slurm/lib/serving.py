@@ -182,24 +182,21 @@ def serve(body: ServingBody) -> None:
     stores = readable_stores(os.environ)
     with (
         guarded(job.code) as guardian,
-        podman_storage(scratch, job.job_id, stores, registries) as storage,
+        podman_storage(scratch, job.job_id, stores, registries, guardian.own_storage) as storage,
         sampled(job, body.kind, body.notes, storage) as usage,
+        body.membership(Ground(guardian, storage, budget)) as (key, membership),
+        api_server(job, storage, key, budget.server_s, guardian.own_session, membership) as server,
+        published_statistics(job, storage),
     ):
-        guardian.own_storage(storage.root)
-        with (
-            body.membership(Ground(guardian, storage, budget)) as (key, membership),
-            api_server(job, storage, key, budget.server_s, guardian.own_session, membership) as server,
-            published_statistics(job, storage),
-        ):
-            watch.server = server
-            with podman_service(storage, job.open_environment, check, budget.service_s) as service, stopped(server):
-                watch.service = service
-                body.restarts |= {Part.SERVER: server.restart, Part.SERVICE: service.restart}
-                with contextlib.closing(usage), body.judged():
-                    load_images(job, storage, check)
-                    await_health(server, body)
-                    body.take(Answers())
-                    body.supervise()
+        watch.server = server
+        with podman_service(storage, job.open_environment, check, budget.service_s) as service, stopped(server):
+            watch.service = service
+            body.restarts |= {Part.SERVER: server.restart, Part.SERVICE: service.restart}
+            with contextlib.closing(usage), body.judged():
+                load_images(job, storage, check)
+                await_health(server, body)
+                body.take(Answers())
+                body.supervise()
 
 
 @contextlib.contextmanager

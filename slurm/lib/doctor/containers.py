@@ -74,11 +74,12 @@ def tried(
         return
     with guarded(code) as guardian, contextlib.ExitStack() as stack:
         try:
-            storage = stack.enter_context(podman_storage(Path(found.scratch), job_id, []))
+            storage = stack.enter_context(
+                podman_storage(Path(found.scratch), job_id, [], announce=guardian.own_storage)
+            )
         except EnvironmentProblem as problem:
             yield replace(found, info_problem=str(problem))
             return
-        guardian.own_storage(storage.root)
         yield _try(found, _Podman(storage, storage.environment(environment), check), base, code)
 
 
