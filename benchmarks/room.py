@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.lib.guardian import guarded
 from slurm.lib.podman_service import podman_service
 from slurm.lib.podman_storage import PodmanStorage, podman_storage
 from slurm.lib.processes import Child, ChildSpec
@@ -98,7 +99,8 @@ def room(scratch: Path, image: str | None, archive: Path | None) -> Iterator[Roo
     if tree is None:
         sys.exit("there is no agent tree; make one with: python -m slurm_runtime.agent build")
     with (
-        podman_storage(scratch, f"bench{os.getpid()}", []) as storage,
+        guarded(Path(__file__).resolve().parent.parent) as guardian,
+        podman_storage(scratch, f"bench{os.getpid()}", [], announce=guardian.own_storage) as storage,
         podman_service(storage, os.environ, lambda: None, 2.0, log=sys.stderr),  # the other is for values
     ):
         made = Room(storage, image or DEFAULT_NAME, tree)

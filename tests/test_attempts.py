@@ -29,7 +29,6 @@ from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings
 from slurm.lib.signals import Interrupted, SignalNotes
 from slurm.lib.submission import submit
-from slurm.lib.under_way import end_those_of_other_threads
 from slurm.lib.unheard import Insistence, submitted
 from tests.fake_slurm import FakeSlurm
 
@@ -319,10 +318,31 @@ def test_no_command_of_slurms_outlives_the_body(slurm: FakeSlurm, impatient: Non
     chain.begin("101", SignalNotes().check)
     until(lambda: len(slurm.of("sbatch")) == 3 + answered)
     chain.conclude(Ended.CANCELLED, left_s=0.1)
-    end_those_of_other_threads()
-    assert not descendants({os.getpid()}) - before
     until(lambda: chain.settle(0.0))
     assert not descendants({os.getpid()}) - before
+
+
+def test_no_attempt_is_let_go_once_it_was_given_up(
+    slurm: FakeSlurm, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    """Though Slurm, which is slow, has let go of its training job meanwhile."""
+    directory = launched(slurm)
+    slurm.answer("scontrol", {}, {}, {"after_s": 1.0}, {})
+    chain = Chain(first(slurm, directory))
+    chain.begin("101", SignalNotes().check)
+    until(lambda: len(let_go(slurm)) == 3)
+    chain.conclude(Ended.INTERRUPTED, left_s=0.1)
+    assert "what Slurm may have taken of it is held" in caplog.text
+    assert "no further attempt is queued" in caplog.text
+    until(lambda: chain.settle(0.0))
+    time.sleep(1.2)  # by then it would have been let go
+    assert let_go(slurm)[2:] == ["104"]
+    assert not chain.successor
+    assert list(directory.path.glob("submission_*.json")), "the next launch knows what to remove"
+
+
+def let_go(slurm: FakeSlurm) -> list[str]:
+    return [call.argv[1] for call in slurm.of("scontrol") if call.argv[0] == "release"]
 
 
 def test_a_job_is_not_submitted_once_more_when_nobody_wants_it(slurm: FakeSlurm, impatient: None) -> None:

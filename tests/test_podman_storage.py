@@ -412,7 +412,7 @@ def test_everything_is_gone_at_the_end(
 
 
 @pytest.mark.podman
-@pytest.mark.parametrize("moment", ["_furnish", "utc_now"])
+@pytest.mark.parametrize("moment", ["made._furnish", "made.utc_now", "Path.open"])
 def test_a_store_whose_owner_is_killed_while_it_is_made_is_gone(
     user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None], moment: str
 ) -> None:
@@ -427,7 +427,7 @@ def test_a_store_whose_owner_is_killed_while_it_is_made_is_gone(
             print(*(path.name for path in Path("/tmp").glob(f"*skyrl-{{os.getuid()}}-making*")), flush=True)
             os.kill(os.getpid(), 9)
 
-        made.{moment} = killed
+        {moment} = killed
         with guarded(Path({str(checkout)!r})) as ours:
             with podman_storage(Path("/tmp"), "making", [], announce=ours.own_storage):
                 pass
@@ -436,3 +436,41 @@ def test_a_store_whose_owner_is_killed_while_it_is_made_is_gone(
     assert done.returncode == -9, done.stderr
     assert f"skyrl-{user.uid}-making" in done.stdout, "it was not there yet"
     nothing_left()
+
+
+@pytest.mark.podman
+def test_a_store_that_another_user_laid_in_wait_is_left_alone(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    """With a link in it that leads into our home: the owner cannot make its store, and the guardian removes nothing."""
+    precious = user.home / "precious" / "containers" / "file"
+    laid = Path(f"/tmp/skyrl-{user.uid}-laid")
+    user.run(["mkdir", "-p", str(precious.parent)])
+    user.run(["touch", str(precious)])
+    try:
+        laid.mkdir()  # root's
+        (laid / "data").symlink_to(precious.parent.parent)
+        (laid / "owner.lock").touch()
+        (laid / "owner.lock").chmod(0o666)
+        code = f"""
+            import json, os, socket, sys
+            from pathlib import Path
+            from slurm.lib.errors import EnvironmentProblem
+            from slurm.lib.guardian import guarded
+            said = json.dumps({{"pid": os.getpid(), "host": socket.gethostname()}})
+            Path({str(laid)!r}, "owner.lock").write_text(said)
+            try:
+                with guarded(Path({str(checkout)!r})) as ours:
+                    with podman_storage(Path("/tmp"), "laid", [], announce=ours.own_storage):
+                        pass
+            except EnvironmentProblem as problem:
+                print(problem)
+        """
+        done = python(user, checkout, code)
+        assert f"cannot make Podman storage {laid}" in done.stdout, done.stderr
+        nothing_left()  # the guardian, too
+        assert precious.exists()
+        assert (laid / "data").is_symlink()
+    finally:
+        shutil.rmtree(laid)
+        user.run(["rm", "-rf", str(user.home / "precious")])

@@ -15,7 +15,18 @@ import pytest
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.guardian import end_session, guarded, session_members
-from slurm.lib.processes import Child, ChildSpec, descendants, kill_descendants, pids, run, start_ticks, write_through
+from slurm.lib.processes import (
+    Child,
+    ChildSpec,
+    descendants,
+    first_bytes,
+    kill_descendants,
+    pids,
+    run,
+    start_ticks,
+    write_through,
+)
+from slurm.lib.under_way import end_those_of
 
 CODE = Path(__file__).resolve().parent.parent
 
@@ -78,7 +89,7 @@ def ask(begun):
             begun.set()
             run(("sh", "-c", "sleep 300 & wait"), timeout_s=600, environment=dict(PATH="/usr/bin:/bin", OF={mark!r}))
         except WaitTimeout as problem:
-            assert "this process is ending" in str(problem)
+            assert "since nobody waits for it any more" in str(problem)
 
 def work(notes):
     for _ in range(4):
@@ -101,6 +112,50 @@ def test_a_command_that_a_thread_waits_for_does_not_outlive_the_process() -> Non
         done = subprocess.run([sys.executable, "-c", BODY.format(code=str(CODE), mark=mark)], capture_output=True)
         assert (done.returncode, done.stdout) == (3, b"asked\nthe main thread goes on\n"), done.stderr
         assert not started_with(f"OF={mark}"), "left"
+
+
+def test_what_a_command_leaves_in_the_background_ends_with_it() -> None:
+    """The leader has ended by then; its number is ours until it is waited for."""
+    begin = time.monotonic()
+    with pytest.raises(WaitTimeout):
+        run(["sh", "-c", "sleep 300 & echo $! >&2; exit 0"], timeout_s=0.3, environment={"OF": "the-background"})
+    assert time.monotonic() - begin < 10
+    until(lambda: not started_with("OF=the-background"))
+
+
+def test_the_first_bytes_are_not_waited_for_by_a_thread_that_is_dismissed() -> None:
+    said: list[bytes | None] = []
+
+    def ask() -> None:
+        environment = {"PATH": "/usr/bin:/bin", "OF": "the-first"}
+        said.append(first_bytes(["sh", "-c", "sleep 300"], 5, timeout_s=60, environment=environment, cwd=CODE))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: len(started_with("OF=the-first")) > 0)
+    end_those_of([asking])
+    asking.join(10)
+    assert said == [None]
+    until(lambda: not started_with("OF=the-first"))
+
+
+def test_a_thread_that_is_dismissed_hears_of_no_end_of_its_command() -> None:
+    """A job that sbatch has submitted just then may be there all the same."""
+    heard: list[str] = []
+
+    def ask() -> None:
+        for _ in range(2):
+            try:
+                run(["sleep", "300"], timeout_s=60)
+            except WaitTimeout as problem:
+                heard.append(str(problem))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: len(descendants({os.getpid()})) > 0)
+    end_those_of([asking])
+    asking.join(10)
+    assert ["ended, since" in heard[0], "not started, since" in heard[1]] == [True, True], heard
 
 
 def started_with(entry: str) -> list[int]:

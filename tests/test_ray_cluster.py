@@ -25,7 +25,7 @@ from slurm.lib.ray_cluster import (
     shared_environment,
     step_environment,
 )
-from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, remove_when_ownerless, sweep
+from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, remove_of_dead_owner, sweep
 from slurm.lib.ray_node import Announcement, NodeSpec, node_environment, parse_announcement, start_argv
 from slurm.lib.ray_ports import BLOCK_SIZE, DEFAULT_RANGE, PortBlock, blocks, held, taken_port
 from slurm.lib.ray_steps import ray_python, wanted
@@ -119,12 +119,12 @@ def killed(*_):
     os.kill(os.getpid(), 9)
 
 {moment} = killed
-with guarded(Path({code!r})) as guardian, ray_folder.ray_folder(Path({root!r}), announce=guardian.own_tree):
+with guarded(Path({code!r})) as guardian, ray_folder.ray_folder(Path({root!r}), announce=guardian.own_ray_folder):
     killed()
 """
 
 
-@pytest.mark.parametrize("moment", ["ray_folder.fcntl.flock", "ray_folder.json.dumps", "Path.rename", "ray_folder._"])
+@pytest.mark.parametrize("moment", ["Path.open", "ray_folder.fcntl.flock", "Path.rename", "ray_folder._"])
 def test_the_folder_of_one_that_is_killed_while_it_makes_it_goes(tmp_path: Path, moment: str) -> None:
     code = str(Path(__file__).resolve().parent.parent)
     script = KILLED.format(code=code, moment=moment, root=str(tmp_path / "skyray-1-2t"))
@@ -135,14 +135,18 @@ def test_the_folder_of_one_that_is_killed_while_it_makes_it_goes(tmp_path: Path,
         time.sleep(0.05)
 
 
-def test_a_folder_that_another_has_is_left_to_it_by_the_guardian(tmp_path: Path) -> None:
-    root = tmp_path / "skyray-1-2t"
+def test_a_folder_that_another_made_is_left_to_it_by_the_guardian(tmp_path: Path) -> None:
+    root, home = tmp_path / "skyray-1-2t", tmp_path / "home"
+    home.mkdir()
     with ray_folder(root):
-        remove_when_ownerless(root, deadline_s=0.2)
-        assert root.is_dir()
-    root.mkdir()
-    remove_when_ownerless(root)
-    assert not root.exists()
+        for owner in (os.getpid() + 1, os.getpid()):  # the latter lives, and has its lock
+            remove_of_dead_owner(root, owner, deadline_s=0.2)
+            assert (root / LOCK_NAME).exists()
+    (home / LOCK_NAME).write_text(json.dumps({"pid": 77, "host": socket.gethostname()}))
+    (home / "precious").touch()
+    root.symlink_to(home)
+    remove_of_dead_owner(root, 77)
+    assert (home / "precious").exists()
 
 
 def test_another_nodes_folder_is_shared_only_where_that_is_meant(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ FLAG_DEADLINE_S = 60.0  # an NFS client may believe for so long what it saw befo
 START_S, QUEUE_PATIENCE_S = 15.0, 600.0
 # As this job ends, there is so much time to take back what was begun: launch.py cancel gives a job 8 s, Slurm KillWait.
 TAKE_BACK_S = 7.0
+GIVEN_UP_S = 2.0  # in which it is seen that a command was killed; between two looks for a job lie 1.5 s
 ASK_AT_END_S = 2.0  # of a job that is being ended: Slurm's KillWait is 30 s by default
 STDERR_TAIL = 4096  # bytes
 
@@ -259,6 +260,12 @@ class Chain:
         self.call_off()
         return not self._is_queueing(min(seconds, TAKE_BACK_S))
 
+    def _give_up(self) -> None:
+        """End the command by which Slurm is still asked, and any that would follow, so that none is taken any more."""
+        if self._queueing is not None:
+            self._queueing.dismiss()
+            self._is_queueing(GIVEN_UP_S)
+
     def _by_hand(self) -> str:
         found = checkpoints_of(self.job.settings, self.job.directory)
         pairs = {"CHECKPOINT_DIR": found.folder, "WANDB_EXPERIMENT": found.experiment}
@@ -283,6 +290,7 @@ class Chain:
     def conclude(self, ended: Ended, left_s: float = math.inf) -> None:
         """At the end of this attempt, within ``left_s`` seconds: leave the next one in the queue, or take it out."""
         if not self.settle(left_s):
+            self._give_up()
             log.warning(
                 "the next attempt was still being queued; what Slurm may have taken of it is held: "
                 "a later launch removes it"

@@ -13,6 +13,8 @@ from slurm.lib.under_way import end_those_of_other_threads
 def exit_code_of(work: Callable[[SignalNotes], int], interrupted: str) -> int:
     """What ``work`` returns, else the code of what ended it; main thread only.
 
+    Commands that other threads wait for are ended then, and these start none any more.
+
     :param interrupted: what the log says when a signal did, with ``%s`` for the signal
     """
     with noted_signals() as notes:

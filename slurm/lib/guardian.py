@@ -1,7 +1,8 @@
 """Ends what a job body owned if the body itself is killed with SIGKILL.
 
-The body starts it first and holds the only write end of its stdin, over which it says what it owns: ``storage PATH``,
-``session SID TICKS``, ``marker NAME=VALUE``, ``tree PATH``. When the pipe closes, for whatever reason, the guardian
+The body starts it first and holds the only write end of its stdin, over which it says what it owns, folders before it
+makes them: ``session SID TICKS``, ``marker NAME=VALUE``, ``storage PID PATH``, ``ray PID PATH`` with the body's own
+number, ``tree PATH``. When the pipe closes, for whatever reason, the guardian
 ends what is still there of it and goes; after an orderly end that is nothing. It leaves the job's process tree (two
 forks), so that a scheduler that follows parents does not end it before it has done its work; where the scheduler
 follows cgroups, it ends everything itself.
@@ -18,9 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from slurm.lib.podman_storage import remove_when_ownerless as remove_storage
+from slurm.lib import podman_storage, ray_folder
 from slurm.lib.processes import ignore_stops, living_fields, pids, start_ticks
-from slurm.lib.ray_folder import remove_when_ownerless as remove_folder
+
+ON_DISK = {"storage": podman_storage.remove_of_dead_owner, "ray": ray_folder.remove_of_dead_owner}
 
 
 class Guardian:
@@ -40,11 +42,15 @@ class Guardian:
             self._pipe.flush()
 
     def own_storage(self, root: Path) -> None:
-        """Podman storage, from before it is made; another's that has its name stays."""
-        self._say(f"storage {root}")
+        """Podman storage that this process is about to make; what another process made of that name stays."""
+        self._say(f"storage {os.getpid()} {root}")
+
+    def own_ray_folder(self, root: Path) -> None:
+        """The same for a folder of Ray's."""
+        self._say(f"ray {os.getpid()} {root}")
 
     def own_tree(self, root: Path) -> None:
-        """A folder with all that is in it, removed after the processes have ended; from before it is made."""
+        """A folder that this process has made, with all that is in it."""
         self._say(f"tree {root}")
 
     def own_session(self, sid: int) -> None:
@@ -121,10 +127,11 @@ def end(line: str) -> None:
         end_session(int(sid), int(ticks))
     elif kind == "marker":
         end_marked(name.encode())
-    elif kind == "storage":
-        remove_storage(Path(name))
     elif kind == "tree":
-        remove_folder(Path(name))
+        ray_folder.remove(Path(name))
+    else:
+        owner, _, root = name.partition(" ")
+        ON_DISK[kind](Path(root), int(owner))
 
 
 def main() -> None:
@@ -133,8 +140,10 @@ def main() -> None:
     ignore_stops()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    for line in sorted(sys.stdin.readlines()):  # processes first, then what they had on disk
-        end(line)
+    processes_first = sorted(sys.stdin.readlines(), key=lambda line: line.startswith((*ON_DISK, "tree")))
+    for line in processes_first:  # then what they had on disk
+        with contextlib.suppress(OSError):  # the others are to end all the same
+            end(line)
 
 
 if __name__ == "__main__":

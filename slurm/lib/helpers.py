@@ -33,6 +33,7 @@ from slurm.lib.errors import (
     UsageError,
 )
 from slurm.lib.logs import log, setup_command_logging
+from slurm.lib.under_way import end_those_of_other_threads
 
 CODE = Path(__file__).resolve().parent.parent.parent
 
@@ -253,33 +254,30 @@ def setup_python_for_uv(agent: str | None = None, environment: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def isolated_podman_storage(
-    job_id: str | None = None, announce: Callable[[Path], None] = lambda root: None
-) -> Iterator[Mapping[str, str]]:
+def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, str]]:
     """Podman storage of one's own for the block; yields the environment that leads Podman there.
 
-    ``announce`` is told the folder that it will be in, before that is made.
+    It is gone afterwards, also if this process is killed.
     """
     from slurm.lib import podman_storage
+    from slurm.lib.guardian import guarded
     from slurm.lib.job_environment import scratch_folders
 
     name = job_id or os.environ.get("SLURM_JOB_ID") or f"pid{os.getpid()}"
     scratch = podman_storage.choose_scratch(scratch_folders(os.environ.get("LOCAL_SCRATCH"), os.environ), name)
     stores = podman_storage.readable_stores(os.environ)
-    with podman_storage.podman_storage(scratch, name, stores, announce=announce) as storage:
+    with (
+        guarded(CODE) as guardian,
+        podman_storage.podman_storage(scratch, name, stores, announce=guardian.own_storage) as storage,
+    ):
         yield storage.environment(os.environ)
 
 
 def hold_podman_storage() -> int:
     """Podman storage of its own for a shell: prints its exports, then holds it until stdin closes or a signal comes."""
-    from slurm.lib.guardian import guarded
     from slurm.lib.signals import noted_signals
 
-    with (
-        noted_signals() as notes,
-        guarded(CODE) as guardian,
-        isolated_podman_storage(announce=guardian.own_storage) as environment,
-    ):
+    with noted_signals() as notes, isolated_podman_storage() as environment:
         own = {name: value for name, value in environment.items() if os.environ.get(name) != value}
         sys.stdout.write(_exports(own) + "# end\n")
         sys.stdout.flush()
@@ -467,3 +465,5 @@ def main(argv: Sequence[str]) -> int:
         return problem.exit_code
     except KeyboardInterrupt:
         return EXIT_SIGNAL_BASE + signal.SIGINT
+    finally:
+        end_those_of_other_threads()

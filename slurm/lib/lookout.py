@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from slurm.lib.signals import SignalNotes
+from slurm.lib.under_way import end_those_of
 
 T = TypeVar("T")
 NOTE_EVERY_S = 0.05  # how soon a signal ends the wait for an answer
@@ -28,6 +29,7 @@ class Lookout(Generic[T]):
         self._seen: T | None = None
         self._fault: BaseException | None = None
         self._end, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def seen(self) -> T | None:
         """What a look has returned, at once; None while there is nothing. Raises what a look has raised."""
@@ -38,6 +40,11 @@ class Lookout(Generic[T]):
     def wait(self, seconds: float) -> bool:
         """Whether something has been seen, or a look has failed, within so many seconds."""
         return self._over.wait(seconds)
+
+    def dismiss(self) -> None:
+        """End the command that a look waits for; none starts another. Waits for that for two seconds at most."""
+        self._end.set()
+        end_those_of([self._thread])
 
     def _run(self) -> None:
         try:
@@ -51,7 +58,7 @@ class Lookout(Generic[T]):
             self._over.set()
 
     def __enter__(self) -> Lookout[T]:
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:

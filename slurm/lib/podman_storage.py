@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from slurm.lib.coordination import utc_now
+from slurm.lib.coordination import parse_object, read_if_there, utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
-from slurm.lib.own_folders import is_own, own_folders, remove_half_made
+from slurm.lib.own_folders import half_made_name, is_own, own_folders, remove_half_made
 from slurm.lib.processes import descendants, living_fields, pids, run
 
 PREFIX = "skyrl"
@@ -278,7 +278,7 @@ def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path], regis
 @contextlib.contextmanager
 def _locked_folder(root: Path, lock_name: str) -> Iterator[IO[str]]:
     """Made under another name and locked before it gets its own, so that no sweep takes it for a dead job's."""
-    making = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    making = Path(tempfile.mkdtemp(prefix=half_made_name(root, os.getpid(), ""), dir=root.parent))
     with (making / lock_name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now()}))
@@ -503,17 +503,24 @@ def _owners_host(text: str) -> str:
         return socket.gethostname()
 
 
-def remove_when_ownerless(root: Path, deadline_s: float = 10.0) -> None:
-    """What the guardian does after the owner's death: take the lock over, then remove the store, if there is one."""
+def remove_of_dead_owner(root: Path, owner: int, deadline_s: float = 10.0) -> None:
+    """What the guardian does after the death of process ``owner``: remove the store that it made, or was making.
+
+    The kernel frees the dead one's lock within moments. A store of that name that another process made stays, be it
+    this user's or not.
+    """
+    for half_made in own_folders(root.parent, half_made_name(root, owner, "*")):
+        shutil.rmtree(half_made, ignore_errors=True)
     storage = PodmanStorage(root)
-    for half_made in own_folders(root.parent, f".{root.name}.*"):
-        with _dead_owners_lock(PodmanStorage(half_made)) as dead:
-            if dead:
-                shutil.rmtree(half_made, ignore_errors=True)
     end = time.monotonic() + deadline_s
-    while storage.lock.exists() and time.monotonic() < end:
+    while is_own(root) and _said(storage).get("pid") == owner and time.monotonic() < end:
         with _dead_owners_lock(storage) as dead:
             if dead:
                 remove(storage)
                 return
         time.sleep(0.05)
+
+
+def _said(storage: PodmanStorage) -> dict[str, object]:
+    """What the lock says of the owner; empty where there is none, or it cannot be read."""
+    return parse_object(read_if_there(storage.lock))

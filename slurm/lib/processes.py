@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
@@ -109,9 +109,12 @@ def _started(
         raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}") from None
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    """Kill the leader of a session with all in its group: a site's sbatch may be a script that calls the real one."""
-    if process.poll() is None:
+def _kill_group(process: subprocess.Popen[AnyStr]) -> None:
+    """Kill the leader of a session with all in its group: a site's sbatch may be a script that calls the real one.
+
+    Of a leader that has ended and was not waited for the number is still ours, and what it left may hold our pipe.
+    """
+    if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -124,24 +127,37 @@ def first_bytes(
     It is killed once that much is there, and after ``timeout_s`` seconds.
     """
     nothing = subprocess.DEVNULL
-    try:
-        process = subprocess.Popen(
-            list(argv), cwd=cwd, env=dict(environment), stdin=nothing, stdout=subprocess.PIPE, stderr=nothing
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            list(argv),
+            cwd=cwd,
+            env=dict(environment),
+            stdin=nothing,
+            stdout=subprocess.PIPE,
+            stderr=nothing,
+            start_new_session=True,
         )
-    except OSError:
+
+    try:
+        with under_way(start, _kill_group) as process, process:
+            return _first_bytes(process, most, timeout_s)
+    except (OSError, WaitTimeout):
         return None
+
+
+def _first_bytes(process: subprocess.Popen[bytes], most: int, timeout_s: float) -> bytes | None:
     assert process.stdout
-    late = threading.Timer(timeout_s, process.kill)
+    late = threading.Timer(timeout_s, _kill_group, [process])
     late.start()
     try:
         text = process.stdout.read(most)
         is_whole = len(text) < most
         if not is_whole:
-            process.kill()
+            _kill_group(process)
         return text if process.wait() == 0 or not is_whole else None
     finally:
         late.cancel()
-        process.stdout.close()
 
 
 def _communicate(

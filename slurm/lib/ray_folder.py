@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from slurm.lib.coordination import parse_object, read_if_there
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
-from slurm.lib.own_folders import is_own, own_folders, remove_half_made
+from slurm.lib.own_folders import half_made_name, is_own, own_folders, remove_half_made
 from slurm.lib.podman_storage import NETWORK_FILE_SYSTEMS, file_system_of
 
 PREFIX = "skyray"  # another than Podman storage's, whose sweep looks for its own
@@ -68,12 +69,10 @@ def ray_folder(
     """The folder ``root``, private and empty, and gone afterwards; yields whether it is this process's.
 
     ``shared`` allows that it is another node's of the same run, where the nodes share that disk; then it stays.
-    ``announce`` is told of one that is to be made, before it is: so a guardian knows of it whenever this process is
-    killed.
+    ``announce`` is told its path before it is made, so that a guardian knows of it whenever this process is killed.
     """
     sweep(root.parent)
-    if not root.exists():
-        announce(root)
+    announce(root)
     try:
         lock = _made(root)
     except OSError as problem:
@@ -90,7 +89,7 @@ def ray_folder(
 
 def _made(root: Path) -> IO[str]:
     """Make the folder; returns the lock that its owner holds, taken before the folder gets its name."""
-    making = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    making = Path(tempfile.mkdtemp(prefix=half_made_name(root, os.getpid(), ""), dir=root.parent))
     lock = (making / LOCK_NAME).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,20 +124,24 @@ def _contents(root: Path) -> list[Path]:
         return []
 
 
-def remove_when_ownerless(root: Path, deadline_s: float = 10.0) -> None:
-    """What the guardian does after the owner's death: remove the folder, made or half-made, unless another has it.
+def remove_of_dead_owner(root: Path, owner: int, deadline_s: float = 10.0) -> None:
+    """What the guardian does after the death of process ``owner``: remove the folder that it made, or was making.
 
-    One without a lock is nobody's.
+    The kernel frees the dead one's lock within moments. A folder of that name that another process made stays.
     """
-    for half_made in own_folders(root.parent, f".{root.name}.*"):
-        if _is_ownerless(half_made):
-            shutil.rmtree(half_made, ignore_errors=True)
+    for half_made in own_folders(root.parent, half_made_name(root, owner, "*")):
+        shutil.rmtree(half_made, ignore_errors=True)
     end = time.monotonic() + deadline_s
-    while root.exists() and time.monotonic() < end:
-        if not (root / LOCK_NAME).exists() or _is_ownerless(root):
+    while is_own(root) and _said(root).get("pid") == owner and time.monotonic() < end:
+        if _is_ownerless(root):
             remove(root)
             return
         time.sleep(0.05)
+
+
+def _said(root: Path) -> dict[str, object]:
+    """What the lock says of the owner; empty where there is none, or it cannot be read."""
+    return parse_object(read_if_there(root / LOCK_NAME))
 
 
 def sweep(scratch: Path) -> None:
@@ -151,14 +154,10 @@ def sweep(scratch: Path) -> None:
 
 
 def _is_ownerless(root: Path) -> bool:
-    """Whether its lock is free, and was this host's: some network file systems lock on each node by itself.
-
-    Its owner may have died before it had written into it, here.
-    """
+    """Whether its lock is free, and was this host's: some network file systems lock on each node by itself."""
     try:
         with (root / LOCK_NAME).open("r+") as lock:
-            text = lock.read()
-            if text and json.loads(text)["host"] != socket.gethostname():
+            if json.loads(lock.read())["host"] != socket.gethostname():
                 return False
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (OSError, ValueError, KeyError):

@@ -91,7 +91,11 @@ def _looked_for(slurm: Slurm, mark: str) -> str | None:
 
 
 def released(slurm: Slurm, job_id: str, insistence: Insistence) -> None:
-    """Let a held job start; ``SubmissionError`` says why it is still held, or that this is not known."""
+    """Let a held job start; ``SubmissionError`` says why it is still held, or that this is not known.
+
+    ``Interrupted`` by a signal that came before: of several each is let go only while all of them are wanted.
+    """
+    insistence.notes.check()
     complaint = insistence.until_heard(f"release job {job_id}", lambda: _release_complaint(slurm, job_id))
     if complaint is None:
         raise SubmissionError(f"Slurm does not answer, and may still release job {job_id}", leaves_jobs=True)
