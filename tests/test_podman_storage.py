@@ -412,7 +412,7 @@ def test_everything_is_gone_at_the_end(
 
 
 @pytest.mark.podman
-@pytest.mark.parametrize("moment", ["made._furnish", "made.utc_now", "Path.open"])
+@pytest.mark.parametrize("moment", ["made._furnish", "locked_folder.utc_now", "Path.open"])
 def test_a_store_whose_owner_is_killed_while_it_is_made_is_gone(
     user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None], moment: str
 ) -> None:
@@ -420,7 +420,7 @@ def test_a_store_whose_owner_is_killed_while_it_is_made_is_gone(
     code = f"""
         import os
         from pathlib import Path
-        from slurm.lib import podman_storage as made
+        from slurm.lib import locked_folder, podman_storage as made
         from slurm.lib.guardian import guarded
 
         def killed(*_):
@@ -457,12 +457,14 @@ def test_a_store_that_another_user_laid_in_wait_is_left_alone(
             from pathlib import Path
             from slurm.lib.errors import EnvironmentProblem
             from slurm.lib.guardian import guarded
-            said = json.dumps({{"pid": os.getpid(), "host": socket.gethostname()}})
-            Path({str(laid)!r}, "owner.lock").write_text(said)
+
+            def announce(root, token):  # the other user has found it out
+                Path(root, "owner.lock").write_text(json.dumps({{"token": token, "host": socket.gethostname()}}))
+                ours.own_storage(root, token)
+
             try:
-                with guarded(Path({str(checkout)!r})) as ours:
-                    with podman_storage(Path("/tmp"), "laid", [], announce=ours.own_storage):
-                        pass
+                with guarded(Path({str(checkout)!r})) as ours, podman_storage(Path("/tmp"), "laid", [], "", announce):
+                    pass
             except EnvironmentProblem as problem:
                 print(problem)
         """

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -156,6 +157,35 @@ def test_a_thread_that_is_dismissed_hears_of_no_end_of_its_command() -> None:
     end_those_of([asking])
     asking.join(10)
     assert ["ended, since" in heard[0], "not started, since" in heard[1]] == [True, True], heard
+
+
+def test_a_thread_that_works_for_one_that_is_dismissed_starts_nothing(tmp_path: Path) -> None:
+    """git is asked in a new thread each time."""
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 300\n")
+    (tmp_path / "git").chmod(0o755)
+    code = f"""
+        import sys, threading, time
+        sys.path.insert(0, {str(CODE)!r})
+        from slurm.lib import git
+        from slurm.lib.edge import exit_code_of
+
+        def ask():
+            while True:
+                git.ask(git.Path("/"), "status")
+
+        def work(notes):
+            threading.Thread(target=ask, daemon=True).start()
+            time.sleep(0.3)
+            return 3
+
+        code = exit_code_of(work, "%s")
+        time.sleep(0.3)  # in which it would go on
+        sys.exit(code)
+    """
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OF": "the-heir"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True)
+    assert done.returncode == 3, done.stderr
+    assert not started_with("OF=the-heir")
 
 
 def started_with(entry: str) -> list[int]:

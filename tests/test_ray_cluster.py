@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from slurm.lib.errors import EnvironmentProblem
+from slurm.lib.locked_folder import LOCK_NAME, remove, remove_of_dead_owner
 from slurm.lib.ray_address import address_of, own_address
 from slurm.lib.ray_cluster import (
     SeenNode,
@@ -25,7 +26,7 @@ from slurm.lib.ray_cluster import (
     shared_environment,
     step_environment,
 )
-from slurm.lib.ray_folder import LOCK_NAME, choose, folder_name, ray_folder, remove, remove_of_dead_owner, sweep
+from slurm.lib.ray_folder import choose, folder_name, ray_folder, sweep
 from slurm.lib.ray_node import Announcement, NodeSpec, node_environment, parse_announcement, start_argv
 from slurm.lib.ray_ports import BLOCK_SIZE, DEFAULT_RANGE, PortBlock, blocks, held, taken_port
 from slurm.lib.ray_steps import ray_python, wanted
@@ -112,19 +113,19 @@ KILLED = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {code!r})
-from slurm.lib import ray_folder
+from slurm.lib import locked_folder, ray_folder
 from slurm.lib.guardian import guarded
 
 def killed(*_):
     os.kill(os.getpid(), 9)
 
 {moment} = killed
-with guarded(Path({code!r})) as guardian, ray_folder.ray_folder(Path({root!r}), announce=guardian.own_ray_folder):
+with guarded(Path({code!r})) as guardian, ray_folder.ray_folder(Path({root!r}), announce=guardian.own_folder):
     killed()
 """
 
 
-@pytest.mark.parametrize("moment", ["Path.open", "ray_folder.fcntl.flock", "Path.rename", "ray_folder._"])
+@pytest.mark.parametrize("moment", ["Path.open", "locked_folder.fcntl.flock", "Path.rename", "locked_folder._"])
 def test_the_folder_of_one_that_is_killed_while_it_makes_it_goes(tmp_path: Path, moment: str) -> None:
     code = str(Path(__file__).resolve().parent.parent)
     script = KILLED.format(code=code, moment=moment, root=str(tmp_path / "skyray-1-2t"))
@@ -137,16 +138,24 @@ def test_the_folder_of_one_that_is_killed_while_it_makes_it_goes(tmp_path: Path,
 
 def test_a_folder_that_another_made_is_left_to_it_by_the_guardian(tmp_path: Path) -> None:
     root, home = tmp_path / "skyray-1-2t", tmp_path / "home"
-    home.mkdir()
-    with ray_folder(root):
-        for owner in (os.getpid() + 1, os.getpid()):  # the latter lives, and has its lock
-            remove_of_dead_owner(root, owner, deadline_s=0.2)
+    told: list[tuple[Path, str]] = []
+    with ray_folder(root, announce=lambda *of: told.append(of)):
+        for token in (told[0][1], "another"):  # of the former the owner lives
+            remove_of_dead_owner(root, token, remove, deadline_s=0.2)
             assert (root / LOCK_NAME).exists()
-    (home / LOCK_NAME).write_text(json.dumps({"pid": 77, "host": socket.gethostname()}))
+    home.mkdir()
     (home / "precious").touch()
+    (home / LOCK_NAME).write_text(json.dumps({"token": told[0][1], "host": socket.gethostname()}))
     root.symlink_to(home)
-    remove_of_dead_owner(root, 77)
+    remove_of_dead_owner(root, told[0][1], remove)
     assert (home / "precious").exists()
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "skyray").touch()
+    with pytest.raises(EnvironmentProblem, match="cannot make"), ray_folder(tmp_path / "skyray"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["skyray"]
 
 
 def test_another_nodes_folder_is_shared_only_where_that_is_meant(tmp_path: Path) -> None:

@@ -262,9 +262,10 @@ class Chain:
 
     def _give_up(self) -> None:
         """End the command by which Slurm is still asked, and any that would follow, so that none is taken any more."""
+        end = time.monotonic() + GIVEN_UP_S
         if self._queueing is not None:
-            self._queueing.dismiss()
-            self._is_queueing(GIVEN_UP_S)
+            self._queueing.dismiss(GIVEN_UP_S)
+            self._is_queueing(max(0.0, end - time.monotonic()))
 
     def _by_hand(self) -> str:
         found = checkpoints_of(self.job.settings, self.job.directory)
@@ -292,8 +293,8 @@ class Chain:
         if not self.settle(left_s):
             self._give_up()
             log.warning(
-                "the next attempt was still being queued; what Slurm may have taken of it is held: "
-                "a later launch removes it"
+                "the next attempt was still being queued; what Slurm may have taken of it is held, and a later launch "
+                "removes it, or has just been let go: look with squeue --me"
             )
         if ended is Ended.INTERRUPTED and self.successor:
             log.info("it goes on in the jobs %s", ", ".join(self.successor.values()))

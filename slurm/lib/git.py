@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.lib.processes import first_bytes
+from slurm.lib.under_way import follow
 
 ASK_S = 10.0  # of a repository on slow shared storage
 MOST_DIFF = 10 * 1024**2  # bytes
@@ -113,7 +114,13 @@ def ask(folder: Path, *words: str, most: int = MOST_NAMES) -> bytes | None:
     A git that its file server does not let end, even when it is killed, is left behind.
     """
     answers: list[bytes | None] = []
-    asking = threading.Thread(target=lambda: answers.append(_answer(folder, words, most)), daemon=True)
+    asker = threading.current_thread()
+
+    def answer() -> None:
+        follow(asker)
+        answers.append(_answer(folder, words, most))
+
+    asking = threading.Thread(target=answer, daemon=True)
     asking.start()
     asking.join(ASK_S + 1)
     return answers[0] if answers else None

@@ -1,11 +1,10 @@
 """Ends what a job body owned if the body itself is killed with SIGKILL.
 
-The body starts it first and holds the only write end of its stdin, over which it says what it owns, folders before it
-makes them: ``session SID TICKS``, ``marker NAME=VALUE``, ``storage PID PATH``, ``ray PID PATH`` with the body's own
-number, ``tree PATH``. When the pipe closes, for whatever reason, the guardian
-ends what is still there of it and goes; after an orderly end that is nothing. It leaves the job's process tree (two
-forks), so that a scheduler that follows parents does not end it before it has done its work; where the scheduler
-follows cgroups, it ends everything itself.
+The body starts it first and holds the only write end of its stdin, over which it says what it owns: ``session SID
+TICKS``, ``marker NAME=VALUE``, and folders before it makes them, ``storage TOKEN PATH``, ``folder TOKEN PATH``. When
+the pipe closes, for whatever reason, the guardian ends what is still there of it and goes; after an orderly end that is
+nothing. It leaves the job's process tree (two forks), so that a scheduler that follows parents does not end it before
+it has done its work; where the scheduler follows cgroups, it ends everything itself.
 """
 
 from __future__ import annotations
@@ -15,14 +14,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from slurm.lib import podman_storage, ray_folder
+from slurm.lib import locked_folder
+from slurm.lib.errors import SuiteError
+from slurm.lib.podman_storage import PodmanStorage, remove
 from slurm.lib.processes import ignore_stops, living_fields, pids, start_ticks
 
-ON_DISK = {"storage": podman_storage.remove_of_dead_owner, "ray": ray_folder.remove_of_dead_owner}
+
+def remove_storage(root: Path) -> None:
+    """End what is in a storage, and remove it."""
+    remove(PodmanStorage(root))
+
+
+ON_DISK: Mapping[str, Callable[[Path], None]] = {"storage": remove_storage, "folder": locked_folder.remove}
 
 
 class Guardian:
@@ -41,17 +48,13 @@ class Guardian:
             self._pipe.write(line.encode() + b"\n")
             self._pipe.flush()
 
-    def own_storage(self, root: Path) -> None:
-        """Podman storage that this process is about to make; what another process made of that name stays."""
-        self._say(f"storage {os.getpid()} {root}")
+    def own_storage(self, root: Path, token: str) -> None:
+        """Podman storage that this process is about to make; another of that name stays."""
+        self._say(f"storage {token} {root}")
 
-    def own_ray_folder(self, root: Path) -> None:
-        """The same for a folder of Ray's."""
-        self._say(f"ray {os.getpid()} {root}")
-
-    def own_tree(self, root: Path) -> None:
-        """A folder that this process has made, with all that is in it."""
-        self._say(f"tree {root}")
+    def own_folder(self, root: Path, token: str) -> None:
+        """The same for another locked folder."""
+        self._say(f"folder {token} {root}")
 
     def own_session(self, sid: int) -> None:
         """``sid`` leads a session of its own; all processes of that session are the guardian's to end."""
@@ -127,11 +130,9 @@ def end(line: str) -> None:
         end_session(int(sid), int(ticks))
     elif kind == "marker":
         end_marked(name.encode())
-    elif kind == "tree":
-        ray_folder.remove(Path(name))
     else:
-        owner, _, root = name.partition(" ")
-        ON_DISK[kind](Path(root), int(owner))
+        token, _, root = name.partition(" ")
+        locked_folder.remove_of_dead_owner(Path(root), token, ON_DISK[kind])
 
 
 def main() -> None:
@@ -140,9 +141,9 @@ def main() -> None:
     ignore_stops()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    processes_first = sorted(sys.stdin.readlines(), key=lambda line: line.startswith((*ON_DISK, "tree")))
+    processes_first = sorted(sys.stdin.readlines(), key=lambda line: line.startswith(tuple(ON_DISK)))
     for line in processes_first:  # then what they had on disk
-        with contextlib.suppress(OSError):  # the others are to end all the same
+        with contextlib.suppress(OSError, SuiteError):  # the others are to end all the same
             end(line)
 
 

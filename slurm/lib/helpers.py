@@ -257,7 +257,7 @@ def setup_python_for_uv(agent: str | None = None, environment: Mapping[str, str]
 def isolated_podman_storage(job_id: str | None = None) -> Iterator[Mapping[str, str]]:
     """Podman storage of one's own for the block; yields the environment that leads Podman there.
 
-    It is gone afterwards, also if this process is killed.
+    It is gone afterwards, also if this process is killed, once no fork of it lives that runs no program of its own.
     """
     from slurm.lib import podman_storage
     from slurm.lib.guardian import guarded

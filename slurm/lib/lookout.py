@@ -41,10 +41,10 @@ class Lookout(Generic[T]):
         """Whether something has been seen, or a look has failed, within so many seconds."""
         return self._over.wait(seconds)
 
-    def dismiss(self) -> None:
-        """End the command that a look waits for; none starts another. Waits for that for two seconds at most."""
+    def dismiss(self, seconds: float) -> None:
+        """End the command that a look waits for; none starts another. Waits for that for so many seconds at most."""
         self._end.set()
-        end_those_of([self._thread])
+        end_those_of([self._thread], seconds)
 
     def _run(self) -> None:
         try:

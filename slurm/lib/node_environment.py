@@ -49,7 +49,7 @@ def job_folder(job: JobContext, guardian: Guardian) -> Iterator[Path]:
     name = f"{folder_name(os.getuid(), job.job_id)}t"  # without the t it is Ray's on every node of several
     candidates = scratch_folders(job.settings.local_scratch, job.environment)
     root = choose(candidates, f"{name}/ray").joinpath(name)  # Ray makes `ray` below RAY_TMPDIR
-    with ray_folder(root, announce=guardian.own_ray_folder):
+    with ray_folder(root, announce=guardian.own_folder):
         yield root
 
 

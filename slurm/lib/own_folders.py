@@ -30,11 +30,6 @@ def own_folders(place: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(place.glob(pattern)) if is_own(path)]
 
 
-def half_made_name(root: Path, owner: int, rest: str) -> str:
-    """The temporary name under which process ``owner`` makes ``root``, before its last characters, or with ``rest``."""
-    return f".{root.name}.{owner}.{rest}"
-
-
 def remove_half_made(place: Path, pattern: str) -> None:
     """Remove what was being made under a temporary name by a process that did not live to name it.
 

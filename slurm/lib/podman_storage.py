@@ -9,7 +9,6 @@ the same user on the node removes what a dead one left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,15 +16,14 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from slurm.lib.coordination import parse_object, read_if_there, utc_now
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
+from slurm.lib.locked_folder import LOCK_NAME, Announce, dead_owners_lock, locked_folder, tell_nobody
 from slurm.lib.logs import log
-from slurm.lib.own_folders import half_made_name, is_own, own_folders, remove_half_made
+from slurm.lib.own_folders import is_own, own_folders, remove_half_made
 from slurm.lib.processes import descendants, living_fields, pids, run
 
 PREFIX = "skyrl"
@@ -70,7 +68,7 @@ class PodmanStorage:
 
     @property
     def lock(self) -> Path:
-        return self.root / "owner.lock"
+        return self.root / LOCK_NAME
 
     @property
     def registries(self) -> Path:
@@ -244,17 +242,16 @@ def podman_storage(
     job_id: str,
     image_stores: Sequence[Path],
     registries: str = "",
-    announce: Callable[[Path], None] = lambda root: None,
+    announce: Announce = tell_nobody,
 ) -> Iterator[PodmanStorage]:
     """The store of job ``job_id`` below ``scratch``: made here, and with all its processes gone afterwards.
 
-    ``registries`` is the text of its registries.conf, empty for the site's own. ``announce`` is told the store's root
+    ``registries`` is the text of its registries.conf, empty for the site's own. ``announce`` is told of the store
     before there is anything of it, so that a guardian knows of it whenever this process is killed.
     """
     sweep(scratch)
     storage = PodmanStorage(_root_of(scratch, job_id))
-    announce(storage.root)
-    with _made_and_locked(storage, image_stores, registries):
+    with _made_and_locked(storage, image_stores, registries, announce):
         try:
             yield storage
         finally:
@@ -262,29 +259,18 @@ def podman_storage(
 
 
 @contextlib.contextmanager
-def _made_and_locked(storage: PodmanStorage, image_stores: Sequence[Path], registries: str) -> Iterator[None]:
+def _made_and_locked(
+    storage: PodmanStorage, image_stores: Sequence[Path], registries: str, announce: Announce
+) -> Iterator[None]:
     """The store, made and locked for the length of the block."""
     with contextlib.ExitStack() as stack:
         try:
-            lock = stack.enter_context(_locked_folder(storage.root, storage.lock.name))
+            stack.enter_context(locked_folder(storage.root, announce))
             _furnish(storage, image_stores, registries)
         except OSError as problem:
             sentence = f"cannot make Podman storage {storage.root}: {problem.strerror}; see LOCAL_SCRATCH"
             raise EnvironmentProblem(sentence) from None
-        assert not lock.closed
         yield
-
-
-@contextlib.contextmanager
-def _locked_folder(root: Path, lock_name: str) -> Iterator[IO[str]]:
-    """Made under another name and locked before it gets its own, so that no sweep takes it for a dead job's."""
-    making = Path(tempfile.mkdtemp(prefix=half_made_name(root, os.getpid(), ""), dir=root.parent))
-    with (making / lock_name).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now()}))
-        lock.flush()
-        making.rename(root)
-        yield lock
 
 
 def _furnish(storage: PodmanStorage, image_stores: Sequence[Path], registries: str = "") -> None:
@@ -470,57 +456,7 @@ def sweep(scratch: Path) -> None:
         remove_half_made(scratch, f".{name}-*")
     for root in own_folders(scratch, f"{PREFIX}-{os.getuid()}-*"):
         storage = PodmanStorage(root)
-        with _dead_owners_lock(storage) as dead:
+        with dead_owners_lock(root) as dead:
             if dead:
                 log.info("removing Podman storage that a dead job left: %s", root)
                 remove(storage)
-
-
-@contextlib.contextmanager
-def _dead_owners_lock(storage: PodmanStorage) -> Iterator[bool]:
-    try:
-        lock = storage.lock.open("r+")
-    except OSError:
-        yield False
-        return
-    with lock:
-        if _owners_host(lock.read()) != socket.gethostname():
-            yield False  # some network file systems lock on each node by itself
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def _owners_host(text: str) -> str:
-    """The host that the lock file names; this one if its owner died before it had written it."""
-    try:
-        return str(json.loads(text)["host"])
-    except (ValueError, KeyError, TypeError):
-        return socket.gethostname()
-
-
-def remove_of_dead_owner(root: Path, owner: int, deadline_s: float = 10.0) -> None:
-    """What the guardian does after the death of process ``owner``: remove the store that it made, or was making.
-
-    The kernel frees the dead one's lock within moments. A store of that name that another process made stays, be it
-    this user's or not.
-    """
-    for half_made in own_folders(root.parent, half_made_name(root, owner, "*")):
-        shutil.rmtree(half_made, ignore_errors=True)
-    storage = PodmanStorage(root)
-    end = time.monotonic() + deadline_s
-    while is_own(root) and _said(storage).get("pid") == owner and time.monotonic() < end:
-        with _dead_owners_lock(storage) as dead:
-            if dead:
-                remove(storage)
-                return
-        time.sleep(0.05)
-
-
-def _said(storage: PodmanStorage) -> dict[str, object]:
-    """What the lock says of the owner; empty where there is none, or it cannot be read."""
-    return parse_object(read_if_there(storage.lock))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, AnyStr
+from typing import IO, Any
 
 from slurm.lib.errors import EnvironmentProblem, WaitTimeout
 from slurm.lib.logs import log
@@ -109,7 +109,7 @@ def _started(
         raise EnvironmentProblem(f"cannot start {argv[0]}: {problem.strerror}") from None
 
 
-def _kill_group(process: subprocess.Popen[AnyStr]) -> None:
+def _kill_group(process: subprocess.Popen[str]) -> None:
     """Kill the leader of a session with all in its group: a site's sbatch may be a script that calls the real one.
 
     Of a leader that has ended and was not waited for the number is still ours, and what it left may hold our pipe.
@@ -135,12 +135,11 @@ def first_bytes(
             env=dict(environment),
             stdin=nothing,
             stdout=subprocess.PIPE,
-            stderr=nothing,
-            start_new_session=True,
+            stderr=nothing,  # in our own session: a terminal's Ctrl-C is to end it
         )
 
     try:
-        with under_way(start, _kill_group) as process, process:
+        with under_way(start, _kill_tree) as process, process:
             return _first_bytes(process, most, timeout_s)
     except (OSError, WaitTimeout):
         return None
@@ -148,16 +147,27 @@ def first_bytes(
 
 def _first_bytes(process: subprocess.Popen[bytes], most: int, timeout_s: float) -> bytes | None:
     assert process.stdout
-    late = threading.Timer(timeout_s, _kill_group, [process])
+    late = threading.Timer(timeout_s, _kill_tree, [process])
     late.start()
     try:
         text = process.stdout.read(most)
         is_whole = len(text) < most
         if not is_whole:
-            _kill_group(process)
+            _kill_tree(process)
         return text if process.wait() == 0 or not is_whole else None
+    except BaseException:
+        _kill_tree(process)
+        raise
     finally:
         late.cancel()
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command of our own session, with all that descends from it and may hold our pipe."""
+    if process.returncode is None:
+        for pid in descendants({process.pid}) | {process.pid}:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _communicate(

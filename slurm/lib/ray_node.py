@@ -221,7 +221,7 @@ def run(spec: NodeSpec, notes: SignalNotes) -> int:
         return bool(ready) and not os.read(sys.stdin.fileno(), 4096)
 
     code = Path(__file__).resolve().parents[2]
-    with guarded(code) as guardian, ray_folder(folder, shared=bool(spec.head), announce=guardian.own_ray_folder):
+    with guarded(code) as guardian, ray_folder(folder, shared=bool(spec.head), announce=guardian.own_folder):
         guardian.await_detached()  # before orphans come to us: the guardian must not
         adopt_orphans()
         Node(spec, folder, guardian, told_to_end).run()

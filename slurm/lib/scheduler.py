@@ -39,7 +39,7 @@ DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5): KillWait
 SILENCE = re.compile(
     r"contact slurm controller|Socket timed out|Zero Bytes were transmitted|connection failure|Connection refused"
     r"|controller not responding|standby mode|Unexpected missing socket|Unexpected message received"
-    r"|temporarily unable to accept|no answer within"
+    r"|temporarily unable to accept|no answer within|since nobody waits for it"
 )
 
 

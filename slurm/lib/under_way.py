@@ -46,6 +46,12 @@ def under_way(start: Callable[[], T], kill: Callable[[T], None]) -> Iterator[T]:
         _under_way.pop(token, None)
 
 
+def follow(thread: threading.Thread) -> None:
+    """This thread, which begins, works for ``thread``: if that one is dismissed, so is this."""
+    if thread in _dismissed:
+        _dismissed.add(threading.current_thread())
+
+
 def end_those_of(threads: Iterable[threading.Thread], deadline_s: float = KILLED_WITHIN_S) -> None:
     """Kill what these threads wait for, and let them start nothing more, ever; takes ``deadline_s`` seconds at most."""
     end = time.monotonic() + deadline_s

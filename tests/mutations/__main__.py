@@ -25,6 +25,7 @@ from typing import NoReturn
 from xml.etree import ElementTree
 
 from slurm.lib.guardian import end_marked, guarded
+from slurm.lib.locked_folder import locked_folder, remove
 from tests.mutations import ROOT, Mutation, mutations
 
 EXIT_OK, EXIT_NOT_NOTICED, EXIT_USAGE = 0, 1, 2
@@ -51,15 +52,16 @@ def copy_of_the_tree() -> Iterator[Path]:
     Broken code leaves processes behind: they are known by a variable that names the copy. A guardian does the same if
     this process is killed.
     """
-    with guarded(ROOT) as guardian, tempfile.TemporaryDirectory(prefix="skyrl-mutation-") as folder:
-        guardian.own_tree(Path(folder))
-        guardian.own_marker(MARKER, folder)
-        tree = Path(folder) / "tree"
+    folder = Path(tempfile.gettempdir(), f"skyrl-mutation-{os.getpid()}-{time.monotonic_ns()}")
+    with guarded(ROOT) as guardian, locked_folder(folder, guardian.own_folder):
+        guardian.own_marker(MARKER, str(folder))
+        tree = folder / "tree"
         _fill(tree)
         try:
             yield tree
         finally:
             end_marked(f"{MARKER}={folder}".encode())
+            remove(folder)
 
 
 def _fill(tree: Path) -> None:

@@ -7,6 +7,7 @@ Slurm's own word (``sbatch --test-only``) comes first. It takes jobs that wait f
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from slurm.lib.processes import Completed
 from slurm.lib.sandbox_room import sandbox_room
 from slurm.lib.scheduler import Slurm
 from slurm.lib.settings import Settings, slurm_seconds
+from slurm.lib.under_way import follow
 
 LONG_WAIT_S = 1800.0  # for GPUs; what the runtime job holds for less is not worth a word
 # Options of a real submission that a test has no use for.
@@ -309,7 +311,7 @@ def submissions_asked(slurm: Slurm, plan: LaunchPlan) -> list[Finding]:
     def ask(job: JobPlan) -> Completed:
         return slurm.would_take(question_argv(job.argv))
 
-    with ThreadPoolExecutor(len(plan.jobs)) as pool:
+    with ThreadPoolExecutor(len(plan.jobs), initializer=follow, initargs=(threading.current_thread(),)) as pool:
         answers = dict(zip([job.kind for job in plan.jobs], pool.map(ask, plan.jobs), strict=True))
     found = [finding for kind, answer in answers.items() for finding in submission_findings(kind, answer)]
     both = plan.runtime and plan.training and not plan.combined
