@@ -119,25 +119,29 @@ def test_what_a_command_leaves_in_the_background_ends_with_it() -> None:
     """The leader has ended by then; its number is ours until it is waited for."""
     begin = time.monotonic()
     with pytest.raises(WaitTimeout):
-        run(["sh", "-c", "sleep 300 & echo $! >&2; exit 0"], timeout_s=0.3, environment={"OF": "the-background"})
+        run(
+            ["sh", "-c", "sleep 300 & echo $! >&2; exit 0"],
+            timeout_s=0.3,
+            environment={"OF": f"the-background-{os.getpid()}"},
+        )
     assert time.monotonic() - begin < 10
-    until(lambda: not started_with("OF=the-background"))
+    until(lambda: not started_with(f"OF=the-background-{os.getpid()}"))
 
 
 def test_the_first_bytes_are_not_waited_for_by_a_thread_that_is_dismissed() -> None:
     said: list[bytes | None] = []
 
     def ask() -> None:
-        environment = {"PATH": "/usr/bin:/bin", "OF": "the-first"}
+        environment = {"PATH": "/usr/bin:/bin", "OF": f"the-first-{os.getpid()}"}
         said.append(first_bytes(["sh", "-c", "sleep 300"], 5, timeout_s=60, environment=environment, cwd=CODE))
 
     asking = threading.Thread(target=ask)
     asking.start()
-    until(lambda: len(started_with("OF=the-first")) > 0)
+    until(lambda: len(started_with(f"OF=the-first-{os.getpid()}")) > 0)
     end_those_of([asking])
     asking.join(10)
     assert said == [None]
-    until(lambda: not started_with("OF=the-first"))
+    until(lambda: not started_with(f"OF=the-first-{os.getpid()}"))
 
 
 def test_a_thread_that_is_dismissed_hears_of_no_end_of_its_command() -> None:
@@ -182,10 +186,10 @@ def test_a_thread_that_works_for_one_that_is_dismissed_starts_nothing(tmp_path: 
         time.sleep(0.3)  # in which it would go on
         sys.exit(code)
     """
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OF": "the-heir"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OF": f"the-heir-{os.getpid()}"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True)
     assert done.returncode == 3, done.stderr
-    assert not started_with("OF=the-heir")
+    assert not started_with(f"OF=the-heir-{os.getpid()}")
 
 
 def started_with(entry: str) -> list[int]:
