@@ -112,7 +112,10 @@ def test_a_command_that_a_thread_waits_for_does_not_outlive_the_process() -> Non
     for _ in range(5):
         done = subprocess.run([sys.executable, "-c", BODY.format(code=str(CODE), mark=mark)], capture_output=True)
         assert (done.returncode, done.stdout) == (3, b"asked\nthe main thread goes on\n"), done.stderr
-        assert not started_with(f"OF={mark}"), "left"
+        left = started_with(f"OF={mark}")
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left, "left"
 
 
 def test_what_a_command_leaves_in_the_background_ends_with_it() -> None:
