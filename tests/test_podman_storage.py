@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tarfile
 import textwrap
@@ -204,7 +205,12 @@ def test_a_dead_jobs_storage_is_swept_and_a_living_ones_is_not(
 ) -> None:
     dead, living, foreign = (Path(f"/tmp/skyrl-{user.uid}-{name}") for name in ("dead", "living", "foreign"))
     user.run(["mkdir", "-p", *map(str, (dead, living, foreign))])
-    user.run(["touch", *(str(path / "owner.lock") for path in (dead, living))])
+    for path in (dead, living):
+        lay_lock(user, path)
+    unreadable, elsewhere = (Path(f"/tmp/skyrl-{user.uid}-{name}") for name in ("unreadable", "elsewhere"))
+    user.run(["mkdir", str(unreadable), str(elsewhere)])
+    lay_lock(user, unreadable, "")
+    lay_lock(user, elsewhere, json.dumps({"host": "another-host"}))
     try:
         with (living / "owner.lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -213,8 +219,17 @@ def test_a_dead_jobs_storage_is_swept_and_a_living_ones_is_not(
             assert not dead.exists()
             assert living.exists()
             assert foreign.exists(), "without a lock it is none of ours"
+            assert unreadable.exists(), "whose it is is not known"
+            assert elsewhere.exists(), "its lock is not seen here"
     finally:
-        user.run(["rm", "-rf", *map(str, (dead, living, foreign))])
+        user.run(["rm", "-rf", *map(str, (dead, living, foreign, unreadable, elsewhere))])
+
+
+def lay_lock(user: OrdinaryUser, folder: Path, text: str | None = None) -> None:
+    """The lock of an owner on this host that is dead, or another text in it."""
+    said = json.dumps({"pid": 1, "host": socket.gethostname()}) if text is None else text
+    done = user.run(["sh", "-c", 'printf %s "$1" > "$2"', "sh", said, str(folder / "owner.lock")])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.podman
@@ -223,7 +238,8 @@ def test_what_could_not_be_removed_is_named_and_the_next_sweep_knows_it(
 ) -> None:
     dead = Path(f"/tmp/skyrl-{user.uid}-dead")
     user.run(["mkdir", "-p", str(dead / "run" / "busy"), str(dead / "data")])
-    user.run(["touch", str(dead / "owner.lock"), str(dead / "storage.conf"), str(dead / "run" / "busy" / "file")])
+    user.run(["touch", str(dead / "storage.conf"), str(dead / "run" / "busy" / "file")])
+    lay_lock(user, dead)
     try:
         os.chown(dead / "run" / "busy", 0, 0)
         done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
@@ -244,12 +260,13 @@ def test_a_sweep_follows_no_link_that_another_user_laid(
     home = user.home / "not to be removed"
     trap, link = (Path(f"/tmp/skyrl-{user.uid}-{name}") for name in ("trap", "link"))
     user.run(["mkdir", "-p", str(home / "containers")])
-    user.run(["touch", str(home / "containers" / "precious"), str(home / "owner.lock")])
+    user.run(["touch", str(home / "containers" / "precious")])
+    lay_lock(user, home)
     try:
         trap.mkdir()
         trap.chmod(0o777)
         (trap / "data").symlink_to(home)
-        (trap / "owner.lock").touch()
+        (trap / "owner.lock").write_text((home / "owner.lock").read_text())
         (trap / "owner.lock").chmod(0o666)
         link.symlink_to(home)
         done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")

@@ -147,6 +147,24 @@ def test_the_first_bytes_are_not_waited_for_by_a_thread_that_is_dismissed() -> N
     until(lambda: not started_with(f"OF=the-first-{os.getpid()}"))
 
 
+@pytest.mark.parametrize(
+    ("words", "most", "said"),
+    [
+        ("printf abc", 9, b"abc"),
+        ("printf abcdef; sleep 20", 3, b"abc"),
+        ("printf abc; exit 3", 9, None),
+        ("printf abc; sleep 20", 9, None),
+        ("printf abc; sleep 20 & exit 0", 9, b"abc"),  # it holds the pipe
+        ("yes", 10**6, b"y\n" * (10**6 // 2)),
+    ],
+)
+def test_the_first_bytes(words: str, most: int, said: bytes | None) -> None:
+    begin = time.monotonic()
+    environment = {"PATH": "/usr/bin:/bin"}
+    assert first_bytes(["sh", "-c", words], most, timeout_s=0.8, environment=environment, cwd=CODE) == said
+    assert time.monotonic() - begin < 10
+
+
 def test_a_thread_that_is_dismissed_hears_of_no_end_of_its_command() -> None:
     """A job that sbatch has submitted just then may be there all the same."""
     heard: list[str] = []

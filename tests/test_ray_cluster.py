@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from slurm.lib.errors import EnvironmentProblem
-from slurm.lib.locked_folder import LOCK_NAME, remove, remove_of_dead_owner
+from slurm.lib.locked_folder import LOCK_NAME, dead_owners_lock, remove, remove_of_dead_owner
 from slurm.lib.ray_address import address_of, own_address
 from slurm.lib.ray_cluster import (
     SeenNode,
@@ -149,6 +149,31 @@ def test_a_folder_that_another_made_is_left_to_it_by_the_guardian(tmp_path: Path
     root.symlink_to(home)
     remove_of_dead_owner(root, told[0][1], remove)
     assert (home / "precious").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"host": "another-host"}'])
+def test_who_is_not_known_to_be_dead_lives(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCK_NAME).write_text(text)
+    with dead_owners_lock(tmp_path) as dead:
+        assert not dead
+
+
+def test_a_lock_that_another_has_made_anew_is_not_the_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look into it and its being taken: a job of the same number, which has removed the dead one's folder."""
+    lock, said = tmp_path / LOCK_NAME, json.dumps({"host": socket.gethostname()})
+    lock.write_text(said)
+    with dead_owners_lock(tmp_path) as dead:
+        assert dead
+
+    def replaced(*_: object) -> None:
+        lock.unlink()
+        lock.write_text(said)
+
+    monkeypatch.setattr("fcntl.flock", replaced)
+    with dead_owners_lock(tmp_path) as dead:
+        assert not dead
 
 
 def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:

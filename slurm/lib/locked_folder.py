@@ -49,6 +49,7 @@ def locked_folder(root: Path, announce: Announce = tell_nobody) -> Iterator[None
             said = {"pid": os.getpid(), "host": socket.gethostname(), "time": utc_now(), "token": token}
             lock.write(json.dumps(said))
             lock.flush()
+            os.fsync(lock.fileno())  # others know it by its text, and a node without power must not lose that
             making.rename(root)
         except OSError:
             shutil.rmtree(making, ignore_errors=True)
@@ -85,24 +86,19 @@ def _contents(root: Path) -> list[Path]:
 def dead_owners_lock(root: Path) -> Iterator[bool]:
     """Whether the owner of a folder is dead, and was on this host; its lock is ours then for the length of the block.
 
-    Some network file systems lock on each node by itself. A lock that cannot be read is one whose owner died before it
-    had written it, here.
+    Some network file systems lock on each node by itself, so that one of another host, or of nobody known, counts as
+    a living one's.
     """
-    try:
-        lock = (root / LOCK_NAME).open("r+", errors="replace")
-    except OSError:
-        yield False
-        return
-    with lock:
-        if parse_object(lock.read()).get("host", socket.gethostname()) != socket.gethostname():
-            yield False
-            return
+    with contextlib.ExitStack() as stack:
         try:
+            path = root / LOCK_NAME
+            lock = stack.enter_context(path.open("r+", errors="replace"))
+            is_of_here = parse_object(lock.read()).get("host") == socket.gethostname()
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # it may be another's by now
         except OSError:
-            yield False
-            return
-        yield True
+            is_of_here = is_there = False
+        yield is_of_here and is_there
 
 
 def remove_of_dead_owner(root: Path, token: str, remove: Callable[[Path], object], deadline_s: float = 10.0) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -146,24 +147,39 @@ def first_bytes(
 
 
 def _first_bytes(process: subprocess.Popen[bytes], most: int, timeout_s: float) -> bytes | None:
-    assert process.stdout
-    late = threading.Timer(timeout_s, _kill_tree, [process])
-    late.start()
+    end = time.monotonic() + timeout_s
     try:
-        text = process.stdout.read(most)
-        is_whole = len(text) < most
-        if not is_whole:
-            _kill_tree(process)
-        return text if process.wait() == 0 or not is_whole else None
-    except BaseException:
-        _kill_tree(process)
-        raise
+        text = _read_until_its_end(process, most, end)
+        if len(text) < most and process.wait(max(0.0, end - time.monotonic())) != 0:
+            return None
+        return text
+    except subprocess.TimeoutExpired:
+        return None
     finally:
-        late.cancel()
+        _kill_tree(process)
+
+
+def _read_until_its_end(process: subprocess.Popen[bytes], most: int, end: float) -> bytes:
+    """What it prints until it has ended; what it leaves in the background may hold the pipe for longer."""
+    assert process.stdout
+    text, poller = bytearray(), select.poll()
+    poller.register(process.stdout, select.POLLIN)
+    while len(text) < most:
+        has_ended = process.poll() is not None
+        if poller.poll(0 if has_ended else CHECK_EVERY_S * 1000):
+            chunk = os.read(process.stdout.fileno(), most - len(text))
+            if not chunk:
+                break
+            text += chunk
+        elif has_ended:
+            break
+        elif time.monotonic() > end:
+            raise subprocess.TimeoutExpired(process.args, 0.0)
+    return bytes(text)
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command of our own session, with all that descends from it and may hold our pipe."""
+    """Kill a command of our own session that runs, with all that descends from it."""
     if process.returncode is None:
         for pid in descendants({process.pid}) | {process.pid}:
             with contextlib.suppress(ProcessLookupError, PermissionError):

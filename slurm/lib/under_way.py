@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from slurm.lib.errors import WaitTimeout
 
@@ -19,6 +19,7 @@ T = TypeVar("T")
 KILLED_WITHIN_S = 2.0  # from SIGKILL to the end of a command, on a busy node
 
 _dismissed: WeakSet[threading.Thread] = WeakSet()
+_works_for: WeakKeyDictionary[threading.Thread, threading.Thread] = WeakKeyDictionary()
 _under_way: dict[object, tuple[threading.Thread, Callable[[], None]]] = {}
 
 
@@ -33,30 +34,37 @@ def under_way(start: Callable[[], T], kill: Callable[[T], None]) -> Iterator[T]:
     # First the note and then the look, while whoever ends it dismisses first and then looks: one sees the other.
     _under_way[token] = (thread, lambda: None)
     try:
-        if thread in _dismissed:
+        if _is_dismissed(thread):
             raise WaitTimeout("not started, since nobody waits for it any more")
         command = start()
         _under_way[token] = (thread, lambda: kill(command))
-        if thread in _dismissed:
+        if _is_dismissed(thread):
             kill(command)
         yield command
-        if thread in _dismissed:
+        if _is_dismissed(thread):
             raise WaitTimeout("ended, since nobody waits for it any more")
     finally:
         _under_way.pop(token, None)
 
 
 def follow(thread: threading.Thread) -> None:
-    """This thread, which begins, works for ``thread``: if that one is dismissed, so is this."""
-    if thread in _dismissed:
-        _dismissed.add(threading.current_thread())
+    """This thread, which begins, works for ``thread``: if that one is dismissed, now or later, so is this."""
+    _works_for[threading.current_thread()] = thread
+
+
+def _is_dismissed(thread: threading.Thread | None) -> bool:
+    while thread is not None:
+        if thread in _dismissed:
+            return True
+        thread = _works_for.get(thread)
+    return False
 
 
 def end_those_of(threads: Iterable[threading.Thread], deadline_s: float = KILLED_WITHIN_S) -> None:
     """Kill what these threads wait for, and let them start nothing more, ever; takes ``deadline_s`` seconds at most."""
     end = time.monotonic() + deadline_s
     _dismissed.update(threads)
-    while doomed := [kill for thread, kill in list(_under_way.values()) if thread in _dismissed]:
+    while doomed := [kill for thread, kill in list(_under_way.values()) if _is_dismissed(thread)]:
         for kill in doomed:
             kill()
         if time.monotonic() > end:
