@@ -253,6 +253,28 @@ def test_what_could_not_be_removed_is_named_and_the_next_sweep_knows_it(
 
 
 @pytest.mark.podman
+def test_what_podman_leaves_that_is_killed_as_it_begins_is_removed(
+    user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
+) -> None:
+    """The kernel's work folder of an overlay mount, in a store that was made only to remove another's files."""
+    dead = Path(f"/tmp/skyrl-{user.uid}-dead")
+    work = dead / ".skyrl-rm-killed" / "data" / "compat1" / "work" / "work"
+    precious = user.home / "precious"
+    user.run(["mkdir", "-p", str(work / "index"), str(precious)])
+    user.run(["ln", "-s", str(precious), str(work.parent / "link")])
+    user.run(["chmod", "555", str(precious)])
+    user.run(["chmod", "000", str(work)])
+    lay_lock(user, dead)
+    try:
+        done = python(user, checkout, "from pathlib import Path\nsweep(Path('/tmp'))")
+        assert not dead.exists(), done.stderr
+        assert precious.stat().st_mode & 0o777 == 0o555
+    finally:
+        user.run(["chmod", "700", str(work), str(precious)])
+        user.run(["rm", "-rf", str(dead), str(precious)])
+
+
+@pytest.mark.podman
 def test_a_sweep_follows_no_link_that_another_user_laid(
     user: OrdinaryUser, checkout: Path, nothing_left: Callable[[], None]
 ) -> None:

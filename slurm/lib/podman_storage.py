@@ -402,7 +402,7 @@ def _remove_files(storage: PodmanStorage) -> list[Path]:
         _remove_in_namespace(storage.graphroot.parent)
     for path in list(storage.root.glob("*")):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
         elif path != storage.lock:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -410,6 +410,21 @@ def _remove_files(storage: PodmanStorage) -> list[Path]:
         return left
     shutil.rmtree(storage.root, ignore_errors=True)
     return [storage.root] if storage.root.exists() else []
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder, also where folders in it may not be looked into.
+
+    The kernel makes such a one (mode 000) for each overlay mount, and Podman tries one as it begins: killed just then,
+    it leaves it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for place, names, _ in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if not path.is_symlink():
+                with contextlib.suppress(OSError):
+                    path.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_containers_as_root(storage: PodmanStorage) -> None:
@@ -447,7 +462,7 @@ def _remove_in_namespace(folder: Path) -> None:
         log.warning("could not remove %s: %s", folder, problem)
     finally:
         kill_processes(throwaway)
-        shutil.rmtree(throwaway.root, ignore_errors=True)
+        _remove_tree(throwaway.root)
 
 
 def sweep(scratch: Path) -> None:
