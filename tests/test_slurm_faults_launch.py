@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -431,9 +432,8 @@ def unheard_runtime(user: OrdinaryUser, run: Run) -> Iterator[None]:
 
 def questions(user: OrdinaryUser, run: Run) -> list[int]:
     """What a job of the run asks Slurm at this moment about the other."""
-    words = tuple(f"-j {job_id} " for job_id in run.jobs.values())
-    asked = [pid for pid, line in user.processes().items() if line.startswith("squeue ")]
-    return [pid for pid in asked if any(word in user.processes().get(pid, "") for word in words)]
+    about_one = re.compile(rf"squeue .*-j ({'|'.join(run.jobs.values())}) ")
+    return [pid for pid, line in user.processes().items() if about_one.match(line)]
 
 
 def signalled(desk: Desk, run: Run, over_at: float) -> None:
