@@ -30,6 +30,7 @@ case "$*" in
     "-m ruff"*) [ ! -e {folder}/ruff-fails ] || {{ echo 'ruff: E501'; exit 1; }} ;;
     "-m pytest"*)
         printf '%s\\n' '= short test summary info =' '== 1 failed, 2 passed in 0.10s =='
+        [ ! -e {folder}/failures ] || cat {folder}/failures >"$TELL_FAILURES"
         exit "$(cat {folder}/pytest-status)" ;;
     "-m tests.cluster logs") echo {folder}/logs ;;
     *launch.py*) exit 7 ;;
@@ -239,7 +240,9 @@ class TestTestCommand:
         done = copy.run("scripts/test", "-k", "a b", CI=ci)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == "== 1 failed, 2 passed in 0.10s =="
-        assert copy.calls("-m pytest") == ["-m pytest " + ("-p tests.no_skips " if ci else "") + "-k a b"]
+        assert copy.calls("-m pytest") == [
+            "-m pytest " + ("-p tests.no_skips -p tests.tell_failures " if ci else "") + "-k a b"
+        ]
 
     def test_fails_for_a_lint_after_the_tests(self, copy: Copy) -> None:
         (copy.folder / "ruff-fails").touch()
@@ -263,13 +266,14 @@ class TestTestCommand:
     def test_in_ci_shows_the_logs_of_slurm_when_it_fails_and_last_what_did(self, copy: Copy) -> None:
         (copy.folder / "ruff-fails").touch()
         (copy.folder / "pytest-status").write_text("3")
+        (copy.folder / "failures").write_text("FAILED a test\n")
         (copy.folder / "logs").mkdir()
         (copy.folder / "logs" / "slurmctld.log").write_text("error: node down\n")
         done = copy.run(".ci/run")
         assert done.returncode == 3
         last = done.stdout.partition("error: node down")[2]
         assert "failed: ruff check; ruff format;" in last
-        assert last.splitlines()[-1] == "== 1 failed, 2 passed in 0.10s =="
+        assert last.splitlines()[-5:] == ["== 1 failed, 2 passed in 0.10s =="] * 4 + ["FAILED a test"]
         assert "no_skips" in copy.calls("-m pytest")[0]
 
 
@@ -301,6 +305,27 @@ def test_in_ci_a_skip_is_a_failure(tmp_path: Path, module: str, summary: str) ->
     assert done.returncode != 0
     assert "In CI no test may be skipped" in done.stdout
     assert done.stdout.splitlines()[-1].startswith(f"{summary} in ")
+
+
+def test_what_failed_is_told_in_short(tmp_path: Path) -> None:
+    long = "def test_long(): assert not 'the beginning' + 'x' * 9000 + 'the end'\n"
+    (tmp_path / "test_it.py").write_text(f"{long}def test_of_two_lines(): raise ValueError('one\\n\\ntwo')\n")
+    (tmp_path / "test_no_module.py").write_text("import no_such_module\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    plugins = ["-p", "tests.tell_failures", "-p", "no:cacheprovider"]
+    argv = [sys.executable, "-m", "pytest", *plugins, "-q", "--continue-on-collection-errors"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "TELL_FAILURES": str(tmp_path / "told")}
+    subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False)
+    told = (tmp_path / "told").read_text()
+    paragraphs = told.split("FAILED ")[1:]
+    assert [text.split()[0] for text in paragraphs] == [
+        "test_no_module.py",
+        "test_it.py::test_long",
+        "test_it.py::test_of_two_lines",
+    ]
+    assert "no_such_module" in paragraphs[0]
+    assert "the beginning" in paragraphs[1] and "the end" in paragraphs[1] and len(paragraphs[1]) < 1600
+    assert "  ValueError: one\n  two\n" in paragraphs[2]
 
 
 class TestLauncher:
