@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 
 from slurm.lib.config import load_config
+from slurm.lib.coordination import write_atomically
 from slurm.lib.doctor import (
     between,
     examination,
@@ -38,6 +41,7 @@ from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.processes import Completed
 from slurm.lib.scheduler import JobState, JobStatus
 from slurm.lib.settings import Settings
+from slurm.lib.signals import SignalNotes
 from tests.preflight.world import NOW, ROOT
 
 OK, WARN, FAIL = Health.OK, Health.WARN, Health.FAIL
@@ -371,6 +375,62 @@ def test_a_job_that_waits_too_long_warns_and_one_that_broke_fails() -> None:
     assert healths == [WARN, FAIL]
 
 
+class DyingNode:
+    """A job whose node reports and answers three messages, and then nothing; Slurm says so only a while later."""
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        self.folder, self.report = folder, report
+        self.thread = threading.Thread(target=self.serve)
+        self.answered = 0
+        self.died = 0.0
+
+    def serve(self) -> None:
+        write_atomically(exchange.report_file(self.folder, "runtime-0"), facts.to_text(self.report))
+        with contextlib.suppress(InterruptedError):
+            exchange.serve(self.folder, "runtime-0", self.answer, self.sleep)
+        self.died = time.monotonic()
+
+    def answer(self, message: dict[str, Any]) -> dict[str, object]:
+        self.answered += 1
+        return {}
+
+    def sleep(self, seconds: float) -> None:
+        if self.answered == examination.ECHOES:
+            raise InterruptedError
+        time.sleep(seconds)
+
+    def start(self, wanted: nodes.Wanted) -> str:
+        self.thread.start()
+        return "7"
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        over = self.died and time.monotonic() - self.died > 1.5
+        state = JobStatus(JobState.ENDED_BADLY, "FAILED") if over else JobStatus(JobState.RUNNING, "RUNNING")
+        return dict.fromkeys(job_ids, state)
+
+    def cancel(self, job_ids: Sequence[str]) -> str | None:
+        raise AssertionError("it has ended")
+
+
+def test_a_job_that_dies_when_all_but_one_thing_was_tried_is_told(tmp_path: Path) -> None:
+    """Its page was not reached, then: that is no port's fault."""
+    look = look_of("runtime")
+    look.line = Line(tmp_path, "runtime-0")
+    node = DyingNode(tmp_path, Report(host="n1", mark=MARK))
+    examination.examine(node, [look], tmp_path, 20.0, SignalNotes())
+    node.thread.join(10)
+    assert look.problem == "job 7 ended while it was needed (FAILED)"
+    (verdict,) = [each for each in sections.node_section(look, settings_of(), MARK).verdicts if each.check == "job"]
+    assert verdict.health is FAIL and verdict.fix == sections.DIED
+
+
+def test_a_node_that_falls_silent_is_told_though_it_answered_before() -> None:
+    look = look_of("runtime", "n1", is_deaf=True)
+    look.line.echoes.append(exchange.Echo(0.1, 0.0))
+    [section] = sections.between_section([look])
+    assert told(list(section.verdicts), "visibility")[0][0] is FAIL
+
+
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
@@ -439,8 +499,8 @@ def test_the_exchange_measures_the_way_and_the_clock(tmp_path: Path) -> None:
     ended: list[str] = []
     node = threading.Thread(target=lambda: ended.append(exchange.serve(tmp_path, "n", act, time.sleep)))
     node.start()
-    for word in ("one", "two"):
-        line.send(word=word)
+    for word in (None, "two"):
+        line.send(**({"word": word} if word else {}))
         end = time.monotonic() + 20
         while line.is_busy and time.monotonic() < end:
             line.look()
@@ -448,7 +508,8 @@ def test_the_exchange_measures_the_way_and_the_clock(tmp_path: Path) -> None:
     line.send(end=True)
     node.join(20)
     assert ended == [exchange.TOLD]
-    assert [answer["heard"] for answer in line.answers] == ["one", "two"]
+    assert [answer["heard"] for answer in line.answers] == [None, "two"]
+    assert len(line.echoes) == 1, "what is asked takes its own time, which says nothing of the share"
     late = exchange.visible_after(line.echoes)
     clock = exchange.clock_ahead(line.echoes)
     assert late is not None and clock is not None

@@ -1,15 +1,17 @@
 """The doctor's round: nodes are looked at, messages exchanged with them, connections tried between them.
 
 One loop that sees to all nodes by turns. Each is done when it has reported and all was tried with it, or when it is
-certain that this will not be: its job ended, did not start in time, or stays silent.
+certain that this will not be: its job ended, did not start in time, or stays silent. At the end each is called once
+more, so that what was found out with a node's help, or without it, is not told of one that had ended meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from slurm.lib.coordination import read_if_there
@@ -69,6 +71,11 @@ class Look:
         """Whether it is known what there will be of a report."""
         return bool(self.problem) or self.report is not None
 
+    @property
+    def is_present(self) -> bool:
+        """Whether its node answers, as far as was seen."""
+        return self.report is not None and not self.problem and not self.is_deaf
+
     def untried(self, all_of_them: Sequence[Look]) -> list[Look]:
         """The pages on other hosts that this node has still to reach for."""
         pages = [look for look in all_of_them if look.has_page and look.host != self.host]
@@ -81,6 +88,11 @@ class Look:
         echoed = self.report is not None and len(self.line.echoes) >= ECHOES and not self.line.is_busy
         return echoed and all(look.is_settled for look in all_of_them) and not self.untried(all_of_them)
 
+    def call(self) -> None:
+        """Ask once more for a word: a page that was not reached may be that of a job which had ended by then."""
+        if self.is_present and not self.line.is_busy:
+            self.line.send()
+
 
 def examine(nodes: Nodes, looks: Sequence[Look], folder: Path, wait_s: float, notes: SignalNotes) -> None:
     """Start a job for each look, and fill the looks in; at the end of it no job is left."""
@@ -89,17 +101,28 @@ def examine(nodes: Nodes, looks: Sequence[Look], folder: Path, wait_s: float, no
         for look in looks:
             notes.check()
             _start(nodes, look, job_ids)
-        asked = 0.0
-        while not all(look.is_done(looks) for look in looks):
-            notes.check()
-            if time.monotonic() - asked > STATUS_EVERY_S:
-                _see_statuses(nodes, looks, notes)
-                asked = time.monotonic()
-            for look in looks:
-                _attend(look, looks, folder, wait_s)
-            notes.sleep(PAUSE_S)
+        round_ = partial(_see_to_them, nodes, looks, folder, wait_s, notes)
+        round_(lambda: all(look.is_done(looks) for look in looks))
         _reach_from_here(looks)
+        for look in looks:
+            look.call()
+        round_(lambda: not any(look.is_present and look.line.is_busy for look in looks))
         _say_goodbye(nodes, looks, notes)
+
+
+def _see_to_them(
+    nodes: Nodes, looks: Sequence[Look], folder: Path, wait_s: float, notes: SignalNotes, done: Callable[[], bool]
+) -> None:
+    """See to one node after the other until all is done."""
+    asked = 0.0
+    while not done():
+        notes.check()
+        if time.monotonic() - asked > STATUS_EVERY_S:
+            _see_statuses(nodes, looks, notes)
+            asked = time.monotonic()
+        for look in looks:
+            _attend(look, looks, folder, wait_s)
+        notes.sleep(PAUSE_S)
 
 
 def _start(nodes: Nodes, look: Look, job_ids: list[str]) -> None:

@@ -64,7 +64,10 @@ class Echo:
 
 @dataclass
 class Line:
-    """The doctor's end of the exchange with one node: at most one message is on its way."""
+    """The doctor's end of the exchange with one node: at most one message is on its way.
+
+    ``echoes``: of the messages that asked for nothing but an answer; what else is asked takes its own time.
+    """
 
     folder: Path
     node: str
@@ -72,6 +75,7 @@ class Line:
     answers: list[dict[str, Any]] = field(default_factory=list)
     _number: int = 0
     _sent: float | None = None
+    _asks: bool = False
     _sent_at: float = 0.0
     _last: float = 0.0
 
@@ -93,7 +97,7 @@ class Line:
     def send(self, **message: object) -> None:
         """Send a message; its answer will be among ``answers``."""
         self._sent, self._sent_at = time.monotonic(), time.time()
-        self._last = self._sent
+        self._last, self._asks = self._sent, bool(message)
         text = json.dumps({"number": self._number, **message})
         write_atomically(_ping(self.folder, self.node, self._number), text, PRIVATE)
 
@@ -105,8 +109,9 @@ class Line:
         if not answer:
             return
         seconds, now = time.monotonic() - self._sent, time.time()
-        with contextlib.suppress(TypeError, ValueError):
-            self.echoes.append(Echo(seconds, float(answer["time"]) - (self._sent_at + now) / 2))
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            if not self._asks:
+                self.echoes.append(Echo(seconds, float(answer["time"]) - (self._sent_at + now) / 2))
         self.answers.append(answer)
         self._number, self._sent = self._number + 1, None
 

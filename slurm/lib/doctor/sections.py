@@ -20,6 +20,7 @@ from slurm.lib.doctor.verdict import Section, Verdict, fail, warn
 from slurm.lib.settings import Settings
 
 NEVER_STARTED = "wait for free nodes (--wait SECONDS), or see why in squeue --me and sinfo"
+DIED = "see why in its job's log and in sacct, and run the doctor again"
 NO_REPORT = "see these words; are SKYRL_JOBS_BASE and the Python environment on storage that this node shares?"
 
 
@@ -37,9 +38,10 @@ def node_verdicts(report: Report, settings: Settings, mark: str) -> tuple[Verdic
 
 
 def node_section(look: Look, settings: Settings, mark: str) -> Section:
-    """One node; where there is no report, only why."""
+    """One node; where there is no report, only why there is none."""
     kind = warn if look.waits else fail
-    problem = (kind("job", look.problem, NEVER_STARTED if look.waits else NO_REPORT),) if look.problem else ()
+    fix = NEVER_STARTED if look.waits else DIED if look.report else NO_REPORT
+    problem = (kind("job", look.problem, fix),) if look.problem else ()
     if look.report is None:
         return Section(look.wanted.place, problem)
     return Section(f"{look.host} ({look.wanted.place})", (*problem, *node_verdicts(look.report, settings, mark)))
@@ -50,7 +52,7 @@ def between_section(looks: Sequence[Look]) -> list[Section]:
     remote = [look for look in looks if look.wanted.partition and look.report]
     verdicts: list[Verdict] = []
     for look in remote:
-        verdicts.append(visibility_verdict(look.host, look.line.echoes))
+        verdicts.append(visibility_verdict(look.host, () if look.is_deaf else look.line.echoes))
         verdicts += clock_verdict(look.host, look.line.echoes)
     for page in (look for look in looks if look.has_page):
         verdicts += _port_verdicts(page, looks)
