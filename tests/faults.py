@@ -683,9 +683,10 @@ def released(
     to write a log; if both were, nobody is left to say anything.
     """
     begin = time.monotonic() if since is None else since
-    while left := [*(f"{kind} job" for kind in run.jobs if not run.is_over(kind)), *nothing_left.now()]:
-        assert time.monotonic() - begin < case.bound_s, f"{case.fault}: after {case.bound_s:g} s still there: {left}"
-        time.sleep(0.1)
+    while left := _still_there(run, nothing_left):
+        seconds = time.monotonic() - begin
+        assert seconds < case.bound_s, f"{case.fault}: after {case.bound_s:g} s still there: {left}"
+        time.sleep(0.2)
     seconds = time.monotonic() - begin
     reason = reads or case.reads
     silent = [place for place, text in _places(run, mute) if not text or reason not in text]
@@ -693,6 +694,11 @@ def released(
         f"{case.fault}: {reason or 'a reason'!r} does not stand in {', '.join(silent)} of {run.directory}"
     )
     return within(case, seconds)
+
+
+def _still_there(run: Run, nothing_left: NothingLeft) -> list[str]:
+    """The jobs; only without them what they leave, as that look is dear, and many of them would be the load."""
+    return [f"{kind} job" for kind in run.jobs if not run.is_over(kind)] or nothing_left.now()
 
 
 def _places(run: Run, mute: Collection[str] = ()) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from tests import cluster
 
+ANSWERED_S = 15.0  # within which squeue is to answer, said again where it fails
 FAULTY = Path(__file__).with_name("faulty_fs.py")
 
 
@@ -43,6 +44,18 @@ def until(what: str, condition: Callable[[], object], seconds: float, every_s: f
         assert time.monotonic() - start < seconds, f"{what}: not within {seconds} s"
         time.sleep(every_s)
     return time.monotonic() - start
+
+
+def squeue(user: User, *options: str) -> str:
+    """What it prints, without a header: nothing of a job that Slurm has forgotten, and for no other reason.
+
+    A controller that is asked by many at once may refuse one of them, which is not to be taken for an empty queue.
+    """
+    end = time.monotonic() + ANSWERED_S
+    while (answer := user.run(["squeue", "-h", *options])).returncode and "Invalid job id" not in answer.stderr:
+        assert time.monotonic() < end, f"squeue does not answer: {answer.stderr.strip()}"
+        time.sleep(0.2)
+    return answer.stdout
 
 
 @contextlib.contextmanager
@@ -108,8 +121,8 @@ class Run:
 
     def shown(self, kind: str, what: str) -> str:
         """A field of squeue's for a job; of a heterogeneous job it may show the other component too."""
-        answer = self.user.run(["squeue", "-h", "-t", "all", "-j", self.jobs[kind], "-o", f"%A|{what}"])
-        return dict(line.split("|", 1) for line in answer.stdout.splitlines()).get(self.jobs[kind], "")
+        answer = squeue(self.user, "-t", "all", "-j", self.jobs[kind], "-o", f"%A|{what}")
+        return dict(line.split("|", 1) for line in answer.splitlines()).get(self.jobs[kind], "")
 
     def state(self, kind: str) -> str:
         return self.shown(kind, "%T") or "GONE"

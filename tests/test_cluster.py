@@ -15,7 +15,7 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, belongings, leaving_nothing, leftovers, sweep
-from tests.runs import until
+from tests.runs import squeue, until
 
 pytestmark = pytest.mark.slurm
 
@@ -94,7 +94,7 @@ def test_a_port_of_a_rootless_container_is_reachable_from_another_node(user: Ord
     assert job.returncode == 0, job.stderr
 
     def started() -> bool:
-        assert user.run(["squeue", "-h", "-j", job.stdout.strip()]).stdout, (jobs_base / "out").read_text()
+        assert squeue(user, "-j", job.stdout.strip()), (jobs_base / "out").read_text()
         return (jobs_base / "info").exists() and bool((jobs_base / "info").read_text())
 
     until("the container", started, 60)
@@ -106,7 +106,7 @@ def test_a_port_of_a_rootless_container_is_reachable_from_another_node(user: Ord
     assert "gpu-a" in answer
     assert "hello from a sandbox" in answer
     user.run(["touch", str(jobs_base / "done")])
-    until("the job's end", lambda: not user.run(["squeue", "-h", "-j", job.stdout.strip()]).stdout, 30)
+    until("the job's end", lambda: not squeue(user, "-j", job.stdout.strip()), 30)
 
 
 def make_image(folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_job_that_ignores_sigterm_is_killed_after_killwait(user: OrdinaryUser,
     job = user.run(["sbatch", "--parsable", "--output=/dev/null", f"--wrap={words}"]).stdout.strip()
     until("the job", mark.exists, 30)
     user.run(["scancel", job])
-    until("its end by SIGKILL", lambda: not user.run(["squeue", "-h", "-j", job]).stdout, 20)
+    until("its end by SIGKILL", lambda: not squeue(user, "-j", job), 20)
 
 
 def test_a_file_is_hidden_on_one_node_alone() -> None:

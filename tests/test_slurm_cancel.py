@@ -20,7 +20,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests.conftest import NothingLeft, OrdinaryUser, fresh_folder
 from tests.local_runs import Place
-from tests.runs import SMALL, WITH_SANDBOXES, Run, killed_after, launch, until
+from tests.runs import SMALL, WITH_SANDBOXES, Run, killed_after, launch, squeue, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -146,7 +146,7 @@ def test_all_that_live_and_nothing_else(desk: Desk, user: OrdinaryUser, other_us
         for run in (running, pending, elsewhere):
             assert run.completion["ended"] == "cancelled"
         for job_id in (own_other, named_alike):
-            assert "PENDING" in user.run(["squeue", "-h", "-a", "-j", job_id, "-o", "%T"]).stdout
+            assert "PENDING" in squeue(user, "-a", "-j", job_id, "-o", "%T")
         again = desk.cancel("--all", "--yes")
         assert (again.returncode, again.stdout) == (0, "")
         assert "no run of yours lives" in again.stderr
@@ -297,7 +297,7 @@ def test_workers_are_seen_and_end_with_their_run(desk: Desk, user: OrdinaryUser)
     (cancelled,) = json.loads(done.stdout)["runs"]
     assert {job["id"] for job in cancelled["jobs"]} == {*run.jobs.values(), *stages}
     assert all(job["ended"] for job in cancelled["jobs"])
-    assert user.run(["squeue", "-h", f"--user={user.name}"]).stdout == "", "none is left, of those that waited either"
+    assert squeue(user, f"--user={user.name}") == "", "none is left, of those that waited either"
     report = verb("report", str(run.directory)).stdout
     assert re.search(r"\n  all nodes +\d+ +0 ", report), report
 

@@ -19,7 +19,7 @@ import pytest
 from slurm.lib.doctor.exchange import SILENCE_S
 from tests import cluster as test_cluster
 from tests.conftest import NothingLeft, OrdinaryUser
-from tests.runs import until
+from tests.runs import squeue, until
 
 pytestmark = pytest.mark.slurm
 
@@ -161,7 +161,7 @@ def test_a_node_without_an_interpreter_says_so(doctor: Doctor) -> None:
 
 def test_a_partition_that_is_full_is_waited_for_no_longer_than_said(doctor: Doctor, user: OrdinaryUser) -> None:
     held = user.run(["sbatch", "--parsable", "-p", "gpu_test", "-w", "gpu-a", "--exclusive", "--wrap=sleep 600"])
-    until("the node to be taken", lambda: user.run(["squeue", "-h", "-t", "R"]).stdout.strip(), 30)
+    until("the node to be taken", lambda: squeue(user, "-t", "R").strip(), 30)
     try:
         said = doctor(options=("--wait", "20"))
     finally:
@@ -195,7 +195,7 @@ def looking(doctor: Doctor) -> subprocess.Popen[str]:
 def taken_gpus(user: OrdinaryUser, nothing_left: NothingLeft) -> None:
     """No job starts on gpu-a; ended by the sweep of ``nothing_left`` at the latest."""
     user.run(["sbatch", "--job-name=taken", "-p", "gpu_test", "-w", "gpu-a", "--exclusive", "--wrap=sleep 600"])
-    until("the node to be taken", lambda: user.run(["squeue", "-h", "-t", "R"]).stdout.strip(), 30)
+    until("the node to be taken", lambda: squeue(user, "-t", "R").strip(), 30)
 
 
 def free_gpus(user: OrdinaryUser) -> None:
@@ -219,7 +219,7 @@ def test_what_a_killed_one_leaves_ends_by_itself(doctor: Doctor, taken_gpus: Non
     process = looking(doctor)
     process.kill()
     process.communicate()
-    shown = doctor.user.run(["squeue", "-h", "-n", "skyrl-doctor", "-o", "%T"]).stdout.split()
+    shown = squeue(doctor.user, "-n", "skyrl-doctor", "-o", "%T").split()
     assert sorted(shown) == ["PENDING", "RUNNING"]
     free_gpus(doctor.user)  # so that the pending one starts, and finds nobody
     until("the jobs to end by themselves", lambda: not nothing_left.now(), 2 * SILENCE_S + 60)

@@ -244,7 +244,7 @@ def limit_ends(seen: Seen, case: Case) -> None:
     assert run.state(kind) == "RUNNING", f"{case.fault}: its limit came before anybody looked"
     end = time.monotonic() + 150
     while (state := run.state(kind)) == "RUNNING" and time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(0.5)
     since = time.monotonic()
     assert state != "RUNNING", f"{case.fault}: its limit of a minute is over, and it runs"
     seen.scene.released(case.fault, case, since)
@@ -258,7 +258,7 @@ def chain_goes_on(seen: Seen, case: Case) -> None:
     until(f"the next attempt of {case.fault}", lambda: run.next_attempt().jobs, 30)  # Slurm may be slow to take it
     following = run.next_attempt()
     check = NothingLeftOfRun(scene.user, belongings(scene.user), run, url=run.text("runtime_url.txt"))
-    until(f"the first end of {case.fault}", lambda: {run.state(kind) for kind in run.jobs} != {"RUNNING"}, 180)
+    until(f"the first end of {case.fault}", lambda: {run.state(kind) for kind in run.jobs} != {"RUNNING"}, 180, 0.5)
     since = time.monotonic()
     until(f"release: {case.fault}", lambda: all(map(run.is_over, run.jobs)) and not check.now(), RELEASED_S)
     following.wait_for_text("training", "trainer went on", case.bound_s)

@@ -21,7 +21,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import Case, within
-from tests.runs import SMALL, Run, faulty, launch, launch_argv, own_environment, until
+from tests.runs import SMALL, Run, faulty, launch, launch_argv, own_environment, squeue, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -72,7 +72,7 @@ def lab(user: OrdinaryUser, checkout: Path, jobs_base: Path) -> Iterator[Lab]:
     with made.mounts:
         yield made
         user.run(["scancel", "-u", user.name])
-        until("an empty queue", lambda: not user.run(["squeue", "-h", "-u", user.name]).stdout.strip(), 60)
+        until("an empty queue", lambda: not squeue(user, "-u", user.name).strip(), 60)
 
 
 def over(run: Run, case: Case, begin: float, *reads: str) -> float:
@@ -195,7 +195,7 @@ def test_a_directory_that_is_full_read_only_removed_or_slow(lab: Lab, nothing_le
     within(faults.LAUNCH_FULL, time.monotonic() - begin)
     assert refused.returncode == 73, refused.stderr
     assert "No space left on device" in refused.stderr
-    assert not lab.user.run(["squeue", "-h", "-u", lab.user.name]).stdout
+    assert not squeue(lab.user, "-u", lab.user.name)
 
 
 LATER = "--begin=now+600"  # until it is to start

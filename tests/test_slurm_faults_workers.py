@@ -15,7 +15,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import released, within
-from tests.runs import STARTS_SANDBOXES, Run, answers, body_pid, launch, until
+from tests.runs import STARTS_SANDBOXES, Run, answers, body_pid, launch, squeue, until
 from tests.test_slurm_faults_launch import Desk, killed_at
 from tests.test_slurm_many_nodes import TWO_SLOTS, all_over, ask, sandboxes, tasks
 
@@ -66,7 +66,7 @@ def lost(user: OrdinaryUser, run: Run, made: list[dict[str, Any]], worker: str, 
 
 
 def kill_worker(run: Run, worker: str) -> None:
-    number = run.user.run(["squeue", "-h", "-j", worker, "-o", "%A"]).stdout.strip()
+    number = squeue(run.user, "-j", worker, "-o", "%A").strip()
     os.kill(body_pid(Run(run.user, run.directory, {"worker": number}), "worker"), signal.SIGKILL)
 
 

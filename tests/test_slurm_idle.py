@@ -19,7 +19,7 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, belongings, fresh_folder, leaving_nothing
-from tests.runs import Run, launch, launch_argv, until
+from tests.runs import Run, launch, launch_argv, squeue, until
 from tests.test_slurm_restarts import SAVES_AT_ONCE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
@@ -133,7 +133,7 @@ def tell(story: Story) -> None:
 
 
 def reason(user: OrdinaryUser, job_id: str) -> str:
-    return user.run(["squeue", "-h", "-j", job_id, "-o", "%r"]).stdout
+    return squeue(user, "-j", job_id, "-o", "%r")
 
 
 @pytest.fixture(scope="module")

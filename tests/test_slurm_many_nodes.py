@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.runs import STARTS_SANDBOXES, Run, User, answers, body_pid, launch, until
+from tests.runs import STARTS_SANDBOXES, Run, User, answers, body_pid, launch, squeue, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -52,7 +52,7 @@ def tasks(run: Run) -> dict[str, str]:
     """Slurm's words for the states of a run's workers, by their ids."""
     jobs = json.loads(run.text("run.json"))["jobs"]
     ids = ",".join(jobs[kind]["id"] for kind in ("workers", "more_workers") if kind in jobs)
-    rows = run.user.run(["squeue", "-h", "-r", "-t", "all", "-j", ids, "-o", "%F_%K|%T"]).stdout.split()
+    rows = squeue(run.user, "-r", "-t", "all", "-j", ids, "-o", "%F_%K|%T").split()
     return dict(row.split("|") for row in rows)
 
 
@@ -86,7 +86,7 @@ def submitted_by_hand(run: Run, checkout: Path) -> str:
 
 
 def is_over(user: User, job_id: str) -> bool:
-    return not user.run(["squeue", "-h", "-j", job_id]).stdout.strip()
+    return not squeue(user, "-j", job_id).strip()
 
 
 def pid_of(module: str) -> int:

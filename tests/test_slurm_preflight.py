@@ -13,7 +13,7 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser
-from tests.runs import launch, launch_argv, until
+from tests.runs import launch, launch_argv, squeue, until
 
 pytestmark = pytest.mark.slurm
 TRUE = "TRAINING_COMMAND=true"
@@ -32,7 +32,7 @@ def test_slurm_says_when_the_jobs_would_start(user: OrdinaryUser, checkout: Path
     assert code == 0
     assert [finding["level"] for finding in found] == ["estimate", "estimate"]
     assert all("job would start about 20" in finding["sentence"] for finding in found)
-    assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip(), "a question queues nothing"
+    assert not squeue(user, "-u", user.name).strip(), "a question queues nothing"
     assert list(jobs_base.iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_a_launch_stops_before_anything_is_queued(user: OrdinaryUser, checkout: 
     done = user.run(launch_argv(checkout, *words))
     assert (done.returncode, done.stdout) == (2, "")
     assert "nothing was queued" in done.stderr
-    assert not user.run(["squeue", "-h", "-u", user.name]).stdout.strip()
+    assert not squeue(user, "-u", user.name).strip()
     assert list(jobs_base.iterdir()) == []
 
 

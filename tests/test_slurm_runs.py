@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import lying_image
-from tests.runs import Run, User, body_pid, launch, launch_argv, parse_report, podman_ps, until
+from tests.runs import Run, User, body_pid, launch, launch_argv, parse_report, podman_ps, squeue, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -265,7 +265,7 @@ def test_a_refused_training_job_takes_the_runtime_back(user: User, checkout: Pat
     assert "invalid partition" in done.stderr
     assert "cancelled" in done.stderr
     assert not list(jobs_base.glob("2*"))
-    assert user.run(["squeue", "-h", "-u", str(user.home.name)]).stdout.strip() == ""
+    assert squeue(user, "-u", str(user.home.name)).strip() == ""
 
 
 SCRIPT = """set -euo pipefail

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
-from tests.runs import WITH_SANDBOXES, Run, launch, until, with_sandboxes
+from tests.runs import WITH_SANDBOXES, Run, launch, squeue, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.verbs]
 
@@ -51,7 +51,7 @@ class Shells:
     def steps(self) -> str:
         """The names of all steps of the run's jobs."""
         jobs = ",".join(self.run.jobs.values())
-        return self.user.run(["squeue", "-h", "--steps", "-j", jobs, "-o", "%j"]).stdout
+        return squeue(self.user, "--steps", "-j", jobs, "-o", "%j")
 
 
 @contextlib.contextmanager
@@ -289,7 +289,7 @@ def test_a_job_that_is_submitted_in_a_shell_outlives_it(shells: Shells) -> None:
     try:
         until("the end of the shell's step", lambda: "skyrl-shell" not in shells.steps(), STEP_S)
         assert _has(shells.user, "sleep 1700")
-        state = shells.user.run(["squeue", "-h", "-j", job_id, "-o", "%T"]).stdout.strip()
+        state = squeue(shells.user, "-j", job_id, "-o", "%T").strip()
         assert state == "RUNNING"
     finally:
         shells.user.run(["scancel", job_id])

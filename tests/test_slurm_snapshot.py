@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OrdinaryUser
-from tests.runs import Run, launch_argv, parse_report
+from tests.runs import Run, launch_argv, parse_report, squeue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -167,4 +167,4 @@ def test_outside_of_git_nothing_is_queued(user: OrdinaryUser, checkout: Path, jo
     assert done.returncode == 2
     assert f"snapshot: SNAPSHOT=1 copies what git tracks, and git tracks nothing in {agent}" in done.stderr
     assert not (jobs_base / "none").exists()
-    assert not user.run(["squeue", "-h", "--me", "-t", "all", "-n", "skyrl-train", "-o", "%T"]).stdout.count("PENDING")
+    assert not squeue(user, "--me", "-t", "all", "-n", "skyrl-train", "-o", "%T").count("PENDING")
