@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tests import cluster
 
-ANSWERED_S = 15.0  # within which squeue is to answer, said again where it fails
+ANSWERED_S = 45.0  # within which squeue is to answer, said again where it fails: one call may take 18 s
 FAULTY = Path(__file__).with_name("faulty_fs.py")
 
 
@@ -148,9 +148,14 @@ class Run:
         return dict(json.loads(self.text("training_complete.flag") or "{}"))
 
     def next_attempt(self, number: int = 1) -> Run:
-        """The jobs that wait for the end of an attempt; written down before its trainer starts."""
+        """The jobs that wait for the end of an attempt, as far as they are written down."""
         record = json.loads(self.text(f"attempt_{number}.json"))
         return replace(self, jobs=dict(record["successor"]))
+
+    def queued_attempt(self, number: int = 1) -> Run:
+        """The same once there are some: Slurm may take longer to queue them than the trainer is held up for it."""
+        until(f"the jobs after attempt {number}", lambda: self.next_attempt(number).jobs, 60)
+        return self.next_attempt(number)
 
     def start_now(self, kind: str) -> None:
         """For a job that is to begin later (``--begin``)."""
@@ -158,9 +163,10 @@ class Run:
         assert done.returncode == 0, done.stderr
 
     def exit_code(self, kind: str) -> str:
-        shown = self.user.run(["scontrol", "show", "job", self.jobs[kind]]).stdout
-        found = re.search(r"ExitCode=(\d+):(\d+)", shown)
-        assert found, shown
+        argv, end = ["scontrol", "show", "job", self.jobs[kind]], time.monotonic() + ANSWERED_S
+        while not (found := re.search(r"ExitCode=(\d+):(\d+)", (shown := self.user.run(argv)).stdout)):
+            assert time.monotonic() < end, shown
+            time.sleep(0.2)
         return found.group(1)
 
 

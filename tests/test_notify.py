@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import stat
 import threading
@@ -31,7 +32,7 @@ from slurm.lib.scheduler import JobState, LocalJobs, Slurm
 from slurm.lib.secrets import is_secret_name, redact_conf, secret_values
 from slurm.lib.settings import KEYS, Settings, recipients, said
 from slurm.lib.signals import SignalNotes
-from slurm.lib.supervisor import NoteEnd, Outcome
+from slurm.lib.supervisor import AllStopped, Failed, NoteEnd, Outcome, StopSignal
 from slurm.lib.webhook import post
 from tests.fake_slurm import FakeSlurm
 from tests.receiver import Receiver, receiver
@@ -378,6 +379,30 @@ def runtime_of(tmp_path: Path, with_training: bool, state: JobState = JobState.R
     assert isinstance(job.scheduler, FakeScheduler)
     job.scheduler.state = state
     return RuntimeJob(job, SignalNotes())
+
+
+def test_a_signalled_runtime_says_how_it_ends_before_it_has_removed_everything(tmp_path: Path) -> None:
+    """Slurm's KILL may come while its storage is removed; of the training it says what that has said by then."""
+    running = runtime_of(tmp_path, True)
+    flag = Flag("8", "7", exit_code=143, reason="ended by SIGTERM (scancel)", ended="cancelled")
+    running.job.directory.publish(running.job.directory.training_complete, flag)
+    running.notes.note(signal.SIGTERM)
+    with running.noted():
+        running.take(StopSignal(signal.SIGTERM))
+    jobs = json.loads(running.job.directory.run_record.read_text())["jobs"]
+    assert {kind: (job["ended"]["reason"], job["ended"]["said_by"]) for kind, job in jobs.items()} == {
+        "runtime": ("ended by SIGTERM", "runtime"),
+        "training": ("ended by SIGTERM (scancel)", "training"),
+    }
+
+
+def test_a_runtime_that_is_not_signalled_says_it_last(tmp_path: Path) -> None:
+    running = runtime_of(tmp_path, True)
+    with running.noted():
+        running.take(Failed(71, "no Podman"))
+    assert "ended" not in running.job.directory.run_record.read_text()
+    running.take(AllStopped())
+    assert json.loads(running.job.directory.run_record.read_text())["jobs"]["runtime"]["ended"]["exit_code"] == 71
 
 
 GONE = End("training", "8", None, "the training job 8 is gone", "runtime")

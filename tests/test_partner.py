@@ -89,6 +89,14 @@ def test_the_end_of_a_job_that_never_beat_is_seen_within_8_seconds(after: int) -
     assert world.run(8) is not None
 
 
+def test_one_that_slurm_is_just_ending_is_asked_about_sooner() -> None:
+    world = World(expected=False)
+    world.age, world.scheduler.words = None, "COMPLETING, None"
+    assert world.run(1) is None
+    world.scheduler.state = JobState.ENDED_BADLY
+    assert world.run(4) is not None
+
+
 def test_a_job_that_had_ended_before_is_seen_at_once() -> None:
     world = World(expected=False)
     world.age, world.scheduler.state = None, JobState.ENDED_BADLY

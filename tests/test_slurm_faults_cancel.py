@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -97,7 +97,7 @@ def test_running_runs_of_every_kind(
         run.wait_for_text("training", "trainer started", 60)
     waiting.wait_for_text("runtime", "API server ready", 60)
     local.wait_for("training | trainer started")
-    following = replace(restarts, jobs=json.loads(restarts.text("attempt_1.json"))["successor"])
+    following = restarts.queued_attempt()
     starting = launch(user, checkout, jobs_base, TRAIN_LONG, NO_GPU)
     until("its start", lambda: starting.state("training") == "RUNNING", 30)
     begin = time.monotonic()
@@ -165,7 +165,8 @@ def test_bodies_that_hang_are_killed(user: OrdinaryUser, checkout: Path, jobs_ba
         done = cancel(run.directory)
     within(faults.CANCELLED_HUNG, time.monotonic() - begin)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(f"told to end, {faults.CANCELLED_HUNG.reads}; ended after") == 2, done.stdout
+    told = rf"told to end, {faults.CANCELLED_HUNG.reads}(, cancelled)?; ended after"
+    assert len(re.findall(told, done.stdout)) == 2, done.stdout  # Slurm may take 2 s to see that a body is gone
     assert "killed by launch.py cancel" in run.completion["reason"]
     recorded = json.loads(run.text("run.json"))["jobs"]
     assert all("killed by launch.py cancel" in recorded[kind]["ended"]["reason"] for kind in run.jobs), recorded

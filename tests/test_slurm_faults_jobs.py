@@ -77,6 +77,11 @@ class Scene:
         until(f"{kind} job of {name}: {wanted}", lambda: run.state(kind) in wanted, 60)
         return time.monotonic()
 
+    def body_began(self, name: str, kind: str) -> float:
+        """Wait for a job's first line; the moment at which it was seen."""
+        self.runs[name].wait_for_text(kind, "coordination directory", 60)
+        return time.monotonic()
+
     def released(self, name: str, case: Case, since: float, reads: str = "", mute: tuple[str, ...] = ()) -> float:
         run = self.runs[name]
         off = [node for node in test_cluster.NODES if test_cluster.slurmd_pid(node) is None]
@@ -89,13 +94,13 @@ class Seen:
     """What was seen of the cases that go on side by side: of each what fails, or None."""
 
     scene: Scene
-    failures: dict[Case, AssertionError] = field(default_factory=dict)
+    failures: dict[Case, Exception] = field(default_factory=dict)
     looks: list[threading.Thread] = field(default_factory=list)
 
     def see(self, case: Case, look: Callable[[], object]) -> None:
         try:
             look()
-        except AssertionError as failure:
+        except Exception as failure:  # of whatever kind: it is this case's
             self.failures[case] = failure
 
     def watch(self, case: Case, look: Callable[[], object]) -> None:
@@ -137,9 +142,12 @@ def test_a_trainers_end_ends_both_jobs_with_its_exit_code(scene: Scene) -> None:
     since = time.monotonic()
     for run in scene.runs.values():
         (run.directory / "go").touch()
+    seen = Seen(scene)
+    for case in ENDINGS:
+        seen.watch(case, partial(scene.released, case.fault, case, since))
+    seen.join()
     for case, (_command, code) in ENDINGS.items():
-        scene.released(case.fault, case, since)
-        run = scene.runs[case.fault]
+        run = seen.judge(case)
         assert run.completion["exit_code"] == code
         assert run.exit_code("training") == str(code)
         assert run.exit_code("runtime") == "0"
@@ -159,8 +167,12 @@ def test_running_jobs_that_are_cancelled(scene: Scene) -> None:
     for run in scene.runs.values():
         until("its sandboxes", lambda run=run: run.text("sandboxes.json"), 90)  # type: ignore[misc]
     moments = {case: scene.cancel(case.fault, *kinds) for case, kinds in victims.items()}
+    seen = Seen(scene)
     for case, since in moments.items():
-        scene.released(case.fault, case, since)
+        seen.watch(case, partial(scene.released, case.fault, case, since))
+    seen.join()
+    for case in moments:
+        seen.judge(case)
 
 
 def cancelled_as_it_starts(scene: Scene, case: Case, kinds: tuple[str, ...]) -> None:
@@ -206,10 +218,10 @@ def test_jobs_that_are_cancelled_in_the_queue(scene: Scene) -> None:
     moment = scene.cancel(training, "training")
     scene.released(training, faults.CANCEL_PENDING_TRAINING, moment, mute=("training",))
     scene.cancel(runtime, "runtime")
-    start = scene.state(runtime, "training", "RUNNING", "COMPLETING", "FAILED")
+    start = scene.body_began(runtime, "training")
     scene.released(runtime, faults.CANCEL_PENDING_RUNTIME, start, mute=("runtime",))
     scene.let_start(first, "runtime")
-    start = scene.state(first, "runtime", "RUNNING", "COMPLETING", "FAILED")
+    start = scene.body_began(first, "runtime")
     scene.released(first, faults.CANCEL_TRAINING_FIRST, start, mute=("training",))
     assert scene.runs[training].completion["job_id"] == scene.runs[training].jobs["training"]
     assert "trainer started" not in scene.runs[runtime].log("training")
@@ -255,8 +267,7 @@ def chain_goes_on(seen: Seen, case: Case) -> None:
     scene, run = seen.scene, seen.scene.runs[case.fault]
     scene.started(case.fault)
     assert {run.state(kind) for kind in run.jobs} == {"RUNNING"}, f"{case.fault}: it ended before anybody looked"
-    until(f"the next attempt of {case.fault}", lambda: run.next_attempt().jobs, 30)  # Slurm may be slow to take it
-    following = run.next_attempt()
+    following = run.queued_attempt()
     check = NothingLeftOfRun(scene.user, belongings(scene.user), run, url=run.text("runtime_url.txt"))
     until(f"the first end of {case.fault}", lambda: {run.state(kind) for kind in run.jobs} != {"RUNNING"}, 180, 0.5)
     since = time.monotonic()

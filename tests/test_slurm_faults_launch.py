@@ -26,7 +26,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser, belongings
 from tests.faults import within
-from tests.runs import SMALL, Run, answers, body_pid, launch, launch_argv, parse_report, until, with_sandboxes
+from tests.runs import SMALL, Run, answers, body_pid, launch, launch_argv, parse_report, squeue, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.faults]
 
@@ -118,9 +118,8 @@ class Desk:
         return self.user.run(argv, {"SKYRL_JOBS_BASE": str(self.base)})
 
     def queue(self) -> list[Job]:
-        answer = self.user.run(["squeue", "-h", f"--user={self.user.name}", "-o", "%A|%j|%T|%r"])
-        assert answer.returncode == 0, answer.stderr
-        return [Job(*line.split("|")) for line in answer.stdout.splitlines()]
+        lines = squeue(self.user, f"--user={self.user.name}", "-o", "%A|%j|%T|%r").splitlines()
+        return [Job(*line.split("|")) for line in lines]
 
     def calls(self) -> list[str]:
         """The launchers of the user that live, and their calls of Slurm, which go on where a launcher is killed."""
@@ -479,8 +478,8 @@ def to_queue_its_next_attempt(desk: Desk, name: str) -> Run:
 
 def remove_held(desk: Desk) -> None:
     """Remove what Slurm took from a training job that had ended by then: held until a later launch removes it."""
-    answer = desk.user.run(["squeue", "-h", f"--user={desk.user.name}", "-o", "%A|%r|%k"])
-    jobs = [line.split("|", 2) for line in answer.stdout.splitlines()]
+    lines = squeue(desk.user, f"--user={desk.user.name}", "-o", "%A|%r|%k").splitlines()
+    jobs = [line.split("|", 2) for line in lines]
     theirs = {job_id: reason for job_id, reason, comment in jobs if comment.startswith("skyrl:gpu-")}
     assert set(theirs.values()) <= {"JobHeldUser"}, jobs
     if theirs:
@@ -518,14 +517,14 @@ def test_launches_and_runs_while_the_controller_is_away(desk: Desk, case: faults
         launches.await_ends(case.bound_s)
         within(case, time.monotonic() - begin)
         until("its next attempt", lambda: "it goes on in the jobs" in following.log("training"), case.bound_s)
-    assert {job.job_id for job in desk.queue()} >= set(following.next_attempt().jobs.values())
+    queued = following.queued_attempt()
+    assert {job.job_id for job in desk.queue()} >= set(queued.jobs.values())
     assert faults.NEXT_IN_SILENCE.reads in following.log("training")
     assert all(map(answers, sandboxes))
     assert not run.completion
     assert "is gone" not in run.log("training") + run.log("runtime")
     within(faults.CONTROLLER_SILENT, 0.0)
     assert all(case.reads in err for _, err in launches.said)
-    queued = following.next_attempt()
     for one in (run, ending, following):
         assert desk.cancel(one.directory).returncode == 0
     for one in (run, ending, following, queued):

@@ -204,7 +204,7 @@ def restartable(user: User, checkout: Path, jobs_base: Path, *settings: str) -> 
     run = launch(user, checkout, jobs_base, HET, "RESTARTS=2", SAVES_AT_ONCE, *settings)
     run.wait_for_text("training", "trainer started", 60)
     until("a checkpoint", lambda: (run.directory / "checkpoints" / "count").exists(), 10)
-    return run, run.next_attempt()
+    return run, run.queued_attempt()
 
 
 def went_on(first: Run, second: Run) -> None:

@@ -64,7 +64,7 @@ class Story:
         for name in names:
             run = self.runs[name]
             run.wait_for_text("training", "trainer started", 90)
-            self.nexts[name] = run.next_attempt()
+            self.nexts[name] = run.queued_attempt()
         time.sleep(1)
 
     def attempt(self, run: Run, number: int) -> dict[str, Any]:

@@ -5,10 +5,8 @@ Both jobs run on the cluster's CPU nodes, as docs/local-verl.md tells a research
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +61,7 @@ def test_verl_saves_before_the_time_limit_and_goes_on_in_the_next_jobs(
 ) -> None:
     first = launch(user, checkout, jobs_base)
     first.wait_for_text("training", "starting the trainer", 90)
-    second = replace(first, jobs=dict(json.loads(first.text("attempt_1.json"))["successor"]))
+    second = first.queued_attempt()
     for job_id in second.jobs.values():  # so that its VERL has no reason to hurry
         test_cluster.set_time_limit(job_id, MORE_MINUTES)
 

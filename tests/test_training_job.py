@@ -131,6 +131,32 @@ def test_a_signal_beside_the_runtimes_own_word_says_both(session: TrainingSessio
     assert said.ended is Ended.INTERRUPTED
 
 
+def test_a_signal_soon_after_the_runtimes_end_is_the_reason_of_a_trainer_that_was_stopped(
+    session: TrainingSession, ending: Ending
+) -> None:
+    """``scancel`` of both jobs reaches one after the other, and the flag of the first may be seen in between."""
+    ending.preempted = False
+    why = "the runtime job 7 failed: ended by SIGTERM"
+    with start_canary() as canary, process("sleep", "60") as child, signalled(session, 0.5):
+        said = session.supervise(child, lambda: why, canary, RayCluster(), session.early_stop(child))
+    assert said == Outcome(69, f"{why}; meanwhile ended by scancel", Ended.CANCELLED)
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["the whole job is signalled", "nobody is"])
+def test_a_trainer_that_ends_well_at_once_when_signalled_is_not_complete(
+    session: TrainingSession, everybody: bool
+) -> None:
+    """Slurm signals one process after the other: the trainer's end may be seen before this job's own signal."""
+    session.chain.successor = {}
+    with start_canary() as canary, process("true") as child, signalled(session, 0.15):
+        if everybody:
+            canary.send(signal.SIGTERM)
+            canary.wait(5)
+        child.process.wait()
+        said = session.supervise(child, lambda: None, canary, RayCluster(), session.early_stop(child))
+    assert (said.ended is Ended.COMPLETED) is not everybody, said
+
+
 def test_a_lost_node_is_named_also_beside_a_signal(session: TrainingSession, tmp_path: Path) -> None:
 
     def node_state(node: str) -> str:

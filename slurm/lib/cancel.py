@@ -261,7 +261,7 @@ class Cancellation:
             ours = [one for one in left if one.may_be_ended(self.elapsed_s)]
             for act in Act:
                 self._do(act, [one for one in ours if one.now and due(one.now, one.done, self.elapsed_s) is act])
-            self.notes.sleep(pause)
+            self.notes.sleep(min(pause, max(0.0, self.end_s - self.elapsed_s)))  # orders take time, too
             self.notes.check()
             pause = min(LONGEST_PAUSE_S, pause * 1.3)
 

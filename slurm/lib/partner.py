@@ -34,6 +34,7 @@ MOST_GAP_S = 15.0
 FIRST_WORD_S = 300.0
 # Slurm's word for a job that has no log, since its body never began; and what to do about it.
 NOT_LAUNCHED = "JobLaunchFailure", "; is its run directory there on that node, and writable? slurmd's log says more"
+COMPLETING = "COMPLETING"  # squeue's word for a job that has ended, whose processes have not
 SUSPENDED = ("SUSPENDED", "STOPPED")  # squeue's words for a partner that cannot beat, by Slurm's own will
 
 
@@ -106,7 +107,7 @@ class PartnerWatch:
         if self._times_missing:
             return ASK_AGAIN_UNHEARD_S if self._heard_at is None else ASK_AGAIN_S
         if self._heard_at is None:
-            return ASK_UNHEARD_EVERY_S
+            return ASK_UNHEARD_EVERY_S / 2 if self._said.words.startswith(COMPLETING) else ASK_UNHEARD_EVERY_S
         if not silent:
             return ASK_OTHERWISE_S
         return ASK_WHEN_SILENT_S[min(self._asked_in_silence, len(ASK_WHEN_SILENT_S) - 1)]

@@ -147,13 +147,21 @@ class RuntimeJob(ServingBody):
 
     def conclude(self, action: NoteEnd) -> None:
         """The last word, in the log and in the run's record."""
-        outcome, job_id = action.outcome, self.job.job_id
-        (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", job_id, outcome.reason)
-        own = End("runtime", job_id, outcome.exit_code, outcome.reason, "runtime")
+        outcome = action.outcome
+        (log.info if outcome.as_planned else log.error)("runtime job %s ends: %s", self.job.job_id, outcome.reason)
         ending = self.unsaid(outcome)
         told = tell(self.job, ending) if ending else Sending()
-        note_ends(self.job.directory, own, *outcome.others, *self.withdrawn)
+        self.note_end(outcome)
         told.finish(patience_s(self.notes))
+
+    def note_end(self, outcome: Outcome) -> None:
+        own = End("runtime", self.job.job_id, outcome.exit_code, outcome.reason, "runtime")
+        note_ends(self.job.directory, own, *(outcome.others or self.training_said()), *self.withdrawn)
+
+    def training_said(self) -> tuple[End, ...]:
+        """What the training's flag says by now: where both are signalled, both write one record at one moment."""
+        flag = self.watch.training.reader.read()
+        return (End.of_flag("training", flag),) if flag and not flag.by_hand else ()
 
     def unsaid(self, outcome: Outcome) -> Ending | None:
         """The end that this job tells people of: its own where it has no training, else that of one that is gone.

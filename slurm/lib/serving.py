@@ -34,6 +34,7 @@ from slurm.lib.supervisor import (
     Answers,
     Event,
     Failed,
+    Outcome,
     Part,
     Recovered,
     Restart,
@@ -153,6 +154,19 @@ class ServingBody(ABC):
                 log.info("stopping everything: %s", action.outcome.reason)
             self.do_own(action)
 
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """After the block a job that was signalled says how it ends: what follows may outlast Slurm's KillWait."""
+        try:
+            yield
+        finally:
+            if self.supervisor.outcome and self.notes.stop_signal is not None:
+                self.note_end(self.supervisor.outcome)
+
+    @abstractmethod
+    def note_end(self, outcome: Outcome) -> None:
+        """Say how this job ends where a run's jobs say it; again, it says nothing new."""
+
     def look(self) -> None:
         """Look once for what has happened, and act on it."""
         event = self.watching.look(self.supervisor.state)
@@ -183,6 +197,7 @@ def serve(body: ServingBody) -> None:
     with (
         guarded(job.code) as guardian,
         podman_storage(scratch, job.job_id, stores, registries, guardian.own_storage) as storage,
+        body.noted(),
         sampled(job, body.kind, body.notes, storage) as usage,
         body.membership(Ground(guardian, storage, budget)) as (key, membership),
         api_server(job, storage, key, budget.server_s, guardian.own_session, membership) as server,

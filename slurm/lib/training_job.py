@@ -527,7 +527,7 @@ class TrainingSession:
         self, child: Child, code: int, canary: Child, cluster: RayCluster, early: EarlyStop
     ) -> Outcome:
         """The outcome of a trainer that was not stopped by us: of a fault elsewhere, of a signal, or its own."""
-        if self.chain.successor:
+        if self.chain.successor or canary.exit_code is not None:
             self.notes.sleep(CANARY_S)  # where Slurm signals every process, the trainer may have ended first
         told = early.killed_by_it(code)
         if code and not told and self.notes.stop_signal is None and (lost := self._lost_meanwhile(code, cluster)):
@@ -613,7 +613,10 @@ class TrainingSession:
 
     def _stopped(self, child: Child, code: int, why: str, how: Ended) -> Outcome:
         log.error("%s; stopping the trainer, which has %.0f s", why, STOP_GRACE_S)
+        begin = time.monotonic()
         child.stop(STOP_GRACE_S)
+        if code == PartnerGone.exit_code:  # who ends both jobs may signal this one a moment later
+            self.notes.sleep(max(0.0, SIGNAL_SOON_S - (time.monotonic() - begin)))
         return self._as_signalled(Outcome(code, why, how))
 
     def _as_signalled(self, outcome: Outcome) -> Outcome:

@@ -33,6 +33,7 @@ from slurm.lib.supervisor import (
     Action,
     Event,
     NoteEnd,
+    Outcome,
     Part,
     Publish,
     RuntimeGone,
@@ -238,6 +239,9 @@ class WorkerJob(ServingBody):
             outcome = action.outcome
             say = log.info if outcome.as_planned else log.error
             say("worker %s ends: %s", self.job.job_id, outcome.reason)
+
+    def note_end(self, outcome: Outcome) -> None:
+        """It is not the run's, and stands in no record."""
 
 
 def number_of(job: JobContext) -> int:
