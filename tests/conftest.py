@@ -23,7 +23,7 @@ from tests.cluster import accounting as cluster_accounting
 from tests.users import OTHER_NAME, made_user, ordinary_user, subordinate_uids
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-END_DEADLINE_S = 20.0
+END_DEADLINE_S = 60.0
 VERL_CACHE = Path("/var/tmp/skyrl-tests/verl-0.5.0")
 SCRATCH = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))  # what is local to a node, and what jobs may write
 

@@ -206,12 +206,18 @@ def checked(line: str, codes: list[str]) -> str:
     return f"{without_comment(line)} || false" if " && " in line else line
 
 
+def said_again(line: str) -> str:
+    """``launch.py cancel`` as its reader says it again where jobs had not ended within its 15 s (exit code 75)."""
+    return f"{line} || {{ [[ $? == 75 ]] && {line}; }}" if " cancel " in line else line
+
+
 def script(blocks: list[Block]) -> str:
     """What the reader of one document types, in order, in one shell; ends with 1 at the first command that fails."""
     parts = [PRELUDE]
     for block in blocks:
         if block.is_run:
-            parts += [f"at {shlex.quote(block.place)}", *block.rests("before"), typed(block), *block.rests("then")]
+            parts += [f"at {shlex.quote(block.place)}", *block.rests("before"), typed(block)]
+            parts += [said_again(line) for line in block.rests("then")]
         parts += [f"cat >{path} <<'WRITTEN'\n{block.text}WRITTEN" for path in block.rests("configuration") if path]
     return "\n".join(parts) + "\n"
 

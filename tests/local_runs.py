@@ -123,7 +123,7 @@ class Local:
     @property
     def directory(self) -> Path:
         """The run's directory, as stdout names it."""
-        until("the run directory", lambda: "\n" in self.out.read_text(), 20)
+        until("the run directory", lambda: "\n" in self.out.read_text(), 60)
         named = re.fullmatch(r"coordination directory: (.+)\n", self.out.read_text())
         assert named, self.out.read_text()
         return Path(named[1])

@@ -178,13 +178,24 @@ def parse_report(user: User, stdout: str) -> Run:
     return Run(user, Path(directory.group(1)), jobs)
 
 
+def cancelled(cancel: Callable[[], CompletedProcess[str]], seconds: float = 60) -> CompletedProcess[str]:
+    """``launch.py cancel``, said again where its 15 s were too few: how soon runs end, the fault matrix asserts."""
+    end = time.monotonic() + seconds
+    while (done := cancel()).returncode == 75 and time.monotonic() < end:
+        pass
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def body_pid(run: Run, kind: str) -> int:
     """The pid of a job's body: the process whose environment has the job's id and whose parent is slurmstepd."""
+    of_runtime = f"SKYRL_JOB_ID={run.jobs.get('runtime')}".encode()  # in a heterogeneous job, which is one for Slurm
     for entry in Path("/proc").iterdir():
         try:
             environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
             parent = (entry / "stat").read_text().rpartition(")")[2].split()[1] if environment else "0"
-            if f"SLURM_JOB_ID={run.jobs[kind]}".encode() in environment:
+            own = f"SLURM_JOB_ID={run.jobs[kind]}".encode() in environment
+            if own and not (kind == "training" and of_runtime in environment):
                 name = Path(f"/proc/{parent}/comm").read_text()
                 if name.startswith("slurmstepd"):
                     return int(entry.name)
@@ -259,7 +270,7 @@ WITH_SANDBOXES = f"{STARTS_SANDBOXES}\nexec sleep 600"  # it goes on
 def with_sandboxes(user: User, checkout: Path, jobs_base: Path, *settings: str) -> tuple[Run, list[str]]:
     """A run whose trainer has started two sandboxes and goes on, and their URLs."""
     run = launch(user, checkout, jobs_base, WITH_SANDBOXES, *settings)
-    until("its sandboxes", lambda: run.text("sandboxes.json"), 60)
+    until("its sandboxes", lambda: run.text("sandboxes.json"), 120)
     return run, [sandbox["url"] for sandbox in json.loads(run.text("sandboxes.json"))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,29 @@ def test_two_jobs_at_once_both_stand_there_in_the_end(directory: CoordinationDir
             process.join()
         assert ended(directory, "training")["reason"] == TRAINING.reason
         assert ended(directory, "runtime")["reason"] == RUNTIME.reason
+
+
+def test_what_the_other_job_says_while_this_one_writes_is_not_lost(
+    directory: CoordinationDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is slow to sync: this one's writing ends long after the other one's last look."""
+    sync, others = os.fsync, [(RUNTIME,)]
+
+    def slow(descriptor: int) -> None:
+        sync(descriptor)
+        if others:
+            pid = os.fork()  # as another job: its process id is in the name of what it writes
+            if not pid:
+                monkeypatch.undo()
+                note_ends(directory, *others[0])
+                os._exit(0)
+            others.clear()
+            os.waitpid(pid, 0)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    note_ends(directory, TRAINING)
+    assert ended(directory, "training")["reason"] == TRAINING.reason
+    assert ended(directory, "runtime")["reason"] == RUNTIME.reason
 
 
 def test_a_folder_that_is_gone_is_a_line_of_log(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def break_runs(made: Broken) -> None:
     made.begin("image", *ON_A, SWALLOWS)
     made.begin("data", *ON_A, READS_DATA)
     with test_cluster.isolate("cpu-b", "gpu-b"), small_disk():
-        made.begin("network", *ON_B, f"TRAINING_COMMAND={STEPS}", "RUNTIME_READY_TIMEOUT=20")
+        made.begin("network", *ON_B, f"TRAINING_COMMAND={STEPS}")
         made.begin("disk", *ON_A, f"TRAINING_COMMAND={STEPS}", f"LOCAL_SCRATCH={test_cluster.LOCAL_DISK}")
         limited.wait_for_text("training", "Step 3/40", 60)
         test_cluster.set_time_limit(limited.jobs["training"], 1)

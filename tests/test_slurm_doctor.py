@@ -182,11 +182,11 @@ def test_silence_of_slurm_is_said_and_ends_the_look(doctor: Doctor) -> None:
 
 def looking(doctor: Doctor) -> subprocess.Popen[str]:
     """A doctor whose container serves its page, and which waits for a node that is taken."""
-    options = ("--wait", "90")
+    options = ("--wait", "240")
     process = doctor.user.popen(
         doctor.argv(options=options), env=doctor.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    until("a report", lambda: list(doctor.base.glob(".cache/doctor/*/runtime-0.report.json")), 60)
+    until("a report", lambda: list(doctor.base.glob(".cache/doctor/*/runtime-0.report.json")), 180)
     assert any("httpd" in words for words in doctor.user.processes().values())
     return process
 
@@ -208,7 +208,7 @@ def test_nothing_is_left_by_one_that_is_stopped(
 ) -> None:
     process = looking(doctor)
     process.send_signal(number)
-    _, log = process.communicate(timeout=40)
+    _, log = process.communicate(timeout=90)
     assert process.returncode == 128 + number, log
     assert not folders_left(doctor.base)
     free_gpus(doctor.user)

@@ -127,6 +127,7 @@ def test_two_attempts(scene: Scene) -> None:
     follower = scene.start("logs", "-f", str(run.directory))
     try:
         run.wait_for_text("training", "Step 2/5", 60)
+        run.queued_attempt()
         scene.user.run(["kill", "-9", str(body_pid(run, "runtime"))])
         out, err = follower.communicate(timeout=180)
     finally:

@@ -25,7 +25,7 @@ import pytest
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
 from tests.local_runs import Local, Place
-from tests.runs import STARTS_SANDBOXES, killed_after, launch, until, with_sandboxes
+from tests.runs import STARTS_SANDBOXES, cancelled, killed_after, launch, until, with_sandboxes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.verbs]
 
@@ -50,6 +50,11 @@ def test_a_run_on_slurm(user: OrdinaryUser, checkout: Path, jobs_base: Path, oth
         directory = str(run.directory)
         key = run.text("runtime_api_key.txt").strip()
         url = run.text("runtime_url.txt").strip()
+
+        def is_reached() -> bool:  # the product asks once
+            return bool(json.loads(user.run(open_argv(checkout, directory, "--json")).stdout)["reachable"])
+
+        until("an answer in time", is_reached, 60)
         done = user.run(open_argv(checkout, directory))
         assert done.returncode == 0, done.stderr
         assert f"from this host  {url}/\n" in done.stdout
@@ -75,7 +80,7 @@ def test_a_run_on_slurm(user: OrdinaryUser, checkout: Path, jobs_base: Path, oth
         closed = other_user.run(open_argv(checkout, directory))
         assert closed.returncode == 2
         assert f"cannot be read: it is {user.name}'s" in closed.stderr
-        assert user.run([str(checkout / "slurm" / "launch.py"), "cancel", directory]).returncode == 0
+        cancelled(lambda: user.run([str(checkout / "slurm" / "launch.py"), "cancel", directory]))
         over = user.run(open_argv(checkout, directory))
         assert over.returncode == 69
         assert "(cancelled) has no page: runtime job" in over.stderr

@@ -114,10 +114,10 @@ def test_a_runtime_that_is_joined(
         findings = [finding for finding in json.loads(done.stdout)["findings"] if finding["check"] == "runtime"]
         return done.returncode, [(finding["level"], finding["sentence"]) for finding in findings]
 
-    until("ready", lambda: run.text("runtime_ready.flag"), 30)
+    until("ready", lambda: run.text("runtime_ready.flag"), 90)
     url = run.text("runtime_url.txt").strip()
     well = ("estimate", f"the runtime at {url} answers and takes the key")
-    assert found(joined) == (0, [well])
+    until("an answer in time", lambda: found(joined) == (0, [well]), 60)
     assert [level for level, _ in found(joined, "RESTARTS=1")[1]] == ["warning", "estimate"]
     other = jobs_base / "another.key"
     other.write_text("sk-another\n")
@@ -128,7 +128,7 @@ def test_a_runtime_that_is_joined(
         [well],
     )
     user.run(["scancel", run.jobs["runtime"]])
-    run.wait_over(seconds=20)
+    run.wait_over(seconds=60)
     code, ((level, sentence),) = found(joined)
     assert (code, level, "has ended (runtime_failed.flag" in sentence) == (2, "error", True), sentence
     (run.directory / "runtime_failed.flag").unlink()
@@ -142,7 +142,7 @@ def test_a_node_that_cannot_write_says_so_at_once(
 ) -> None:
     """The login node is not asked here: a folder can be writable there and not on the GPU node."""
     run = launch(user, checkout, jobs_base, TRUE, "CHECKPOINT_DIR=/boot/ckpt", options=("--no-check=folders",))
-    run.wait_over("runtime", "training", seconds=40)
+    run.wait_over("runtime", "training", seconds=90)
     assert run.exit_code("training") == "71"
     assert "cannot run this job: CHECKPOINT_DIR=/boot/ckpt: /boot cannot be written on gpu-" in run.log(
         "training", "err"

@@ -21,12 +21,13 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
-from tests.runs import STARTS_SANDBOXES, Run, body_pid, launch, until
+from tests.runs import STARTS_SANDBOXES, Run, body_pid, cancelled, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
 SMALL = ("CPUS_FOR_RUNTIME=2", "RUNTIME_MEMORY=2G", "GPUS_PER_NODE=0")
 LATER = "--begin=now+3600"
+ON_GO = 'until [ -e "$SKYRL_COORD_DIR/go" ]; do sleep 0.1; done'
 STEPS = 'echo "Step 3/5: mean reward 0.1"'
 FAILS = f"TRAINING_COMMAND={STEPS}; echo 'ValueError: the model is too large' >&2; exit 7"
 ENDS = f"TRAINING_COMMAND={STEPS.replace('3/5', '5/5')}"
@@ -92,8 +93,8 @@ def scene(user: OrdinaryUser, checkout: Path) -> Iterator[Scene]:
         made.runs["running"].wait_for_text("training", "Step 3/5", 30)
         until("a runtime that waits", lambda: made.is_in("waiting", "waiting"), SEEN_WITHIN_S)
         yield made
-        done = made.call("cancel", *(made.directory(name) for name in ("pending", "waiting", "running")))
-        assert done.returncode == 0, done.stderr
+        left = [made.directory(name) for name in ("pending", "waiting", "running")]
+        cancelled(lambda: made.call("cancel", *left))
 
 
 def job(run: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def test_a_wait_has_a_deadline_and_an_end_by_a_signal(scene: Scene) -> None:
 
 def test_a_wait_and_a_watch_see_a_run_to_its_end(scene: Scene) -> None:
     """A run whose two jobs are two."""
-    run = launch(scene.user, scene.checkout, scene.base, *SMALL, f"TRAINING_COMMAND={STEPS}; sleep 12; exit 5")
+    run = launch(scene.user, scene.checkout, scene.base, *SMALL, f"TRAINING_COMMAND={STEPS}; {ON_GO}; exit 5")
     wait, watch = (
         scene.start(*words, str(run.directory)) for words in (["wait"], ["status", "--watch", "--every", "5"])
     )
@@ -301,6 +302,7 @@ def test_a_wait_and_a_watch_see_a_run_to_its_end(scene: Scene) -> None:
         run.wait_for_text("training", "Step 3/5", 60)
         told = json.loads(scene.call("status", "--gpu", "--json", str(run.directory)).stdout)["runs"][0]
         assert re.search(r"nvidia-smi: (command )?not found", told["gpus"]["unknown"]), told["gpus"]
+        (run.directory / "go").touch()
         run.wait_over("training", seconds=90)
         ended = time.monotonic()
         out, err = wait.communicate(timeout=60)
@@ -325,6 +327,7 @@ echo saved > "$CHECKPOINT_DIR/saved"; echo "Step 2/5"; sleep 600"""
     run = launch(scene.user, scene.checkout, scene.base, *SMALL, "RESTARTS=1", trainer)
     scene.runs["restarted"] = run
     run.wait_for_text("training", "Step 2/5", 60)
+    run.queued_attempt()
     wait = scene.start("wait", str(run.directory))
     try:
         scene.user.run(["kill", "-9", str(body_pid(run, "runtime"))])
@@ -370,8 +373,7 @@ def test_a_local_run(scene: Scene) -> None:
             (seen,) = json.loads(elsewhere)["runs"]
             assert seen["state"] == "unknown"
             assert "its processes are known only there" in seen["phase"]["unknown"]
-            done = scene.call("cancel", directory.name)
-            assert done.returncode == 0, done.stderr
+            cancelled(lambda: scene.call("cancel", directory.name))
         finally:
             launcher.terminate()
     assert scene.call("wait", directory.name).returncode == 143

@@ -77,6 +77,22 @@ def write_if_absent(path: Path, text: str, mode: int = 0o644) -> bool:
     return _write(path, text, mode, lambda beside: _link(beside, path))
 
 
+def replace_if_unchanged(path: Path, text: str, before: str, mode: int = 0o644) -> bool:
+    """``write_atomically``, unless ``path`` no longer holds ``before``; returns whether it was written.
+
+    Another host's write within the last microseconds is not seen, nor on NFS one that its client's cache still hides.
+    """
+    return _write(path, text, mode, lambda beside: _replace(beside, path, before))
+
+
+def _replace(beside: Path, path: Path, before: str) -> bool:
+    if read_if_there(path) != before:
+        beside.unlink(missing_ok=True)
+        return False
+    beside.replace(path)
+    return True
+
+
 def _link(beside: Path, path: Path) -> bool:
     try:
         os.link(beside, path)

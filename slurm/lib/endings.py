@@ -4,7 +4,7 @@ A training that ends without a word, such as one cancelled in the queue, gets it
 so that whoever waits for the flag has an end.
 
 Both jobs of a pair write the same file, and there is no lock that every shared file system keeps. So each says of both
-what it knows, reads again, and says it again where the other one has written in between.
+what it knows, unless the other one has just written, reads again, and says it again where that is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.lib.coordination import CoordinationDir, Flag, utc_now, write_atomically
+from slurm.lib.coordination import CoordinationDir, Flag, parse_object, read_if_there, replace_if_unchanged, utc_now
 from slurm.lib.errors import EnvironmentProblem
 from slurm.lib.logs import log
 from slurm.lib.run_record import job_ids, read_record, record_paths
@@ -78,16 +78,17 @@ def is_followed(directory: CoordinationDir, training: str) -> bool:
 
 
 def _noted(path: Path, ends: tuple[End, ...]) -> bool:
-    """Write what is new to one record; returns whether anything was."""
-    data = read_record(path)
+    """Write what is new to one record, unless it is written at this moment; returns whether anything was new."""
+    before = read_if_there(path)
+    data = parse_object(before)
     jobs = data.get("jobs")
     told = [end for end in ends if isinstance(jobs, dict) and _is_news(jobs.get(end.kind), end)]
-    if not told or not isinstance(jobs, dict):
+    if not told or not isinstance(jobs, dict) or before is None:
         return False
     for end in told:
         what = {"exit_code": end.exit_code, "reason": end.reason, "said_by": end.by, "time": utc_now()}
         jobs[end.kind] = {**jobs[end.kind], "ended": what}
-    write_atomically(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+    replace_if_unchanged(path, json.dumps(data, indent=2, sort_keys=True) + "\n", before)
     return True
 
 

@@ -61,6 +61,7 @@ class Tunnel:
         """``EnvironmentProblem`` with ssh's last words once it has ended."""
         code = self._child.exit_code
         if code is not None:
+            self._child.kill()  # what it said last may still be on its way
             words = " ".join(b" ".join(self._last_words).decode("utf-8", "replace").split())
             raise EnvironmentProblem(f"the SSH tunnel to {self.host} ended: {how_it_ended(code, words)}")
 

@@ -80,7 +80,7 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=CANCEL
 KillWait=5
-MinJobAge=600
+MinJobAge=3600
 SlurmdTimeout=60
 NodeName=cpu-a NodeAddr=10.79.0.11 CPUs=128 RealMemory=600000 State=UNKNOWN
 NodeName=cpu-b NodeAddr=10.79.0.12 CPUs=128 RealMemory=600000 State=UNKNOWN
