@@ -196,9 +196,10 @@ class Manager:
         ``waits``, that none is free; ``Draining`` that none is given any more. Cancelled, because the client hung up,
         it stops the sandbox unless another client asked for it too.
         """
+        entry = await self._lasting_of_session(specification.session_id)
         if self._closing:
             raise Stopping("the server is stopping and starts no more sandboxes")
-        entry = self.register.living_of_session(specification.session_id) or self._enter(specification, waits)
+        entry = entry or self._enter(specification, waits)
         entry.askers += 1
         try:
             await self._until_answerable(entry)
@@ -207,6 +208,12 @@ class Manager:
             self.background.start(self.hung_up(entry.specification.runtime_id))
             raise
         return entry.sandbox
+
+    async def _lasting_of_session(self, session_id: str) -> Entry | None:
+        """The session's living sandbox; one that is just being ended is waited for, and is none."""
+        while (entry := self.register.living_of_session(session_id)) and entry.ending and not entry.ending.done():
+            await asyncio.wait([entry.ending])
+        return entry
 
     async def hung_up(self, runtime_id: str) -> None:
         """A client that asked for this sandbox is gone; stop it unless another one asked too."""
@@ -347,7 +354,7 @@ class Manager:
         return [entry.name for entry in left if entry.has_container]
 
     async def _end_for_good(self, entry: Entry) -> None:
-        if entry.sandbox.url is None:
+        if entry.sandbox.state is State.PENDING:  # it may have its URL already, which is known before its container is
             entry.problem = entry.problem or Stopping("the server is stopping and starts no more sandboxes")
         await self._end(entry, Diagnosis(self._why_it_stops(), "", kind=SERVER_STOPS))
 

@@ -556,11 +556,15 @@ class Podman:
             found = shutil.which("catatonit")
             info = await self._ask("GET", "/info", QUICK_S)
             facts = parse_facts(info, (*INIT_PROGRAMS, *([found] if found else [])))
-            pid, uid = _service(self.path)
+            try:
+                pid, uid = _service(self.path)
+                limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
+            except (ConnectionError, FileNotFoundError, ProcessLookupError) as problem:
+                raise EngineBroke(f"Podman's service ended after its first answer: {problem}") from None
             facts = replace(facts, pid=pid, uid=uid)
             if not facts.rootless:
                 self._id_range = free_id_range(Path("/proc/self/uid_map").read_text(encoding="ascii"))
-            self._hard_limits = parse_limits(Path(f"/proc/{facts.pid}/limits").read_text(encoding="ascii"))
+            self._hard_limits = parse_limits(limits)
             self._facts = facts
         return self._facts
 

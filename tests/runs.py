@@ -65,6 +65,9 @@ def killed_after(process: subprocess.Popen[str], seconds: float = 120) -> Iterat
     timer.start()
     try:
         yield
+    except BaseException:
+        process.kill()  # else whoever owns it waits for its end without a limit
+        raise
     finally:
         timer.cancel()
         timer.join()
@@ -315,5 +318,9 @@ def podman_ps(path: Path, every: bool = False) -> set[str]:
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
     except OSError:
         return set()
-    body = answer.partition(b"\r\n\r\n")[2]
-    return {str(container["Id"]) for container in json.loads(body or b"[]")}
+    head, _, body = answer.partition(b"\r\n\r\n")
+    try:
+        listed = json.loads(body) if b" 200 " in head.partition(b"\r\n")[0] else []
+    except ValueError:  # it was killed within its answer
+        listed = []
+    return {str(container["Id"]) for container in listed}

@@ -23,7 +23,7 @@ from tests import faults
 from tests.conftest import CHECKOUT, OrdinaryUser
 from tests.faults import within
 from tests.local_runs import Local, Place
-from tests.runs import until
+from tests.runs import killed_after, until
 
 pytestmark = pytest.mark.podman
 
@@ -243,9 +243,12 @@ def test_the_runtime_alone(place: Place) -> None:
     """--runtime-only here: it serves until it is stopped."""
     argv = [str(place.checkout / "slurm" / "launch.py"), "--config", "local", "--runtime-only"]
     assert place.user
-    with place.user.popen(
-        argv, {"SKYRL_JOBS_BASE": str(place.base)}, place.base, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with (
+        place.user.popen(
+            argv, {"SKYRL_JOBS_BASE": str(place.base)}, place.base, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+        killed_after(process),
+    ):
         until("ready", lambda: list(place.base.glob("2*/runtime_ready.flag")), 30)
         flag = next(place.base.glob("2*/runtime_ready.flag")).with_name("training_complete.flag")
         place.user.run(["touch", str(flag)])

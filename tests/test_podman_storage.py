@@ -429,12 +429,19 @@ def test_everything_is_gone_at_the_end(
 ) -> None:
     archive = _tiny_image(user)
     code = f"""
-        import os, subprocess
+        import os, subprocess, time
         from contextlib import suppress
         from pathlib import Path
         from slurm.lib.guardian import guarded
         guardian = guarded(Path({str(checkout)!r}))
-        commands = []
+
+        def count(storage):
+            commands = []
+            for pid in processes_of(storage):
+                with suppress(OSError):  # what Podman is about to end
+                    commands.append(Path(f"/proc/{{pid}}/cmdline").read_bytes())
+            return commands.count(b"/bin/busybox\\0sleep\\000600\\0")
+
         with guardian as ours, podman_storage(Path("/tmp"), "end", [], announce=ours.own_storage) as storage:
             environment = storage.environment(os.environ)
             subprocess.run(["podman", "import", "-q", {str(archive)!r}, "localhost/tiny"], env=environment, check=True)
@@ -442,10 +449,11 @@ def test_everything_is_gone_at_the_end(
             command = ["podman", "run", "-d", *limits, "-p", "60000", "localhost/tiny", "/bin/busybox", "sleep", "600"]
             for _ in range(3):
                 subprocess.run(command, env=environment, check=True)
-            for pid in processes_of(storage):
-                with suppress(OSError):  # what Podman is about to end
-                    commands.append(Path(f"/proc/{{pid}}/cmdline").read_bytes())
-            print("alive", commands.count(b"/bin/busybox\\0sleep\\000600\\0"), flush=True)
+            for _ in range(200):
+                if (alive := count(storage)) == 3:
+                    break
+                time.sleep(0.05)  # runc's init begins its program a moment later
+            print("alive", alive, flush=True)
             if {end!r} == "kill -9":
                 os.kill(os.getpid(), 9)
     """

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_both_parts_start_together_and_end_well(user: User, checkout: Path, jobs
     assert run.completion["exit_code"] == 0, run.log("training")[-3000:]
     assert {run.exit_code(kind) for kind in run.jobs} == {"0"}
     assert {run.state(kind) for kind in run.jobs} == {"COMPLETED"}
-    assert run.shown("training", "%S") == run.shown("runtime", "%S"), "started at the same time"
+    starts = [datetime.fromisoformat(run.shown(kind, "%S")) for kind in run.jobs]
+    assert abs(starts[0] - starts[1]) <= timedelta(seconds=1), "at the same time: Slurm reads its clock for each"
     assert (run.node("training")[:3], run.node("runtime")[:3]) == ("gpu", "cpu")
     summary = json.loads(next(run.directory.rglob("summary.json")).read_text())
     assert summary["commands_run"] > 10

@@ -66,7 +66,7 @@ class Story:
         found = [{kind: job["id"] for kind, job in jobs.items()} for jobs in records]
         return [replace(run, jobs=jobs) for jobs in sorted(found, key=lambda jobs: int(jobs["runtime"]))]
 
-    def given_back(self, name: str, seconds: float = 60) -> Run:
+    def given_back(self, name: str, seconds: float = 150) -> Run:
         """The second pair, once the first runtime job is over."""
         self.runs[name].wait_over(seconds=seconds)
         return self.pairs(name)[1]
@@ -105,16 +105,16 @@ def tell(story: Story) -> None:
     story.begin("given back before it is too late", "RUNTIME_IDLE_LIMIT=3600", *SOON_TOO_LATE, ON_B, TRAINS)
     words = launch_argv(story.checkout, f"SKYRL_JOBS_BASE={story.base}", ON_A, TRAINS, options=("--check",))
     story.seen["what the checks say"] = story.user.run(words).stdout
+    second = story.given_back("given back before it is too late")  # first: soon it is given back in its turn
+    story.seen["in the queue again"] = " ".join(second.state(kind) for kind in second.jobs)
+    story.do("scancel", *second.jobs.values())
     story.given_back("given back")
     node = f"skyrl-{story.user.uid}-{story.runs['given back'].jobs['runtime']}"
     story.seen["left by the first runtime job"] = " ".join(
         str(path) for path in belongings(story.user).paths if path.name == node
     )
     story.given_back("attempt 1")
-    story.runs["too late"].wait_over(seconds=60)
-    second = story.given_back("given back before it is too late")
-    story.seen["in the queue again"] = " ".join(second.state(kind) for kind in second.jobs)
-    story.do("scancel", *second.jobs.values())
+    story.runs["too late"].wait_over(seconds=150)
     story.runs["refused"].wait_for_text("runtime", "keeps its node", 60)
     story.seen["still serving"] = story.runs["refused"].state("runtime")
     story.do("scancel", on_b)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from tests import cluster as test_cluster
 from tests.conftest import OrdinaryUser, fresh_folder, leaving_nothing
-from tests.runs import Run, launch
+from tests.runs import Run, launch, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -45,6 +44,9 @@ TWO_MINUTES = ("TIME_LIMIT=00:02:00", "GPU_PARTITION=urgent", NO_GPU)
 LATE = f"{ON_A} --begin=now+6"  # than its runtime job, whose limit then comes first
 
 
+SAVES_LATER = {"limit", "preempted too early", "failed"}
+
+
 @dataclass
 class Story:
     """The runs by name, and what was seen of them while they went on."""
@@ -65,7 +67,8 @@ class Story:
             run = self.runs[name]
             run.wait_for_text("training", "trainer started", 90)
             self.nexts[name] = run.queued_attempt()
-        time.sleep(1)
+            if name not in SAVES_LATER:
+                until(f"what {name} saves", (run.directory / "checkpoints" / "count").exists, 60)
 
     def attempt(self, run: Run, number: int) -> dict[str, Any]:
         return dict(json.loads(run.text(f"attempt_{number}.json") or "{}"))

@@ -31,7 +31,7 @@ def training(user: User, checkout: Path, jobs_base: Path, *settings: str) -> Run
     return run
 
 
-def trainer_pid(run: Run) -> int:
+def trainer_pid(run: Run) -> int | None:
     marker = f"SKYRL_COORD_DIR={run.directory}".encode()
     for entry in Path("/proc").iterdir():
         try:
@@ -40,7 +40,7 @@ def trainer_pid(run: Run) -> int:
                 return int(entry.name)
         except OSError:
             continue
-    raise AssertionError("no trainer")
+    return None
 
 
 def test_a_run_to_completion_with_the_rl_loop(user: User, checkout: Path, jobs_base: Path) -> None:
@@ -105,7 +105,8 @@ def test_a_failing_trainer_ends_both_jobs(user: User, checkout: Path, jobs_base:
 
 def test_a_trainer_killed_from_outside_ends_both_jobs(user: User, checkout: Path, jobs_base: Path) -> None:
     run = training(user, checkout, jobs_base)
-    os.kill(trainer_pid(run), signal.SIGKILL)
+    until("the trainer's own program", lambda: trainer_pid(run), 10)
+    os.kill(trainer_pid(run) or 0, signal.SIGKILL)
     run.wait_over(seconds=15)
     assert run.completion["exit_code"] == 137
     assert "SIGKILL" in run.completion["reason"]
@@ -389,7 +390,7 @@ def test_a_direct_training_that_fails_early_ends_the_runtime(user: User, checkou
 
 
 TRAPPING = """TRAINING_COMMAND=trap 'echo got TERM; n=$((n + 1))' TERM; n=0; echo trainer started
-for i in $(seq 30); do sleep 0.1 & wait $!; [ $n = 0 ] || break; done; sleep 1; echo "signals: $n"; exit 0"""
+for i in $(seq 300); do sleep 0.1 & wait $!; [ $n = 0 ] || break; done; sleep 1; echo "signals: $n"; exit 0"""
 
 
 @pytest.mark.parametrize("how", ["scancel", "scancel --batch --signal=TERM"])

@@ -135,7 +135,11 @@ class RuntimeJob(ServingBody):
         elif isinstance(action, TellTraining):
             tell_training(self.job, action.outcome)
         elif isinstance(action, Withdraw):
-            self.withdrawn = withdraw_training(self.job, action.outcome, self.watch.training.launched_with)
+            training = self.watch.training
+            if not (
+                training.launched_with and training.has_heard
+            ):  # one that runs is not asked about: KillWait may run
+                self.withdrawn = withdraw_training(self.job, action.outcome, training.launched_with)
         elif isinstance(action, NoteEnd):
             self.conclude(action)
 

@@ -89,7 +89,7 @@ class StopBudget:
     @staticmethod
     def within(kill_wait_s: float) -> StopBudget:
         whole = max(2.0, kill_wait_s - 1.0)
-        return StopBudget(server_s=min(5.0, whole / 2), service_s=min(1.0, whole / 8))
+        return StopBudget(server_s=min(5.0, whole / 3), service_s=min(1.0, whole / 8))
 
 
 @dataclass

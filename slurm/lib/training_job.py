@@ -527,7 +527,7 @@ class TrainingSession:
         self, child: Child, code: int, canary: Child, cluster: RayCluster, early: EarlyStop
     ) -> Outcome:
         """The outcome of a trainer that was not stopped by us: of a fault elsewhere, of a signal, or its own."""
-        if self.chain.successor or canary.exit_code is not None:
+        if code or self.chain.successor or canary.exit_code is not None:
             self.notes.sleep(CANARY_S)  # where Slurm signals every process, the trainer may have ended first
         told = early.killed_by_it(code)
         if code and not told and self.notes.stop_signal is None and (lost := self._lost_meanwhile(code, cluster)):

@@ -56,10 +56,22 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 @contextlib.contextmanager
+def held_port(address: str = "127.0.0.1") -> Iterator[int]:
+    """A port that nobody else is given during the block; who sets SO_REUSEADDR, as servers do, can listen on it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((address, 0))
+        yield held.getsockname()[1]
+
+
+@contextlib.contextmanager
 def registry(home: Path, address: str = "127.0.0.1", port: int = 0, login: bool = False) -> Iterator[Registry]:
     """A registry with its data and log in ``home``; ``login`` makes it ask for USER and PASSWORD."""
     home.mkdir(parents=True, exist_ok=True)
-    port = port or free_port(address)
+    if not port:
+        with held_port(address) as free, registry(home, address, free, login) as made:
+            yield made
+        return
     (home / "htpasswd").write_text(HTPASSWD)
     config = CONFIG + (LOGIN if login else "")
     (home / "config.yml").write_text(config.format(home=home, address=address, port=port))

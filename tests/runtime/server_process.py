@@ -23,18 +23,17 @@ def server_process(
     **variables: str,
 ) -> Iterator[Server]:
     """The server with its log in ``folder``; it must end in order, or as its test has it end."""
-    port = local_registry.free_port()
-    argv = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
     log = folder / "server.log"
     environment = {**environment_for(podman, KEY), **variables}
-    with log.open("w") as output:
-        process = subprocess.Popen(argv, cwd=CHECKOUT, env=environment, stderr=output, stdout=output, text=True)
-    with process:
-        try:
-            made = Server(process, port, log, KEY)
-            eventually(lambda: made.answers() or process.poll() is not None, DEADLINE_S)
-            yield made
-            process.terminate()
-            assert process.wait(DEADLINE_S) == ends_with
-        finally:
-            process.kill()
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(local_registry.held_port())
+        argv = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
+        with log.open("w") as output:
+            process = subprocess.Popen(argv, cwd=CHECKOUT, env=environment, stderr=output, stdout=output, text=True)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        made = Server(process, port, log, KEY)
+        eventually(lambda: made.answers() or process.poll() is not None, DEADLINE_S)
+        yield made
+        process.terminate()
+        assert process.wait(DEADLINE_S) == ends_with

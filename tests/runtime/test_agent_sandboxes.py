@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -459,11 +458,13 @@ def test_an_agent_image_is_taken_out_once_and_removed_with_the_server(
     archive.unlink()
     tmp_path.chmod(0o755)
     config = replace(PATIENT, agent_start="exec", agent_image=image)
-    before = set(Path(tempfile.gettempdir()).glob("skyrl-agent-*"))
     with serving(KillablePodman(rootless_podman.socket), config, warden=True, has_agent=True) as api:
         assert command(started(api), "echo in")["stdout"] == "in\n"
-        assert len(set(Path(tempfile.gettempdir()).glob("skyrl-agent-*")) - before) == 1
-    assert set(Path(tempfile.gettempdir()).glob("skyrl-agent-*")) == before
+        folder = Path(api.manager.launcher.agent_folder)
+        assert folder.is_dir() and folder.name.startswith("skyrl-agent-")
+        command(started(api), "true")
+        assert Path(api.manager.launcher.agent_folder) == folder, "once"
+    assert not folder.exists()
 
 
 def test_an_agent_image_without_a_tree_is_named_in_the_error(rootless_podman: podman_service.Service) -> None:

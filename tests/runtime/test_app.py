@@ -330,11 +330,12 @@ def test_a_removal_that_podman_refuses_keeps_the_slot_until_it_works(server_with
     engine = FakePodman()
     api = server_with(engine, watch_period_s=0.5)
     runtime_id = started(api)["runtime_id"]
-    engine.refuse_removal = 1
+    engine.unremovable[f"sandbox-{runtime_id}"] = EngineError("device or resource busy")
     answer = api.client.post("/stop", json={"runtime_id": runtime_id})
     assert answer.status_code == 502
     assert "busy" in refusal(answer)
     assert api.manager.admission.slots.used == 1
+    engine.unremovable.clear()
     eventually(lambda: api.manager.admission.slots.used == 0)
     assert api.names() == []
 
@@ -354,7 +355,7 @@ def test_a_container_that_podman_never_removes_holds_up_nothing_else(
         assert api.client.post("/stop", json={"runtime_id": runtime_id}).status_code == 502
     del engine.unremovable[f"sandbox-{other}"]
     eventually(lambda: api.names() == [f"sandbox-{stuck}"])
-    assert api.manager.admission.slots.used == 1
+    eventually(lambda: api.manager.admission.slots.used == 1)
     started(api, session_id="second")
     tries = engine.removals.count(f"sandbox-{stuck}")
     eventually(lambda: engine.removals.count(f"sandbox-{stuck}") > tries + 3)
@@ -438,11 +439,35 @@ def test_a_stopping_server_refuses_starts_and_removes_all(server_with: MakeServe
 
 def test_what_cannot_be_removed_in_time_is_named(server_with: MakeServer) -> None:
     engine = FakePodman()
-    api = server_with(engine)
+    api = server_with(engine, watch_period_s=60.0)  # else it tries again by itself
     runtime_id = started(api)["runtime_id"]
     engine.refuse_removal = 1
     assert api.run(api.manager.close(5)) == [f"sandbox-{runtime_id}"]
     assert api.run(api.manager.close(5)) == []
+
+
+def test_a_start_whose_container_is_just_made_hears_that_the_server_stops(server_with: MakeServer) -> None:
+    """Its URL is known by then, and it is no start that somebody stopped."""
+    engine = FakePodman(delay_s=1.0)
+    api = server_with(engine)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.start, image=IMAGE, command=SERVE, session_id="late")
+        eventually(lambda: engine.under_way and session(api, "late")["url"])
+        assert api.run(api.manager.close(5)) == []
+        assert answer.result().status_code == 503
+    assert "the server is stopping" in refusal(answer.result())
+
+
+def test_who_asks_for_a_session_in_the_moment_that_its_client_leaves_gets_it_anew(server_with: MakeServer) -> None:
+    """Not the sandbox that is being removed for the one that left."""
+    api = server_with(FakePodman(delay_s=1.0), slots=1)
+    for _ in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            api.client.post("/start", json={"image": IMAGE, "command": SERVE, "session_id": "again"}, timeout=0.2)
+        answer = api.start(image=IMAGE, command=SERVE, session_id="again")
+        assert answer.status_code == 201, answer.text
+        assert api.names() == [f"sandbox-{answer.json()['runtime_id']}"]
+        assert api.client.post("/stop", json={"runtime_id": answer.json()["runtime_id"]}).status_code == 200
 
 
 def test_heartbeats(fake: Api) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import os
 import re
@@ -159,7 +160,8 @@ class Offender:
     def begin(self) -> float:
         """Have it do harm; the moment at which it was told to."""
         begin = time.monotonic()
-        assert "begun" in ask(f"{self.sandbox['url']}/cgi-bin/go")
+        with contextlib.suppress(OSError, http.client.HTTPException):  # its harm may swallow the word that it begins
+            ask(f"{self.sandbox['url']}/cgi-bin/go")
         if self.offence is KILLED:
             self.api.run(self.api.engine.kill(self._container))
         return begin
@@ -281,7 +283,10 @@ def recovered(latency: Latency, begin: float, usual: float) -> float:
         answers = latency.between(found, math.inf)
         return found > begin and len(answers) > 1 and median(answers) < AS_BEFORE * usual
 
-    eventually(has_recovered, 20)
+    try:
+        eventually(has_recovered, 20)
+    except AssertionError:  # ``settled`` measures again, as the machine may be busy elsewhere
+        return math.inf
     return found - begin
 
 

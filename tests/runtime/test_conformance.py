@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import math
 import socket
 import tarfile
 import threading
@@ -40,7 +41,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeApi]:
 
         def serve(slots: int = 4, tree: AgentTree | None = None, **changes: Any) -> Api:
             engine = KillablePodman(request.getfixturevalue("rootless_podman").socket)
-            return stack.enter_context(serving(engine, replace(CONFIG, **changes), slots, tree, warden=True))
+            api = stack.enter_context(serving(engine, replace(CONFIG, **changes), slots, tree, warden=True))
+            api.run(api.manager.connection.ready())  # patience is for starts, not for Podman's first answer
+            return api
 
         def lead(slots: int = 4, **changes: Any) -> Api:
             configs = [replace(CONFIG, node_name=name, **changes) for name in ("cpu-a", "cpu-b")]
@@ -215,11 +218,19 @@ def test_26_batch_is_a_list_of_the_known_ones(make: MakeApi) -> None:
     assert all(entry["session_api_key"] for entry in found)
 
 
+def _commands(api: Api, sandbox: dict[str, Any]) -> int:
+    """How many commands run in a sandbox, as the warden sees it."""
+    control = api.manager.launcher.control
+    assert control is not None
+    return int(api.run(control.usage()).get(f"sandbox-{sandbox['runtime_id']}", {}).get("commands", 0))
+
+
 @BY_ITSELF
 def test_33_an_idle_sandbox_is_stopped_and_a_working_one_is_not(
     make: MakeApi, agent_tree: AgentTree, caplog: pytest.LogCaptureFixture
 ) -> None:
     api = make(4, agent_tree, idle_timeout_s=3.0)
+    api.manager.supervisor._next_idle_look = math.inf  # until the command runs
     idle, working = started(api, session_id="idle"), started(api, session_id="working")
     httpx.post(
         f"{working['url']}/api/bash/start_bash_command",
@@ -227,6 +238,8 @@ def test_33_an_idle_sandbox_is_stopped_and_a_working_one_is_not(
         headers={"X-Session-API-Key": working["session_api_key"]},
         trust_env=False,
     )
+    eventually(lambda: _commands(api, working) > 0)
+    api.manager.supervisor._next_idle_look = 0.0
     eventually(lambda: session(api, "idle")["status"] == "stopped", 30)
     assert "--idle-timeout" in caplog.text
     assert idle["runtime_id"] in caplog.text

@@ -169,7 +169,7 @@ def test_03_sixteen_starts_in_parallel(api: Api) -> None:
     count = at_once(api)
     with ThreadPoolExecutor(count + 1) as pool:
         futures = [pool.submit(start_one, number) for number in range(count)]
-        assert api.client.get("/health", timeout=2).status_code == 200
+        assert api.client.get("/health", timeout=10).status_code == 200
         sandboxes = [future.result() for future in futures]
     assert len({sandbox["url"] for sandbox in sandboxes}) == count
     assert api.client.get("/list").json()["total"] == count

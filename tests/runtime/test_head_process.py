@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.runtime import podman_service
+from tests.runtime import local_registry, podman_service
 from tests.runtime.test_contract import eventually
 from tests.runtime.test_server_process import CHECKOUT, DEADLINE_S, KEY, Server, environment_for
 
@@ -79,8 +79,7 @@ def make_node(stack: contextlib.ExitStack, tmp_path: Path, head: HeadProcess) ->
     """A server as a process, on the Podman in memory or a real one, that joins the head."""
 
     def make(name: str, *flags: str, podman: Path | None = None, **variables: str) -> Server:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = stack.enter_context(local_registry.held_port())
         module = "tests.runtime.fake_server" if podman is None else "slurm_runtime.api_server"
         argv = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), "--cpus", "2"]
         log = tmp_path / f"{name}.log"

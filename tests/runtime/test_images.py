@@ -266,11 +266,11 @@ def test_a_registry_that_limits_is_asked_again_and_everyone_hears_when() -> None
 
 def test_a_limit_that_lasts_is_a_failure_with_a_next_step() -> None:
     engine = FakePodman(registry={NEW}, refusals=[LIMITED[1]] * 1000)
-    patience = Patience(limited_s=0.3, limited_first_s=0.05, longest_s=0.1)
+    patience = Patience(limited_s=1.0, limited_first_s=0.05, longest_s=0.1)
     began = time.monotonic()
     with pytest.raises(PullFailed, match=r"pull rate limit\.; log in .*prebuild_images"):
         asyncio.run(Images(engine, patience=patience).need(NEW, "missing"))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert len(engine.pulls) > 2
 
 

@@ -36,7 +36,7 @@ def node(tmp_path: Path) -> Iterator[MakeNode]:
     with contextlib.ExitStack() as stack:
 
         def make(head: int | str, *flags: str, key: str = KEY, **variables: str) -> Server:
-            port = local_registry.free_port()
+            port = stack.enter_context(local_registry.held_port())
             url = head if isinstance(head, str) else f"http://127.0.0.1:{head}"
             argv = [sys.executable, "-m", "tests.runtime.fake_server", "--host", "127.0.0.1", "--port", str(port)]
             log = tmp_path / f"node-{port}"

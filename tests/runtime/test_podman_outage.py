@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from slurm_runtime import podman
 from slurm_runtime.control import ControlError
 from slurm_runtime.podman import EngineFacts
 from slurm_runtime.remains import Monitor, monitors
@@ -44,6 +45,27 @@ def word(api: Api) -> str:
 def settled(api: Api, path: str) -> str:
     """What becomes of a sandbox that is being started."""
     return str(eventually(lambda: (word := api.client.get(path).json()["pod_status"]) != "pending" and word))
+
+
+def test_a_podman_that_ends_right_after_its_first_answer_is_one_that_was_not_there_yet(
+    rootless_podman: podman_service.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked again, and the server does not end by it."""
+    look = podman._service
+    gone: list[Exception | tuple[int, int]] = [ConnectionRefusedError("refused"), (2**22 + 1, 0)]
+
+    def service(path: Path) -> tuple[int, int]:
+        if not gone:
+            return look(path)
+        if isinstance(found := gone.pop(0), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(podman, "_service", service)
+    with serving(KillablePodman(rootless_podman.socket), warden=True) as api:
+        eventually(lambda: word(api) == "connected")
+        assert started(api)["pod_status"] == "ready"
+    assert not gone
 
 
 @contextlib.contextmanager

@@ -206,9 +206,13 @@ def test_of_a_sandbox_that_plays_a_monitor_nothing_is_run(podman: str, request: 
     with serving(KillablePodman(service.socket), warden=True) as api:
         sandbox = started(api, command=["/bin/sh", "-c", prelude + SERVE_SCRIPT, "server", "60000"])
         facts = api.run(api.engine.facts())
-        [played] = eventually(
-            lambda: [pid for pid in all_pids() if name_of(pid) == "conmon" and str(evil) in command_line(pid)]
-        )
+
+        def playing() -> list[int]:
+            """Without what it is just forking, for ``sleep``, which has its words until then."""
+            found = [pid for pid in all_pids() if name_of(pid) == "conmon" and str(evil) in command_line(pid)]
+            return [pid for pid in found if (stat := stat_of(pid)) and int(stat[1]) not in found]
+
+        [played] = eventually(playing)
         assert [one.name for one in monitors(facts)] == [f"sandbox-{sandbox['runtime_id']}"]
         api.run(api.manager.remains.end(facts))
         control = api.manager.launcher.control

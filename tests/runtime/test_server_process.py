@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.runtime import podman_service
+from tests.runtime import local_registry, podman_service
 from tests.runtime.commands import IMAGE, SERVE
 from tests.runtime.test_contract import eventually
 
@@ -67,8 +67,7 @@ def server(tmp_path: Path) -> Iterator[MakeServer]:
     with contextlib.ExitStack() as stack:
 
         def make(*flags: str, podman: Path = tmp_path / "none.sock", key: str | None = KEY) -> Server:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
+            port = stack.enter_context(local_registry.held_port())
             log = tmp_path / f"log-{port}"
             environment = environment_for(podman, key)
             argv = [sys.executable, "-m", "slurm_runtime.api_server", "--host", "127.0.0.1", "--port", str(port)]
@@ -299,6 +298,7 @@ def test_32_sigterm_removes_every_container(server: MakeServer, podman: podman_s
 @pytest.mark.podman
 def test_32_sigterm_in_the_middle_of_starts_leaves_nothing(server: MakeServer, podman: podman_service.Service) -> None:
     made = server(podman=podman.socket)
+    eventually(lambda: made.podman() == "connected", DEADLINE_S)  # else none of them has begun
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(made.start) for _ in range(8)]
         eventually(lambda: made.request("GET", "/list").json()["total"] == 8)
@@ -389,6 +389,8 @@ def test_a_podman_that_hangs_holds_up_neither_polls_nor_the_end(
 ) -> None:
     made = server("--stop-timeout", "1", podman=rootless_podman.socket)
     sandbox = made.start().json()
+    there = f"/runtime/{sandbox['runtime_id']}"
+    eventually(lambda: made.request("GET", there).json()["pod_status"] == "ready", DEADLINE_S)
     with frozen(rootless_podman):
         polls = [made.request("GET", f"/runtime/{sandbox['runtime_id']}", timeout=2) for _ in range(20)]
         assert {answer.json()["pod_status"] for answer in polls} == {"ready"}

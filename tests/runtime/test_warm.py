@@ -219,6 +219,7 @@ def test_the_next_server_takes_over_those_in_use_and_removes_those_that_wait(
     assert len(rootless_podman.containers()) == 4
     servers.kill()
     second = servers.begin("--adopt")
+    eventually(lambda: {get(second, f"/sessions/{name}")["pod_status"] for name in ("cold", "warm")} == {"ready"}, 30)
     after = [get(second, f"/sessions/{name}") for name in ("cold", "warm")]
     assert [identity(one) for one in after] == [identity(one) for one in before]
     assert command(after[1], "echo alive")["stdout"] == "alive\n"
