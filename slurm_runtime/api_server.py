@@ -52,6 +52,7 @@ KEEP_ALIVE_S = 75  # the SDK's polls are up to 10 s apart on one connection
 YEAR_10000 = 253402300800  # from which on there is no date
 LEAST_IDLE_S = 600  # as long as a client's longest command
 GOODBYE_FIRST_S = 0.5  # for the head of a node that stops, before sandboxes are removed
+DEATH_S = 0.05  # from the closing of a killed owner's pipe to the signal of its death: nobody is to hear a goodbye
 LAST_ANSWERS_S = 2  # for requests that are being answered when the server stops
 
 
@@ -582,6 +583,7 @@ class StopWish:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
+        time.sleep(DEATH_S)
         log.info("stopping, as the owner asks (standard input is closed)")
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped already
             self.loop.call_soon_threadsafe(self.event.set)

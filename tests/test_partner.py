@@ -97,6 +97,21 @@ def test_one_that_slurm_is_just_ending_is_asked_about_sooner() -> None:
     assert world.run(4) is not None
 
 
+def test_one_that_has_fallen_silent_and_that_slurm_is_just_ending_is_asked_about_every_2_seconds() -> None:
+    world = World()
+    world.run(100)
+    world.age, world.scheduler.words = 5.0, "COMPLETING, None"
+    assert world.run(6) is None
+    world.scheduler.state = JobState.ENDED_BADLY
+    assert world.run(2) is not None
+    lasting = World()
+    lasting.run(100)
+    lasting.age, lasting.scheduler.words = 5.0, "COMPLETING, None"
+    lasting.scheduler.asked_at.clear()
+    assert lasting.run(600) is None
+    assert len(lasting.scheduler.asked_at) < 50, "not for ever: its node may not answer Slurm"
+
+
 def test_a_job_that_had_ended_before_is_seen_at_once() -> None:
     world = World(expected=False)
     world.age, world.scheduler.state = None, JobState.ENDED_BADLY

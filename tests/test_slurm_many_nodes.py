@@ -168,7 +168,7 @@ def test_nodes_join_a_head_take_sandboxes_and_are_lost_by_themselves(
     arrays = ",".join(follows.jobs[kind] for kind in ("workers", "more_workers"))
     until("the end of the next attempt", lambda: follows.is_over("runtime") and is_over(user, arrays), 60)
     assert follows.exit_code("runtime") == "76"
-    assert "is gone" in run.text(f"worker_{first}.err")
+    assert "is gone" in run.text(f"worker_{first}.out")
 
 
 def test_the_end_of_the_training_is_that_of_all_workers(user: User, checkout: Path, jobs_base: Path) -> None:

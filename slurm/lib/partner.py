@@ -35,6 +35,7 @@ FIRST_WORD_S = 300.0
 # Slurm's word for a job that has no log, since its body never began; and what to do about it.
 NOT_LAUNCHED = "JobLaunchFailure", "; is its run directory there on that node, and writable? slurmd's log says more"
 COMPLETING = "COMPLETING"  # squeue's word for a job that has ended, whose processes have not
+ENDS_SOON = 8  # questions; one that stays so for longer is on a node that does not answer Slurm
 SUSPENDED = ("SUSPENDED", "STOPPED")  # squeue's words for a partner that cannot beat, by Slurm's own will
 
 
@@ -110,6 +111,8 @@ class PartnerWatch:
             return ASK_UNHEARD_EVERY_S / 2 if self._said.words.startswith(COMPLETING) else ASK_UNHEARD_EVERY_S
         if not silent:
             return ASK_OTHERWISE_S
+        if self._said.words.startswith(COMPLETING) and self._asked_in_silence < ENDS_SOON:
+            return ASK_AGAIN_S
         return ASK_WHEN_SILENT_S[min(self._asked_in_silence, len(ASK_WHEN_SILENT_S) - 1)]
 
     def _ask(self, silent: bool) -> None:

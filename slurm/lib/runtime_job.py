@@ -147,7 +147,8 @@ class RuntimeJob(ServingBody):
         """Have the workers end while this job stops everything else: Slurm's KillWait may be running."""
         self.steps.let_go()
         if self.recall:
-            self.recall.begin(as_planned=outcome.as_planned)
+            # Under a signal KillWait runs, and what follows the recall has to come before Slurm's KILL.
+            self.recall.begin(as_planned=outcome.as_planned and self.notes.stop_signal is None)
 
     def conclude(self, action: NoteEnd) -> None:
         """The last word, in the log and in the run's record."""

@@ -17,10 +17,11 @@ from slurm.lib.job_context import JobContext
 from slurm.lib.logs import log
 from slurm.lib.run_record import WorkerArray, workers_of
 from slurm.lib.runs import stranger
-from slurm.lib.scheduler import Slurm
+from slurm.lib.scheduler import JobState, Slurm
 from slurm.lib.worker_steps import IN_ORDER_S
 
 ASK_S = 5.0  # whose an array is; Slurm's KillWait may be running
+MOST_S = 12.0  # from the end of the run to that of a busy node's worker, as long as Slurm answers
 PATIENCE_S = 10.0  # with a Slurm that is silent
 
 
@@ -62,9 +63,11 @@ class Recall:
 
     @staticmethod
     def _await_end(ids: list[str], slurm: Slurm) -> None:
-        end = time.monotonic() + IN_ORDER_S
-        while time.monotonic() < end:
-            if all(status.state.is_final for status in slurm.statuses(ids, ASK_S).values()):
+        """Wait until they have ended in order: a worker of a busy node is not to be called cancelled."""
+        begin = time.monotonic()
+        while (waited := time.monotonic() - begin) < MOST_S:
+            states = {status.state for status in slurm.statuses(ids, ASK_S).values()}
+            if all(state.is_final for state in states) or (waited > IN_ORDER_S and JobState.UNKNOWN in states):
                 return
             time.sleep(0.5)
 
