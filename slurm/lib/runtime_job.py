@@ -136,9 +136,8 @@ class RuntimeJob(ServingBody):
             tell_training(self.job, action.outcome)
         elif isinstance(action, Withdraw):
             training = self.watch.training
-            if not (
-                training.launched_with and training.has_heard
-            ):  # one that runs is not asked about: KillWait may run
+            has_begun = training.launched_with and training.has_heard
+            if not has_begun:  # else Slurm is not asked about it: KillWait may run
                 self.withdrawn = withdraw_training(self.job, action.outcome, training.launched_with)
         elif isinstance(action, NoteEnd):
             self.conclude(action)

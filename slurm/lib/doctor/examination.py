@@ -101,12 +101,12 @@ def examine(nodes: Nodes, looks: Sequence[Look], folder: Path, wait_s: float, no
         for look in looks:
             notes.check()
             _start(nodes, look, job_ids)
-        round_ = partial(_see_to_them, nodes, looks, folder, wait_s, notes)
-        round_(lambda: all(look.is_done(looks) for look in looks))
+        see_to_them = partial(_see_to_them, nodes, looks, folder, wait_s, notes)
+        see_to_them(lambda: all(look.is_done(looks) for look in looks))
         _reach_from_here(looks)
         for look in looks:
             look.call()
-        round_(lambda: not any(look.is_present and look.line.is_busy for look in looks))
+        see_to_them(lambda: not any(look.is_present and look.line.is_busy for look in looks))
         _say_goodbye(nodes, looks, notes)
 
 
