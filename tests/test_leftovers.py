@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from slurm.lib.coordination import CoordinationDir
 from slurm.lib.launch_mark import Launcher, launcher_of, new_mark, own_launcher, state_of
-from slurm.lib.leftovers import DEAD_AFTER_S, Fate, Marker, clear, fate, markers, write_marker
+from slurm.lib.leftovers import DEAD_AFTER_S, Fate, Marker, clear, discard, fate, markers, write_marker
 from slurm.lib.scheduler import Slurm, parse_queue
 from tests.fake_slurm import FakeSlurm
 
@@ -104,6 +105,27 @@ def unfinished(slurm: FakeSlurm, launcher: str, *, made: bool = True) -> Path:
 
 
 HELD = "102|PENDING|JobHeldUser|1|skyrl:{0}/1\n101|PENDING|JobHeldUser|1|skyrl:{0}/0\n"
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_a_launch_whose_removal_was_killed_is_removed_by_the_next_one(slurm: FakeSlurm, after: int) -> None:
+    """It had been killed right before its commit: its record is there."""
+    folder = unfinished(slurm, dead())
+    for name in ("run.json", "a.conf", "z.conf", "code/slurm.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    seen: list[None] = []
+
+    def killed() -> None:
+        seen.append(None)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        discard(folder, killed)
+    assert len(seen) == after + 1 or after == 6, "there are six things in it"
+    clear(door(slurm), slurm.jobs)
+    assert list(slurm.jobs.iterdir()) == []
 
 
 def test_a_dead_launchers_jobs_go_the_training_first_and_then_the_directory(slurm: FakeSlurm) -> None:

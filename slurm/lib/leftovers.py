@@ -39,6 +39,7 @@ from slurm.lib.scheduler import QUESTION_TIMEOUT_S, QueuedJob, Slurm
 SCHEMA = 1
 DEAD_AFTER_S = 900.0  # of a launcher elsewhere, since its job was submitted
 DISCARDED = ".discarded_"
+MARKER = "submission_"
 LOOK_BACK_S = 7 * 86400.0  # older directories are not looked into: a jobs base may hold thousands
 
 
@@ -63,7 +64,7 @@ def write_marker(directory: CoordinationDir, jobs: Sequence[str], *, made: bool)
     """
     launcher = own_launcher()
     host, _, _, pid, ticks = launcher.split("/")
-    path = directory.path / f"submission_{host}_{pid}_{ticks}.json"
+    path = directory.path / f"{MARKER}{host}_{pid}_{ticks}.json"
     data = {"schema": SCHEMA, "launcher": launcher, "jobs": list(jobs), "made": made}
     write_atomically(path, json.dumps(data) + "\n")
     return path
@@ -71,7 +72,7 @@ def write_marker(directory: CoordinationDir, jobs: Sequence[str], *, made: bool)
 
 def markers(folder: Path) -> list[Marker]:
     """The unfinished submissions to a directory."""
-    found = [_marker(path) for path in sorted(folder.glob("submission_*.json"))]
+    found = [_marker(path) for path in sorted(folder.glob(f"{MARKER}*.json"))]
     return [marker for marker in found if marker]
 
 
@@ -109,6 +110,7 @@ def rests(base: Path) -> list[Path]:
 def remove_run_dir(folder: Path, between: Callable[[], None] = lambda: None) -> str:
     """Remove a folder with everything in it, the files at its top last: so its record tells until then whose it was.
 
+    And markers after the record: so of what a launch left one of them tells that, whenever its removal breaks off.
     Returns why it is still there. What is mounted in it is not gone into, and nothing goes where that is known before.
     """
     if mounted := mount_in(folder):
@@ -119,11 +121,15 @@ def remove_run_dir(folder: Path, between: Callable[[], None] = lambda: None) -> 
         for root, folders, files, descriptor in os.fwalk(folder, topdown=False):
             if os.fstat(descriptor).st_dev != device:
                 continue
-            for name in (*files, *folders):
+            for name in (*sorted(files, key=_is_marker), *folders):
                 between()
                 complaints.append(_removal(root, name, descriptor))
     complaints.append(_removal(str(folder.parent), folder.name, None))
     return next(filter(None, complaints), "")
+
+
+def _is_marker(name: str) -> bool:
+    return name.startswith(MARKER)
 
 
 def _removal(root: str, name: str, descriptor: int | None) -> str:
@@ -171,7 +177,7 @@ def clear(slurm: Slurm, base: Path) -> None:
         return
     with _readable(base):
         for doomed in rests(base):
-            if not CoordinationDir(doomed).run_record.exists():  # the rest of a launch; a run's may take clean minutes
+            if _is_of_a_launch(doomed):
                 remove_run_dir(doomed)
     for folder in _recent(base):
         with _readable(folder):
@@ -181,6 +187,14 @@ def clear(slurm: Slurm, base: Path) -> None:
         if job.is_held and launcher_of(job.comment):
             with _readable(f"the run of job {job.job_id}"):
                 _clear_job(slurm, job, jobs)
+
+
+def _is_of_a_launch(rest: Path) -> bool:
+    """Whether a rest is that of a launch; a run's may take minutes, and is for clean.
+
+    A launch that was killed right before its commit has left its record, too, and its marker, which goes after that.
+    """
+    return not CoordinationDir(rest).run_record.exists() or any(marker.made for marker in markers(rest))
 
 
 @contextlib.contextmanager
