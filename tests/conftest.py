@@ -248,10 +248,20 @@ def belongings(user: OrdinaryUser) -> Belongings:
     return Belongings(user.processes(), frozenset([*paths, store] if store.exists() else paths), frozenset(ports))
 
 
+def _queue(user: OrdinaryUser) -> list[str]:
+    """The user's jobs; asked again where Slurm refuses, unless there is no cluster."""
+    for _ in range(3):
+        done = user.run(["squeue", "-h", "-u", user.name, "-o", "job %i %j %T %r"])
+        if done.returncode == 0 or "Unable to contact" in done.stderr:
+            break
+        time.sleep(0.5)
+    return done.stdout.splitlines()
+
+
 def leftovers(user: OrdinaryUser, before: Belongings) -> list[str]:
     """Jobs, processes, Podman storage, sockets and ports of the user that were not there before."""
     now = belongings(user)
-    jobs = user.run(["squeue", "-h", "-u", user.name, "-o", "job %i %j %T %r"]).stdout.splitlines()
+    jobs = _queue(user)
     processes = [f"process {pid}: {words[:150]}" for pid, words in now.processes.items() if pid not in before.processes]
     paths = [f"left on a node: {path}" for path in sorted(now.paths - before.paths)]
     names = re.compile(rf"skyrl-{user.uid}-|/run/user/{user.uid}/")

@@ -683,11 +683,13 @@ def released(
     to write a log; if both were, nobody is left to say anything.
     """
     begin = time.monotonic() if since is None else since
-    while left := _still_there(run, nothing_left):
-        seconds = time.monotonic() - begin
+    while True:
+        seconds = time.monotonic() - begin  # at the beginning of the look, which may take a second itself
+        left = _still_there(run, nothing_left)
+        if not left:
+            break
         assert seconds < case.bound_s, f"{case.fault}: after {case.bound_s:g} s still there: {left}"
         time.sleep(0.2)
-    seconds = time.monotonic() - begin
     reason = reads or case.reads
     silent = [place for place, text in _places(run, mute) if not text or reason not in text]
     assert not silent, (
