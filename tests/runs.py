@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tests import cluster
 
-ANSWERED_S = 45.0  # within which squeue is to answer, said again where it fails: one call may take 18 s
+ANSWERED_S = 45.0  # within which Slurm is to answer, said again where it fails: one call may take 18 s
 FAULTY = Path(__file__).with_name("faulty_fs.py")
 
 
@@ -46,16 +46,26 @@ def until(what: str, condition: Callable[[], object], seconds: float, every_s: f
     return time.monotonic() - start
 
 
-def squeue(user: User, *options: str) -> str:
-    """What it prints, without a header: nothing of a job that Slurm has forgotten, and for no other reason.
+def _answer(user: User, argv: list[str], env: Mapping[str, str] | None = None) -> str:
+    """What a question to Slurm prints: nothing of a job that Slurm has forgotten, and for no other reason.
 
     A controller that is asked by many at once may refuse one of them, which is not to be taken for an empty queue.
     """
     end = time.monotonic() + ANSWERED_S
-    while (answer := user.run(["squeue", "-h", *options])).returncode and "Invalid job id" not in answer.stderr:
-        assert time.monotonic() < end, f"squeue does not answer: {answer.stderr.strip()}"
+    while (answer := user.run(argv, env)).returncode and "Invalid job id" not in answer.stderr:
+        assert time.monotonic() < end, f"{argv[0]} does not answer: {answer.stderr.strip()}"
         time.sleep(0.2)
     return answer.stdout
+
+
+def squeue(user: User, *options: str) -> str:
+    """What it prints, without a header."""
+    return _answer(user, ["squeue", "-h", *options])
+
+
+def scontrol_job(user: User, job_id: str) -> str:
+    """What ``scontrol`` shows of a job, with times in seconds since 1970."""
+    return _answer(user, ["scontrol", "show", "job", job_id], {"SLURM_TIME_FORMAT": "%s"})
 
 
 @contextlib.contextmanager
@@ -166,10 +176,9 @@ class Run:
         assert done.returncode == 0, done.stderr
 
     def exit_code(self, kind: str) -> str:
-        argv, end = ["scontrol", "show", "job", self.jobs[kind]], time.monotonic() + ANSWERED_S
-        while not (found := re.search(r"ExitCode=(\d+):(\d+)", (shown := self.user.run(argv)).stdout)):
-            assert time.monotonic() < end, shown
-            time.sleep(0.2)
+        shown = scontrol_job(self.user, self.jobs[kind])
+        found = re.search(r"ExitCode=(\d+):(\d+)", shown)
+        assert found, shown
         return found.group(1)
 
 

@@ -21,7 +21,7 @@ from tests import cluster as test_cluster
 from tests import faults
 from tests.conftest import NothingLeft, OrdinaryUser
 from tests.faults import Case, within
-from tests.runs import ANSWERED_S, SMALL, Run, faulty, launch, launch_argv, own_environment, squeue, until
+from tests.runs import SMALL, Run, faulty, launch, launch_argv, own_environment, scontrol_job, squeue, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman, pytest.mark.faults]
 
@@ -248,7 +248,7 @@ def test_a_directory_that_is_full_or_read_only_when_a_job_starts(lab: Lab) -> No
 
 def comment(run: Run, kind: str) -> str:
     """What a job's comment says to people."""
-    found = re.search(r"^ *Comment=skyrl: (.+)$", lab_ask(run.user, run.jobs[kind]), re.MULTILINE)
+    found = re.search(r"^ *Comment=skyrl: (.+)$", scontrol_job(run.user, run.jobs[kind]), re.MULTILINE)
     return found[1].strip() if found else ""
 
 
@@ -512,19 +512,10 @@ def end_of(run: Run, kind: str) -> float:
 
 def moment_of(run: Run, kind: str, what: str) -> float:
     """A time that Slurm knows of a job; by the controller's clock, in whole seconds."""
-    shown = lab_ask(run.user, run.jobs[kind])
+    shown = scontrol_job(run.user, run.jobs[kind])
     found = re.search(rf"\b{what}=(\d+)", shown)
     assert found, shown
     return float(found[1])
-
-
-def lab_ask(user: object, job_id: str) -> str:
-    assert isinstance(user, OrdinaryUser)
-    argv, end = ["scontrol", "show", "job", job_id], time.monotonic() + ANSWERED_S
-    while (done := user.run(argv, env={"SLURM_TIME_FORMAT": "%s"})).returncode:
-        assert time.monotonic() < end, done.stderr
-        time.sleep(0.2)
-    return done.stdout
 
 
 def test_clocks_that_differ_by_minutes(lab: Lab) -> None:

@@ -18,7 +18,7 @@ from slurm.lib.reports import MARK
 from tests import cluster as test_cluster
 from tests.cluster.accounting import accounting, missing
 from tests.conftest import NothingLeft, OrdinaryUser, fresh_folder, leaving_nothing
-from tests.runs import STARTS_SANDBOXES, Run, answers, body_pid, launch, until
+from tests.runs import STARTS_SANDBOXES, Run, answers, body_pid, launch, scontrol_job, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.podman]
 
@@ -63,12 +63,7 @@ def slurms_times(run: Run) -> dict[str, dict[str, float]]:
     """When each job was submitted, started and ended, by Slurm's word."""
     found = {}
     for kind, job_id in run.jobs.items():
-        times: list[tuple[str, str]] = []
-        end = time.monotonic() + 45
-        while len(times) < 3:  # asked again where Slurm refused
-            assert time.monotonic() < end, times
-            shown = run.user.run(["scontrol", "show", "job", job_id], env={"SLURM_TIME_FORMAT": "%s"}).stdout
-            times = re.findall(r"\b(SubmitTime|StartTime|EndTime)=(\d+)", shown)
+        times = re.findall(r"\b(SubmitTime|StartTime|EndTime)=(\d+)", scontrol_job(run.user, job_id))
         found[kind] = {name: float(moment) for name, moment in times}
     return found
 
